@@ -1,0 +1,34 @@
+"""Fixtures: tiny ViTs with 0, 1 and 5 prefix tokens, random weights."""
+
+import pytest
+import timm
+import torch
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
+TINY_VITS = {
+    "cls": ("vit_tiny_patch16_224", {}),
+    "no_prefix": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
+    "cls_and_4_registers": ("vit_tiny_patch16_224", {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.1}),
+    "rope_with_cls_and_4_registers": ("vit_small_patch16_dinov3", {}),
+}
+
+
+def make_tiny_vit(kind: str = "cls", **options):
+    """A random ViT of three blocks for 32 px images; every parameter is random, also those that timm starts at zero."""
+    name, extra = TINY_VITS[kind]
+    torch.manual_seed(0)
+    vit = timm.create_model(name, **{**TINY, **extra, **options})
+    for parameter in vit.parameters():
+        if parameter.ndim == 1 or parameter.ndim == 3:
+            parameter.data.normal_(std=0.2).add_(1.0 if parameter.ndim == 1 else 0.0)
+    return vit.eval()
+
+
+@pytest.fixture(params=list(TINY_VITS))
+def tiny_vit(request):
+    return make_tiny_vit(request.param)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+import vpt
+from tests.conftest import make_tiny_vit
+
+
+def test_logits_are_the_head_on_the_pooled_features(images):
+    model = vpt.create_model(make_tiny_vit(), prompt="deep", num_tokens=3, num_classes=6)
+    model.head.weight.data.normal_()
+    torch.testing.assert_close(model(images), model.backbone(images) @ model.head.weight.T + model.head.bias)
+    assert model(images).shape == (4, 6)
+
+
+def test_a_model_is_made_from_a_name_at_another_size():
+    model = vpt.create_model("vit_nano_patch8_64", prompt="shallow", num_tokens=3, num_classes=2, img_size=96)
+    assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 2)
+    assert model.backbone.name == "vit_nano_patch8_64.vpt"
+
+
+def test_class_names_must_be_as_many_as_classes():
+    with pytest.raises(ValueError, match="2 class names for num_classes=3"):
+        vpt.create_model(make_tiny_vit(), num_classes=3, classes=["cat", "dog"])
+
+
+def test_a_few_steps_learn_a_batch(images):
+    model = vpt.create_model(make_tiny_vit(), prompt="deep", num_tokens=3, num_classes=4).train()
+    optimizer = torch.optim.AdamW(vpt.tuned_parameters(model).values(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), torch.arange(4)).backward()
+        optimizer.step()
+    assert torch.equal(model.eval()(images).argmax(1), torch.arange(4))
+
+
+def test_the_public_names_are_importable_and_importing_the_package_is_light():
+    import subprocess
+    import sys
+
+    assert all(getattr(vpt, name) is not None for name in vpt.__all__)
+    assert set(vpt.__all__) <= set(dir(vpt))
+    code = "import sys, vpt; print([m for m in ('torch', 'timm', 'albumentations', 'hydra') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = vpt.nothing

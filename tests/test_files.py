@@ -1,0 +1,67 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vpt.files import read_tensors, write_bytes, write_tensors
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2], dtype=torch.int64)}
+
+
+def test_tensors_and_metadata_come_back_as_they_were_written(tmp_path):
+    path = tmp_path / "new folder" / "task.safetensors"
+    write_tensors(path, TENSORS, {"name": "pets", "numbers": [1, 2.5, None]})
+    tensors, metadata = read_tensors(path)
+    assert metadata == {"name": "pets", "numbers": [1, 2.5, None]}
+    assert tensors.keys() == TENSORS.keys()
+    assert all(
+        torch.equal(tensors[name], TENSORS[name]) and tensors[name].dtype == TENSORS[name].dtype for name in tensors
+    )
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypatch):
+    path = tmp_path / "task.safetensors"
+    write_tensors(path, TENSORS, {})
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_bytes(path, b"half")
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("position", [-1, -9, -30])
+def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path, position):
+    path = tmp_path / "task.safetensors"
+    write_tensors(path, TENSORS, {})
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"task\.safetensors: damaged"):
+        read_tensors(path)
+
+
+def test_truncated_foreign_and_missing_files_are_refused_by_name(tmp_path):
+    path = tmp_path / "task.safetensors"
+    write_tensors(path, TENSORS, {})
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"task\.safetensors: not a readable safetensors file"):
+        read_tensors(path)
+    path.write_text(json.dumps({"not": "safetensors"}))
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        read_tensors(path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_tensors(tmp_path / "absent")
+
+
+def test_a_safetensors_file_of_another_program_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(TENSORS, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="not one of vpt"):
+        read_tensors(tmp_path / "other.safetensors")

@@ -1,0 +1,137 @@
+import random
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from vpt.data.classification import ClassificationDataset, fruit_root, read_folder
+from vpt.data.loaders import EpochSampler, build_loader, stable_seed
+from vpt.data.transforms import Preprocessing, TrainTransform
+
+HALF = (0.5, 0.5, 0.5)
+AUGMENT = [{"name": "RandomResizedCrop", "scale": [0.3, 1.0]}, {"name": "HorizontalFlip"}]
+
+# Python 3.12 warns when a process with threads forks, and torch has threads.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+class Keys(Dataset):
+    """Gives the key it is asked for."""
+
+    def __init__(self, num):
+        self.num = num
+
+    def __len__(self):
+        return self.num
+
+    def __getitem__(self, key):
+        return torch.tensor(key), key[1]
+
+
+class Workers(Keys):
+    """Gives the settings of the process that reads."""
+
+    def __getitem__(self, key):
+        cv2_threads = sys.modules["cv2"].getNumThreads()
+        ignores = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        return torch.tensor([torch.get_num_threads(), cv2_threads, ignores]), key[1]
+
+
+@pytest.fixture(scope="module")
+def fruit():
+    transform = TrainTransform(Preprocessing((32, 32), HALF, HALF), AUGMENT)
+    return ClassificationDataset(read_folder(fruit_root())["val"].take(range(20)), transform, seed=5)
+
+
+def epoch_of(loader, epoch):
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def test_a_stable_seed_tells_its_parts_apart():
+    parts = [(1, 23), (12, 3), (1, 2, 3), (123,), ("123",), (-1, 23), (0,), (0, 0)]
+    seeds = [stable_seed(*p) for p in parts]
+    assert len(set(seeds)) == len(parts)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_every_epoch_has_its_own_order_of_all_indices():
+    sampler = EpochSampler(50, seed=0, shuffle=True)
+    orders = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        keys = list(sampler)
+        assert {key[0] for key in keys} == {epoch}
+        orders.append([key[1] for key in keys])
+        assert sorted(orders[-1]) == list(range(50))
+        assert orders[-1] != list(range(50))
+    assert orders[0] != orders[1]
+    assert len(sampler) == 50
+
+
+def test_an_order_depends_on_seed_and_epoch_only():
+    sampler, late = EpochSampler(50, seed=3, shuffle=True), EpochSampler(50, seed=3, shuffle=True)
+    sampler.set_epoch(0)
+    list(sampler)
+    torch.manual_seed(1)
+    sampler.set_epoch(4)
+    late.set_epoch(4)
+    assert list(sampler) == list(late) == list(late)
+    other = EpochSampler(50, seed=4, shuffle=True)
+    other.set_epoch(4)
+    assert list(other) != list(late)
+
+
+def test_a_batch_is_images_and_targets(fruit):
+    images, targets = epoch_of(build_loader(fruit, 8, shuffle=False), 0)[0]
+    assert (images.shape, images.dtype) == ((8, 3, 32, 32), torch.float32)
+    assert (targets.tolist(), targets.dtype) == ([0] * 8, torch.int64)
+
+
+@pytest.mark.parametrize(("drop_last", "sizes"), [(False, [8, 8, 4]), (True, [8, 8])])
+def test_the_last_batch_is_dropped_on_demand(drop_last, sizes, fruit):
+    loader = build_loader(fruit, 8, shuffle=True, drop_last=drop_last)
+    assert [len(targets) for _, targets in epoch_of(loader, 0)] == sizes
+    assert len(loader) == len(sizes)
+
+
+def test_two_workers_give_what_none_gives(fruit):
+    alone = build_loader(fruit, 8, shuffle=True, seed=1)
+    workers = build_loader(fruit, 8, shuffle=True, seed=1, num_workers=2)
+    for epoch in (0, 3):  # persistent workers live through both
+        pairs = list(zip(epoch_of(alone, epoch), epoch_of(workers, epoch), strict=True))
+        assert len(pairs) == 3
+        for (images, targets), (images_of_workers, targets_of_workers) in pairs:
+            assert torch.equal(images, images_of_workers)
+            assert torch.equal(targets, targets_of_workers)
+
+
+def test_epochs_differ_in_augmentation_and_order(fruit):
+    still, shuffled = build_loader(fruit, 20, shuffle=False), build_loader(fruit, 20, shuffle=True)
+    assert not torch.equal(epoch_of(still, 0)[0][0], epoch_of(still, 1)[0][0])
+    assert torch.equal(epoch_of(still, 0)[0][0], epoch_of(still, 0)[0][0])
+    assert not torch.equal(epoch_of(shuffled, 0)[0][1], epoch_of(shuffled, 1)[0][1])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loading_does_not_touch_the_global_random_states(num_workers):
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    assert len(epoch_of(build_loader(Keys(6), 2, shuffle=True, num_workers=num_workers), 0)) == 3
+    assert random.getstate() == states[0]
+    assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_a_worker_has_one_thread_and_leaves_ctrl_c_to_the_main_process(fruit):
+    fruit[0]  # imports OpenCV and takes its threads away
+    loader = build_loader(Workers(2), 2, shuffle=False, num_workers=1)
+    assert epoch_of(loader, 0)[0][0].tolist() == [[1, 1, 1]] * 2
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+
+
+def test_an_empty_data_set_is_refused():
+    with pytest.raises(ValueError, match=r"empty; check dataset.root"):
+        build_loader(Keys(0), 2, shuffle=True)

@@ -1,0 +1,212 @@
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.tensorboard import SummaryWriter
+
+from vpt.engine.monitor import OVERVIEW, Monitor
+
+
+def events_of(run_dir: Path) -> EventAccumulator:
+    kinds = ("scalars", "images", "tensors")
+    return EventAccumulator(str(run_dir), size_guidance=dict.fromkeys(kinds, 0)).Reload()
+
+
+def lines_of(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def layout_of(run_dir: Path) -> Layout:
+    (event,) = events_of(run_dir).Tensors("custom_scalars__config__")
+    return Layout.FromString(event.tensor_proto.string_val[0])
+
+
+def test_scalars_come_back_with_their_steps_and_values(tmp_path):
+    with Monitor(tmp_path) as monitor:
+        for step in range(1, 31):
+            monitor.scalars({"train/loss": 1 / step, "lr/prompt": torch.tensor(0.01 * step)}, step)
+        monitor.scalars({"val/top1": np.float64(0.5)}, 30)
+    events = events_of(tmp_path)
+    assert set(events.Tags()["scalars"]) == {"train/loss", "lr/prompt", "val/top1"}
+    points = events.Scalars("train/loss")
+    assert [point.step for point in points] == list(range(1, 31))
+    assert [point.value for point in points] == pytest.approx([1 / step for step in range(1, 31)])
+    assert events.Scalars("lr/prompt")[-1].value == pytest.approx(0.3)
+    assert lines_of(tmp_path)[0] == {"step": 1, "train/loss": 1.0, "lr/prompt": pytest.approx(0.01)}
+    assert lines_of(tmp_path)[-1] == {"step": 30, "val/top1": 0.5}
+    assert len(lines_of(tmp_path)) == 31
+
+
+def test_a_line_can_be_read_before_the_run_ends(tmp_path):
+    monitor = Monitor(tmp_path)
+    monitor.scalars({"train/loss": 0.25}, 3)
+    assert lines_of(tmp_path) == [{"step": 3, "train/loss": 0.25}]
+    monitor.close()
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    with Monitor(tmp_path) as monitor:
+        monitor.scalars({"train/loss": math.nan, "val/loss": -math.inf, "lr/head": 1}, 1)
+    assert lines_of(tmp_path) == [{"step": 1, "train/loss": None, "val/loss": None, "lr/head": 1.0}]
+    assert math.isnan(events_of(tmp_path).Scalars("train/loss")[0].value)
+
+
+def test_the_tag_step_is_refused(tmp_path):
+    with Monitor(tmp_path) as monitor, pytest.raises(ValueError, match='The tag "step" is taken'):
+        monitor.scalars({"step": 1.0}, 1)
+
+
+def test_pictures_decode_to_what_was_written(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    with Monitor(tmp_path) as monitor:
+        monitor.images("val/confusion", picture, 5)
+        monitor.images("val/worst", [picture, 255 - picture], 5)
+        monitor.images("val/prompts", picture[None], 5)
+    events = events_of(tmp_path)
+    assert set(events.Tags()["images"]) == {"val/confusion", "val/worst_00", "val/worst_01", "val/prompts_00"}
+    (event,) = events.Images("val/worst_01")
+    assert event.step == 5
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), 255 - picture)
+
+
+@pytest.mark.parametrize("picture", [np.zeros((3, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8)])
+def test_pictures_of_another_shape_or_type_are_refused(tmp_path, picture):
+    with Monitor(tmp_path) as monitor, pytest.raises(ValueError, match=r"a picture is \(H, W, 3\) uint8"):
+        monitor.images("val/worst", [picture], 1)
+
+
+def test_text_comes_back(tmp_path):
+    with Monitor(tmp_path) as monitor:
+        monitor.text("run/config", "```yaml\nseed: 1\n```")
+    (event,) = events_of(tmp_path).Tensors("run/config/text_summary")
+    assert event.tensor_proto.string_val[0].decode() == "```yaml\nseed: 1\n```"
+
+
+def test_hyperparameters_and_their_results_stay_in_the_same_run(tmp_path):
+    with Monitor(tmp_path) as monitor:
+        monitor.scalars({"val/top1": 0.8}, 40)
+        settings = {"seed": 1, "prompt": {"kind": "deep", "impl": None, "dropout": 0.1}, "blocks": [0, 1]}
+        monitor.hparams(settings, {"test/top1": torch.tensor(0.75)})
+    events = events_of(tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    start = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
+    values = {name: value.WhichOneof("kind") for name, value in start.session_start_info.hparams.items()}
+    assert values == {
+        "seed": "number_value",
+        "prompt.kind": "string_value",
+        "prompt.impl": "string_value",
+        "prompt.dropout": "number_value",
+        "blocks": "string_value",
+    }
+    assert start.session_start_info.hparams["prompt.kind"].string_value == "deep"
+    experiment = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/experiment").plugin_data.content)
+    assert [info.name.tag for info in experiment.experiment.metric_infos] == ["test/top1"]
+    (point,) = events.Scalars("test/top1")
+    assert (point.step, point.value) == (40, 0.75)
+    assert lines_of(tmp_path)[-1] == {"step": 40, "test/top1": 0.75}
+
+
+def test_the_overview_page_shows_every_tag_that_training_writes(tmp_path):
+    Monitor(tmp_path).close()
+    (page,) = layout_of(tmp_path).category
+    assert page.title == "overview"
+    patterns = [tag for chart in page.chart for tag in chart.multiline.tag]
+    tags = ["train/loss", "val/loss", "val/top1", "val/mean_per_class", "lr/prompt", "lr/head"]
+    tags += [f"{kind}/block_07" for kind in ("prompt_grad_norm", "prompt_norm", "prompt_update_ratio")]
+    tags += ["perf/images_per_s", "perf/data_wait_fraction", "memory/peak_mib"]
+    for tag in tags:
+        assert sum(re.match(pattern, tag) is not None for pattern in patterns) == 1, tag
+    assert [chart.title for chart in page.chart] == list(OVERVIEW)
+
+
+def test_another_layout_takes_the_place_of_the_overview(tmp_path):
+    Monitor(tmp_path, layout={"boxes": ["^val/map$", "^val/map50$"]}).close()
+    (page,) = layout_of(tmp_path).category
+    assert [(chart.title, list(chart.multiline.tag)) for chart in page.chart] == [
+        ("boxes", ["^val/map$", "^val/map50$"])
+    ]
+
+
+def test_a_run_has_one_events_file_beside_its_metrics(tmp_path):
+    with Monitor(tmp_path / "runs" / "first") as monitor:
+        monitor.scalars({"train/loss": 1.0}, 1)
+        monitor.hparams({"seed": 1}, {"test/top1": 0.5})
+    events_file, metrics_file = sorted(path.name for path in (tmp_path / "runs" / "first").iterdir())
+    assert events_file.startswith("events.out.tfevents.")
+    assert metrics_file == "metrics.jsonl"
+
+
+def test_steps_increase_across_a_resume(tmp_path):
+    with Monitor(tmp_path) as monitor:
+        for step in (1, 2, 3, 4):
+            monitor.scalars({"train/loss": 10.0 + step}, step)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "train/lo')
+    with Monitor(tmp_path, purge_step=3) as monitor:
+        for step in (3, 4, 5):
+            monitor.scalars({"train/loss": 20.0 + step}, step)
+    expected = [(1, 11.0), (2, 12.0), (3, 23.0), (4, 24.0), (5, 25.0)]
+    assert [(line["step"], line["train/loss"]) for line in lines_of(tmp_path)] == expected
+    assert [(point.step, point.value) for point in events_of(tmp_path).Scalars("train/loss")] == expected
+
+
+def test_a_second_run_in_the_same_folder_appends_when_nothing_is_to_be_purged(tmp_path):
+    for step in (1, 2):
+        with Monitor(tmp_path) as monitor:
+            monitor.scalars({"train/loss": 0.5}, step)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+
+
+def test_a_folder_that_cannot_be_written_is_reported_once_and_training_goes_on(tmp_path):
+    (tmp_path / "runs").write_text("a file where a folder should be")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Monitor(tmp_path / "runs" / "first") as monitor:
+            for step in (1, 2, 3):
+                monitor.scalars({"train/loss": 1.0}, step)
+            monitor.text("run/config", "text")
+            monitor.hparams({"seed": 1}, {"test/top1": 0.5})
+    texts = sorted(str(warning.message) for warning in caught)
+    assert len(texts) == 2
+    assert texts[0].startswith("TensorBoard events of")
+    assert texts[1].startswith("metrics.jsonl of")
+
+
+def test_metrics_are_still_written_when_the_events_fail_on_the_way(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Monitor(tmp_path) as monitor:
+        monitor.scalars({"train/loss": 1.0}, 1)
+        monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
+        with pytest.warns(UserWarning, match="No space left on device"):
+            monitor.scalars({"train/loss": 0.5}, 2)
+        monitor.scalars({"train/loss": 0.25}, 3)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
+
+
+def test_events_are_still_written_when_the_metrics_fail_on_the_way(tmp_path):
+    with Monitor(tmp_path) as monitor:
+        (tmp_path / "metrics.jsonl").mkdir()
+        with pytest.warns(UserWarning, match=r"metrics\.jsonl of .* cannot be written"):
+            monitor.scalars({"train/loss": 0.5}, 1)
+        monitor.scalars({"train/loss": 0.5}, 2)
+    assert len(events_of(tmp_path).Scalars("train/loss")) == 2
+
+
+def test_importing_the_monitor_imports_neither_tensorboard_nor_torch():
+    code = "import sys, vpt.engine.monitor; print(sorted({'torch', 'tensorboard', 'numpy'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

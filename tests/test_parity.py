@@ -1,0 +1,117 @@
+"""The prompted backbone against timm itself, and against a literal reading of the paper's equations."""
+
+import pytest
+import torch
+
+from tests.conftest import make_tiny_vit
+from vpt.models.backbone import PromptedViT
+
+
+def embed(vit, images):
+    """E_0 of the paper: prefix tokens, then patch tokens with their positions."""
+    embedded = vit._pos_embed(vit.patch_embed(images))
+    tokens, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
+    return vit.norm_pre(tokens), rope
+
+
+def block_with_prompts(block, x, prompts, e, rope, heads):
+    """One block L_i on [x, P, E], attention written out; prompt tokens have no position.
+
+    x (B, prefix, D), prompts (B, P, D), e (B, M, D); a pre-norm block with layer scale.
+    """
+    sequence = torch.cat([x, prompts, e], dim=1)
+    B, N, D = sequence.shape
+    normed = block.norm1(sequence)
+    attention = block.attn
+    if attention.qkv is not None:
+        bias = attention.qkv.bias
+        if bias is None and getattr(attention, "q_bias", None) is not None:
+            bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+        q, k, v = torch.nn.functional.linear(normed, attention.qkv.weight, bias).chunk(3, dim=-1)
+    q, k, v = (t.view(B, N, heads, D // heads).transpose(1, 2) for t in (q, k, v))
+    if rope is not None:
+        first_patch = x.shape[1] + prompts.shape[1]
+        sines, cosines = rope.chunk(2, dim=-1)
+        half = D // heads // 2
+
+        def rotate(t):
+            patches = t[:, :, first_patch:]
+            turned = torch.cat([-patches[..., half:], patches[..., :half]], dim=-1)
+            return torch.cat([t[:, :, :first_patch], patches * cosines + turned * sines], dim=2)
+
+        q, k = rotate(q), rotate(k)
+    weights = (q @ k.transpose(-2, -1) / (D // heads) ** 0.5).softmax(dim=-1)
+    mixed = (weights @ v).transpose(1, 2).reshape(B, N, D)
+    scale1 = block.gamma_1 if hasattr(block, "gamma_1") else getattr(block.ls1, "gamma", 1.0)
+    scale2 = block.gamma_2 if hasattr(block, "gamma_2") else getattr(block.ls2, "gamma", 1.0)
+    sequence = sequence + scale1 * attention.proj(mixed)
+    sequence = sequence + scale2 * block.mlp(block.norm2(sequence))
+    num = prompts.shape[1]
+    return sequence[:, : x.shape[1]], sequence[:, x.shape[1] : x.shape[1] + num], sequence[:, x.shape[1] + num :]
+
+
+def paper_tokens(vit, images, tokens, deep):
+    """Equations 4 to 7: deep replaces the prompts before each block, shallow keeps their outputs."""
+    embedded, rope = embed(vit, images)
+    prefix = vit.num_prefix_tokens
+    x, e = embedded[:, :prefix], embedded[:, prefix:]
+    z = tokens[0].expand(len(images), -1, -1)
+    for i, block in enumerate(vit.blocks):
+        prompts = tokens[i].expand(len(images), -1, -1) if deep else z
+        x, z, e = block_with_prompts(block, x, prompts, e, rope, heads=2)
+    return vit.norm(torch.cat([x, e], dim=1))
+
+
+def test_without_a_prompt_the_result_equals_timm_bit_for_bit(tiny_vit, images):
+    backbone = PromptedViT(tiny_vit, prompt=None)
+    assert torch.equal(backbone(images), tiny_vit(images))
+    assert torch.equal(backbone.forward_features(images), tiny_vit.forward_features(images))
+
+
+@pytest.mark.parametrize("kind", ["shallow", "deep"])
+def test_a_prompted_backbone_equals_the_equations_of_the_paper(tiny_vit, images, kind):
+    vit, images = tiny_vit.double(), images.double()
+    backbone = PromptedViT(vit, prompt=kind, num_tokens=5).double()
+    expected = paper_tokens(vit, images, backbone.prompt.tokens, deep=kind == "deep")
+    actual = backbone.forward_features(images)
+    assert actual.shape == vit.forward_features(images).shape
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(actual, vit.forward_features(images), atol=1e-3)
+    torch.testing.assert_close(backbone(images), vit.forward_head(expected, pre_logits=True), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["shallow", "deep"])
+def test_gradients_of_prompt_tokens_equal_those_of_the_equations(tiny_vit, images, kind):
+    vit, images = tiny_vit.double(), images.double()
+    backbone = PromptedViT(vit, prompt=kind, num_tokens=3).double()
+    tokens = backbone.prompt.tokens
+    weights = torch.randn_like(vit(images))
+    (expected,) = torch.autograd.grad(
+        (vit.forward_head(paper_tokens(vit, images, tokens, kind == "deep"), pre_logits=True) * weights).sum(), tokens
+    )
+    (backbone(images) * weights).sum().backward()
+    torch.testing.assert_close(tokens.grad, expected, rtol=1e-9, atol=1e-11)
+    assert (tokens.grad.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_prompts_in_some_blocks_leave_the_other_blocks_as_they_are(images):
+    vit = make_tiny_vit().double()
+    backbone = PromptedViT(vit, prompt="deep", num_tokens=4, blocks=[1]).double()
+    embedded, _ = embed(vit, images.double())
+    sequence = vit.blocks[0](embedded)
+    x, _, e = block_with_prompts(
+        vit.blocks[1], sequence[:, :1], backbone.prompt.tokens[0].expand(4, -1, -1), sequence[:, 1:], None, heads=2
+    )
+    expected = vit.norm(vit.blocks[2](torch.cat([x, e], dim=1)))
+    torch.testing.assert_close(backbone.forward_features(images.double()), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_distilled_patch16_224", "vit_base_patch16_siglip_224", "vit_base_patch16_clip_224"]
+)
+def test_special_pooling_and_prefix_tokens_are_those_of_timm(name, images):
+    import timm
+
+    vit = timm.create_model(name, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0).eval()
+    assert torch.equal(PromptedViT(vit, prompt=None)(images), vit(images))
+    assert PromptedViT(vit, prompt="deep", num_tokens=2)(images).shape == vit(images).shape

@@ -1,0 +1,74 @@
+import math
+
+import pytest
+import torch
+
+from vpt.models.prompts import VisualPrompt, resolve_blocks
+
+
+def test_tokens_start_uniform_within_the_bound_of_the_paper():
+    prompt = VisualPrompt(200, 768, blocks=range(12), patch_size=(16, 16))
+    bound = math.sqrt(6 / (3 * 16 * 16 + 768))
+    assert bound == 0.0625
+    assert prompt.tokens.shape == (12, 200, 768)
+    assert prompt.tokens.abs().max() <= bound
+    assert prompt.tokens.abs().max() > 0.999 * bound
+    assert prompt.tokens.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
+
+
+def test_dropout_draws_a_mask_for_each_sample_and_only_in_training():
+    prompt = VisualPrompt(50, 16, blocks=(0, 1), dropout=0.5)
+    torch.manual_seed(0)
+    tokens = prompt(1, batch_size=3)
+    dropped = tokens == 0
+    assert tokens.shape == (3, 50, 16)
+    assert 0.4 < dropped.float().mean() < 0.6
+    assert not torch.equal(dropped[0], dropped[1])
+    torch.testing.assert_close(tokens[~dropped], (2 * prompt.tokens[1].expand(3, -1, -1))[~dropped])
+    prompt.eval()
+    assert torch.equal(prompt(1, batch_size=3), prompt.tokens[1].expand(3, -1, -1))
+
+
+def test_each_prompted_block_has_tokens_of_its_own():
+    prompt = VisualPrompt(2, 4, blocks=(3, 7))
+    assert torch.equal(prompt(7, 1)[0], prompt.tokens[1])
+    assert [block for block in range(10) if prompt.enters(block)] == [3, 7]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [("all", (0, 1, 2, 3)), ("first:2", (0, 1)), ("last:3", (1, 2, 3)), ([2], (2,)), ([-1, 0], (0, 3)), ((1, 1), (1,))],
+)
+def test_blocks_are_resolved_from_their_description(blocks, expected):
+    assert resolve_blocks(blocks, depth=4) == expected
+
+
+@pytest.mark.parametrize("blocks", ["last", "last:0", "first:5", "middle:2", [4], [-5], []])
+def test_blocks_that_do_not_exist_are_refused(blocks):
+    with pytest.raises(ValueError, match=r"prompt\.blocks"):
+        resolve_blocks(blocks, depth=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_tokens": 0}, r"prompt\.num_tokens must be at least 1, got 0"),
+        ({"dropout": 1.0}, r"prompt\.dropout must be in \[0, 1\), got 1\.0"),
+        ({"kind": "wide"}, "one of shallow, deep, got 'wide'"),
+        ({"kind": "shallow", "blocks": (0, 1)}, "a shallow prompt enters block 0 only"),
+        ({"blocks": (1, 0)}, "ascending"),
+        ({"blocks": ()}, "at least one"),
+    ],
+)
+def test_values_out_of_range_are_refused_with_the_value(options, message):
+    with pytest.raises(ValueError, match=message):
+        VisualPrompt(**{"num_tokens": 1, "embed_dim": 4, **options})
+
+
+def test_a_prompt_survives_saving_and_its_repr_says_what_it_is():
+    prompt = VisualPrompt(3, 8, blocks=(0, 2, 3), dropout=0.1)
+    other = VisualPrompt(3, 8, blocks=(0, 2, 3), dropout=0.1)
+    other.load_state_dict(prompt.state_dict())
+    assert list(prompt.state_dict()) == ["tokens"]
+    assert torch.equal(prompt.tokens, other.tokens)
+    assert repr(prompt) == "VisualPrompt(kind=deep, num_tokens=3, embed_dim=8, blocks=0,2,3, dropout=0.1)"

@@ -1,0 +1,50 @@
+"""Visual prompt tuning: learn a few tokens, keep the vision transformer frozen.
+
+The names below are loaded when they are first used, so that `import vpt` and `--help` are fast.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vpt.models.backbone import PromptedViT
+    from vpt.models.classification import ClassificationModel, create_model
+    from vpt.models.prompts import VisualPrompt
+    from vpt.models.task_file import load_task, read_task, save_task
+    from vpt.models.tuning import count_parameters, tuned_parameters
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ClassificationModel": "vpt.models.classification",
+    "PromptedViT": "vpt.models.backbone",
+    "VisualPrompt": "vpt.models.prompts",
+    "count_parameters": "vpt.models.tuning",
+    "create_model": "vpt.models.classification",
+    "load_task": "vpt.models.task_file",
+    "read_task": "vpt.models.task_file",
+    "save_task": "vpt.models.task_file",
+    "tuned_parameters": "vpt.models.tuning",
+}
+
+__all__ = [
+    "ClassificationModel",
+    "PromptedViT",
+    "VisualPrompt",
+    "count_parameters",
+    "create_model",
+    "load_task",
+    "read_task",
+    "save_task",
+    "tuned_parameters",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vpt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

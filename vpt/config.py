@@ -1,0 +1,414 @@
+"""The typed schema of `conf/`, its ranges, and messages that name the nearest valid choice."""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+PACKAGE = Path(__file__).resolve().parent
+ConfigT = TypeVar("ConfigT")
+
+
+class PromptName(Enum):
+    """Kinds of prompt, and none."""
+
+    none = "none"
+    shallow = "shallow"
+    deep = "deep"
+
+
+class DatasetKind(Enum):
+    """Readers of classification data."""
+
+    fruit = "fruit"
+    folder = "folder"
+    list = "list"
+    csv = "csv"
+    torchvision = "torchvision"
+
+
+class OptimName(Enum):
+    """Optimisers."""
+
+    adamw = "adamw"
+    sgd = "sgd"
+
+
+class Mode(Enum):
+    """train; two steps of everything (dry); one batch until it is learned (overfit)."""
+
+    train = "train"
+    dry = "dry"
+    overfit = "overfit"
+
+
+class ClassWeights(Enum):
+    """Weights of the classes in the loss."""
+
+    none = "none"
+    balanced = "balanced"
+
+
+class Precision(Enum):
+    """Arithmetic of the model: auto is bf16 autocast on CUDA and fp32 elsewhere."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class HeadInitName(Enum):
+    """How the head starts."""
+
+    zero = "zero"
+    paper = "paper"
+
+
+def _number(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
+    """A field with a range: low <= value <= high, or value > above."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above})
+
+
+@dataclass
+class BackboneConfig:
+    """Which ViT, and where its weights come from."""
+
+    name: str = MISSING
+    pretrained: bool = True
+    checkpoint: str | None = None
+    img_size: int | None = _number(None, low=1)
+
+
+@dataclass
+class PromptConfig:
+    """The prompt tokens and the blocks that they enter."""
+
+    kind: PromptName = PromptName.deep
+    num_tokens: int = _number(10, low=1, high=10_000)
+    blocks: Any = "all"
+    dropout: float = _number(0.0, low=0, high=0.99)
+
+
+@dataclass
+class HeadConfig:
+    """The classifier on the features."""
+
+    init: HeadInitName = HeadInitName.zero
+
+
+@dataclass
+class DatasetConfig:
+    """Where pictures and labels come from."""
+
+    kind: DatasetKind = MISSING
+    title: str = MISSING
+    root: str | None = None
+    path: str | None = None
+    name: str | None = None
+    download: bool = False
+    train: str = "train800.txt"
+    val: str | None = "val200.txt"
+    test: str | None = "test.txt"
+    val_fraction: float = _number(0.2, low=0.01, high=0.9)
+    test_fraction: float = _number(0.0, low=0, high=0.9)
+    num_per_class: int | None = _number(None, low=1)
+    split_seed: int = _number(0, low=0)
+
+
+@dataclass
+class AugmentConfig:
+    """albumentations transforms of the train pictures, by name, and how pictures are brought to size."""
+
+    transforms: list[Any] = field(default_factory=list)
+    crop_mode: str | None = None
+    crop_pct: float | None = _number(None, above=0, high=1)
+
+
+@dataclass
+class OptimConfig:
+    """The optimiser, its learning rates and their schedule."""
+
+    name: OptimName = OptimName.adamw
+    prompt_lr: float = _number(1e-2, above=0)
+    head_lr: float = _number(1e-3, above=0)
+    scale_lr: bool = False
+    weight_decay: float = _number(1e-4, low=0)
+    momentum: float = _number(0.9, low=0, high=0.999)
+    warmup_epochs: float = _number(1.0, low=0)
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    epochs: int = _number(20, low=1)
+    batch_size: int = _number(64, low=1)
+    accumulation: int = _number(1, low=1)
+    clip_norm: float | None = _number(1.0, above=0)
+    label_smoothing: float = _number(0.0, low=0, high=0.99)
+    class_weights: ClassWeights = ClassWeights.none
+    patience: int | None = _number(None, low=1)
+    ema: float | None = _number(None, above=0, high=0.99999)
+    precision: Precision = Precision.auto
+    log_every: int = _number(10, low=1)
+
+
+@dataclass
+class RunConfig:
+    """The run folder."""
+
+    root: str = "runs"
+    name: str = MISSING
+
+
+@dataclass
+class Config:
+    """Everything that `python -m vpt.train` can be told."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    mode: Mode = Mode.train
+    seed: int = _number(0, low=0, high=2**32 - 1)
+    deterministic: bool = False
+    device: str = "auto"
+    num_workers: int | None = _number(None, low=0)
+
+
+class ConfigError(ValueError):
+    """Something that the user typed cannot be used; the message is one line that says what to type."""
+
+
+def config_folder() -> Path:
+    """The absolute path of `conf/`: inside an installed package, or beside it in a checkout."""
+    for folder in (PACKAGE / "conf", PACKAGE.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise ConfigError(f"conf/train.yaml is neither in {PACKAGE} nor beside it; install vpt again")
+
+
+def register_schema() -> None:
+    """Make the schema known to Hydra as `schema`, the first entry of the defaults list of `conf/train.yaml`."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
+    """Compose `conf/train.yaml` with overrides, outside of a Hydra application.
+
+    Args:
+        overrides: As typed on the command line: `prompt=shallow`, `+experiment=quickstart`, `train.epochs=3`.
+        config_dir: A further folder of configs, searched after `conf/`.
+
+    Raises:
+        ConfigError: An override cannot be used.
+    """
+    register_schema()
+    search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            return compose("train", [*overrides, *search])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The composed tree as typed objects, with every number in its range.
+
+    Raises:
+        ConfigError: A value is missing or out of range.
+    """
+    try:
+        config = cast(Config, OmegaConf.to_object(composed))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    check_ranges(config)
+    return config
+
+
+def load_config(path: Path) -> Config:
+    """The config that a run left in its folder.
+
+    Raises:
+        ConfigError: It is missing, is not YAML, or is of another version of the schema.
+    """
+    try:
+        return to_config(cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{path}: {explain(error)}") from error
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Raise a ConfigError for the first number that is out of its range."""
+    for entry in fields(config):
+        key, value = f"{prefix}{entry.name}", getattr(config, entry.name)
+        if is_dataclass(value):
+            check_ranges(value, f"{key}.")
+        elif entry.metadata and value is not None:
+            low, high, above = (entry.metadata[bound] for bound in ("low", "high", "above"))
+            within = (
+                (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+            )
+            if not within:
+                raise ConfigError(f"{key}={value} is out of range: it must be {_describe_range(low, high, above)}")
+
+
+def check_command_line(arguments: Sequence[str]) -> None:
+    """Refuse what Hydra would refuse, in one line, before Hydra starts.
+
+    Raises:
+        ConfigError: An override has a syntax error, an unknown key, group or value, or a wrong type.
+    """
+    words, config_dir = _split_arguments(arguments)
+    try:
+        overrides = OverridesParser.create().parse_overrides(words)
+    except HydraException as error:
+        raise ConfigError(f"cannot read {_first_line(error)}") from error
+    for override in overrides:
+        _check_key(override, config_dir)
+    single = [_first_of_sweep(override) for override in overrides if not override.is_hydra_override()]
+    to_config(compose_config(single, config_dir))
+
+
+def parse_options(schema: type[ConfigT], arguments: Sequence[str], usage: str) -> ConfigT:
+    """Read `key=value` arguments of a small command into its dataclass; `--help` prints the usage.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or a value has the wrong type.
+    """
+    if any(word in ("-h", "--help") for word in arguments):
+        print(usage)  # noqa: T201  # it is what was asked for
+        sys.exit(0)
+    known = [entry.name for entry in fields(cast(Any, schema))]
+    for word in arguments:
+        key, equals, _ = word.partition("=")
+        if not equals or key not in known:
+            raise ConfigError(f"{word}: not an option of the form key=value{_did_you_mean(key, known)}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(arguments)))
+        options = cast(ConfigT, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    check_ranges(options)
+    return options
+
+
+def explain(error: Exception) -> str:
+    """One line for an error of Hydra or OmegaConf, with the nearest valid choice where there is one."""
+    message = str(error)
+    unknown_key = re.search(r"Key '([^']*)' (?:not in|is not in struct)", message)
+    full_key = re.search(r"full_key: (\S+)", message)
+    if unknown_key:
+        key = full_key[1] if full_key else unknown_key[1]
+        return f"unknown key {key}{_did_you_mean(key, list(_schema_keys()))}"
+    missing = re.search(
+        r"Missing mandatory value: (\S+)|Structured config of type .* has missing mandatory value: (\S+)", message
+    )
+    if missing:
+        key = full_key[1] if full_key else missing[1] or missing[2]
+        return f"{key} is needed: type {key}=..."
+    option = re.search(r"Could not find '([^/']+)/([^']+)'", message)
+    if option:
+        choices = group_choices(option[1])
+        return (
+            f"{option[1]}={option[2]}: no such choice{_did_you_mean(option[2], choices)}; choices: {', '.join(choices)}"
+        )
+    line = _first_line(error)
+    return f"{full_key[1]}: {line}" if full_key and full_key[1] not in line else line
+
+
+def group_choices(group: str, config_dir: Path | None = None) -> list[str]:
+    """Names of the files of a group of `conf/`."""
+    folders = [config_folder(), *([config_dir] if config_dir else [])]
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+
+
+def fail(error: Exception, code: int = 2) -> NoReturn:
+    """Print one error as a user should see it, and exit."""
+    print(f"error: {error}", file=sys.stderr)  # noqa: T201  # the last word of a command
+    sys.exit(code)
+
+
+def _check_key(override: Override, config_dir: Path | None) -> None:
+    key = override.key_or_group
+    if key.split(".")[0] == "hydra" or override.is_delete():
+        return
+    choices = group_choices(key, config_dir)
+    value = override.value()
+    if choices and isinstance(value, str) and value not in choices:
+        raise ConfigError(
+            f"{key}={value}: no such choice{_did_you_mean(value, choices)}; choices: {', '.join(choices)}"
+        )
+    if key == "experiment" and not override.is_add():
+        raise ConfigError(f"an experiment is added: type +experiment={value}")
+    keys = [*_schema_keys(), *(folder.name for folder in config_folder().iterdir() if folder.is_dir())]
+    if not choices and key not in keys:
+        raise ConfigError(f"unknown key {key}{_did_you_mean(key, keys)}")
+
+
+def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Overrides, and the folder of `--config-dir`, out of a Hydra command line."""
+    words, folder, rest = [], None, iter(arguments)
+    for word in rest:
+        if word in ("--config-dir", "-cd"):
+            folder = next(rest, None)
+        elif word in ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-name", "-cn", "--config-path", "-cp"):
+            next(rest, None)
+        elif word.startswith("--config-dir="):
+            folder = word.partition("=")[2]
+        elif not word.startswith("-"):
+            words.append(word)
+    return words, Path(folder) if folder else None
+
+
+def _first_of_sweep(override: Override) -> str:
+    """The override as typed; of a choice sweep `key=a,b` the first choice."""
+    value = override.value()
+    if isinstance(value, ChoiceSweep):
+        first = override.get_value_element_as_str() if not value.list else str(value.list[0])
+        return f"{override.input_line.partition('=')[0]}={first}"  # type: ignore[union-attr]
+    return str(override.input_line)
+
+
+def _schema_keys(config: Any = Config, prefix: str = "") -> Iterator[str]:
+    for entry in fields(config):
+        yield f"{prefix}{entry.name}"
+        if is_dataclass(entry.type):
+            yield from _schema_keys(entry.type, f"{prefix}{entry.name}.")
+
+
+def _did_you_mean(word: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    if not near:  # the last part alone: prompt.lenght is nearer to prompt.length than any whole key
+        by_last = {choice.rpartition(".")[2]: choice for choice in choices}
+        near = [by_last[name] for name in difflib.get_close_matches(word.rpartition(".")[2], list(by_last), n=1)]
+    return f"; did you mean {near[0]}?" if near else f"; valid: {', '.join(choices[:20])}"
+
+
+def _describe_range(low: float | None, high: float | None, above: float | None) -> str:
+    bounds = [f"at least {low}" if low is not None else "", f"above {above}" if above is not None else ""]
+    bounds.append(f"at most {high}" if high is not None else "")
+    return " and ".join(bound for bound in bounds if bound)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,1 @@
+"""What is read: pictures, transforms, data sets, loaders."""

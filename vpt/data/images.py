@@ -1,0 +1,115 @@
+"""Decode a picture file safely: one RGB picture, upright, or an error that names the file.
+
+Pillow decodes, and nothing else: other decoders crash, or return half a picture without a word, on broken files. What
+Pillow itself gets wrong is put right here: it leaves a photograph lying on its side, drops transparency, and turns
+16-bit grey into white.
+"""
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 50_000_000
+
+# Not every format that Pillow knows: some start other programs (EPS calls Ghostscript).
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+EXTENSIONS = frozenset(
+    {".bmp", ".gif", ".jpg", ".jpeg", ".png", ".pbm", ".pgm", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+)
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; the message names it and says what is wrong."""
+
+
+def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a picture file as RGB, upright; of an animation the first frame.
+
+    Args:
+        path: the file; its content decides the format, not its name.
+        max_pixels: larger pictures are refused by the size in their header, before they are decoded.
+
+    Returns:
+        A picture of mode RGB, fully decoded.
+
+    Raises:
+        ImageError: the file is missing, empty, truncated, not a picture, too large, or holds floating point values.
+    """
+    try:
+        with _open(path) as image:
+            num_pixels = image.width * image.height
+            if num_pixels > max_pixels:
+                raise ImageError(f"{num_pixels:,} pixels are more than the {max_pixels:,} allowed; shrink the picture")
+            image.load()
+            return to_rgb(image)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path}: too many pixels ({error}); shrink the picture") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path}: {_why_unidentified(Path(path))}; pictures are {', '.join(FORMATS)}") from error
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: no such file") from error
+    except Exception as error:  # Pillow's decoders raise almost anything on a broken file
+        raise ImageError(f"{path}: broken picture ({error})") from error
+
+
+def find_images(path: str | Path) -> list[Path]:
+    """The pictures below a folder, sorted; dot files and dot folders are none. A file is itself.
+
+    Raises:
+        FileNotFoundError: there is neither a file nor a folder of this name.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    found = []
+    for parent, folders, files in os.walk(path, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    return sorted(file for file in found if file.suffix.lower() in EXTENSIONS)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn a picture upright and into mode RGB: transparency over white, 16-bit grey scaled by 257.
+
+    Args:
+        image: a decoded picture of any mode but floating point.
+
+    Raises:
+        ImageError: the mode is floating point or unknown, or its values are no 16-bit grey.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return _from_16_bit(image)
+    if image.mode == "F":
+        raise ImageError("floating point pictures have no known range; save it with 8 bits per channel")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _open(path: str | Path) -> Image.Image:
+    """Open a file and read its header, without Pillow's warning on large pictures: the caller has its own limit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path, formats=FORMATS)
+
+
+def _why_unidentified(path: Path) -> str:
+    return "the file is empty" if path.stat().st_size == 0 else "not a picture, or its header is broken"
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """Scale grey values 0 to 65535, of mode I;16 or I, to 0 to 255."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ImageError(f"grey values {values.min()} to {values.max()} are no 16-bit values; save it with 8 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,296 @@
+"""From a picture to a tensor; the only file that knows albumentations.
+
+`EvalTransform` is what the backbone was trained to see: resize, crop, normalise. `TrainTransform` puts random
+augmentation between picture and tensor. Both are called with a picture and a seed, and nothing else decides the result:
+not the global random state, not the number of workers, not the order of calls.
+
+Shapes: B batch, C channels, H, W pixels.
+"""
+
+import inspect
+import math
+import os
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+CROP_MODES = ("center", "squash")
+MAX_SIZE = 4096  # pixels; a preprocessing may come from a stranger's task file
+MIN_CROP_PCT = 0.1
+
+# Bases, and what takes functions or makes no 8-bit picture.
+NOT_FOR_AUGMENT = {
+    "BasicTransform", "DualTransform", "FromFloat", "ImageOnlyTransform", "Lambda", "Normalize", "ToFloat",
+    "ToTensor3D", "ToTensorV2", "Transform3D",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a backbone wants its pictures: everything between an RGB picture and a normalised tensor.
+
+    Args:
+        size: (height, width) in pixels.
+        mean: three floats, of values in [0, 1].
+        std: three positive floats.
+        interpolation: one of nearest, bilinear, bicubic, box, hamming, lanczos.
+        crop_pct: the part of the resized picture's side that the centre crop keeps, in [0.1, 1].
+        crop_mode: "center" resizes the short side and keeps the aspect ratio; "squash" resizes both sides.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.9
+    crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        _check("size", self.size, _are_numbers(self.size, 2, int, 1, MAX_SIZE), f"2 integers in [1, {MAX_SIZE}]")
+        _check("mean", self.mean, _are_numbers(self.mean, 3, float, -math.inf, math.inf), "3 finite numbers")
+        _check("std", self.std, _are_numbers(self.std, 3, float, 1e-6, math.inf), "3 positive finite numbers")
+        _check(
+            "interpolation", self.interpolation, self.interpolation in tuple(INTERPOLATIONS), ", ".join(INTERPOLATIONS)
+        )
+        is_crop_pct = _are_numbers((self.crop_pct,), 1, float, MIN_CROP_PCT, 1.0)
+        _check("crop_pct", self.crop_pct, is_crop_pct, f"a number in [{MIN_CROP_PCT}, 1]")
+        _check("crop_mode", self.crop_mode, self.crop_mode in CROP_MODES, ", ".join(CROP_MODES))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON knows them: lists, numbers, strings."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Preprocessing":
+        """Read what `to_dict` wrote; every field must be there, and nothing else.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a value is out of range.
+        """
+        keys = {field.name for field in fields(cls)}
+        if set(values) != keys:
+            missing, unknown = sorted(keys - set(values)), sorted(set(values) - keys)
+            raise ValueError(f"preprocessing: missing keys {missing}, unknown keys {unknown}; allowed: {sorted(keys)}")
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
+
+
+def _check(key: str, value: object, is_valid: bool, allowed: str) -> None:
+    if not is_valid:
+        raise ValueError(f"preprocessing.{key} is {value!r}; allowed: {allowed}")
+
+
+def _are_numbers(values: object, count: int, kind: type, low: float, high: float) -> bool:
+    """Is this a tuple of `count` finite numbers in [low, high]?"""
+    if not isinstance(values, tuple) or len(values) != count:
+        return False
+    kinds = (int, float) if kind is float else (kind,)
+    return all(type(value) in kinds and math.isfinite(value) and low <= value <= high for value in values)
+
+
+class EvalTransform:
+    """Resize, crop and normalise, as timm does for evaluation.
+
+    Args:
+        preprocessing: what the backbone wants.
+
+    Example:
+        >>> half = (0.5, 0.5, 0.5)
+        >>> transform = EvalTransform(Preprocessing(size=(64, 64), mean=half, std=half))
+        >>> transform(Image.new("RGB", (100, 80))).shape
+        torch.Size([3, 64, 64])
+    """
+
+    is_random = False
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
+
+    def __call__(self, image: Image.Image, seed: int = 0) -> Tensor:
+        """Turn an RGB picture into a normalised float32 tensor (3, H, W); the seed is not used."""
+        return to_tensor(np.asarray(resize_and_crop(image, self.preprocessing)), self.preprocessing)
+
+    def __repr__(self) -> str:
+        return f"EvalTransform({self.preprocessing})"
+
+
+def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """Resize so that the centre crop keeps `crop_pct` of the side, then crop to `size`; antialiased."""
+    height, width = preprocessing.size
+    resized = _resized_size(image.height, image.width, preprocessing)
+    image = image.resize(resized[::-1], INTERPOLATIONS[preprocessing.interpolation])
+    top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _resized_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Height and width before the crop, rounded as timm rounds them."""
+    target_height, target_width = (math.floor(side / preprocessing.crop_pct) for side in preprocessing.size)
+    if preprocessing.crop_mode == "squash":
+        return target_height, target_width
+    if target_height != target_width:
+        ratio = min(height / target_height, width / target_width)
+        return round(height / ratio), round(width / ratio)
+    if height <= width:
+        return target_height, int(target_height * width / height)
+    return int(target_width * height / width), target_width
+
+
+def to_tensor(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Tensor:
+    """Normalise pixels (H, W, 3) uint8 to a float32 tensor (3, H, W)."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    return torch.tensor(pixels).permute(2, 0, 1).contiguous().float().div_(255).sub_(mean).div_(std)
+
+
+def denormalise(images: Tensor, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Turn normalised images (B, 3, H, W) back into pixels (B, H, W, 3) uint8."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    pixels = images.detach().float().cpu().mul(std).add(mean).mul(255).round().clamp(0, 255)
+    values: NDArray[np.uint8] = pixels.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return values
+
+
+class TrainTransform:
+    """Random augmentation by albumentations, then normalisation.
+
+    A list whose steps always end at `preprocessing.size` (a `RandomResizedCrop`, say) gets the picture as it is;
+    before any other list comes the resize and crop of evaluation. With an empty list this is `EvalTransform`.
+
+    Args:
+        preprocessing: what the backbone wants.
+        augment: steps in order, each `{"name": a transform of albumentations, **its arguments}`. `RandomResizedCrop`
+            takes its size from `preprocessing`, and averages areas when it shrinks a picture.
+
+    Raises:
+        ValueError: a name or an argument that albumentations does not know, or a value that it refuses.
+
+    Example:
+        >>> half = (0.5, 0.5, 0.5)
+        >>> augment = [{"name": "RandomResizedCrop", "scale": [0.3, 1.0]}, {"name": "HorizontalFlip", "p": 0.5}]
+        >>> transform = TrainTransform(Preprocessing(size=(64, 64), mean=half, std=half), augment)
+        >>> transform(Image.new("RGB", (100, 80)), seed=7).shape
+        torch.Size([3, 64, 64])
+    """
+
+    def __init__(self, preprocessing: Preprocessing, augment: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.preprocessing = preprocessing
+        self.augment = tuple(dict(step) for step in augment)
+        self._steps = [_build_step(step, f"augment[{i}]", preprocessing) for i, step in enumerate(self.augment)]
+        self._crops = self._always_crops()
+
+    @property
+    def is_random(self) -> bool:
+        """Can the result depend on the seed?"""
+        return bool(self._steps)
+
+    def __call__(self, image: Image.Image, seed: int) -> Tensor:
+        """Augment an RGB picture; the normalised float32 tensor (3, H, W) depends on nothing but picture and seed."""
+        if not self._crops:
+            image = resize_and_crop(image, self.preprocessing)
+        pixels = self._apply(self._steps, np.asarray(image), seed)
+        shape = (*self.preprocessing.size, 3)
+        if pixels.dtype != np.uint8 or pixels.shape != shape:
+            raise ValueError(
+                f"augment gave {pixels.dtype} pixels of shape {pixels.shape}, not uint8 of {shape}; "
+                'add {"name": "RandomResizedCrop"}, or set p: 1 on the step that crops'
+            )
+        return to_tensor(pixels, self.preprocessing)
+
+    def __repr__(self) -> str:
+        return f"TrainTransform({self.preprocessing}, augment={list(self.augment)})"
+
+    def _always_crops(self) -> bool:
+        """Do the steps that are always taken turn a picture of another size into one of `size`?"""
+        height, width = self.preprocessing.size
+        certain = [step for step in self._steps if step.p >= 1]
+        pixels = np.zeros((2 * height + 1, 3 * width + 1, 3), dtype=np.uint8)
+        return self._apply(certain, pixels, seed=0).shape[:2] == (height, width)
+
+    def _apply(self, steps: Sequence[Any], pixels: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+        """Take the steps on pixels (H, W, 3), all of them drawing from two generators made of the seed."""
+        if steps:
+            import cv2
+
+            cv2.setNumThreads(0)  # a worker is one process of many; threads of its own would slow them all
+        # One pair of generators for all steps: with `set_random_seed` each step would own equal ones, so that a flip
+        # and a blur of equal probability always happened together.
+        generators = np.random.default_rng(seed), random.Random(seed)
+        for step in steps:
+            step.set_random_state(*generators)
+            try:
+                pixels = step(image=pixels)["image"]
+            except Exception as error:  # albumentations and OpenCV raise almost anything
+                raise ValueError(
+                    f"augment: {type(step).__name__} cannot be applied to {pixels.shape[0]} x {pixels.shape[1]} pixels "
+                    f"({error!r}); change its arguments, or remove it"
+                ) from error
+        return pixels
+
+
+def _build_step(step: Mapping[str, Any], where: str, preprocessing: Preprocessing) -> Any:
+    """Build one transform of albumentations; its warnings about arguments are errors here."""
+    arguments = dict(step)
+    name = arguments.pop("name", None)
+    transform = _find_transform(name, where)
+    allowed = list(inspect.signature(transform).parameters)
+    for key in arguments:
+        if key not in allowed:
+            raise ValueError(f"{where}: {name} has no argument {key!r}{_did_you_mean(key, allowed)}; it has {allowed}")
+    if name == "RandomResizedCrop":
+        arguments = {"size": preprocessing.size, "area_for_downscale": "image"} | arguments
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        try:
+            return transform(**arguments)
+        except (TypeError, ValueError, UserWarning) as error:
+            raise ValueError(f"{where}: {name} refuses {arguments}: {error}") from error
+
+
+def _find_transform(name: object, where: str) -> Any:
+    """Look a transform up by name; nothing but a transform of albumentations is ever found."""
+    library = _albumentations()
+    valid = [
+        key
+        for key, value in vars(library).items()
+        if isinstance(value, type) and issubclass(value, library.BasicTransform) and key not in NOT_FOR_AUGMENT
+    ]
+    if name not in valid:
+        raise ValueError(
+            f"{where}: {name!r} is no transform of albumentations{_did_you_mean(str(name), valid)}; "
+            'write {"name": "HorizontalFlip", "p": 0.5}'
+        )
+    return getattr(library, str(name))
+
+
+def _did_you_mean(word: str, valid: Sequence[str]) -> str:
+    nearest = get_close_matches(word, valid, n=1, cutoff=0.3)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _albumentations() -> ModuleType:
+    """Import albumentations, late because it takes seconds, and without its query for a newer version."""
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    import albumentations
+
+    return albumentations  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""What runs: the training loop, optimisers, metrics, checkpoints, the monitor."""

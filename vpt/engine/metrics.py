@@ -1,0 +1,171 @@
+"""Metrics of classification: pure functions and one running accumulator.
+
+Shapes: `B` batch, `K` classes. Metrics are fractions in [0, 1]; percent appears only when they are printed.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+NUM_TOP = 5
+
+
+class Sample(NamedTuple):
+    """One evaluated picture: its position in evaluation order, cross-entropy in nats, target and prediction."""
+
+    position: int
+    loss: float
+    target: int
+    prediction: int
+
+
+def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many classes come before the target: (B, K) floating point, (B,) int64 -> (B,) int64, 0 where it is best.
+
+    Of equal logits the lower class comes first, as in argmax. They are common in bfloat16, and if a tie counted as a
+    hit, a model whose logits are all the same would be right every time. nan comes before every number.
+
+    Example:
+        >>> target_ranks(torch.tensor([[0.1, 0.7, 0.7]]).expand(3, 3), torch.tensor([0, 1, 2]))
+        tensor([2, 0, 1])
+    """
+    logits = logits.masked_fill(logits.isnan(), torch.inf)
+    of_target = logits.gather(1, targets[:, None])
+    is_lower_class = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
+    return ((logits > of_target) | ((logits == of_target) & is_lower_class)).sum(dim=1)
+
+
+def per_class_recall(confusion: Tensor) -> Tensor:
+    """The fraction of each class that was found: (K, K) counts -> (K,) float64, nan for a class without targets."""
+    return confusion.diagonal().double() / confusion.sum(dim=1).double()
+
+
+class ClassificationMetrics:
+    """Counts and sums over batches of any size, from which the metrics of a whole split follow exactly.
+
+    Everything is kept on the CPU, integers and float64: how the split is cut into batches does not matter.
+
+    Args:
+        num_classes: number of classes, K.
+        num_worst: how many of the samples with the highest cross-entropy are remembered.
+
+    Raises:
+        ValueError: if `num_classes` is below 1 or `num_worst` below 0.
+
+    Example:
+        >>> metrics = ClassificationMetrics(num_classes=2)
+        >>> metrics.update(torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 0, 1]))
+        >>> {name: round(value, 3) for name, value in metrics.compute().items()}
+        {'loss': 0.794, 'top1': 0.667, 'mean_per_class': 0.5}
+    """
+
+    def __init__(self, num_classes: int, *, num_worst: int = 16) -> None:
+        if num_classes < 1:
+            raise ValueError(f"num_classes={num_classes}: must be at least 1.")
+        if num_worst < 0:
+            raise ValueError(f"num_worst={num_worst}: must be at least 0.")
+        self.num_classes = num_classes
+        self.num_worst = num_worst
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, to start another evaluation."""
+        self._confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
+        self._sums = torch.zeros(2, dtype=torch.float64)  # of the losses, of the targets among the five best
+        self._num_seen = 0
+        self._worst: list[Sample] = []
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, targets: Tensor, loss: float | Tensor | None = None) -> None:
+        """Add one batch.
+
+        Args:
+            logits: (B, K) floating point of any precision, on any device.
+            targets: (B,) integers in [0, K).
+            loss: mean loss of the batch as the task defines it; by default the cross-entropy of the logits.
+
+        Raises:
+            ValueError: if a shape does not fit, or a target lies outside of [0, K).
+        """
+        logits, targets = logits.detach().cpu().double(), targets.detach().cpu()
+        self._check(logits, targets)
+        if len(targets) == 0:
+            return
+        targets = targets.long()
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        predictions = logits.argmax(dim=1)
+        self._confusion.index_put_((targets, predictions), torch.ones_like(targets), accumulate=True)
+        self._sums[0] += losses.sum() if loss is None else float(loss) * len(targets)
+        self._sums[1] += (target_ranks(logits, targets) < NUM_TOP).sum()
+        self._remember_worst(losses, targets, predictions)
+        self._num_seen += len(targets)
+
+    def compute(self) -> dict[str, float]:
+        """The metrics of everything that was added: loss, top1, mean_per_class, and top5 where K > 5.
+
+        Raises:
+            ValueError: if nothing was added.
+        """
+        num = int(self._confusion.sum())
+        if num == 0:
+            raise ValueError("No sample was evaluated: the split is empty, or update() was never called.")
+        loss, hits_top5 = (self._sums / num).tolist()
+        values = {"loss": loss, "top1": int(self._confusion.diagonal().sum()) / num}
+        if self.num_classes > NUM_TOP:
+            values["top5"] = hits_top5
+        values["mean_per_class"] = float(per_class_recall(self._confusion).nanmean())
+        return values
+
+    def per_class(self) -> list[float]:
+        """Recall of each class, K values, nan where a class has no targets."""
+        recall: list[float] = per_class_recall(self._confusion).tolist()
+        return recall
+
+    @property
+    def confusion(self) -> Tensor:
+        """Counts, (K, K) int64: rows are targets, columns are predictions."""
+        return self._confusion.clone()
+
+    @property
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """The two tensors that add up: summed in place over processes, they make `compute` that of the whole split.
+
+        `worst` does not follow: its samples stay those of this process.
+        """
+        return self._confusion, self._sums
+
+    def worst(self, num: int | None = None) -> list[Sample]:
+        """The samples of the highest cross-entropy, highest first; of equal ones the earlier comes first.
+
+        Args:
+            num: how many, at most `num_worst`; by default all that are remembered. Fewer if fewer were evaluated.
+
+        Raises:
+            ValueError: if `num` is outside of [0, num_worst].
+        """
+        num = self.num_worst if num is None else num
+        if not 0 <= num <= self.num_worst:
+            raise ValueError(f"num={num}: only {self.num_worst} samples are remembered; set num_worst to keep more.")
+        return self._worst[:num]
+
+    def _remember_worst(self, losses: Tensor, targets: Tensor, predictions: Tensor) -> None:
+        # Only the worst of the batch can be among the worst of all. argsort puts nan first: the worst there is.
+        order = losses.argsort(descending=True, stable=True)[: self.num_worst].tolist()
+        batch = [Sample(self._num_seen + i, float(losses[i]), int(targets[i]), int(predictions[i])) for i in order]
+        both = self._worst + batch
+        by_loss = torch.tensor([sample.loss for sample in both], dtype=torch.float64)
+        self._worst = [both[i] for i in by_loss.argsort(descending=True, stable=True)[: self.num_worst].tolist()]
+
+    def _check(self, logits: Tensor, targets: Tensor) -> None:
+        K = self.num_classes
+        if logits.ndim != 2 or logits.shape[1] != K:
+            raise ValueError(f"Logits have the shape {tuple(logits.shape)}; {K} classes need (B, {K}).")
+        if targets.shape != logits.shape[:1]:
+            raise ValueError(f"Targets have the shape {tuple(targets.shape)}; these logits need ({len(logits)},).")
+        if targets.is_floating_point():
+            raise ValueError(f"Targets are {targets.dtype}; class numbers are integers.")
+        outside = targets[(targets < 0) | (targets >= K)]
+        if len(outside):
+            raise ValueError(f"Target {int(outside[0])} is outside of [0, {K}): the data and the head disagree.")

@@ -1,0 +1,206 @@
+"""What a run writes down while it trains: TensorBoard events and `metrics.jsonl`.
+
+The only file that knows TensorBoard. Events lie directly in the run's folder, so that `tensorboard --logdir runs` shows
+one entry for each run, named like its folder.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, SupportsFloat
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch.utils.tensorboard import SummaryWriter
+
+OVERVIEW: Mapping[str, Sequence[str]] = {
+    "loss": ["^train/loss$", "^val/loss$"],
+    "accuracy": ["^val/top1$", "^val/mean_per_class$"],
+    "learning rate": ["^lr/"],
+    "prompt gradient norm": [r"^prompt_grad_norm/block_\d+$"],
+    "prompt norm": [r"^prompt_norm/block_\d+$"],
+    "prompt update ratio": [r"^prompt_update_ratio/block_\d+$"],
+    "images per second": ["^perf/images_per_s$"],
+    "data wait fraction": ["^perf/data_wait_fraction$"],
+    "peak memory, MiB": ["^memory/peak_mib$"],
+}
+"""The charts of the page "overview" under Custom Scalars: title -> regular expressions of the tags that it shows."""
+
+
+class Monitor:
+    """Writes scalars, pictures, text and hyperparameters of one run; in a run of many processes, the first makes one.
+
+    A file that cannot be written (a full disk, a lost share) is reported once, as a warning, and training goes on.
+
+    Args:
+        run_dir: the run's folder; made if it is missing.
+        layout: charts of the overview page, title -> regular expressions of tags; None for `OVERVIEW`.
+        purge_step: when a run is resumed, the first step that is written again. What an interrupted process wrote
+            from there on is dropped, so that steps increase in both files.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, Monitor(Path(folder)) as monitor:
+        ...     monitor.scalars({"train/loss": 0.5}, step=1)
+        ...     print((Path(folder) / "metrics.jsonl").read_text(), end="")
+        {"step": 1, "train/loss": 0.5}
+    """
+
+    def __init__(
+        self, run_dir: Path, *, layout: Mapping[str, Sequence[str]] | None = None, purge_step: int | None = None
+    ) -> None:
+        self._metrics_file = run_dir / "metrics.jsonl"
+        self._warned: set[str] = set()
+        self._last_step = 0
+        self._writer: SummaryWriter | None = None
+        self._attempt("metrics.jsonl", lambda: _prepare(self._metrics_file, purge_step))
+        self._attempt("TensorBoard events", lambda: self._open_events(run_dir, purge_step))
+        charts = OVERVIEW if layout is None else layout
+        multiline = {title: ["Multiline", list(tags)] for title, tags in charts.items()}
+        self._write_events(lambda writer: writer.add_custom_scalars({"overview": multiline}))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def scalars(self, values: Mapping[str, SupportsFloat], step: int) -> None:
+        """Write numbers, one point for each tag and one line of `metrics.jsonl`, where nan and inf become null.
+
+        Args:
+            values: tag -> a number or a tensor of one element.
+            step: optimiser updates so far.
+
+        Raises:
+            ValueError: if a tag is "step", the name that `metrics.jsonl` keeps for the step.
+        """
+        if "step" in values:
+            raise ValueError('The tag "step" is taken: metrics.jsonl keeps the step under this name.')
+        numbers = {tag: float(value) for tag, value in values.items()}
+        self._last_step = step
+        self._attempt("metrics.jsonl", lambda: _append(self._metrics_file, step, numbers))
+
+        def write(writer: "SummaryWriter") -> None:
+            for tag, number in numbers.items():
+                writer.add_scalar(tag, number, step)
+
+        self._write_events(write)
+
+    def images(self, tag: str, pictures: "NDArray[np.uint8] | Sequence[NDArray[np.uint8]]", step: int) -> None:
+        """Write one picture under `tag`, or several under `tag_00`, `tag_01`, ...
+
+        Args:
+            tag: the tag.
+            pictures: (H, W, 3) uint8, or a sequence of such.
+            step: optimiser updates so far.
+
+        Raises:
+            ValueError: if a picture has another shape or type.
+        """
+        if isinstance(pictures, Sequence) or pictures.ndim == 4:
+            tagged = {f"{tag}_{i:02d}": picture for i, picture in enumerate(pictures)}
+        else:
+            tagged = {tag: pictures}
+        for name, picture in tagged.items():
+            _check_picture(name, picture)
+
+        def write(writer: "SummaryWriter") -> None:
+            for name, picture in tagged.items():
+                writer.add_image(name, picture, step, dataformats="HWC")
+
+        self._write_events(write)
+
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """Write text, which TensorBoard reads as Markdown: put code between fences."""
+        self._write_events(lambda writer: writer.add_text(tag, text, step))
+
+    def hparams(self, hparams: Mapping[str, object], metrics: Mapping[str, SupportsFloat]) -> None:
+        """Write the row of this run in the table of hyperparameters; call it once, when the run has ended.
+
+        TensorBoard shows the first row that a run writes: a later call changes the scalars only.
+
+        Args:
+            hparams: name -> value; a nested mapping becomes `outer.inner`, what is no number becomes text.
+            metrics: the columns of results, tag -> number; also written as scalars, at the last step.
+        """
+        self.scalars(metrics, self._last_step)
+
+        def write(writer: "SummaryWriter") -> None:
+            from torch.utils.tensorboard.summary import hparams as summaries
+
+            # writer.add_hparams would open a second run inside of this one.
+            file_writer: Any = writer.file_writer
+            for summary in summaries(_flat(hparams), dict(metrics)):  # type: ignore[no-untyped-call]
+                file_writer.add_summary(summary)
+
+        self._write_events(write)
+
+    def close(self) -> None:
+        """Write what is still waiting, and close the events file."""
+        self._write_events(lambda writer: writer.close())
+
+    def _open_events(self, run_dir: Path, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir), purge_step=purge_step, flush_secs=30)
+
+    def _write_events(self, write: "Callable[[SummaryWriter], Any]") -> None:
+        writer = self._writer
+        if writer is not None:
+            self._attempt("TensorBoard events", lambda: write(writer))
+
+    def _attempt(self, what: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            if what in self._warned:
+                return
+            self._warned.add(what)
+            warnings.warn(
+                f"{what} of {self._metrics_file.parent} cannot be written: {error}. Training goes on without.",
+                stacklevel=3,
+            )
+
+
+def _prepare(metrics_file: Path, purge_step: int | None) -> None:
+    """Make the folder; drop the lines from `purge_step` on, and those that an interruption cut short."""
+    metrics_file.parent.mkdir(parents=True, exist_ok=True)
+    if purge_step is None or not metrics_file.exists():
+        return
+    kept = [line for line in metrics_file.read_text().splitlines() if _step_of(line) < purge_step]
+    temporary = metrics_file.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.replace(metrics_file)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _append(metrics_file: Path, step: int, numbers: Mapping[str, float]) -> None:
+    finite = {tag: number if math.isfinite(number) else None for tag, number in numbers.items()}
+    # Opened for each line: nothing waits in a buffer when the process dies, and a share that comes back is used again.
+    with metrics_file.open("a") as file:
+        file.write(json.dumps({"step": step, **finite}) + "\n")
+
+
+def _check_picture(tag: str, picture: "NDArray[np.uint8]") -> None:
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != "uint8":
+        raise ValueError(f"{tag}: a picture is (H, W, 3) uint8, not {picture.shape} {picture.dtype}.")
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if type(value) in (int, float, str) else str(value)
+    return flat

@@ -1,0 +1,331 @@
+"""fit() and evaluate(): the loop, on one screen. It knows modules, loaders and numbers, neither prompts nor data sets.
+
+A loader gives batches `(images, targets)`; its sampler, when it has a `set_epoch`, is told the epoch.
+"""
+
+import itertools
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from vpt.engine.checkpoint import Checkpoints
+from vpt.engine.console import Progress, percent
+from vpt.engine.monitor import Monitor
+from vpt.engine.optim import MovingAverage
+from vpt.engine.watch import RowWatch
+
+Batch = tuple[Tensor, Tensor]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class Metrics(Protocol):
+    """What evaluate() asks of an accumulator of metrics."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Add a batch."""
+
+    def compute(self) -> dict[str, float]:
+        """The metrics of all that was added, "loss" among them."""
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How to train.
+
+    Args:
+        epochs: Passes over train.
+        select: The val metric that chooses the best epoch, higher is better; of equal ones the lower loss wins.
+        accumulation: Batches in an optimiser step.
+        clip_norm: Largest norm of the gradient of all tuned parameters; None does not clip.
+        patience: Epochs without a better val metric before training stops; None never stops.
+        precision: "bf16" computes the forward pass under autocast.
+        log_every: Optimiser steps between two points in the monitor.
+        max_batches: Batches of each pass over a loader; None takes all.
+    """
+
+    epochs: int
+    select: str = "top1"
+    accumulation: int = 1
+    clip_norm: float | None = None
+    patience: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    log_every: int = 10
+    max_batches: int | None = None
+
+
+@dataclass
+class FitResult:
+    """What fit() did: the best epoch (from 1), its val metrics, epochs run, optimiser steps and seconds."""
+
+    best_epoch: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    epochs: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+
+
+def fit(
+    model: nn.Module,
+    train_loader: DataLoader[Batch],
+    val_loader: DataLoader[Batch],
+    *,
+    loss_function: LossFunction,
+    metrics: Metrics,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    settings: FitSettings,
+    checkpoints: Checkpoints,
+    monitor: Monitor,
+    average: MovingAverage | None = None,
+    watches: Sequence[RowWatch] = (),
+) -> FitResult:
+    """Train, evaluate on val after each epoch, keep the last and the best; the model ends with the weights of the best.
+
+    Args:
+        model: Computes logits from images; on the device that the batches are moved to.
+        train_loader: Batches of train, in a new order each epoch.
+        val_loader: Batches of val; they choose.
+        loss_function: (logits, targets) -> a scalar, the mean over the batch.
+        metrics: The accumulator for val.
+        optimizer: Steps the tuned parameters.
+        schedule: Advanced once an optimiser step.
+        settings: Numbers of the loop.
+        checkpoints: Where `last` and `best` go.
+        monitor: Where numbers go.
+        average: Moving average of the tuned parameters; when given, val sees it and `best` holds it.
+        watches: Parameters whose rows are logged.
+
+    Raises:
+        FloatingPointError: The loss is not finite; nothing of that epoch is saved.
+    """
+    result, start = FitResult(), time.monotonic()
+    for epoch in range(1, settings.epochs + 1):
+        title = f"epoch {epoch}/{settings.epochs}"
+        result.steps = _train_epoch(
+            model,
+            train_loader,
+            loss_function,
+            optimizer,
+            schedule,
+            settings,
+            monitor,
+            average,
+            watches,
+            epoch,
+            result.steps,
+        )
+        with average.swapped_in() if average else torch.no_grad():
+            values = evaluate(
+                model, val_loader, metrics, precision=settings.precision, max_batches=settings.max_batches
+            )
+            monitor.scalars({f"val/{name}": value for name, value in values.items()}, result.steps)
+            known = {"epoch": epoch, "step": result.steps, "metrics": {"val": values}}
+            is_best = not result.best or _rank(values, settings.select) > _rank(result.best, settings.select)
+            if is_best:
+                result.best_epoch, result.best = epoch, values
+                checkpoints.save("best", known)
+        checkpoints.save("last", known)
+        result.epochs = epoch
+        line = f"{title}: val loss {values['loss']:.4f}, {settings.select} {percent(values[settings.select])}"
+        print(f"{line} *" if is_best else line, flush=True)
+        if settings.patience is not None and epoch - result.best_epoch >= settings.patience:
+            print(f"no better val {settings.select} for {settings.patience} epochs: stopping")
+            break
+    checkpoints.restore("best")
+    result.seconds = time.monotonic() - start
+    return result
+
+
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader[Batch],
+    metrics: Metrics,
+    *,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    max_batches: int | None = None,
+    description: str | None = None,
+) -> dict[str, float]:
+    """Metrics of a model over all batches of a loader, in eval mode and without gradients.
+
+    Args:
+        model: Computes logits from images.
+        loader: Batches, in a fixed order.
+        metrics: The accumulator; reset first.
+        precision: "bf16" computes the forward pass under autocast.
+        max_batches: Batches to take; None takes all.
+        description: Shows progress under this name; None shows none.
+    """
+    device = next(model.parameters()).device
+    metrics.reset()
+    model.eval()
+    batches = itertools.islice(loader, max_batches)
+    with torch.inference_mode(), _autocast(device, precision):
+        if description is None:
+            for images, targets in batches:
+                metrics.update(model(images.to(device, non_blocking=True)).float(), targets)
+        else:
+            with Progress(total=_num_batches(loader, max_batches), description=description) as progress:
+                for images, targets in batches:
+                    metrics.update(model(images.to(device, non_blocking=True)).float(), targets)
+                    progress.advance(len(images))
+    return metrics.compute()
+
+
+def overfit(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    loss_function: LossFunction,
+    optimizer: Optimizer,
+    max_steps: int = 300,
+) -> int | None:
+    """Train on one batch until every picture of it is classified right; return the steps, None if it never is.
+
+    A model, its gradients and its optimiser that cannot do this are broken.
+    """
+    device = next(model.parameters()).device
+    images, targets = (part.to(device) for part in batch)
+    model.train()
+    for step in range(1, max_steps + 1):
+        logits = model(images)
+        loss = loss_function(logits, targets)
+        right = (logits.argmax(1) == targets).float().mean().item()
+        if step % 10 == 1:
+            print(f"step {step}: loss {loss.item():.4f}, top1 {percent(right)}")
+        if right == 1:
+            return step
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return None
+
+
+def _train_epoch(
+    model: nn.Module,
+    loader: DataLoader[Batch],
+    loss_function: LossFunction,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    settings: FitSettings,
+    monitor: Monitor,
+    average: MovingAverage | None,
+    watches: Sequence[RowWatch],
+    epoch: int,
+    step: int,
+) -> int:
+    device = next(model.parameters()).device
+    tuned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if hasattr(loader.sampler, "set_epoch"):
+        loader.sampler.set_epoch(epoch)
+    model.train()
+    num_batches = _num_batches(loader, settings.max_batches)
+    pace = _Pace()
+    with Progress(total=num_batches, description=f"epoch {epoch}/{settings.epochs}") as progress:
+        for group in _groups(pace.timed(itertools.islice(loader, num_batches)), settings.accumulation):
+            num_images = sum(len(targets) for _, targets in group)
+            loss = torch.zeros((), device=device)
+            for images, targets in group:
+                images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+                with _autocast(device, settings.precision):
+                    logits = model(images)
+                part = loss_function(logits.float(), targets) * (len(targets) / num_images)
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += part.detach()
+                progress.advance(len(targets), loss=loss)
+            norm = nn.utils.clip_grad_norm_(tuned, settings.clip_norm or float("inf"))
+            is_logged = step % settings.log_every == 0
+            for watch in watches if is_logged else ():
+                watch.before_step()
+            lrs = {
+                f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups if "_bias" not in group["name"]
+            }
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            step += 1
+            pace.num_images += num_images
+            if average is not None:
+                average.update()
+            if is_logged:
+                _check_finite(loss, step, epoch, lrs)
+                rows = {tag: value for watch in watches for tag, value in watch.after_step().items()}
+                monitor.scalars({"train/loss": loss, "train/grad_norm": norm, **lrs, **pace.measured(), **rows}, step)
+    _check_finite(loss, step, epoch, lrs)
+    return step
+
+
+class _Pace:
+    """Images a second and the fraction of time spent waiting for data, since it was last asked."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, with the time between asking and getting counted as waiting."""
+        iterator = iter(batches)
+        while True:
+            asked = time.monotonic()
+            batch = next(iterator, None)
+            self.waited_s += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def measured(self) -> dict[str, float]:
+        """`perf/` and `memory/` values; starts the next measurement."""
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        values = {
+            "perf/images_per_s": self.num_images / seconds,
+            "perf/data_wait_fraction": min(1.0, self.waited_s / seconds),
+            "memory/peak_mib": _peak_memory_mib(),
+        }
+        self._restart()
+        return values
+
+    def _restart(self) -> None:
+        self.start, self.waited_s, self.num_images = time.monotonic(), 0.0, 0
+
+
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    iterator = iter(batches)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
+def _rank(values: dict[str, float], select: str) -> tuple[float, float]:
+    return values[select], -values["loss"]
+
+
+def _num_batches(loader: DataLoader[Batch], max_batches: int | None) -> int:
+    return len(loader) if max_batches is None else min(len(loader), max_batches)
+
+
+def _autocast(device: torch.device, precision: str) -> Any:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def _peak_memory_mib() -> float:
+    """Peak allocated memory of the GPU, or of this process without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _check_finite(loss: Tensor, step: int, epoch: int, lrs: dict[str, float]) -> None:
+    if not bool(torch.isfinite(loss)):
+        rates = ", ".join(f"{name} {value:.2g}" for name, value in lrs.items())
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at step {step}, epoch {epoch} ({rates}); "
+            "lower optim.prompt_lr and optim.head_lr, or check the data"
+        )

@@ -1,0 +1,47 @@
+"""RowWatch: the norm of each row of a parameter, of its gradient, and of what a step changes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+class RowWatch:
+    """Norms of the rows of one parameter, such as the prompt tokens of each block.
+
+    Args:
+        name: Prefix of the tags, such as "prompt".
+        parameter: Of shape (L, ...); L rows.
+        rows: A name for each row, such as "block_07".
+
+    Raises:
+        ValueError: The number of names is not the number of rows.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, rows: Sequence[str]) -> None:
+        if len(rows) != len(parameter):
+            raise ValueError(f"{len(rows)} row names for a parameter of {len(parameter)} rows")
+        self.name, self.parameter, self.rows = name, parameter, list(rows)
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Remember the values and the gradients that the optimiser is about to use."""
+        self._before = self.parameter.detach().clone()
+        gradient = self.parameter.grad
+        self._gradient_norms = torch.zeros(len(self.rows)) if gradient is None else _row_norms(gradient)
+
+    @torch.no_grad()
+    def after_step(self) -> dict[str, float]:
+        """`{name}_norm/`, `{name}_grad_norm/` and `{name}_update_ratio/` (norm of the change / norm) of every row."""
+        norms = _row_norms(self._before)
+        changes = _row_norms(self.parameter.detach() - self._before)
+        values = {"norm": norms, "grad_norm": self._gradient_norms, "update_ratio": changes / norms.clamp(min=1e-12)}
+        return {
+            f"{self.name}_{kind}/{row}": value
+            for kind, column in values.items()
+            for row, value in zip(self.rows, column.tolist(), strict=True)
+        }
+
+
+def _row_norms(rows: torch.Tensor) -> torch.Tensor:
+    return rows.detach().float().flatten(1).norm(dim=1).cpu()

@@ -1,0 +1,74 @@
+"""python -m vpt.evaluate run=RUN: the metrics of a trained run on one of its splits."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from vpt.config import ConfigError, fail, parse_options
+
+USAGE = """python -m vpt.evaluate: metrics of a trained run on one split of its data.
+
+  run=FOLDER         a run folder, such as runs/quickstart
+  split=test         train, val or test
+  root=PATH          where the data lie now, when they have moved
+  checkpoint=FILE    weights of the backbone, when they have moved
+  output=FILE.json   write the metrics there too
+  batch_size=64  num_workers=0  device=auto
+
+Example: python -m vpt.evaluate run=runs/quickstart split=val"""
+
+
+@dataclass
+class EvaluateOptions:
+    """Options of `python -m vpt.evaluate`."""
+
+    run: str = MISSING
+    split: str = "test"
+    root: str | None = None
+    checkpoint: str | None = None
+    output: str | None = None
+    batch_size: int = 64
+    num_workers: int = 0
+    device: str = "auto"
+
+
+def main() -> None:
+    """Read the options, evaluate, print a table."""
+    try:
+        evaluate_run(parse_options(EvaluateOptions, sys.argv[1:], USAGE))
+    except (ValueError, TypeError, OSError) as error:
+        fail(error)
+
+
+def evaluate_run(options: EvaluateOptions) -> dict[str, float]:
+    """Evaluate a run on a split, print a table of the metrics and of the recall of each class, return the metrics."""
+    from vpt import build, report
+    from vpt.data.classification import ClassificationDataset
+    from vpt.data.loaders import build_loader
+    from vpt.data.transforms import EvalTransform
+    from vpt.engine.metrics import ClassificationMetrics
+    from vpt.engine.trainer import evaluate
+    from vpt.files import write_json
+
+    run = build.load_run(Path(options.run), checkpoint=options.checkpoint, device=options.device)
+    run.config.dataset.root = options.root or run.config.dataset.root
+    samples = build.build_samples(run.config.dataset)
+    if options.split not in samples:
+        raise ConfigError(f"split={options.split}: this data set has {', '.join(samples)}")
+    if samples[options.split].classes != run.model.classes:
+        raise ConfigError(f"run={options.run}: the classes of the data are not those of the task file")
+    dataset = ClassificationDataset(samples[options.split], EvalTransform(run.preprocessing))
+    loader = build_loader(dataset, options.batch_size, shuffle=False, num_workers=options.num_workers)
+    metrics = ClassificationMetrics(run.model.num_classes)
+    values = evaluate(run.model, loader, metrics, description=options.split)
+    print(report.result_table({options.split: values}))
+    print(report.class_table(metrics, samples[options.split].classes))
+    if options.output is not None:
+        write_json(Path(options.output), {"run": options.run, "split": options.split, "metrics": values})
+    return values
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Files that are whole or absent: written under a temporary name, synced, renamed, and checked by sha256."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+MAX_BYTES = 2 * 1024**3
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the new one, never a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a mapping as indented JSON."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors and JSON metadata as one safetensors file; the sha256 of the tensors is added to the metadata.
+
+    Args:
+        path: Where to; the folder is made when it is missing.
+        tensors: Any shapes and dtypes; copied to the CPU.
+        metadata: Plain JSON values, stored under the safetensors metadata key "vpt".
+    """
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    described = json.dumps({**metadata, "sha256": tensors_sha256(tensors)}, ensure_ascii=False)
+    write_bytes(path, save(tensors, {"vpt": described}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote: the tensors, on the CPU, and the metadata.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a safetensors file of vpt, or its tensors are not those that were written.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_BYTES} bytes, not a file of vpt")
+    try:
+        with safe_open(path, framework="pt") as file:
+            described = (file.metadata() or {}).get("vpt")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    if described is None:
+        raise ValueError(f"{path}: a safetensors file, but not one of vpt (no 'vpt' metadata)")
+    metadata = _parse_metadata(path, described)
+    if metadata.pop("sha256", None) != tensors_sha256(tensors):
+        raise ValueError(
+            f"{path}: damaged, the sha256 of its tensors is not the one that was written; get a fresh copy"
+        )
+    return tensors, metadata
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of names, dtypes, shapes and bytes, independent of order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _parse_metadata(path: Path, described: str) -> dict[str, Any]:
+    try:
+        metadata = json.loads(described)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its 'vpt' metadata is not JSON") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path}: its 'vpt' metadata is not a JSON object")
+    return metadata
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

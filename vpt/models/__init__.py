@@ -1,0 +1,1 @@
+"""What computes: prompts, the prompted backbone, heads."""

@@ -1,0 +1,293 @@
+"""PromptedViT: a timm vision transformer, held and frozen, that carries a prompt.
+
+Only this file knows timm's internals.
+
+The sequence in a prompted block is `[prefix tokens, prompt tokens, patch tokens]`. The prompt enters after the position
+embedding and has no position of its own: where a block rotates queries and keys (RoPE), prompt tokens are not rotated.
+
+Legend: B batch, C channels, H, W pixels, M patch tokens, P prompt tokens, N prefix + patch tokens, D embed_dim.
+"""
+
+import difflib
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.models import Eva, VisionTransformer, eva, load_state_dict, vision_transformer
+from torch import Tensor, nn
+
+import vpt.models.nano  # noqa: F401  # registers the backbone that ships in the package
+from vpt.models.prompts import Blocks, PromptKind, VisualPrompt, resolve_blocks
+
+ViT = VisionTransformer | Eva
+
+
+class PromptedViT(nn.Module):
+    """A frozen timm ViT that carries a prompt; the prompt is all that trains.
+
+    The ViT is held, not copied: its parameters lose `requires_grad`, it stays in eval mode (no dropout, no drop path)
+    also while the prompt trains, and the same object may be held by several prompted backbones. With `prompt=None`
+    the results are those of the ViT, bit for bit.
+
+    Args:
+        vit: A plain timm ViT: anything that timm builds on `VisionTransformer` or `Eva`. A classifier in it is not
+            used.
+        prompt: "deep", "shallow", None, or a ready `VisualPrompt`.
+        num_tokens: P, prompt tokens in each prompted block.
+        blocks: Blocks that a deep prompt enters: "all", "first:k", "last:k" or a list of indices.
+        dropout: Dropout of prompt tokens, drawn for each sample.
+
+    Raises:
+        TypeError: `vit` is not a model that can be prompted.
+        ValueError: The prompt does not fit the ViT, or a number is out of range.
+
+    References:
+        Visual Prompt Tuning (Jia et al., 2022), https://arxiv.org/abs/2203.12119, equations 4 to 7.
+
+    Example:
+        >>> vit = timm.create_model("vit_nano_patch8_64", num_classes=0)
+        >>> backbone = PromptedViT(vit, prompt="deep", num_tokens=10)
+        >>> images = torch.zeros(2, 3, 64, 64)
+        >>> backbone(images).shape, backbone.forward_features(images).shape
+        (torch.Size([2, 192]), torch.Size([2, 65, 192]))
+    """
+
+    def __init__(
+        self,
+        vit: ViT,
+        prompt: PromptKind | VisualPrompt | None = "deep",
+        *,
+        num_tokens: int = 10,
+        blocks: Blocks = "all",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_supported(vit)
+        self.vit = vit.requires_grad_(False).eval()
+        if isinstance(prompt, str):
+            prompt = VisualPrompt(
+                num_tokens,
+                self.embed_dim,
+                kind=prompt,
+                blocks=(0,) if prompt == "shallow" and blocks == "all" else resolve_blocks(blocks, self.depth),
+                dropout=dropout,
+                patch_size=vit.patch_embed.patch_size,
+            )
+        if prompt is not None and (prompt.embed_dim != self.embed_dim or prompt.blocks[-1] >= self.depth):
+            raise ValueError(f"{prompt} does not fit a ViT of embed_dim {self.embed_dim} and {self.depth} blocks")
+        self.prompt = prompt
+
+    @property
+    def embed_dim(self) -> int:
+        """D, token width."""
+        return int(self.vit.embed_dim)
+
+    @property
+    def depth(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.vit.blocks)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """CLS and registers, as timm counts them; they come first in the sequence."""
+        return int(self.vit.num_prefix_tokens)
+
+    @property
+    def name(self) -> str:
+        """The timm name with its pretrained tag, such as `vit_tiny_patch16_224.augreg_in21k_ft_in1k`."""
+        return name_of(self.vit)
+
+    def train(self, mode: bool = True) -> "PromptedViT":
+        """Set the mode of the prompt; the frozen ViT stays in eval mode."""
+        super().train(mode)
+        self.vit.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, D), pooled as the timm model pools, of normalised images (B, 3, H, W)."""
+        features: Tensor = self.vit.forward_head(self.forward_features(images), pre_logits=True)
+        return features
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Tokens (B, N, D) after the final norm, prefix tokens first, prompt tokens removed."""
+        tokens, rope = self._embed(images)
+        held = 0  # prompt tokens in the sequence
+        for index, block in enumerate(self.vit.blocks):
+            if self.prompt is not None and self.prompt.enters(index):
+                tokens = self._insert(tokens, self.prompt(index, len(tokens)))
+                held = self.prompt.num_tokens
+            tokens = self._run_block(block, tokens, _rope_of_block(rope, index, self.vit), held)
+            if self.prompt is not None and self.prompt.kind == "deep" and held:
+                tokens, held = self._remove(tokens, held), 0
+        tokens = self.vit.norm(self._remove(tokens, held) if held else tokens)
+        return tokens
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tokens that enter block 0, and the rotary position embedding of models that have one."""
+        tokens, rope = self.vit.patch_embed(images), None
+        if isinstance(self.vit, Eva):
+            tokens, rope = self.vit._pos_embed(tokens)
+        else:
+            tokens = self.vit.patch_drop(self.vit._pos_embed(tokens))
+        return self.vit.norm_pre(tokens), rope
+
+    def _insert(self, tokens: Tensor, prompt: Tensor) -> Tensor:
+        prefix = self.num_prefix_tokens
+        return torch.cat([tokens[:, :prefix], prompt.to(tokens.dtype), tokens[:, prefix:]], dim=1)
+
+    def _remove(self, tokens: Tensor, num_tokens: int) -> Tensor:
+        prefix = self.num_prefix_tokens
+        return torch.cat([tokens[:, :prefix], tokens[:, prefix + num_tokens :]], dim=1)
+
+    def _run_block(self, block: nn.Module, tokens: Tensor, rope: Tensor | None, num_prompt_tokens: int) -> Tensor:
+        if isinstance(self.vit, Eva):
+            rope = _extend_rope(rope, num_prompt_tokens) if rope is not None else None
+            return block(tokens, rope=rope)  # type: ignore[no-any-return]
+        return block(tokens)  # type: ignore[no-any-return]
+
+
+def load_vit(
+    name: str, *, pretrained: bool = True, checkpoint: str | Path | None = None, img_size: int | None = None
+) -> ViT:
+    """Make a timm ViT without a classifier.
+
+    Args:
+        name: A timm name, with or without a pretrained tag.
+        pretrained: Load the weights that timm knows under this name, from the package, the hub's cache or the hub.
+        checkpoint: Load the weights from this file (.safetensors, or .pth read with weights_only) instead.
+        img_size: Input size in pixels; the position embedding is resampled to it. None keeps the model's own.
+
+    Raises:
+        ValueError: The name is unknown or no ViT that can be prompted, or weights do not fit or cannot be had.
+        FileNotFoundError: There is no such checkpoint.
+    """
+    _check_name(name)
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"backbone.checkpoint={checkpoint}: no such file")
+    options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    from_timm = pretrained and checkpoint is None
+    try:
+        vit = timm.create_model(name, pretrained=from_timm, num_classes=0, **options)
+    except Exception as error:  # the hub, a file and timm each raise kinds of their own
+        if from_timm:
+            raise ValueError(_describe_missing_weights(name, error)) from error
+        raise ValueError(f"backbone.name={name} cannot be built: {_first_line(error)}") from error
+    _check_supported(vit)
+    if checkpoint is not None:
+        _load_checkpoint(vit, name, Path(checkpoint))
+    return vit
+
+
+def name_of(vit: ViT) -> str:
+    """The timm name with its pretrained tag, such as `vit_tiny_patch16_224.augreg_in21k_ft_in1k`."""
+    config = vit.pretrained_cfg
+    tag = config.get("tag")
+    return f"{config['architecture']}.{tag}" if tag else str(config["architecture"])
+
+
+def preprocessing_of(vit: ViT) -> dict[str, Any]:
+    """How a picture becomes an input of this ViT, as plain JSON values.
+
+    Returns:
+        size (height, width) in pixels; mean and std of the three channels, for pixels in [0, 1]; interpolation,
+        crop_pct and crop_mode, as timm resolves them for the weights.
+    """
+    config = resolve_model_data_config(vit)
+    size = vit.patch_embed.img_size or config["input_size"][1:]
+    return {
+        "size": [int(side) for side in size],
+        "mean": [float(value) for value in config["mean"]],
+        "std": [float(value) for value in config["std"]],
+        "interpolation": str(config["interpolation"]),
+        "crop_pct": float(config["crop_pct"]),
+        "crop_mode": str(config["crop_mode"]),
+    }
+
+
+def fingerprint(vit: ViT) -> str:
+    """A digest of the weights, the same for every input size and with or without a classifier.
+
+    Sixty-four values, evenly spread, of each parameter are read as float32. The position embedding and the patch
+    kernels are left out, because timm resamples them when the input or the patch size changes.
+    """
+    digest = hashlib.sha256()
+    left_out = ("pos_embed", "patch_embed.", "head.", "head_dist.")
+    for name, parameter in sorted(vit.named_parameters()):
+        if name.startswith(left_out):
+            continue
+        values = parameter.detach().reshape(-1)
+        step = max(1, len(values) // 64)
+        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        digest.update(values[::step][:64].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_supported(vit: nn.Module) -> None:
+    """A model is understood when it runs the very `forward_features` of timm's ViT or Eva."""
+    known = (VisionTransformer.forward_features, Eva.forward_features)
+    if not isinstance(vit, VisionTransformer | Eva) or type(vit).forward_features not in known:
+        raise TypeError(
+            f"{type(vit).__name__} cannot be prompted; supported are plain ViTs that timm builds on "
+            "VisionTransformer or Eva (ViT, DeiT, AugReg, MAE, CLIP, SigLIP, DINO, DINOv2, DINOv3, EVA-02)"
+        )
+
+
+def _load_checkpoint(vit: ViT, name: str, path: Path) -> None:
+    """Load all weights of a ViT from a file; a classifier in the file is left out, anything else must match."""
+    to_timm = eva.checkpoint_filter_fn if isinstance(vit, Eva) else vision_transformer.checkpoint_filter_fn
+    try:
+        state = to_timm(load_state_dict(str(path), device="cpu", weights_only=True), vit)
+        missing, unexpected = vit.load_state_dict(state, strict=False)
+    except Exception as error:  # safetensors, pickle's guard, timm and torch each raise kinds of their own
+        raise ValueError(f"backbone.checkpoint={path} does not fit {name}: {_first_line(error)}") from error
+    odd = [key for key in unexpected if not key.startswith(("head.", "head_dist."))]
+    if missing or odd:
+        what = f"it lacks {missing[0]}" if missing else f"it has {odd[0]}, which the model has not"
+        raise ValueError(
+            f"backbone.checkpoint={path} does not fit {name}: {what} ({len(missing) + len(odd)} keys differ)"
+        )
+
+
+def _check_name(name: str) -> None:
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return
+    architecture, _, tag = name.partition(".")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if timm.is_model(name) and tag and tag not in tags:
+        raise ValueError(f"backbone.name={name}: {architecture} has the weights {', '.join(tags) or 'none'}")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"backbone.name={name} is not a model that timm knows{hint}")
+
+
+def _describe_missing_weights(name: str, error: Exception) -> str:
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if config is None or not (config.hf_hub_id or config.url or config.file):
+        return f"timm has no pretrained weights for {name}; use backbone.pretrained=false or backbone.checkpoint=FILE"
+    source = f"model.safetensors of {config.hf_hub_id} on the hub" if config.hf_hub_id else config.url
+    return (
+        f"the weights of {name} could not be loaded ({_first_line(error)}). "
+        f"On a machine with a network fetch {source}, put it anywhere on this machine, and add backbone.checkpoint=FILE"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] or type(error).__name__
+
+
+def _rope_of_block(rope: Tensor | None, index: int, vit: ViT) -> Tensor | None:
+    """Models with `rope_mixed` have an embedding for each block, stacked first; others share one."""
+    return rope[index] if rope is not None and vit.rope_mixed else rope
+
+
+def _extend_rope(rope: Tensor, num_tokens: int) -> Tensor:
+    """Rotations (..., M, 2 * head_dim), sines then cosines, with `num_tokens` rows in front that do not rotate."""
+    sines, cosines = rope.chunk(2, dim=-1)
+    shape = (*sines.shape[:-2], num_tokens, sines.shape[-1])
+    still = torch.cat([sines.new_zeros(shape), cosines.new_ones(shape)], dim=-1)
+    return torch.cat([still, rope], dim=-2)

@@ -1,0 +1,137 @@
+"""VisualPrompt: the learned tokens, the blocks that they enter, their initialisation and their dropout.
+
+A *shallow* prompt enters once, before the first block, and its tokens travel through all blocks. A *deep* prompt has
+fresh tokens for each prompted block, and drops their outputs after that block (Jia et al., 2022, equations 4 to 7).
+
+Legend: B batch, P prompt tokens, D embed_dim, L prompted blocks.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+PromptKind = Literal["shallow", "deep"]
+Blocks = str | Sequence[int]
+
+
+class VisualPrompt(nn.Module):
+    """Learned tokens and the blocks that they enter; one parameter, `tokens`, of shape (L, P, D).
+
+    The tokens start uniform in +-sqrt(6 / (3 * ph * pw + D)) for patches of ph x pw pixels, the bound of a patch
+    embedding under Xavier's rule. They carry no position.
+
+    Args:
+        num_tokens: P, prompt tokens in each prompted block.
+        embed_dim: D, token width of the backbone.
+        kind: "shallow" or "deep".
+        blocks: Indices of the prompted blocks, ascending; a shallow prompt enters block 0 only.
+        dropout: Probability that an element of a prompt token is zeroed, drawn anew for each sample.
+        patch_size: Height and width of a patch in pixels; used by the initialisation only.
+
+    Raises:
+        ValueError: A number is out of range, or a shallow prompt is given other blocks than (0,).
+
+    References:
+        Visual Prompt Tuning (Jia et al., 2022), https://arxiv.org/abs/2203.12119, section 3.2.
+
+    Example:
+        >>> VisualPrompt(num_tokens=10, embed_dim=192, kind="deep", blocks=range(12))
+        VisualPrompt(kind=deep, num_tokens=10, embed_dim=192, blocks=0-11, dropout=0.0)
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        embed_dim: int,
+        *,
+        kind: PromptKind = "deep",
+        blocks: Sequence[int] = (0,),
+        dropout: float = 0.0,
+        patch_size: tuple[int, int] = (16, 16),
+    ) -> None:
+        super().__init__()
+        if kind not in get_args(PromptKind):
+            raise ValueError(f"prompt kind must be one of {', '.join(get_args(PromptKind))}, got {kind!r}")
+        if num_tokens < 1:
+            raise ValueError(f"prompt.num_tokens must be at least 1, got {num_tokens}; for no prompt use prompt=none")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"prompt.dropout must be in [0, 1), got {dropout}")
+        if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0:
+            raise ValueError(f"prompt.blocks must be ascending block indices, at least one, got {list(blocks)}")
+        if kind == "shallow" and tuple(blocks) != (0,):
+            raise ValueError(f"a shallow prompt enters block 0 only, got prompt.blocks={list(blocks)}; use prompt=deep")
+        self.kind: PromptKind = kind
+        self.blocks = tuple(blocks)
+        self.dropout = nn.Dropout(dropout)
+        self.tokens = nn.Parameter(torch.empty(len(self.blocks), num_tokens, embed_dim))
+        bound = math.sqrt(6 / (3 * patch_size[0] * patch_size[1] + embed_dim))
+        nn.init.uniform_(self.tokens, -bound, bound)
+
+    @property
+    def num_tokens(self) -> int:
+        """P, prompt tokens in each prompted block."""
+        return self.tokens.shape[1]
+
+    @property
+    def embed_dim(self) -> int:
+        """D, token width."""
+        return self.tokens.shape[2]
+
+    def enters(self, block: int) -> bool:
+        """Whether fresh tokens enter the block of this index."""
+        return block in self.blocks
+
+    def forward(self, block: int, batch_size: int) -> Tensor:
+        """Tokens that enter `block`, (B, P, D), with a dropout mask of its own for each sample."""
+        tokens = self.tokens[self.blocks.index(block)]
+        return self.dropout(tokens.expand(batch_size, -1, -1))  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """Kind, sizes and blocks, on one line."""
+        return (
+            f"kind={self.kind}, num_tokens={self.num_tokens}, embed_dim={self.embed_dim}, "
+            f"blocks={_format_blocks(self.blocks)}, dropout={self.dropout.p}"
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def resolve_blocks(blocks: Blocks, depth: int) -> tuple[int, ...]:
+    """Block indices from their description.
+
+    Args:
+        blocks: "all", "first:k", "last:k", or indices (negative ones count from the end).
+        depth: Number of blocks of the backbone.
+
+    Raises:
+        ValueError: Not such a description, or a block that the backbone does not have.
+
+    Example:
+        >>> resolve_blocks("last:3", depth=12)
+        (9, 10, 11)
+        >>> resolve_blocks([0, -1], depth=12)
+        (0, 11)
+    """
+    if isinstance(blocks, str):
+        match = re.fullmatch(r"all|(first|last):(\d+)", blocks)
+        if match is None:
+            raise ValueError(f"prompt.blocks must be all, first:k, last:k or a list of indices, got {blocks!r}")
+        num = int(match[2] or depth)
+        if not 1 <= num <= depth:
+            raise ValueError(f"prompt.blocks={blocks}: the backbone has {depth} blocks, so k is from 1 to {depth}")
+        return tuple(range(depth - num, depth)) if match[1] == "last" else tuple(range(num))
+    outside = [block for block in blocks if not -depth <= block < depth]
+    if outside or not blocks:
+        raise ValueError(f"prompt.blocks={list(blocks)}: the backbone has blocks 0 to {depth - 1}; name at least one")
+    return tuple(sorted({block % depth for block in blocks}))
+
+
+def _format_blocks(blocks: Sequence[int]) -> str:
+    if len(blocks) > 1 and list(blocks) == list(range(blocks[0], blocks[-1] + 1)):
+        return f"{blocks[0]}-{blocks[-1]}"
+    return ",".join(str(block) for block in blocks)
