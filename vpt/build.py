@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
 from vpt.config import (
     ClassWeights,
@@ -38,7 +37,7 @@ from vpt.data.loaders import build_loader
 from vpt.data.torchvision import read_torchvision
 from vpt.data.transforms import EvalTransform, Preprocessing, TrainTransform
 from vpt.engine.optim import MovingAverage, make_optimizer, warmup_cosine
-from vpt.engine.trainer import Batch, FitSettings
+from vpt.engine.trainer import FitSettings, Loader
 from vpt.engine.watch import RowWatch
 from vpt.models.backbone import load_vit
 from vpt.models.classification import ClassificationModel, create_model
@@ -54,7 +53,7 @@ class Data:
 
     samples: dict[str, Samples]
     datasets: dict[str, ClassificationDataset]
-    loaders: dict[str, DataLoader[Batch]]
+    loaders: dict[str, Loader]
     preprocessing: Preprocessing
 
     @property
@@ -91,7 +90,7 @@ def pick_device(name: str) -> torch.device:
 
 def build_samples(config: DatasetConfig) -> dict[str, Samples]:
     """Read which pictures there are, by split."""
-    split = {"val_fraction": config.val_fraction, "seed": config.split_seed}
+    split: dict[str, Any] = {"val_fraction": config.val_fraction, "seed": config.split_seed}
     match config.kind:
         case DatasetKind.fruit:
             samples = read_folder(fruit_root(), **split)

@@ -2,18 +2,15 @@
 
 import difflib
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -272,54 +269,16 @@ def check_ranges(config: Any, prefix: str = "") -> None:
                 raise ConfigError(f"{key}={value} is out of range: it must be {_describe_range(low, high, above)}")
 
 
-def check_command_line(arguments: Sequence[str]) -> None:
-    """Refuse what Hydra would refuse, in one line, before Hydra starts.
-
-    Raises:
-        ConfigError: An override has a syntax error, an unknown key, group or value, or a wrong type.
-    """
-    words, config_dir = _split_arguments(arguments)
-    try:
-        overrides = OverridesParser.create().parse_overrides(words)
-    except HydraException as error:
-        raise ConfigError(f"cannot read {_first_line(error)}") from error
-    for override in overrides:
-        _check_key(override, config_dir)
-    single = [_first_of_sweep(override) for override in overrides if not override.is_hydra_override()]
-    to_config(compose_config(single, config_dir))
-
-
-def parse_options(schema: type[ConfigT], arguments: Sequence[str], usage: str) -> ConfigT:
-    """Read `key=value` arguments of a small command into its dataclass; `--help` prints the usage.
-
-    Raises:
-        ConfigError: A key is unknown or missing, or a value has the wrong type.
-    """
-    if any(word in ("-h", "--help") for word in arguments):
-        print(usage)  # noqa: T201  # it is what was asked for
-        sys.exit(0)
-    known = [entry.name for entry in fields(cast(Any, schema))]
-    for word in arguments:
-        key, equals, _ = word.partition("=")
-        if not equals or key not in known:
-            raise ConfigError(f"{word}: not an option of the form key=value{_did_you_mean(key, known)}")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(arguments)))
-        options = cast(ConfigT, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
-    check_ranges(options)
-    return options
-
-
 def explain(error: Exception) -> str:
     """One line for an error of Hydra or OmegaConf, with the nearest valid choice where there is one."""
+    while isinstance(error, ConfigCompositionException) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     message = str(error)
     unknown_key = re.search(r"Key '([^']*)' (?:not in|is not in struct)", message)
     full_key = re.search(r"full_key: (\S+)", message)
     if unknown_key:
         key = full_key[1] if full_key else unknown_key[1]
-        return f"unknown key {key}{_did_you_mean(key, list(_schema_keys()))}"
+        return f"unknown key {key}{did_you_mean(key, list(schema_keys()))}"
     missing = re.search(
         r"Missing mandatory value: (\S+)|Structured config of type .* has missing mandatory value: (\S+)", message
     )
@@ -328,11 +287,8 @@ def explain(error: Exception) -> str:
         return f"{key} is needed: type {key}=..."
     option = re.search(r"Could not find '([^/']+)/([^']+)'", message)
     if option:
-        choices = group_choices(option[1])
-        return (
-            f"{option[1]}={option[2]}: no such choice{_did_you_mean(option[2], choices)}; choices: {', '.join(choices)}"
-        )
-    line = _first_line(error)
+        return no_such_choice(option[1], option[2], group_choices(option[1]))
+    line = first_line(error)
     return f"{full_key[1]}: {line}" if full_key and full_key[1] not in line else line
 
 
@@ -342,61 +298,23 @@ def group_choices(group: str, config_dir: Path | None = None) -> list[str]:
     return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
-def fail(error: Exception, code: int = 2) -> NoReturn:
-    """Print one error as a user should see it, and exit."""
-    print(f"error: {error}", file=sys.stderr)  # noqa: T201  # the last word of a command
-    sys.exit(code)
+def no_such_choice(group: str, name: str, choices: Sequence[str]) -> str:
+    """One line for a file that a group does not have."""
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    return f"{group}={name}: no such choice{hint} Choices: {', '.join(choices)}"
 
 
-def _check_key(override: Override, config_dir: Path | None) -> None:
-    key = override.key_or_group
-    if key.split(".")[0] == "hydra" or override.is_delete():
-        return
-    choices = group_choices(key, config_dir)
-    value = override.value()
-    if choices and isinstance(value, str) and value not in choices:
-        raise ConfigError(
-            f"{key}={value}: no such choice{_did_you_mean(value, choices)}; choices: {', '.join(choices)}"
-        )
-    if key == "experiment" and not override.is_add():
-        raise ConfigError(f"an experiment is added: type +experiment={value}")
-    keys = [*_schema_keys(), *(folder.name for folder in config_folder().iterdir() if folder.is_dir())]
-    if not choices and key not in keys:
-        raise ConfigError(f"unknown key {key}{_did_you_mean(key, keys)}")
-
-
-def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-    """Overrides, and the folder of `--config-dir`, out of a Hydra command line."""
-    words, folder, rest = [], None, iter(arguments)
-    for word in rest:
-        if word in ("--config-dir", "-cd"):
-            folder = next(rest, None)
-        elif word in ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-name", "-cn", "--config-path", "-cp"):
-            next(rest, None)
-        elif word.startswith("--config-dir="):
-            folder = word.partition("=")[2]
-        elif not word.startswith("-"):
-            words.append(word)
-    return words, Path(folder) if folder else None
-
-
-def _first_of_sweep(override: Override) -> str:
-    """The override as typed; of a choice sweep `key=a,b` the first choice."""
-    value = override.value()
-    if isinstance(value, ChoiceSweep):
-        first = override.get_value_element_as_str() if not value.list else str(value.list[0])
-        return f"{override.input_line.partition('=')[0]}={first}"  # type: ignore[union-attr]
-    return str(override.input_line)
-
-
-def _schema_keys(config: Any = Config, prefix: str = "") -> Iterator[str]:
+def schema_keys(config: Any = Config, prefix: str = "") -> Iterator[str]:
+    """All keys of a schema, `prompt` and `prompt.num_tokens` alike."""
     for entry in fields(config):
         yield f"{prefix}{entry.name}"
         if is_dataclass(entry.type):
-            yield from _schema_keys(entry.type, f"{prefix}{entry.name}.")
+            yield from schema_keys(entry.type, f"{prefix}{entry.name}.")
 
 
-def _did_you_mean(word: str, choices: Sequence[str]) -> str:
+def did_you_mean(word: str, choices: Sequence[str]) -> str:
+    """The nearest of the choices, or the choices, as the end of a message."""
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     if not near:  # the last part alone: prompt.lenght is nearer to prompt.length than any whole key
         by_last = {choice.rpartition(".")[2]: choice for choice in choices}
@@ -410,5 +328,6 @@ def _describe_range(low: float | None, high: float | None, above: float | None) 
     return " and ".join(bound for bound in bounds if bound)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of a message that says something."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

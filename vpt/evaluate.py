@@ -6,7 +6,8 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from vpt.config import ConfigError, fail, parse_options
+from vpt.command_line import fail, parse_options
+from vpt.config import ConfigError
 
 USAGE = """python -m vpt.evaluate: metrics of a trained run on one split of its data.
 

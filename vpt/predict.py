@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from vpt.config import ConfigError, fail, parse_options
+from vpt.command_line import fail, parse_options
+from vpt.config import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor

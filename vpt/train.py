@@ -4,12 +4,13 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from vpt.config import Config, ConfigError, Mode, check_command_line, config_folder, fail, register_schema, to_config
+from vpt.command_line import check_command_line, fail
+from vpt.config import Config, ConfigError, Mode, config_folder, register_schema, to_config
 
 if TYPE_CHECKING:
     from vpt.build import Data
@@ -47,7 +48,7 @@ def _job(composed: DictConfig) -> None:
 
 
 def run(config: Config, config_text: str) -> Path | None:
-    """One training run; return its folder.
+    """One training run; return its folder, or None for `mode=overfit`, which keeps nothing.
 
     Args:
         config: What to train, on what, and how.
@@ -64,7 +65,8 @@ def run(config: Config, config_text: str) -> Path | None:
     summary = report.summarise(model, data, config, device)
     print(summary, flush=True)
     if config.mode is Mode.overfit:
-        return _overfit(config, model, data)
+        _overfit(config, model, data)
+        return None
     run_dir = build.make_run_dir(config.run.root, config.run.name)
     print(f"{'run':<10} {run_dir} (tensorboard --logdir {config.run.root})", flush=True)
     _train(config, config_text, model, data, run_dir, summary)
@@ -103,7 +105,7 @@ def _train(
             average=build.build_average(config, model),
             watches=build.build_watches(model),
         )
-        reading = {"precision": settings.precision, "max_batches": settings.max_batches}
+        reading: dict[str, Any] = {"precision": settings.precision, "max_batches": settings.max_batches}
         found = {"val": evaluate(model, data.loaders["val"], metrics, **reading)}
         if "test" in data.loaders:
             test_metrics = ClassificationMetrics(model.num_classes)

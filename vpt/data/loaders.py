@@ -73,7 +73,7 @@ def build_loader(
     seed: int = 0,
     num_workers: int = 0,
     drop_last: bool = False,
-) -> DataLoader[tuple[Tensor, int]]:
+) -> DataLoader[Any]:
     """Build a loader of batches: images (B, 3, H, W) float32, targets (B,) int64.
 
     Call `loader.sampler.set_epoch(epoch)` before each epoch.

@@ -23,6 +23,7 @@ from vpt.engine.optim import MovingAverage
 from vpt.engine.watch import RowWatch
 
 Batch = tuple[Tensor, Tensor]
+Loader = DataLoader[Any]  # its batches are Batch, whatever its data set gives
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -77,8 +78,8 @@ class FitResult:
 
 def fit(
     model: nn.Module,
-    train_loader: DataLoader[Batch],
-    val_loader: DataLoader[Batch],
+    train_loader: Loader,
+    val_loader: Loader,
     *,
     loss_function: LossFunction,
     metrics: Metrics,
@@ -149,7 +150,7 @@ def fit(
 
 def evaluate(
     model: nn.Module,
-    loader: DataLoader[Batch],
+    loader: Loader,
     metrics: Metrics,
     *,
     precision: Literal["fp32", "bf16"] = "fp32",
@@ -213,7 +214,7 @@ def overfit(
 
 def _train_epoch(
     model: nn.Module,
-    loader: DataLoader[Batch],
+    loader: Loader,
     loss_function: LossFunction,
     optimizer: Optimizer,
     schedule: LRScheduler,
@@ -307,7 +308,7 @@ def _rank(values: dict[str, float], select: str) -> tuple[float, float]:
     return values[select], -values["loss"]
 
 
-def _num_batches(loader: DataLoader[Batch], max_batches: int | None) -> int:
+def _num_batches(loader: Loader, max_batches: int | None) -> int:
     return len(loader) if max_batches is None else min(len(loader), max_batches)
 
 

@@ -44,4 +44,5 @@ class RowWatch:
 
 
 def _row_norms(rows: torch.Tensor) -> torch.Tensor:
-    return rows.detach().float().flatten(1).norm(dim=1).cpu()
+    norms: torch.Tensor = rows.detach().float().flatten(1).norm(dim=1)
+    return norms.cpu()

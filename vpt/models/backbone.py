@@ -15,7 +15,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_model_data_config
+from timm.data.config import resolve_model_data_config
 from timm.models import Eva, VisionTransformer, eva, load_state_dict, vision_transformer
 from torch import Tensor, nn
 
@@ -122,8 +122,8 @@ class PromptedViT(nn.Module):
             tokens = self._run_block(block, tokens, _rope_of_block(rope, index, self.vit), held)
             if self.prompt is not None and self.prompt.kind == "deep" and held:
                 tokens, held = self._remove(tokens, held), 0
-        tokens = self.vit.norm(self._remove(tokens, held) if held else tokens)
-        return tokens
+        features: Tensor = self.vit.norm(self._remove(tokens, held) if held else tokens)
+        return features
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tokens that enter block 0, and the rotary position embedding of models that have one."""
@@ -176,6 +176,7 @@ def load_vit(
             raise ValueError(_describe_missing_weights(name, error)) from error
         raise ValueError(f"backbone.name={name} cannot be built: {_first_line(error)}") from error
     _check_supported(vit)
+    assert isinstance(vit, VisionTransformer | Eva)
     if checkpoint is not None:
         _load_checkpoint(vit, name, Path(checkpoint))
     return vit
@@ -183,9 +184,8 @@ def load_vit(
 
 def name_of(vit: ViT) -> str:
     """The timm name with its pretrained tag, such as `vit_tiny_patch16_224.augreg_in21k_ft_in1k`."""
-    config = vit.pretrained_cfg
-    tag = config.get("tag")
-    return f"{config['architecture']}.{tag}" if tag else str(config["architecture"])
+    config: Any = vit.pretrained_cfg
+    return f"{config['architecture']}.{config['tag']}" if config.get("tag") else str(config["architecture"])
 
 
 def preprocessing_of(vit: ViT) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def preprocessing_of(vit: ViT) -> dict[str, Any]:
         size (height, width) in pixels; mean and std of the three channels, for pixels in [0, 1]; interpolation,
         crop_pct and crop_mode, as timm resolves them for the weights.
     """
-    config = resolve_model_data_config(vit)
+    config: dict[str, Any] = resolve_model_data_config(vit)  # type: ignore[no-untyped-call]
     size = vit.patch_embed.img_size or config["input_size"][1:]
     return {
         "size": [int(side) for side in size],
@@ -237,7 +237,7 @@ def _check_supported(vit: nn.Module) -> None:
 
 def _load_checkpoint(vit: ViT, name: str, path: Path) -> None:
     """Load all weights of a ViT from a file; a classifier in the file is left out, anything else must match."""
-    to_timm = eva.checkpoint_filter_fn if isinstance(vit, Eva) else vision_transformer.checkpoint_filter_fn
+    to_timm: Any = eva.checkpoint_filter_fn if isinstance(vit, Eva) else vision_transformer.checkpoint_filter_fn
     try:
         state = to_timm(load_state_dict(str(path), device="cpu", weights_only=True), vit)
         missing, unexpected = vit.load_state_dict(state, strict=False)
