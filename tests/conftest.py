@@ -1,8 +1,10 @@
 """Fixtures: tiny ViTs with 0, 1 and 5 prefix tokens, random weights."""
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
 TINY_VITS = {
@@ -27,6 +29,21 @@ def make_tiny_vit(kind: str = "cls", **options):
 @pytest.fixture(params=list(TINY_VITS))
 def tiny_vit(request):
     return make_tiny_vit(request.param)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of small photos, train/ val/ test/ of three classes that differ in colour."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for split, num in (("train", 6), ("val", 3), ("test", 4)):
+        for channel, name in enumerate(("blue sky", "grass", "rose")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(num):
+                pixels = generator.integers(0, 90, (40, 48, 3), dtype=np.uint8)
+                pixels[..., 2 - channel] += 120
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
 
 
 @pytest.fixture

@@ -90,24 +90,19 @@ def pick_device(name: str) -> torch.device:
 
 def build_samples(config: DatasetConfig) -> dict[str, Samples]:
     """Read which pictures there are, by split."""
+    root = Path(config.root or ".").expanduser()
     split: dict[str, Any] = {"val_fraction": config.val_fraction, "seed": config.split_seed}
     match config.kind:
         case DatasetKind.fruit:
             samples = read_folder(fruit_root(), **split)
         case DatasetKind.folder:
-            samples = read_folder(_root(config), test_fraction=config.test_fraction, **split)
+            samples = read_folder(root, test_fraction=config.test_fraction, **split)
         case DatasetKind.list:
-            samples = read_list(_root(config), train=config.train, val=config.val, test=config.test, **split)
+            samples = read_list(root, train=config.train, val=config.val, test=config.test, **split)
         case DatasetKind.csv:
-            if config.path is None:
-                raise ConfigError("dataset.path is needed: type dataset.path=FILE.csv")
-            samples = read_csv(config.path, config.root, test_fraction=config.test_fraction, **split)
+            samples = read_csv(str(config.path), config.root, test_fraction=config.test_fraction, **split)
         case DatasetKind.torchvision:
-            if config.name is None:
-                raise ConfigError(
-                    "dataset.name is needed: type dataset.name=CIFAR10, or another class of torchvision.datasets"
-                )
-            samples = read_torchvision(config.name, _root(config), download=config.download, **split)
+            samples = read_torchvision(str(config.name), root, download=config.download, **split)
     if config.num_per_class is not None:
         samples["train"] = take_per_class(samples["train"], config.num_per_class, config.split_seed)
     return samples
@@ -229,12 +224,6 @@ def make_run_dir(root: str, name: str) -> Path:
         except FileExistsError:
             continue
     raise ConfigError(f"run.root={root}: holds ten thousand runs of the name {name}; choose another run.name")
-
-
-def _root(config: DatasetConfig) -> Path:
-    if config.root is None:
-        raise ConfigError("dataset.root is needed: type dataset.root=PATH")
-    return Path(config.root).expanduser()
 
 
 def _num_workers(wanted: int | None) -> int:

@@ -37,6 +37,14 @@ class DatasetKind(Enum):
     torchvision = "torchvision"
 
 
+NEEDED_KEYS = {
+    DatasetKind.folder: ("root", "PATH"),
+    DatasetKind.list: ("root", "PATH"),
+    DatasetKind.csv: ("path", "FILE"),
+    DatasetKind.torchvision: ("name", "CIFAR10, or another data set of torchvision"),
+}
+
+
 class OptimName(Enum):
     """Optimisers."""
 
@@ -237,6 +245,7 @@ def to_config(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     check_ranges(config)
+    _check_dataset(config.dataset)
     return config
 
 
@@ -267,6 +276,12 @@ def check_ranges(config: Any, prefix: str = "") -> None:
             )
             if not within:
                 raise ConfigError(f"{key}={value} is out of range: it must be {_describe_range(low, high, above)}")
+
+
+def _check_dataset(dataset: DatasetConfig) -> None:
+    key, example = NEEDED_KEYS.get(dataset.kind, (None, ""))
+    if key is not None and getattr(dataset, key) is None:
+        raise ConfigError(f"dataset.{key} is needed by dataset={dataset.kind.value}: type dataset.{key}={example}")
 
 
 def explain(error: Exception) -> str:

@@ -12,14 +12,13 @@ from vpt.data.transforms import denormalise
 from vpt.engine.console import format_table, percent
 from vpt.engine.metrics import ClassificationMetrics
 from vpt.engine.monitor import Monitor
-from vpt.engine.pictures import confusion_picture, picture_grid
+from vpt.engine.pictures import RIGHT, WRONG, confusion_picture, picture_grid
 from vpt.engine.trainer import FitResult
 from vpt.models.classification import ClassificationModel
 from vpt.models.task_file import task_tensors
 from vpt.models.tuning import count_parameters
 
 NUM_GRID_PICTURES = 32
-RIGHT, WRONG = (0, 110, 0), (190, 0, 0)
 
 
 def summarise(model: ClassificationModel, data: Data, config: Config, device: torch.device) -> str:
@@ -88,20 +87,18 @@ def log_end(
     test: Mapping[str, float],
 ) -> None:
     """The confusion matrix and the worst pictures of val, and the row of this run in the table of hyperparameters."""
-    monitor.images("val/confusion", confusion_picture(val.confusion.numpy(), data.classes), result.steps)
+    monitor.images("val/confusion", confusion_picture(val.confusion.numpy(), data.classes), result.best_step)
     worst = val.worst()
     images = torch.stack([data.datasets["val"][sample.position][0] for sample in worst])
     captions = [
-        f"{data.classes[sample.target]}, said {data.classes[sample.prediction]} ({sample.loss:.1f})"
-        if sample.target != sample.prediction
-        else f"{data.classes[sample.target]} ({sample.loss:.1f})"
+        f"{data.classes[sample.target]}\nsaid {data.classes[sample.prediction]}\nloss {sample.loss:.1f}"
         for sample in worst
     ]
     colours = [RIGHT if sample.target == sample.prediction else WRONG for sample in worst]
     grid = picture_grid(denormalise(images, data.preprocessing), captions, columns=4, colours=colours)
-    monitor.images("val/worst", grid, result.steps)
+    monitor.images("val/worst", grid, result.best_step)
     recall = {f"val_recall/{name}": value for name, value in zip(data.classes, val.per_class(), strict=True)}
-    monitor.scalars(recall, result.steps)
+    monitor.scalars(recall, result.best_step)
     results = {f"best/val_{name}": value for name, value in result.best.items()}
     monitor.hparams(config, results | {f"best/test_{name}": value for name, value in test.items()})
 

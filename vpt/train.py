@@ -118,7 +118,8 @@ def _train(
         preprocessing=data.preprocessing.to_dict(),
         metrics=found,
     )
-    write_json(run_dir / "result.json", {"best_epoch": result.best_epoch, **asdict(result), "metrics": found})
+    numbers = {name: value for name, value in asdict(result).items() if name != "best"}  # it is the val of metrics
+    write_json(run_dir / "result.json", {**numbers, "metrics": found})
     print(f"\nbest epoch {result.best_epoch} of {result.epochs}, {result.steps} steps, {result.seconds:.0f} s")
     print(report.result_table(found))
     print(f"task file  {task} ({task.stat().st_size / 1000:,.0f} kB)")

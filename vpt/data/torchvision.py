@@ -125,7 +125,7 @@ def _open_torchvision(name: str, split: str, root: Path, download: bool) -> Samp
 
 
 def _construct(name: str, split: str, root: Path, download: bool) -> Any:
-    import torchvision.datasets  # type: ignore[import-untyped]
+    import torchvision.datasets
 
     try:
         arguments = TORCHVISION[name].splits[split]

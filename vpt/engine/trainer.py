@@ -67,9 +67,10 @@ class FitSettings:
 
 @dataclass
 class FitResult:
-    """What fit() did: the best epoch (from 1), its val metrics, epochs run, optimiser steps and seconds."""
+    """What fit() did: the best epoch (from 1), its last step and its val metrics; epochs, steps and seconds of all."""
 
     best_epoch: int = 0
+    best_step: int = 0
     best: dict[str, float] = field(default_factory=dict)
     epochs: int = 0
     steps: int = 0
@@ -134,7 +135,7 @@ def fit(
             known = {"epoch": epoch, "step": result.steps, "metrics": {"val": values}}
             is_best = not result.best or _rank(values, settings.select) > _rank(result.best, settings.select)
             if is_best:
-                result.best_epoch, result.best = epoch, values
+                result.best_epoch, result.best_step, result.best = epoch, result.steps, values
                 checkpoints.save("best", known)
         checkpoints.save("last", known)
         result.epochs = epoch
@@ -245,7 +246,7 @@ def _train_epoch(
                 loss += part.detach()
                 progress.advance(len(targets), loss=loss)
             norm = nn.utils.clip_grad_norm_(tuned, settings.clip_norm or float("inf"))
-            is_logged = step % settings.log_every == 0
+            is_logged = step == 0 or (step + 1) % settings.log_every == 0
             for watch in watches if is_logged else ():
                 watch.before_step()
             lrs = {

@@ -1,0 +1,95 @@
+"""The commands as they are typed: exit codes, one line of error, nothing heavy loaded before it is needed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def call(*arguments, cwd, module="vpt.train"):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("vpt.train", ["prompt.num_tokns=3"], "error: unknown key prompt.num_tokns; did you mean prompt.num_tokens?\n"),
+        ("vpt.train", ["train.epochs=0"], "error: train.epochs=0 is out of range: it must be at least 1\n"),
+        ("vpt.evaluate", ["rn=a"], "error: rn=a: not an option of the form key=value; did you mean run?\n"),
+        ("vpt.predict", ["run=a"], "error: input is needed: type input=...\n"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(tmp_path, module, arguments, message):
+    done = call(*arguments, cwd=tmp_path, module=module)
+    assert done.returncode == 2
+    assert done.stderr == message
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_groups_and_keys_and_loads_nothing_heavy(tmp_path):
+    done = call("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "backbone: " in done.stdout
+    assert "num_tokens: 10" in done.stdout
+    heavy = "{'torch', 'timm', 'albumentations'}"
+    code = f"import sys, vpt.train, vpt.evaluate, vpt.predict; print(sorted({heavy} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert loaded.stdout == "[]\n"
+
+
+def test_data_that_is_not_there_is_an_error_that_names_the_key(tmp_path):
+    done = call("dataset=folder", "dataset.root=nowhere", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: dataset.root=nowhere is no folder")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_train_evaluate_and_predict_run_from_another_folder(tmp_path, photos):
+    small = ["train.epochs=1", "train.batch_size=8", "num_workers=0", "prompt.num_tokens=2"]
+    trained = call("dataset=folder", f"dataset.root={photos}", "run.name=colours", *small, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "task file" in trained.stdout
+    assert call("run=runs/colours", cwd=tmp_path, module="vpt.evaluate").returncode == 0
+    predict = ["run=runs/colours", f"input={photos}/test", "output=preds.csv"]
+    assert call(*predict, cwd=tmp_path, module="vpt.predict").returncode == 0
+    assert (tmp_path / "preds.csv").read_text().count("\n") == 13
+
+
+@pytest.mark.slow
+def test_a_sweep_makes_a_run_for_each_choice(tmp_path, photos):
+    arguments = ["-m", "dataset=folder", f"dataset.root={photos}", "prompt=none,deep", "mode=dry", "run.name=sweep"]
+    done = call(*arguments, "num_workers=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"sweep", "sweep_2"}
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_finds_its_configs_pictures_and_weights_from_the_root_folder(tmp_path):
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(wheels), str(ROOT)]
+    subprocess.run(build, check=True, cwd=tmp_path)
+    (wheel,) = wheels.glob("vpt-*.whl")
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    shipped = {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
+    assert {path.relative_to(site / "vpt/conf") for path in (site / "vpt/conf").rglob("*.yaml")} == shipped
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+
+    def run_at_root(command):
+        return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
+
+    arguments = ["+experiment=quickstart", "mode=dry", f"run.root={tmp_path / 'runs'}", "num_workers=0"]
+    for command in ([sys.executable, "-m", "vpt.train"], [str(site / "bin" / "vpt-train")]):
+        done = run_at_root([*command, *arguments])
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/quickstart_2/task.safetensors").is_file()
+    origin = run_at_root([sys.executable, "-c", "import vpt; print(vpt.__file__)"])
+    assert origin.stdout.startswith(str(site))

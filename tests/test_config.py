@@ -1,0 +1,113 @@
+import pytest
+
+from vpt.command_line import check_command_line, parse_options
+from vpt.config import Config, ConfigError, Mode, PromptName, compose_config, load_config, schema_keys, to_config
+from vpt.predict import USAGE, PredictOptions
+
+
+def test_the_defaults_compose_to_typed_objects():
+    config = to_config(compose_config([]))
+    assert isinstance(config, Config)
+    assert config.prompt.kind is PromptName.deep
+    assert config.mode is Mode.train
+    assert config.optim.prompt_lr == 1e-2
+
+
+def test_an_experiment_is_an_overlay_that_the_command_line_wins_over():
+    config = to_config(compose_config(["+experiment=quickstart", "train.epochs=3", "prompt=shallow"]))
+    assert config.run.name == "quickstart"
+    assert config.train.epochs == 3
+    assert config.prompt.kind is PromptName.shallow
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prompt.num_tokns=3"], r"unknown key prompt\.num_tokns; did you mean prompt\.num_tokens\?"),
+        (["prompt.lenght=3"], r"unknown key prompt\.lenght; "),
+        (["bacbone=vit_tiny"], r"unknown key bacbone; did you mean backbone\?"),
+        (["prompt=deeep"], r"prompt=deeep: no such choice; did you mean deep\? Choices: deep, none, shallow"),
+        (["+experiment=quickstrat"], r"experiment=quickstrat: no such choice; did you mean quickstart\?"),
+        (["experiment=quickstart"], r"type \+experiment=quickstart"),
+        (["train.epochs=three"], r"train\.epochs: Value 'three' of type 'str' could not be converted to Integer"),
+        (["optim.name=adam"], r"optim\.name: Invalid value 'adam', expected one of \[adamw, sgd\]"),
+        (["prompt.num_tokens=-3"], r"prompt\.num_tokens=-3 is out of range: it must be at least 1 and at most 10000"),
+        (["optim.prompt_lr=0"], r"optim\.prompt_lr=0\.0 is out of range: it must be above 0"),
+        (["train.ema=1.5"], r"train\.ema=1\.5 is out of range: it must be above 0 and at most 0\.99999"),
+        (["dataset=folder"], r"dataset\.root is needed by dataset=folder: type dataset\.root=PATH"),
+        (["dataset=csv"], r"dataset\.path is needed by dataset=csv: type dataset\.path=FILE"),
+        (["dataset=torchvision"], r"dataset\.name is needed by dataset=torchvision"),
+        (["train.epochs=[1"], "cannot read the command line"),
+        (["nonsense"], "cannot read the command line"),
+        (["-m", "prompt=none,deeep"], r"prompt=deeep: no such choice; did you mean deep\?"),
+        (["-m", "train.epochs=3,x"], "'x' of type 'str'"),
+        (["-m", "seed=1,-1"], "seed=-1 is out of range"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_line_that_helps(arguments, message):
+    with pytest.raises(ConfigError, match=message) as raised:
+        check_command_line(arguments)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--cfg", "job", "+experiment=quickstart"],
+        ["-m", "prompt=none,shallow,deep", "seed=0,1,2"],
+        ["dataset=folder", "dataset.root=/photos of my cat", "prompt.blocks=last:3"],
+        ["prompt.blocks=[0,2]", "backbone.img_size=112", "augment.transforms=[]", "hydra.verbose=true"],
+    ],
+)
+def test_a_right_command_line_passes(arguments):
+    check_command_line(arguments)
+
+
+def test_a_typo_in_an_experiment_file_of_the_user_is_refused_with_the_key(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nprompt:\n  num_tokns: 3\n")
+    with pytest.raises(ConfigError, match=r"unknown key prompt\.num_tokns; did you mean prompt\.num_tokens\?"):
+        check_command_line(["--config-dir", str(tmp_path), "+experiment=mine"])
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nprompt:\n  num_tokens: 3\n")
+    check_command_line([f"--config-dir={tmp_path}", "+experiment=mine"])
+
+
+def test_options_of_small_commands_are_typed_and_checked(capsys):
+    options = parse_options(PredictOptions, ["run=a", "input=b c", "output=d.csv", "top_k=2"], USAGE)
+    assert (options.run, options.input, options.top_k) == ("a", "b c", 2)
+    for arguments, message in [
+        (["run=a", "inptu=b"], "inptu=b: not an option.*did you mean input"),
+        (["run"], "run: not an option of the form key=value"),
+        (["run=a", "input=b", "output=c", "top_k=x"], "top_k: Value 'x'"),
+        (["run=a", "input=b", "output=c", "top_k=0"], "top_k=0 is out of range"),
+        (["run=a", "input=b"], "output is needed: type output="),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            parse_options(PredictOptions, arguments, USAGE)
+    with pytest.raises(SystemExit) as stopped:
+        parse_options(PredictOptions, ["--help"], USAGE)
+    assert stopped.value.code == 0
+    assert "top_k=5" in capsys.readouterr().out
+
+
+def test_the_config_of_a_run_comes_back_from_its_folder(tmp_path):
+    from omegaconf import OmegaConf
+
+    composed = compose_config(["+experiment=quickstart", "prompt.blocks=last:2"])
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(composed, resolve=True))
+    assert load_config(tmp_path / "config.yaml") == to_config(composed)
+    (tmp_path / "config.yaml").write_text("prompt: {num_tokns: 3}")
+    with pytest.raises(ConfigError, match=r"config\.yaml: unknown key prompt\.num_tokns"):
+        load_config(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text("a: [b")
+    with pytest.raises(ConfigError, match=r"config\.yaml: "):
+        load_config(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_every_key_of_the_schema_is_listed_once():
+    keys = list(schema_keys())
+    assert "prompt.num_tokens" in keys
+    assert len(keys) == len(set(keys))

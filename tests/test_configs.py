@@ -1,0 +1,64 @@
+"""Every shipped config composes, fits the schema, and its model can be built."""
+
+import re
+
+import pytest
+import timm
+import torch
+
+from vpt.config import PromptName, compose_config, config_folder, group_choices, to_config
+
+EXPERIMENTS = group_choices("experiment")
+GROUPS = ("augment", "backbone", "dataset", "optim", "prompt")
+FILES = [(group, choice) for group in GROUPS for choice in group_choices(group)]
+NEEDED = ["dataset.root=somewhere", "dataset.path=somewhere.csv", "dataset.name=CIFAR10"]
+
+
+@pytest.mark.parametrize(("group", "choice"), FILES)
+def test_every_file_of_a_group_composes(group, choice):
+    config = to_config(compose_config([f"{group}={choice}", *(NEEDED if group == "dataset" else [])]))
+    text = (config_folder() / group / f"{choice}.yaml").read_text()
+    assert text.startswith("# ")
+    assert config.dataset.title
+
+
+@pytest.mark.parametrize("choice", group_choices("backbone"))
+def test_every_backbone_is_known_to_timm_with_weights_and_can_be_prompted(choice):
+    import vpt.models.nano
+
+    config = to_config(compose_config([f"backbone={choice}"]))
+    weights = timm.get_pretrained_cfg(config.backbone.name)
+    assert weights is not None
+    assert weights.has_weights
+    with torch.device("meta"):
+        vit = timm.create_model(config.backbone.name, num_classes=0, depth=1)
+        assert vpt.PromptedViT(vit, "deep", num_tokens=1).prompt.tokens.shape[2] == vit.embed_dim
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_its_model_is_built(name):
+    import vpt.models.nano
+
+    config = to_config(compose_config([f"+experiment={name}"]))
+    with torch.device("meta"):
+        vit = timm.create_model(config.backbone.name, num_classes=0)
+        prompt = None if config.prompt.kind is PromptName.none else config.prompt.kind.value
+        model = vpt.create_model(
+            vit, prompt=prompt, num_tokens=config.prompt.num_tokens, blocks=config.prompt.blocks, num_classes=2
+        )
+    assert vpt.count_parameters(model).tuned > 0
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_short_and_has_its_header(name):
+    text = (config_folder() / "experiment" / f"{name}.yaml").read_text()
+    assert len(text.splitlines()) <= 25
+    for part in ("# What: ", "# Paper: ", "# Expected: ", "# Time: ", "# Command: python -m vpt.train "):
+        assert part in text
+    assert f"+experiment={name}\n" in text
+
+
+def test_no_config_names_something_to_instantiate_and_no_experiment_stands_in_the_defaults():
+    for path in config_folder().rglob("*.yaml"):
+        assert "_target_" not in path.read_text()
+    assert not re.search(r"^\s*-\s*(optional )?experiment:", (config_folder() / "train.yaml").read_text(), re.MULTILINE)

@@ -1,0 +1,49 @@
+"""The README's promises that can be checked: its two commands, its keys, its files."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vpt.command_line import check_command_line
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_two_blocks_are_one_line_each_that_sets_up_and_runs():
+    (_, train), (_, test) = BLOCKS[:2]
+    for command in (train, test):
+        assert command.count("\n") == 1
+        assert command.startswith("python3 -m venv .venv && ")
+        assert subprocess.run(["bash", "-n", "-c", command], check=False).returncode == 0
+    assert train.endswith(".venv/bin/python -m vpt.train +experiment=quickstart\n")
+    assert test.endswith(".venv/bin/python -m pytest\n")
+
+
+def train_commands():
+    lines = [line for kind, block in BLOCKS[2:] if kind == "bash" for line in block.splitlines()]
+    return [line.split("#")[0].split()[3:] for line in lines if line.startswith("python -m vpt.train")]
+
+
+@pytest.mark.parametrize("arguments", train_commands(), ids=" ".join)
+def test_every_train_command_is_accepted(arguments):
+    check_command_line(arguments)
+
+
+def test_choices_in_tables_are_accepted():
+    for choice in re.findall(r"`((?:prompt|optim|augment|train)[.\w]*=[\w.:]+)`", TEXT):
+        check_command_line([choice])
+
+
+def test_links_lead_to_files():
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_tree_names_every_module():
+    modules = {path.name for path in (ROOT / "vpt").rglob("*.py")} - {"__init__.py"}
+    assert {name for name in modules if name not in TEXT} == set()
+    assert 100 <= len(TEXT.splitlines()) <= 200

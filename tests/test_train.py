@@ -1,0 +1,208 @@
+"""A whole run, from photos to predictions, in this process."""
+
+import csv
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import vpt
+from vpt import build
+from vpt.config import ConfigError, compose_config, to_config
+from vpt.evaluate import EvaluateOptions, evaluate_run
+from vpt.models.backbone import fingerprint, load_vit
+from vpt.predict import PredictOptions, predict_run
+from vpt.train import run
+
+SMALL = [
+    "train.epochs=2",
+    "train.batch_size=8",
+    "train.log_every=1",
+    "num_workers=0",
+    "prompt.num_tokens=3",
+    "device=cpu",
+]
+
+
+def train(root, photos, *overrides):
+    composed = compose_config(
+        ["dataset=folder", f"dataset.root={photos}", f"run.root={root}", "run.name=colours", *SMALL, *overrides]
+    )
+    return run(to_config(composed), OmegaConf.to_yaml(composed, resolve=True))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, photos):
+    """The folder of a run that has ended."""
+    return train(tmp_path_factory.mktemp("runs"), photos, "train.epochs=6")
+
+
+def test_a_run_leaves_its_config_metrics_checkpoints_and_task_file(finished):
+    files = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
+    events = {name for name in files if name.startswith("events.out.tfevents")}
+    assert len(events) == 1
+    assert files - events == {
+        "config.yaml",
+        "metrics.jsonl",
+        "result.json",
+        "task.safetensors",
+        "best/tuned.safetensors",
+        "last/tuned.safetensors",
+    }
+    result = json.loads((finished / "result.json").read_text())
+    assert result["metrics"]["test"]["top1"] > 0.9
+    metadata = vpt.read_task(finished / "task.safetensors")
+    assert metadata.classes == ["blue sky", "grass", "rose"]
+    assert metadata.metrics == result["metrics"]
+    assert metadata.backbone == "vit_nano_patch8_64.vpt"
+
+
+def test_tensorboard_has_what_a_person_looks_for(finished):
+    events = EventAccumulator(str(finished), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    blocks = [f"block_{block:02d}" for block in range(5)]
+    expected = {"train/loss", "train/grad_norm", "lr/prompt", "lr/head", "val/loss", "val/top1", "val/mean_per_class"}
+    expected |= {"perf/images_per_s", "perf/data_wait_fraction", "memory/peak_mib"}
+    expected |= {f"prompt_{kind}/{block}" for kind in ("norm", "grad_norm", "update_ratio") for block in blocks}
+    expected |= {f"val_recall/{name}" for name in ("blue sky", "grass", "rose")}
+    expected |= {"best/val_top1", "best/test_top1"}
+    assert expected <= set(tags["scalars"])
+    assert set(tags["images"]) == {"train/augmented", "val/confusion", "val/worst"}
+    assert {"config/text_summary", "summary/text_summary", "custom_scalars__config__"} <= set(tags["tensors"])
+    num_steps = 6 * 3
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, num_steps + 1))
+    assert [event.step for event in events.Scalars("val/top1")] == [3, 6, 9, 12, 15, 18]
+    config = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "num_tokens: 3" in config
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_the_backbone_is_untouched_and_the_task_gives_the_test_metric_again(finished, capsys):
+    trained = build.load_run(finished)
+    assert fingerprint(trained.model.backbone.vit) == fingerprint(load_vit("vit_nano_patch8_64"))
+    values = evaluate_run(EvaluateOptions(run=str(finished), device="cpu", output=str(finished.parent / "m.json")))
+    assert values == pytest.approx(json.loads((finished / "result.json").read_text())["metrics"]["test"])
+    assert json.loads((finished.parent / "m.json").read_text())["metrics"] == values
+    assert "blue sky" in capsys.readouterr().out
+
+
+def test_pictures_are_predicted_to_csv_and_json(finished, photos, tmp_path):
+    options = {"run": str(finished), "input": str(photos / "test"), "top_k": 2, "batch_size": 5, "device": "cpu"}
+    assert predict_run(PredictOptions(**options, output=str(tmp_path / "preds.csv"))) == []
+    rows = list(csv.DictReader((tmp_path / "preds.csv").read_text().splitlines()))
+    assert len(rows) == 12
+    right = [row["class_1"] == row["path"].split("/")[-2] for row in rows]
+    assert sum(right) >= 11
+    assert all(float(row["probability_1"]) >= float(row["probability_2"]) > 0 for row in rows)
+    predict_run(PredictOptions(**options, output=str(tmp_path / "preds.json")))
+    found = json.loads((tmp_path / "preds.json").read_text())
+    assert [row["path"] for row in found] == [row["path"] for row in rows]
+    assert [row["predictions"][0]["class"] for row in found] == [row["class_1"] for row in rows]
+
+
+def test_unreadable_pictures_are_listed_and_the_others_predicted(finished, photos, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    good = (photos / "test" / "rose" / "0.png").read_bytes()
+    (folder / "good.png").write_bytes(good)
+    (folder / "half.png").write_bytes(good[: len(good) // 2])
+    (folder / "text.jpg").write_text("<html>")
+    skipped = predict_run(PredictOptions(run=str(finished), input=str(folder), output=str(tmp_path / "p.csv")))
+    assert len(skipped) == 2
+    assert "half.png" in skipped[0]
+    assert "text.jpg" in skipped[1]
+    assert (tmp_path / "p.csv").read_text().count("\n") == 2
+    assert "skipped: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run": "nowhere"}, "run=nowhere: not a run folder"),
+        ({"input": "nowhere"}, "nowhere: no such file or folder"),
+        ({"output": "preds.txt"}, r"output=preds\.txt: must end in \.csv or \.json"),
+        ({"checkpoint": "nowhere.pth"}, r"backbone\.checkpoint=nowhere\.pth: no such file"),
+    ],
+)
+def test_wrong_paths_of_predict_are_refused_by_name(finished, photos, tmp_path, changes, message):
+    right = {"run": str(finished), "input": str(photos / "test"), "output": str(tmp_path / "p.csv")}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        predict_run(PredictOptions(**{**right, **changes}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_seed_gives_the_same_run_with_and_without_workers(tmp_path, photos):
+    one = train(tmp_path / "a", photos)
+    two = train(tmp_path / "b", photos, "num_workers=2")
+    losses = [
+        [json.loads(line).get("train/loss") for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (one, two)
+    ]
+    assert losses[0] == losses[1]
+    assert (one / "best/tuned.safetensors").read_bytes() == (two / "best/tuned.safetensors").read_bytes()
+    three = train(tmp_path / "c", photos, "seed=1")
+    assert (one / "best/tuned.safetensors").read_bytes() != (three / "best/tuned.safetensors").read_bytes()
+
+
+def test_a_dry_run_takes_two_steps_of_everything(tmp_path, photos):
+    run_dir = train(tmp_path, photos, "mode=dry", "train.epochs=100")
+    result = json.loads((run_dir / "result.json").read_text())
+    assert (result["epochs"], result["steps"]) == (1, 2)
+    assert set(result["metrics"]) == {"val", "test"}
+    assert (run_dir / "task.safetensors").is_file()
+
+
+def test_overfit_learns_one_batch_and_keeps_nothing(tmp_path, photos, capsys):
+    assert train(tmp_path / "runs", photos, "mode=overfit") is None
+    assert "learned 8 pictures in" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_second_run_of_the_same_name_gets_a_folder_of_its_own(tmp_path, photos):
+    first, second = (train(tmp_path, photos, "mode=dry") for _ in range(2))
+    assert (first.name, second.name) == ("colours", "colours_2")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["prompt=none"],
+        ["prompt=shallow"],
+        ["prompt.blocks=last:2", "prompt.dropout=0.1", "augment=strong"],
+        ["optim=vpt_paper", "head.init=paper", "augment=vtab"],
+        ["train.ema=0.9", "train.class_weights=balanced", "train.label_smoothing=0.1", "train.accumulation=2"],
+        ["train.patience=1", "train.clip_norm=null", "backbone.img_size=32", "deterministic=true"],
+        ["dataset.num_per_class=2", "backbone.pretrained=false", "train.precision=bf16"],
+    ],
+)
+def test_every_choice_trains_and_its_task_can_be_used(tmp_path, photos, overrides):
+    run_dir = train(tmp_path, photos, "mode=dry", *overrides)
+    trained = build.load_run(run_dir)
+    size = trained.preprocessing.size
+    assert trained.model(torch.zeros(1, 3, *size)).shape == (1, 3)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_run_without_a_task_file_and_a_foreign_folder_are_told_apart(tmp_path):
+    with pytest.raises(ConfigError, match="not a run folder"):
+        build.load_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match="this run has not finished"):
+        build.load_run(tmp_path)
+
+
+def test_balanced_class_weights_are_inverse_frequencies_with_a_mean_of_one():
+    config = to_config(compose_config(["train.class_weights=balanced"]))
+    samples = build.Samples(("a", "b"), (0, 0, 0, 1), ("1", "2", "3", "4"), lambda _: None)
+    weight = build.build_loss(config, samples).weight
+    assert weight.tolist() == pytest.approx([4 / 6, 2.0])
+    assert weight[torch.tensor(samples.targets)].mean().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", ""])
+def test_names_that_are_no_folder_names_are_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match=r"run\.name="):
+        build.make_run_dir(str(tmp_path), name)

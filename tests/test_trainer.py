@@ -1,0 +1,180 @@
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from vpt.engine.checkpoint import Checkpoints
+from vpt.engine.metrics import ClassificationMetrics
+from vpt.engine.monitor import Monitor
+from vpt.engine.optim import MovingAverage, warmup_cosine
+from vpt.engine.trainer import FitSettings, evaluate, fit, overfit
+
+NUM_TRAIN, BATCH = 22, 5
+
+
+class Separable(nn.Module):
+    """A linear model on "images" (B, 3, 2, 2), with a frozen part that has dropout."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(12, 3)
+        self.modes = []
+
+    def forward(self, images):
+        self.modes.append(self.training)
+        return self.head(images.flatten(1))
+
+
+def make_loader(num=NUM_TRAIN, batch_size=BATCH, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(num, 3, 2, 2, generator=generator)
+    targets = images.flatten(1)[:, :3].argmax(dim=1)
+    return DataLoader(TensorDataset(images, targets), batch_size=batch_size)
+
+
+def run_fit(tmp_path, model=None, train=None, val=None, lr=0.5, average=None, warmup=2, **settings):
+    model = model or Separable()
+    train, val = train or make_loader(), val or make_loader(seed=1)
+    options = FitSettings(**{"epochs": 4, "log_every": 1, **settings})
+    optimizer = torch.optim.SGD([{"params": model.parameters(), "lr": lr, "name": "head"}])
+    with Monitor(tmp_path) as monitor:
+        result = fit(
+            model,
+            train,
+            val,
+            loss_function=nn.functional.cross_entropy,
+            metrics=ClassificationMetrics(3),
+            optimizer=optimizer,
+            schedule=warmup_cosine(optimizer, num_steps=options.epochs * len(train), num_warmup_steps=warmup),
+            settings=options,
+            checkpoints=Checkpoints(tmp_path, dict(model.named_parameters())),
+            monitor=monitor,
+            average=average(model) if average else None,
+        )
+    return model, result
+
+
+def lines(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_lowers_the_loss_and_counts_epochs_and_steps(tmp_path):
+    _, result = run_fit(tmp_path, epochs=6)
+    losses = [line["train/loss"] for line in lines(tmp_path) if "train/loss" in line]
+    assert (result.epochs, result.steps) == (6, 6 * math.ceil(NUM_TRAIN / BATCH))
+    assert len(losses) == result.steps
+    assert losses[-1] < losses[0] / 2
+
+
+def test_the_model_ends_with_the_weights_that_val_chose(tmp_path):
+    val = make_loader(seed=1)
+    model, result = run_fit(tmp_path, val=val, epochs=8, lr=20.0)
+    tops = [line["val/top1"] for line in lines(tmp_path) if "val/top1" in line]
+    assert result.best["top1"] == max(tops)
+    assert tops[result.best_epoch - 1] == max(tops)
+    assert evaluate(model, val, ClassificationMetrics(3)) == result.best
+    assert result.best_step == result.best_epoch * math.ceil(NUM_TRAIN / BATCH)
+
+
+def test_of_equal_val_metrics_the_lower_loss_is_better(tmp_path):
+    val = make_loader(num=1)
+    _, result = run_fit(tmp_path, val=val, epochs=5)
+    found = [(line["val/top1"], -line["val/loss"]) for line in lines(tmp_path) if "val/top1" in line]
+    assert found[result.best_epoch - 1] == max(found)
+
+
+def test_early_stopping_waits_for_its_patience(tmp_path):
+    _, result = run_fit(tmp_path, epochs=50, lr=1e-12, patience=3)
+    assert result.epochs == result.best_epoch + 3
+
+
+def test_accumulated_batches_give_the_gradient_of_one_large_batch(tmp_path):
+    large, _ = run_fit(tmp_path / "a", train=make_loader(batch_size=NUM_TRAIN), epochs=1, warmup=0)
+    model = Separable()
+    small, result = run_fit(
+        tmp_path / "b", model=model, train=make_loader(batch_size=BATCH), epochs=1, accumulation=5, warmup=0
+    )
+    assert result.steps == 1
+    torch.testing.assert_close(small.head.weight, large.head.weight)
+
+
+def test_gradients_are_clipped_to_their_norm(tmp_path):
+    before = Separable().head.weight.detach().clone()
+    model, _ = run_fit(tmp_path, train=make_loader(batch_size=NUM_TRAIN), epochs=1, clip_norm=1e-3, lr=1.0)
+    change = torch.cat([(model.head.weight - before).flatten(), torch.zeros(1)]).norm()
+    assert 0 < change <= 1e-3 + 1e-6
+
+
+def test_val_sees_the_moving_average_and_the_best_holds_it(tmp_path):
+    val = make_loader(seed=1)
+    averages = []
+
+    def average(model):
+        averages.append(MovingAverage(dict(model.named_parameters()), decay=0.9))
+        return averages[0]
+
+    model, result = run_fit(tmp_path, val=val, epochs=1, average=average)
+    assert torch.equal(model.head.weight, averages[0].average["head.weight"])
+    assert evaluate(model, val, ClassificationMetrics(3)) == result.best
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_learning_rate(tmp_path):
+    loader = make_loader()
+    loader.dataset.tensors[0][0] = float("nan")
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is nan at step 1, epoch 1 \(lr/head .*lower optim\.prompt_lr"
+    ):
+        run_fit(tmp_path, train=loader)
+    assert not (tmp_path / "best").exists()
+    assert not (tmp_path / "last").exists()
+
+
+def test_evaluation_is_in_eval_mode_without_gradients_and_whatever_the_batches(tmp_path):
+    model = Separable().train()
+    values = [evaluate(model, make_loader(batch_size=size), ClassificationMetrics(3)) for size in (1, 7, 100)]
+    assert not any(model.modes)
+    assert values[0] == pytest.approx(values[1])
+    assert values[1] == pytest.approx(values[2])
+
+
+def test_passes_can_be_cut_short(tmp_path):
+    model, result = run_fit(tmp_path, epochs=1, max_batches=2)
+    assert result.steps == 2
+    assert model.modes.count(False) == 2
+
+
+def test_bfloat16_autocast_reaches_the_forward_pass(tmp_path):
+    seen = []
+
+    class Watching(Separable):
+        def forward(self, images):
+            logits = super().forward(images)
+            seen.append(logits.dtype)
+            return logits
+
+    run_fit(tmp_path, model=Watching(), epochs=1, precision="bf16")
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_the_pace_memory_and_learning_rates_are_logged(tmp_path):
+    run_fit(tmp_path, epochs=1)
+    line = lines(tmp_path)[0]
+    assert line["perf/images_per_s"] > 0
+    assert 0 <= line["perf/data_wait_fraction"] <= 1
+    assert line["memory/peak_mib"] > 10
+    assert line["lr/head"] == pytest.approx(0.25)
+    assert line["train/grad_norm"] > 0
+
+
+def test_one_batch_is_learned_or_the_answer_is_none():
+    batch = next(iter(make_loader()))
+    model = Separable()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    assert overfit(model, batch, loss_function=nn.functional.cross_entropy, optimizer=optimizer) > 1
+    assert torch.equal(model(batch[0]).argmax(1), batch[1])
+    stuck = torch.optim.Adam(Separable().parameters(), lr=0.0)
+    assert overfit(Separable(), batch, loss_function=nn.functional.cross_entropy, optimizer=stuck, max_steps=5) is None
