@@ -111,3 +111,8 @@ def test_every_key_of_the_schema_is_listed_once():
     keys = list(schema_keys())
     assert "prompt.num_tokens" in keys
     assert len(keys) == len(set(keys))
+
+
+def test_the_default_name_of_a_run_says_data_and_prompt():
+    name = to_config(compose_config(["prompt=shallow", "dataset=fruit"])).run.name
+    assert name.startswith("fruit_shallow_2")

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import create_transform
@@ -40,6 +41,8 @@ def picture(width: int, height: int) -> Image.Image:
     ],
 )
 def test_evaluation_equals_timm(image_size, crop_mode, size, crop_pct, interpolation):
+    if size[0] != size[1] and tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 31):
+        pytest.skip("older timm keeps the ratio of pictures for oblong inputs in another way")
     mean, std = (0.48, 0.45, 0.4), (0.26, 0.25, 0.27)
     ours = EvalTransform(Preprocessing(size, mean, std, interpolation, crop_pct, crop_mode))
     timms = create_transform(

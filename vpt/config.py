@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parent
 ConfigT = TypeVar("ConfigT")
 
 
-class PromptName(Enum):
+class PromptName(StrEnum):
     """Kinds of prompt, and none."""
 
     none = "none"
@@ -27,7 +27,7 @@ class PromptName(Enum):
     deep = "deep"
 
 
-class DatasetKind(Enum):
+class DatasetKind(StrEnum):
     """Readers of classification data."""
 
     fruit = "fruit"
@@ -45,14 +45,14 @@ NEEDED_KEYS = {
 }
 
 
-class OptimName(Enum):
+class OptimName(StrEnum):
     """Optimisers."""
 
     adamw = "adamw"
     sgd = "sgd"
 
 
-class Mode(Enum):
+class Mode(StrEnum):
     """train; two steps of everything (dry); one batch until it is learned (overfit)."""
 
     train = "train"
@@ -60,14 +60,14 @@ class Mode(Enum):
     overfit = "overfit"
 
 
-class ClassWeights(Enum):
+class ClassWeights(StrEnum):
     """Weights of the classes in the loss."""
 
     none = "none"
     balanced = "balanced"
 
 
-class Precision(Enum):
+class Precision(StrEnum):
     """Arithmetic of the model: auto is bf16 autocast on CUDA and fp32 elsewhere."""
 
     auto = "auto"
@@ -75,7 +75,7 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
-class HeadInitName(Enum):
+class HeadInitName(StrEnum):
     """How the head starts."""
 
     zero = "zero"

@@ -33,10 +33,10 @@ class Samples:
     """One split: a class, a printable name and a way to read it, for each picture.
 
     Args:
-        classes: the class names, by target.
-        targets: a number in [0, len(classes)) for each picture.
-        names: a relative path, or what else tells a person which picture it is, for each picture.
-        reader: gives the RGB picture of an index; must be picklable, since workers get a copy.
+        classes: The class names, by target.
+        targets: A number in [0, len(classes)) for each picture.
+        names: A relative path, or what else tells a person which picture it is, for each picture.
+        reader: Gives the RGB picture of an index; must be picklable, since workers get a copy.
     """
 
     classes: tuple[str, ...]
@@ -71,9 +71,9 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
     epoch and index, so an item does not depend on who asks for it, nor when.
 
     Args:
-        samples: one split.
-        transform: called with (RGB picture, seed), returns a tensor (3, H, W) float32.
-        seed: the seed of the run.
+        samples: One split.
+        transform: Called with (RGB picture, seed), returns a tensor (3, H, W) float32.
+        seed: The seed of the run.
     """
 
     def __init__(self, samples: Samples, transform: Callable[[Image.Image, int], Tensor], seed: int = 0) -> None:
@@ -106,12 +106,12 @@ def stratified_split(targets: Sequence[int], fraction: float, seed: int) -> tupl
     A class of two or more keeps at least one and, if the fraction is not 0, has at least one held out.
 
     Args:
-        targets: the class of each picture.
-        fraction: in [0, 1).
-        seed: decides which pictures are held out.
+        targets: The class of each picture.
+        fraction: In [0, 1).
+        seed: Decides which pictures are held out.
 
     Raises:
-        ValueError: the fraction is out of range.
+        ValueError: The fraction is out of range.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the fraction to hold out is {fraction}; allowed: 0 <= fraction < 1")
@@ -147,13 +147,13 @@ def read_folder(
     A missing val/ (or valid/, validation/) is split off train, and so is test/ if `test_fraction` is not 0.
 
     Args:
-        root: the folder.
-        val_fraction: part of the given pictures that becomes val if there is no val/.
-        test_fraction: part of the given pictures that becomes test if there is no test/.
-        seed: decides what is split off.
+        root: The folder.
+        val_fraction: Part of the given pictures that becomes val if there is no val/.
+        test_fraction: Part of the given pictures that becomes test if there is no test/.
+        seed: Decides what is split off.
 
     Raises:
-        ValueError: no pictures, an empty class folder, or a class that train does not have.
+        ValueError: No pictures, an empty class folder, or a class that train does not have.
     """
     root = Path(root)
     if not root.is_dir():
@@ -178,16 +178,16 @@ def read_list(
     """Read list files of lines `relative/path label`, labels counting from 0: the VTAB-1k layout of SSF and NOAH.
 
     Args:
-        root: the folder of the lists; paths in them start here and stay inside.
-        train: name of the list for train.
-        val: name of the list for val; null splits it off train.
-        test: name of the list for test; null means no test split.
-        classes: class names by label; without them the labels of train are counted, and the names are "0", "1", ...
-        val_fraction: part of train that becomes val if `val` is null.
-        seed: decides what is split off.
+        root: The folder of the lists; paths in them start here and stay inside.
+        train: Name of the list for train.
+        val: Name of the list for val; null splits it off train.
+        test: Name of the list for test; null means no test split.
+        classes: Class names by label; without them the labels of train are counted, and the names are "0", "1", ...
+        val_fraction: Part of train that becomes val if `val` is null.
+        seed: Decides what is split off.
 
     Raises:
-        ValueError: a list or a picture is missing, or a line is wrong; names the file and the line.
+        ValueError: A list or a picture is missing, or a line is wrong; names the file and the line.
     """
     root = Path(root)
     lists = {split: name for split, name in zip(SPLITS, (train, val, test), strict=True) if name is not None}
@@ -214,14 +214,14 @@ def read_csv(
     A label is a name or a whole number. The classes are the labels of train, sorted, numbers by value.
 
     Args:
-        path: the file.
-        root: where the paths start, and stay inside; by default the folder of the file.
-        val_fraction: part of the given pictures that becomes val if no row is val.
-        test_fraction: part of the given pictures that becomes test if no row is test.
-        seed: decides what is split off.
+        path: The file.
+        root: Where the paths start, and stay inside; by default the folder of the file.
+        val_fraction: Part of the given pictures that becomes val if no row is val.
+        test_fraction: Part of the given pictures that becomes test if no row is test.
+        seed: Decides what is split off.
 
     Raises:
-        ValueError: a column or a picture is missing, or a row is wrong; names the file and the row.
+        ValueError: A column or a picture is missing, or a row is wrong; names the file and the row.
     """
     path = Path(path)
     rows = list(_read_rows(path, Path(root) if root is not None else path.parent))

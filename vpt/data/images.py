@@ -29,14 +29,14 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read a picture file as RGB, upright; of an animation the first frame.
 
     Args:
-        path: the file; its content decides the format, not its name.
-        max_pixels: larger pictures are refused by the size in their header, before they are decoded.
+        path: The file; its content decides the format, not its name.
+        max_pixels: Larger pictures are refused by the size in their header, before they are decoded.
 
     Returns:
         A picture of mode RGB, fully decoded.
 
     Raises:
-        ImageError: the file is missing, empty, truncated, not a picture, too large, or holds floating point values.
+        ImageError: The file is missing, empty, truncated, not a picture, too large, or holds floating point values.
     """
     try:
         with _open(path) as image:
@@ -61,7 +61,7 @@ def find_images(path: str | Path) -> list[Path]:
     """The pictures below a folder, sorted; dot files and dot folders are none. A file is itself.
 
     Raises:
-        FileNotFoundError: there is neither a file nor a folder of this name.
+        FileNotFoundError: There is neither a file nor a folder of this name.
     """
     path = Path(path)
     if path.is_file():
@@ -79,10 +79,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Turn a picture upright and into mode RGB: transparency over white, 16-bit grey scaled by 257.
 
     Args:
-        image: a decoded picture of any mode but floating point.
+        image: A decoded picture of any mode but floating point.
 
     Raises:
-        ImageError: the mode is floating point or unknown, or its values are no 16-bit grey.
+        ImageError: The mode is floating point or unknown, or its values are no 16-bit grey.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):

@@ -32,9 +32,9 @@ class EpochSampler(Sampler[tuple[int, int]]):
     """Keys `(epoch, index)` of one epoch, in order or shuffled by seed and epoch only.
 
     Args:
-        num_samples: the size of the data set.
-        seed: decides the order of every epoch.
-        shuffle: draw a new order each epoch.
+        num_samples: The size of the data set.
+        seed: Decides the order of every epoch.
+        shuffle: Draw a new order each epoch.
 
     Example:
         >>> sampler = EpochSampler(3, seed=0, shuffle=False)
@@ -79,15 +79,15 @@ def build_loader(
     Call `loader.sampler.set_epoch(epoch)` before each epoch.
 
     Args:
-        dataset: has a length, and gives (image, target) for a key (epoch, index).
-        batch_size: pictures in a batch.
-        shuffle: draw a new order each epoch.
-        seed: decides the order.
-        num_workers: processes that read pictures; 0 reads in this one, with the same result.
-        drop_last: drop the last batch of an epoch if it is smaller.
+        dataset: Has a length, and gives (image, target) for a key (epoch, index).
+        batch_size: Pictures in a batch.
+        shuffle: Draw a new order each epoch.
+        seed: Decides the order.
+        num_workers: Processes that read pictures; 0 reads in this one, with the same result.
+        drop_last: Drop the last batch of an epoch if it is smaller.
 
     Raises:
-        ValueError: the data set is empty.
+        ValueError: The data set is empty.
     """
     num_samples = len(dataset)  # type: ignore[arg-type]
     if num_samples == 0:

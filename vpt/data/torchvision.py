@@ -72,15 +72,15 @@ def read_torchvision(
     that have no official test split.
 
     Args:
-        name: a key of `TORCHVISION`.
-        root: the folder that torchvision keeps its files in.
-        download: fetch the files if they are missing; the only use of the network.
-        val_fraction: part of the pictures that becomes val if there is no official val.
-        test_fraction: part of the pictures that becomes test if there is no official test.
-        seed: decides what is split off.
+        name: A key of `TORCHVISION`.
+        root: The folder that torchvision keeps its files in.
+        download: Fetch the files if they are missing; the only use of the network.
+        val_fraction: Part of the pictures that becomes val if there is no official val.
+        test_fraction: Part of the pictures that becomes test if there is no official test.
+        seed: Decides what is split off.
 
     Raises:
-        ValueError: the name is unknown, or the files are missing.
+        ValueError: The name is unknown, or the files are missing.
     """
     if name not in TORCHVISION:
         nearest = get_close_matches(name, TORCHVISION, n=1, cutoff=0.0)[0]

@@ -49,14 +49,14 @@ class Preprocessing:
 
     Args:
         size: (height, width) in pixels.
-        mean: three floats, of values in [0, 1].
-        std: three positive floats.
-        interpolation: one of nearest, bilinear, bicubic, box, hamming, lanczos.
-        crop_pct: the part of the resized picture's side that the centre crop keeps, in [0.1, 1].
+        mean: Three floats, of values in [0, 1].
+        std: Three positive floats.
+        interpolation: One of nearest, bilinear, bicubic, box, hamming, lanczos.
+        crop_pct: The part of the resized picture's side that the centre crop keeps, in [0.1, 1].
         crop_mode: "center" resizes the short side and keeps the aspect ratio; "squash" resizes both sides.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: A value is out of range.
     """
 
     size: tuple[int, int]
@@ -86,7 +86,7 @@ class Preprocessing:
         """Read what `to_dict` wrote; every field must be there, and nothing else.
 
         Raises:
-            ValueError: a key is missing or unknown, or a value is out of range.
+            ValueError: A key is missing or unknown, or a value is out of range.
         """
         keys = {field.name for field in fields(cls)}
         if set(values) != keys:
@@ -113,7 +113,7 @@ class EvalTransform:
     """Resize, crop and normalise, as timm does for evaluation.
 
     Args:
-        preprocessing: what the backbone wants.
+        preprocessing: What the backbone wants.
 
     Example:
         >>> half = (0.5, 0.5, 0.5)
@@ -178,12 +178,12 @@ class TrainTransform:
     before any other list comes the resize and crop of evaluation. With an empty list this is `EvalTransform`.
 
     Args:
-        preprocessing: what the backbone wants.
-        augment: steps in order, each `{"name": a transform of albumentations, **its arguments}`. `RandomResizedCrop`
+        preprocessing: What the backbone wants.
+        augment: Steps in order, each `{"name": a transform of albumentations, **its arguments}`. `RandomResizedCrop`
             takes its size from `preprocessing`, and averages areas when it shrinks a picture.
 
     Raises:
-        ValueError: a name or an argument that albumentations does not know, or a value that it refuses.
+        ValueError: A name or an argument that albumentations does not know, or a value that it refuses.
 
     Example:
         >>> half = (0.5, 0.5, 0.5)

@@ -26,7 +26,7 @@ class Checkpoints:
 
         Args:
             which: "last" or "best".
-            metadata: epoch, step and metrics, as JSON values.
+            metadata: Epoch, step and metrics, as JSON values.
         """
         write_tensors(self.path(which), self.parameters, metadata)
 

@@ -18,10 +18,10 @@ class Progress:
     A log file gets one line at the end of the pass and, in a long one, a line every `interval_s` seconds at most.
 
     Args:
-        total: number of batches.
-        description: what is passed over, like "epoch 3/20".
-        stream: where to write; by default the standard error.
-        interval_s: seconds between two plain lines.
+        total: Number of batches.
+        description: What is passed over, like "epoch 3/20".
+        stream: Where to write; by default the standard error.
+        interval_s: Seconds between two plain lines.
 
     Example:
         >>> with Progress(total=1, description="epoch 1/1", stream=sys.stdout) as progress:
@@ -58,8 +58,8 @@ class Progress:
         """Count one batch.
 
         Args:
-            num_images: pictures in the batch.
-            **values: numbers to show. A tensor is read only when it is shown, so that a GPU need not be waited for.
+            num_images: Pictures in the batch.
+            **values: Numbers to show. A tensor is read only when it is shown, so that a GPU need not be waited for.
         """
         self._batches += 1
         self._images += num_images
@@ -111,11 +111,11 @@ def format_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
     """An aligned table of plain text; columns that hold only numbers (with a unit or not) are set to the right.
 
     Args:
-        rows: cells, each row as long as the header.
-        header: names of the columns.
+        rows: Cells, each row as long as the header.
+        header: Names of the columns.
 
     Raises:
-        ValueError: if a row is longer or shorter than the header.
+        ValueError: If a row is longer or shorter than the header.
 
     Example:
         >>> print(format_table([["deep", "92,160"], ["linear", "0"]], header=["prompt", "tuned"]))

@@ -48,11 +48,11 @@ class ClassificationMetrics:
     Everything is kept on the CPU, integers and float64: how the split is cut into batches does not matter.
 
     Args:
-        num_classes: number of classes, K.
-        num_worst: how many of the samples with the highest cross-entropy are remembered.
+        num_classes: Number of classes, K.
+        num_worst: How many of the samples with the highest cross-entropy are remembered.
 
     Raises:
-        ValueError: if `num_classes` is below 1 or `num_worst` below 0.
+        ValueError: If `num_classes` is below 1 or `num_worst` below 0.
 
     Example:
         >>> metrics = ClassificationMetrics(num_classes=2)
@@ -84,10 +84,10 @@ class ClassificationMetrics:
         Args:
             logits: (B, K) floating point of any precision, on any device.
             targets: (B,) integers in [0, K).
-            loss: mean loss of the batch as the task defines it; by default the cross-entropy of the logits.
+            loss: Mean loss of the batch as the task defines it; by default the cross-entropy of the logits.
 
         Raises:
-            ValueError: if a shape does not fit, or a target lies outside of [0, K).
+            ValueError: If a shape does not fit, or a target lies outside of [0, K).
         """
         logits, targets = logits.detach().cpu().double(), targets.detach().cpu()
         self._check(logits, targets)
@@ -106,7 +106,7 @@ class ClassificationMetrics:
         """The metrics of everything that was added: loss, top1, mean_per_class, and top5 where K > 5.
 
         Raises:
-            ValueError: if nothing was added.
+            ValueError: If nothing was added.
         """
         num = int(self._confusion.sum())
         if num == 0:
@@ -140,10 +140,10 @@ class ClassificationMetrics:
         """The samples of the highest cross-entropy, highest first; of equal ones the earlier comes first.
 
         Args:
-            num: how many, at most `num_worst`; by default all that are remembered. Fewer if fewer were evaluated.
+            num: How many, at most `num_worst`; by default all that are remembered. Fewer if fewer were evaluated.
 
         Raises:
-            ValueError: if `num` is outside of [0, num_worst].
+            ValueError: If `num` is outside of [0, num_worst].
         """
         num = self.num_worst if num is None else num
         if not 0 <= num <= self.num_worst:

@@ -36,9 +36,9 @@ class Monitor:
     A file that cannot be written (a full disk, a lost share) is reported once, as a warning, and training goes on.
 
     Args:
-        run_dir: the run's folder; made if it is missing.
-        layout: charts of the overview page, title -> regular expressions of tags; None for `OVERVIEW`.
-        purge_step: when a run is resumed, the first step that is written again. What an interrupted process wrote
+        run_dir: The run's folder; made if it is missing.
+        layout: Charts of the overview page, title -> regular expressions of tags; None for `OVERVIEW`.
+        purge_step: When a run is resumed, the first step that is written again. What an interrupted process wrote
             from there on is dropped, so that steps increase in both files.
 
     Example:
@@ -72,11 +72,11 @@ class Monitor:
         """Write numbers, one point for each tag and one line of `metrics.jsonl`, where nan and inf become null.
 
         Args:
-            values: tag -> a number or a tensor of one element.
-            step: optimiser updates so far.
+            values: Tag -> a number or a tensor of one element.
+            step: Optimiser updates so far.
 
         Raises:
-            ValueError: if a tag is "step", the name that `metrics.jsonl` keeps for the step.
+            ValueError: If a tag is "step", the name that `metrics.jsonl` keeps for the step.
         """
         if "step" in values:
             raise ValueError('The tag "step" is taken: metrics.jsonl keeps the step under this name.')
@@ -94,12 +94,12 @@ class Monitor:
         """Write one picture under `tag`, or several under `tag_00`, `tag_01`, ...
 
         Args:
-            tag: the tag.
+            tag: The tag.
             pictures: (H, W, 3) uint8, or a sequence of such.
-            step: optimiser updates so far.
+            step: Optimiser updates so far.
 
         Raises:
-            ValueError: if a picture has another shape or type.
+            ValueError: If a picture has another shape or type.
         """
         if isinstance(pictures, Sequence) or pictures.ndim == 4:
             tagged = {f"{tag}_{i:02d}": picture for i, picture in enumerate(pictures)}
@@ -124,8 +124,8 @@ class Monitor:
         TensorBoard shows the first row that a run writes: a later call changes the scalars only.
 
         Args:
-            hparams: name -> value; a nested mapping becomes `outer.inner`, what is no number becomes text.
-            metrics: the columns of results, tag -> number; also written as scalars, at the last step.
+            hparams: Name -> value; a nested mapping becomes `outer.inner`, what is no number becomes text.
+            metrics: The columns of results, tag -> number; also written as scalars, at the last step.
         """
         self.scalars(metrics, self._last_step)
 

@@ -70,7 +70,7 @@ class MovingAverage:
 
     Args:
         parameters: The parameters to follow, by name.
-        decay: d, the weight of the past.
+        decay: D, the weight of the past.
 
     Example:
         >>> parameter = nn.Parameter(torch.zeros(1))

@@ -46,14 +46,14 @@ def picture_grid(
     Args:
         pictures: (B, H, W, 3) uint8.
         captions: B texts, or None.
-        columns: tiles in a row.
+        columns: Tiles in a row.
         colours: B colours for the captions, (red, green, blue) in [0, 255], or None for dark grey.
 
     Returns:
         (H', W', 3) uint8.
 
     Raises:
-        ValueError: if the pictures are not of this shape or type, none is given, or the lengths differ.
+        ValueError: If the pictures are not of this shape or type, none is given, or the lengths differ.
     """
     _check_grid(pictures, captions, columns, colours)
     B, H, W, _ = pictures.shape
@@ -93,7 +93,7 @@ def confusion_picture(confusion: ArrayLike, classes: Sequence[str]) -> NDArray[n
         (H', W', 3) uint8, at most about 1,200 pixels wide up to 1,000 classes.
 
     Raises:
-        ValueError: if the counts are not a square of K by K.
+        ValueError: If the counts are not a square of K by K.
     """
     counts = np.asarray(confusion)
     K = len(classes)

@@ -26,10 +26,10 @@ class TaskMetadata:
     Args:
         backbone: timm name of the backbone, with its pretrained tag.
         fingerprint: Digest of the backbone's weights.
-        prompt: kind, num_tokens, embed_dim, blocks and dropout of the prompt; None without one.
+        prompt: Kind, num_tokens, embed_dim, blocks and dropout of the prompt; None without one.
         num_classes: K.
         classes: Names of the classes, in the order of the logits; None when nobody named them.
-        preprocessing: size, mean, std, interpolation, crop_pct and crop_mode of the input pictures.
+        preprocessing: Size, mean, std, interpolation, crop_pct and crop_mode of the input pictures.
         metrics: What was measured, such as {"val": {"top1": 0.93}}.
         format_version: Version of this format.
         kind: Kind of task.
