@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vpt.build import Data
+from vpt.build import Data, build_settings
 from vpt.config import Config
 from vpt.data.transforms import denormalise
 from vpt.engine.console import format_table, percent
@@ -21,9 +21,9 @@ from vpt.models.tuning import count_parameters
 NUM_GRID_PICTURES = 32
 
 
-def summarise(model: ClassificationModel, data: Data, config: Config, device: torch.device) -> str:
+def summarise(model: ClassificationModel, data: Data, config: Config) -> str:
     """What is about to be trained, on what: a few lines for the console."""
-    count = count_parameters(model)
+    count, device = count_parameters(model), next(model.parameters()).device
     height, width = data.preprocessing.size
     prompt = model.backbone.prompt
     splits = ", ".join(f"{split} {len(samples.targets)}" for split, samples in data.samples.items())
@@ -37,7 +37,7 @@ def summarise(model: ClassificationModel, data: Data, config: Config, device: to
             f"{100 * count.share:.2f} % of the backbone's",
         ],
         ["task file", f"about {task_file_bytes(model) / 1000:,.0f} kB"],
-        ["device", f"{device}, {config.train.precision.value} precision, seed {config.seed}"],
+        ["device", f"{device}, {build_settings(config, device).precision}, seed {config.seed}"],
     ]
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
 

@@ -62,7 +62,7 @@ def run(config: Config, config_text: str) -> Path | None:
     samples = build.build_samples(config.dataset)
     model = build.build_model(config, samples["train"].classes).to(device)
     data = build.build_data(config, samples, preprocessing_of(model.backbone.vit))
-    summary = report.summarise(model, data, config, device)
+    summary = report.summarise(model, data, config)
     print(summary, flush=True)
     if config.mode is Mode.overfit:
         _overfit(config, model, data)
