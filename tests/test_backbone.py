@@ -52,7 +52,7 @@ def test_a_ready_prompt_is_used_and_one_that_does_not_fit_is_refused():
     prompt = VisualPrompt(2, 32, blocks=(0, 2))
     assert PromptedViT(make_tiny_vit(), prompt).prompt is prompt
     with pytest.raises(ValueError, match="does not fit a ViT of embed_dim 32 and 3 blocks"):
-        PromptedViT(make_tiny_vit(), VisualPrompt(2, 64))
+        PromptedViT(make_tiny_vit(), VisualPrompt(2, 64, blocks=(0,)))
     with pytest.raises(ValueError, match="does not fit"):
         PromptedViT(make_tiny_vit(), VisualPrompt(2, 32, blocks=(0, 3)))
 
@@ -94,8 +94,8 @@ def test_a_backbone_held_in_bfloat16_takes_a_float32_prompt(images):
 def test_the_fingerprint_tells_weights_apart_and_ignores_input_size_and_classifier():
     one = fingerprint(make_tiny_vit())
     assert one == fingerprint(make_tiny_vit())
+    assert fingerprint(make_tiny_vit().to(torch.float64)) == fingerprint(make_tiny_vit().to(torch.bfloat16)) == one
     vit = make_tiny_vit()
-    assert fingerprint(vit.to(torch.float64)) == one
     vit.blocks[1].mlp.fc1.weight.data.mul_(1.001)
     assert fingerprint(vit) != one
     small = load_vit("vit_nano_patch8_64")
@@ -155,6 +155,18 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(tmp_path, capsys):
 def test_an_unknown_name_gets_the_nearest_one():
     with pytest.raises(ValueError, match="did you mean vit_tiny_patch16_224"):
         load_vit("vit_tiny_patch16_2244")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
+def test_a_name_that_cannot_be_prompted_is_refused_before_weights_are_fetched(monkeypatch, name):
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: pytest.fail("fetched"))
+    with pytest.raises(ValueError, match=f"name={name}: .* cannot be prompted; supported are"):
+        load_vit(name)
+
+
+def test_a_size_that_the_model_cannot_have_is_no_question_of_weights():
+    with pytest.raises(ValueError, match=r"backbone\.name=vit_nano_patch8_64 cannot be built"):
+        load_vit("vit_nano_patch8_64", img_size=4)
 
 
 def test_weights_that_cannot_be_had_say_which_file_to_put_where(monkeypatch):

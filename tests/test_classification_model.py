@@ -33,6 +33,11 @@ def test_a_few_steps_learn_a_batch(images):
     assert torch.equal(model.eval()(images).argmax(1), torch.arange(4))
 
 
+def test_a_backbone_held_in_bfloat16_gives_float32_logits(images):
+    model = vpt.create_model(make_tiny_vit().bfloat16(), prompt="deep", num_tokens=2, num_classes=3)
+    assert model(images.bfloat16()).dtype == torch.float32
+
+
 def test_the_public_names_are_importable_and_importing_the_package_is_light():
     import subprocess
     import sys

@@ -64,11 +64,12 @@ def test_train_evaluate_and_predict_run_from_another_folder(tmp_path, photos):
 
 
 @pytest.mark.slow
-def test_a_sweep_makes_a_run_for_each_choice(tmp_path, photos):
-    arguments = ["-m", "dataset=folder", f"dataset.root={photos}", "prompt=none,deep", "mode=dry", "run.name=sweep"]
-    done = call(*arguments, "num_workers=0", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"sweep", "sweep_2"}
+def test_a_failed_run_of_a_sweep_is_told_and_does_not_stop_the_others(tmp_path, photos):
+    arguments = ["-m", "dataset=folder", f"dataset.root={photos}", "mode=dry", "run.name=sweep", "num_workers=0"]
+    done = call(*arguments, "prompt.blocks=last:9,all", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "prompt.blocks=last:9: the backbone has 5 blocks" in done.stderr
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"sweep_dry"}
 
 
 @pytest.mark.slow
@@ -90,6 +91,6 @@ def test_an_installed_wheel_finds_its_configs_pictures_and_weights_from_the_root
     for command in ([sys.executable, "-m", "vpt.train"], [str(site / "bin" / "vpt-train")]):
         done = run_at_root([*command, *arguments])
         assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs/quickstart_2/task.safetensors").is_file()
+    assert (tmp_path / "runs/quickstart_dry_2/task.safetensors").is_file()
     origin = run_at_root([sys.executable, "-c", "import vpt; print(vpt.__file__)"])
     assert origin.stdout.startswith(str(site))

@@ -1,6 +1,6 @@
 import pytest
 
-from vpt.command_line import check_command_line, parse_options
+from vpt.command_line import check_command_line, parse_options, quote_paths
 from vpt.config import Config, ConfigError, Mode, PromptName, compose_config, load_config, schema_keys, to_config
 from vpt.predict import USAGE, PredictOptions
 
@@ -39,6 +39,10 @@ def test_an_experiment_is_an_overlay_that_the_command_line_wins_over():
         (["dataset=torchvision"], r"dataset\.name is needed by dataset=torchvision"),
         (["train.epochs=[1"], "cannot read the command line"),
         (["nonsense"], "cannot read the command line"),
+        (["seed=0,1"], "seed=0,1 is a sweep over several values: add -m"),
+        (["~prompt"], "~prompt: keys cannot be removed"),
+        (["optim.prompt_lr=inf"], r"optim\.prompt_lr=inf is out of range"),
+        (["run.name=a/b"], r"run\.name=a/b: must be the name of a folder"),
         (["-m", "prompt=none,deeep"], r"prompt=deeep: no such choice; did you mean deep\?"),
         (["-m", "train.epochs=3,x"], "'x' of type 'str'"),
         (["-m", "seed=1,-1"], "seed=-1 is out of range"),
@@ -79,7 +83,7 @@ def test_options_of_small_commands_are_typed_and_checked(capsys):
     for arguments, message in [
         (["run=a", "inptu=b"], "inptu=b: not an option.*did you mean input"),
         (["run"], "run: not an option of the form key=value"),
-        (["run=a", "input=b", "output=c", "top_k=x"], "top_k: Value 'x'"),
+        (["run=a", "input=b", "output=c", "top_k=x"], "top_k=x: must be a whole number"),
         (["run=a", "input=b", "output=c", "top_k=0"], "top_k=0 is out of range"),
         (["run=a", "input=b"], "output is needed: type output="),
     ]:
@@ -89,6 +93,29 @@ def test_options_of_small_commands_are_typed_and_checked(capsys):
         parse_options(PredictOptions, ["--help"], USAGE)
     assert stopped.value.code == 0
     assert "top_k=5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["IMG #1.jpg", "0123", "a: b.jpg", "[1].jpg", "${x}", "null", "a=b"])
+def test_paths_of_small_commands_are_taken_as_they_are_typed(path):
+    assert parse_options(PredictOptions, [f"input={path}", "run=r", "output=o.csv"], USAGE).input == path
+
+
+@pytest.mark.parametrize("path", ["~/pets", "/my phötos (1)", "it's mine", "a b", "c:d", "{x}", "a[1]", "'quoted (1)'"])
+def test_paths_on_the_train_command_line_need_no_quotes_of_hydra(path):
+    (word,) = quote_paths([f"dataset.root={path}"])
+    check_command_line(["dataset=folder", word])
+    assert compose_config(["dataset=folder", word]).dataset.root == path.strip("'")
+
+
+def test_other_arguments_and_sweeps_over_plain_paths_are_left_alone():
+    arguments = ["-m", "dataset.root=a,b/c", "prompt.blocks=[0,1]", "+experiment=quickstart"]
+    assert quote_paths(arguments) == arguments
+
+
+def test_the_recipe_of_the_paper_sets_more_than_the_optimiser_and_can_be_overridden():
+    config = to_config(compose_config(["optim=vpt_paper"]))
+    assert (config.train.epochs, config.train.clip_norm, config.head.init.value) == (100, None, "paper")
+    assert to_config(compose_config(["optim=vpt_paper", "train.epochs=7"])).train.epochs == 7
 
 
 def test_the_config_of_a_run_comes_back_from_its_folder(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpt.data.images import EXTENSIONS, FORMATS, ImageError, read_image
+from vpt.data.images import EXTENSIONS, FORMATS, ImageError, check_image, find_images, read_image
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 ORIENTATION = 0x0112
@@ -168,6 +168,41 @@ def test_max_pixels_is_inclusive(picture, tmp_path):
     assert read_image(tmp_path / "a.png", max_pixels=24).size == (6, 4)
     with pytest.raises(ImageError, match="24 pixels are more than the 23 allowed"):
         read_image(tmp_path / "a.png", max_pixels=23)
+
+
+def test_a_check_reads_the_header_and_nothing_else(picture, tmp_path):
+    picture.save(tmp_path / "a.png")
+    check_image(tmp_path / "a.png", max_pixels=24)
+    with pytest.raises(ImageError, match=r"a\.png: 24 pixels are more than the 23 allowed; shrink"):
+        check_image(tmp_path / "a.png", max_pixels=23)
+    (tmp_path / "bomb.png").write_bytes(png_bomb(8_000, 8_000))
+    with pytest.raises(ImageError, match=r"bomb\.png: .*pixels.*shrink"):
+        check_image(tmp_path / "bomb.png")
+    (tmp_path / "empty.png").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"empty\.png: the file is empty"):
+        check_image(tmp_path / "empty.png")
+    (tmp_path / "small_bomb.png").write_bytes(png_bomb(100, 100))
+    check_image(tmp_path / "small_bomb.png")  # that its pixels are missing is seen when it is read
+
+
+def test_links_in_a_circle_do_not_multiply_pictures(picture, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        picture.save(tmp_path / name / "0.png")
+    (tmp_path / "a" / "me").symlink_to(tmp_path / "a")
+    (tmp_path / "b" / "root").symlink_to(tmp_path)
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    assert find_images(tmp_path) == [tmp_path / "a" / "0.png", tmp_path / "b" / "0.png", tmp_path / "loop.png"]
+    with pytest.raises(ImageError, match=r"loop\.png"):
+        check_image(tmp_path / "loop.png")
+
+
+def test_a_folder_that_is_a_link_is_read(picture, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    picture.save(tmp_path / "elsewhere" / "0.png")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a").symlink_to(tmp_path / "elsewhere")
+    assert find_images(tmp_path / "root") == [tmp_path / "root" / "a" / "0.png"]
 
 
 def test_every_extension_belongs_to_a_format_that_is_read():

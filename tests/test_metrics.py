@@ -150,14 +150,6 @@ def test_logits_on_a_gpu_are_accepted():
     assert on_gpu.compute() == pytest.approx(by_hand(logits, targets), abs=1e-12)
 
 
-def test_totals_of_shards_add_up_to_those_of_the_split():
-    logits, targets = random_split(31, 8)
-    shards = [fed(logits[rank::3], targets[rank::3], batch_size=4) for rank in range(3)]
-    for first, *others in zip(*(shard.totals for shard in shards), strict=True):
-        first += sum(others)
-    assert shards[0].compute() == pytest.approx(fed(logits, targets, batch_size=31).compute(), abs=1e-14)
-
-
 def test_reset_forgets_everything():
     logits, targets = random_split(30, 4)
     metrics = fed(logits, targets, batch_size=8)

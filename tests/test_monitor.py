@@ -148,20 +148,6 @@ def test_a_run_has_one_events_file_beside_its_metrics(tmp_path):
     assert metrics_file == "metrics.jsonl"
 
 
-def test_steps_increase_across_a_resume(tmp_path):
-    with Monitor(tmp_path) as monitor:
-        for step in (1, 2, 3, 4):
-            monitor.scalars({"train/loss": 10.0 + step}, step)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "train/lo')
-    with Monitor(tmp_path, purge_step=3) as monitor:
-        for step in (3, 4, 5):
-            monitor.scalars({"train/loss": 20.0 + step}, step)
-    expected = [(1, 11.0), (2, 12.0), (3, 23.0), (4, 24.0), (5, 25.0)]
-    assert [(line["step"], line["train/loss"]) for line in lines_of(tmp_path)] == expected
-    assert [(point.step, point.value) for point in events_of(tmp_path).Scalars("train/loss")] == expected
-
-
 def test_a_second_run_in_the_same_folder_appends_when_nothing_is_to_be_purged(tmp_path):
     for step in (1, 2):
         with Monitor(tmp_path) as monitor:

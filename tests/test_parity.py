@@ -23,11 +23,10 @@ def block_with_prompts(block, x, prompts, e, rope, heads):
     B, N, D = sequence.shape
     normed = block.norm1(sequence)
     attention = block.attn
-    if attention.qkv is not None:
-        bias = attention.qkv.bias
-        if bias is None and getattr(attention, "q_bias", None) is not None:
-            bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
-        q, k, v = torch.nn.functional.linear(normed, attention.qkv.weight, bias).chunk(3, dim=-1)
+    bias = attention.qkv.bias
+    if bias is None and getattr(attention, "q_bias", None) is not None:
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+    q, k, v = torch.nn.functional.linear(normed, attention.qkv.weight, bias).chunk(3, dim=-1)
     q, k, v = (t.view(B, N, heads, D // heads).transpose(1, 2) for t in (q, k, v))
     if rope is not None:
         first_patch = x.shape[1] + prompts.shape[1]

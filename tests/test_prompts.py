@@ -37,13 +37,15 @@ def test_each_prompted_block_has_tokens_of_its_own():
 
 @pytest.mark.parametrize(
     ("blocks", "expected"),
-    [("all", (0, 1, 2, 3)), ("first:2", (0, 1)), ("last:3", (1, 2, 3)), ([2], (2,)), ([-1, 0], (0, 3)), ((1, 1), (1,))],
+    [("all", (0, 1, 2, 3)), ("first:2", (0, 1)), ("last:3", (1, 2, 3)), ([2], (2,)), ([-1, 0], (0, 3)), ((1,), (1,))],
 )
 def test_blocks_are_resolved_from_their_description(blocks, expected):
     assert resolve_blocks(blocks, depth=4) == expected
 
 
-@pytest.mark.parametrize("blocks", ["last", "last:0", "first:5", "middle:2", [4], [-5], []])
+@pytest.mark.parametrize(
+    "blocks", ["last", "last:0", "first:5", "middle:2", [4], [-5], [], [1, 1], [0, -4], 3, None, [0.5], [True], ["a"]]
+)
 def test_blocks_that_do_not_exist_are_refused(blocks):
     with pytest.raises(ValueError, match=r"prompt\.blocks"):
         resolve_blocks(blocks, depth=4)
@@ -58,11 +60,12 @@ def test_blocks_that_do_not_exist_are_refused(blocks):
         ({"kind": "shallow", "blocks": (0, 1)}, "a shallow prompt enters block 0 only"),
         ({"blocks": (1, 0)}, "ascending"),
         ({"blocks": ()}, "at least one"),
+        ({"blocks": None}, "a deep prompt needs its blocks"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_value(options, message):
     with pytest.raises(ValueError, match=message):
-        VisualPrompt(**{"num_tokens": 1, "embed_dim": 4, **options})
+        VisualPrompt(**{"num_tokens": 1, "embed_dim": 4, "blocks": (0,), **options})
 
 
 def test_a_prompt_survives_saving_and_its_repr_says_what_it_is():

@@ -34,7 +34,9 @@ def test_every_train_command_is_accepted(arguments):
 
 
 def test_choices_in_tables_are_accepted():
-    for choice in re.findall(r"`((?:prompt|optim|augment|train)[.\w]*=[\w.:]+)`", TEXT):
+    choices = re.findall(r"`((?:prompt|optim|augment|train)[.\w]*=[\w.:]+)`", TEXT)
+    assert len(choices) >= 5
+    for choice in choices:
         check_command_line([choice])
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 import vpt
 from tests.conftest import make_tiny_vit
 from vpt.files import read_tensors, write_tensors
+from vpt.models.backbone import load_vit
 
 
 def make_model(prompt="deep", **options):
@@ -43,6 +44,24 @@ def test_a_task_is_loaded_onto_a_backbone_by_name_at_its_own_input_size(tmp_path
     loaded = vpt.load_task(path, backbone="vit_nano_patch8_64")
     assert torch.equal(loaded(images), model(images))
     assert loaded.classes is None
+
+
+def test_a_task_of_an_oblong_input_is_loaded_by_name(tmp_path):
+    model = vpt.create_model("vit_nano_patch8_64", prompt=None, num_classes=3, img_size=(64, 96)).eval()
+    loaded = vpt.load_task(vpt.save_task(model, tmp_path / "a.safetensors"), backbone="vit_nano_patch8_64")
+    assert loaded(torch.zeros(1, 3, 64, 96)).shape == (1, 3)
+
+
+def test_a_backbone_of_another_input_size_is_refused_with_both_sizes(tmp_path):
+    path = vpt.save_task(vpt.create_model("vit_nano_patch8_64", num_classes=3), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"made for pictures of \[64, 64\] px, but the backbone takes \[96, 96\]"):
+        vpt.load_task(path, backbone=load_vit("vit_nano_patch8_64", img_size=96))
+
+
+def test_the_same_weights_held_in_bfloat16_are_the_same_backbone(tmp_path, images):
+    path = vpt.save_task(make_model(), tmp_path / "a.safetensors")
+    loaded = vpt.load_task(path, backbone=make_tiny_vit().bfloat16())
+    torch.testing.assert_close(loaded(images.bfloat16()), make_model().eval()(images), rtol=0.1, atol=0.3)
 
 
 def test_a_task_file_holds_prompt_and_head_only_and_is_small(tmp_path):

@@ -7,6 +7,8 @@ import torchvision
 from PIL import Image
 
 from tests.test_classification_data import names_by_split, touch
+from vpt.data.classification import check_readable
+from vpt.data.images import ImageError
 from vpt.data.torchvision import TORCHVISION, read_torchvision
 
 
@@ -110,6 +112,21 @@ def test_a_real_svhn_file_is_read(tmp_path, monkeypatch):
     assert splits["test"].targets == (0, 1, 0, 1, 0, 1, 0, 1)
     assert splits["test"].read(5).getpixel((0, 0)) == (5, 5, 5)
     assert splits["val"].classes == ("0", "1")
+
+
+def test_files_are_checked_and_pictures_in_memory_are_not(fakes, tmp_path):
+    check_readable(read_torchvision("CIFAR10", tmp_path, download=True)["train"])
+    train = read_torchvision("SUN397", tmp_path)["train"]
+    check_readable(train)
+    (tmp_path / train.names[1]).write_bytes(b"nothing")
+    with pytest.raises(ImageError, match=rf"{train.names[1]}: not a picture"):
+        check_readable(train)
+
+
+def test_one_class_only_is_refused(fakes, tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeInMemory, "classes", ("cat",))
+    with pytest.raises(ValueError, match=r"torchvision's CIFAR10 in .*: one class only, 'cat'"):
+        read_torchvision("CIFAR10", tmp_path, download=True)
 
 
 def test_missing_files_tell_how_to_fetch_them(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -53,6 +54,7 @@ def test_a_run_leaves_its_config_metrics_checkpoints_and_task_file(finished):
     }
     result = json.loads((finished / "result.json").read_text())
     assert result["metrics"]["test"]["top1"] > 0.9
+    assert "best" not in result
     metadata = vpt.read_task(finished / "task.safetensors")
     assert metadata.classes == ["blue sky", "grass", "rose"]
     assert metadata.metrics == result["metrics"]
@@ -161,9 +163,41 @@ def test_overfit_learns_one_batch_and_keeps_nothing(tmp_path, photos, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_interrupted_run_keeps_the_task_of_its_best_epoch(tmp_path, photos, monkeypatch):
+    from vpt.engine import trainer
+
+    run_epoch = trainer._Stepper.run_epoch
+
+    def interrupted(stepper, loader, epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return run_epoch(stepper, loader, epoch)
+
+    monkeypatch.setattr(trainer._Stepper, "run_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, photos)
+    assert "val" in vpt.read_task(tmp_path / "colours" / "task.safetensors").metrics
+    assert evaluate_run(EvaluateOptions(run=str(tmp_path / "colours")))["top1"] > 0
+
+
+def test_an_unreadable_picture_of_any_split_is_refused_before_training(tmp_path, photos):
+    copy = tmp_path / "photos"
+    shutil.copytree(photos, copy)
+    (copy / "test" / "rose" / "broken.png").write_text("<html>")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        train(tmp_path / "runs", copy)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_predict_refuses_a_folder_without_pictures(finished, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no pictures"):
+        predict_run(PredictOptions(run=str(finished), input=str(tmp_path / "empty"), output=str(tmp_path / "p.csv")))
+
+
 def test_a_second_run_of_the_same_name_gets_a_folder_of_its_own(tmp_path, photos):
     first, second = (train(tmp_path, photos, "mode=dry") for _ in range(2))
-    assert (first.name, second.name) == ("colours", "colours_2")
+    assert (first.name, second.name) == ("colours_dry", "colours_dry_2")
 
 
 @pytest.mark.parametrize(
@@ -200,9 +234,3 @@ def test_balanced_class_weights_are_inverse_frequencies_with_a_mean_of_one():
     weight = build.build_loss(config, samples).weight
     assert weight.tolist() == pytest.approx([4 / 6, 2.0])
     assert weight[torch.tensor(samples.targets)].mean().item() == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("name", ["..", "a/b", ""])
-def test_names_that_are_no_folder_names_are_refused(tmp_path, name):
-    with pytest.raises(ConfigError, match=r"run\.name="):
-        build.make_run_dir(str(tmp_path), name)

@@ -176,5 +176,6 @@ def test_one_batch_is_learned_or_the_answer_is_none():
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     assert overfit(model, batch, loss_function=nn.functional.cross_entropy, optimizer=optimizer) > 1
     assert torch.equal(model(batch[0]).argmax(1), batch[1])
-    stuck = torch.optim.Adam(Separable().parameters(), lr=0.0)
-    assert overfit(Separable(), batch, loss_function=nn.functional.cross_entropy, optimizer=stuck, max_steps=5) is None
+    fresh = Separable()
+    stuck = torch.optim.Adam(fresh.parameters(), lr=0.0)
+    assert overfit(fresh, batch, loss_function=nn.functional.cross_entropy, optimizer=stuck, max_steps=5) is None

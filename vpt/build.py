@@ -27,15 +27,16 @@ from vpt.config import (
 from vpt.data.classification import (
     ClassificationDataset,
     Samples,
+    check_readable,
     fruit_root,
-    read_csv,
     read_folder,
-    read_list,
     take_per_class,
 )
 from vpt.data.loaders import build_loader
+from vpt.data.tables import read_csv, read_list
 from vpt.data.torchvision import read_torchvision
 from vpt.data.transforms import EvalTransform, Preprocessing, TrainTransform
+from vpt.engine.losses import CrossEntropy
 from vpt.engine.optim import MovingAverage, make_optimizer, warmup_cosine
 from vpt.engine.trainer import FitSettings, Loader
 from vpt.engine.watch import RowWatch
@@ -96,13 +97,20 @@ def build_samples(config: DatasetConfig) -> dict[str, Samples]:
         case DatasetKind.fruit:
             samples = read_folder(fruit_root(), **split)
         case DatasetKind.folder:
-            samples = read_folder(root, test_fraction=config.test_fraction, **split)
+            samples = read_folder(root, test_fraction=config.test_fraction or 0.0, **split)
         case DatasetKind.list:
-            samples = read_list(root, train=config.train, val=config.val, test=config.test, **split)
+            lists = {"train": config.train, "val": config.val, "test": config.test}
+            samples = read_list(root, **lists, test_fraction=config.test_fraction or 0.0, **split)
         case DatasetKind.csv:
-            samples = read_csv(str(config.path), config.root, test_fraction=config.test_fraction, **split)
+            path = Path(str(config.path)).expanduser()
+            pictures_root = None if config.root is None else root
+            samples = read_csv(path, pictures_root, test_fraction=config.test_fraction or 0.0, **split)
         case DatasetKind.torchvision:
+            if config.test_fraction is not None:
+                split["test_fraction"] = config.test_fraction
             samples = read_torchvision(str(config.name), root, download=config.download, **split)
+    for members in samples.values():
+        check_readable(members)
     if config.num_per_class is not None:
         samples["train"] = take_per_class(samples["train"], config.num_per_class, config.split_seed)
     return samples
@@ -153,13 +161,13 @@ def build_model(config: Config, classes: tuple[str, ...]) -> ClassificationModel
     )
 
 
-def build_loss(config: Config, train: Samples) -> nn.CrossEntropyLoss:
+def build_loss(config: Config, train: Samples) -> CrossEntropy:
     """Cross-entropy with label smoothing and class weights; weights have a mean of 1 over the train pictures."""
     weight = None
     if config.train.class_weights is ClassWeights.balanced:
-        counts = torch.bincount(torch.tensor(train.targets), minlength=len(train.classes)).float()
-        weight = len(train.targets) / (len(train.classes) * counts)
-    return nn.CrossEntropyLoss(weight=weight, label_smoothing=config.train.label_smoothing)
+        counts = torch.bincount(torch.tensor(train.targets), minlength=len(train.classes)).clamp(min=1)
+        weight = len(train.targets) / (len(train.classes) * counts.float())
+    return CrossEntropy(weight, config.train.label_smoothing)
 
 
 def build_optimizer(config: Config, model: ClassificationModel) -> Optimizer:
@@ -214,10 +222,8 @@ def build_settings(config: Config, device: torch.device) -> FitSettings:
 
 def make_run_dir(root: str, name: str) -> Path:
     """A new run folder `root/name`; when there is one of that name, `root/name_2` and so on."""
-    if "/" in name or name in ("", ".", ".."):
-        raise ConfigError(f"run.name={name}: must be the name of a folder; run.root says where it lies")
     for number in range(1, 10_000):
-        path = Path(root) / (name if number == 1 else f"{name}_{number}")
+        path = Path(root).expanduser() / (name if number == 1 else f"{name}_{number}")
         try:
             path.mkdir(parents=True)
             return path
@@ -228,7 +234,8 @@ def make_run_dir(root: str, name: str) -> Path:
 
 def _num_workers(wanted: int | None) -> int:
     """Loader processes: as asked, or one less than the cores of this process, at most 4."""
-    return min(4, len(os.sched_getaffinity(0)) - 1) if wanted is None else wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores - 1) if wanted is None else wanted
 
 
 @dataclass(frozen=True)

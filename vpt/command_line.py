@@ -1,16 +1,15 @@
 """The command line: what was typed is checked before anything is loaded, and refused in one line."""
 
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from vpt.config import (
     ConfigError,
@@ -18,7 +17,6 @@ from vpt.config import (
     compose_config,
     config_folder,
     did_you_mean,
-    explain,
     first_line,
     group_choices,
     no_such_choice,
@@ -27,6 +25,7 @@ from vpt.config import (
 )
 
 OptionsT = TypeVar("OptionsT")
+PATH_KEYS = ("dataset.root", "dataset.path", "backbone.checkpoint", "run.root", "run.name")
 
 
 def check_command_line(arguments: Sequence[str]) -> None:
@@ -41,8 +40,11 @@ def check_command_line(arguments: Sequence[str]) -> None:
     except HydraException as error:
         raise ConfigError(f"cannot read the command line ({first_line(error)}); options are key=value") from error
     overrides = [override for override in overrides if not override.is_hydra_override()]
+    is_sweep = bool({"-m", "--multirun"} & set(arguments))
     for override in overrides:
         _check_key(override, config_dir)
+        if override.is_sweep_override() and not is_sweep:
+            raise ConfigError(f"{override.input_line} is a sweep over several values: add -m, or put quotes around it")
     choices = [_choices(override) for override in overrides]
     for number in range(max(map(len, choices), default=1)):  # of a sweep every value is tried, not every combination
         to_config(compose_config([values[min(number, len(values) - 1)] for values in choices], config_dir))
@@ -57,30 +59,59 @@ def parse_options(schema: type[OptionsT], arguments: Sequence[str], usage: str) 
     if any(word in ("-h", "--help") for word in arguments):
         print(usage)  # noqa: T201  # it is what was asked for
         sys.exit(0)
-    known = [entry.name for entry in fields(cast(Any, schema))]
+    types = {entry.name: entry.type for entry in fields(cast(Any, schema))}
+    values: dict[str, Any] = {}
     for word in arguments:
-        key, equals, _ = word.partition("=")
-        if not equals or key not in known:
-            raise ConfigError(f"{word}: not an option of the form key=value{did_you_mean(key, known)}")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(arguments)))
-        options = cast(OptionsT, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
+        key, equals, text = word.partition("=")
+        if not equals or key not in types:
+            raise ConfigError(f"{word}: not an option of the form key=value{did_you_mean(key, list(types))}")
+        values[key] = _to_number(key, text) if types[key] is int else text
+    for entry in fields(cast(Any, schema)):
+        if entry.default is MISSING and entry.name not in values:
+            raise ConfigError(f"{entry.name} is needed: type {entry.name}=...")
+    options = schema(**values)
     check_ranges(options)
     return options
 
 
+def quote_paths(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with quotes around paths that Hydra's grammar would stumble over (spaces are fine, `~` is not)."""
+    return [_quote_path(word) for word in arguments]
+
+
+def tell(error: BaseException, code: int = 2) -> int:
+    """Print one error as a user should see it; return the exit code."""
+    print(f"error: {error}", file=sys.stderr)  # noqa: T201  # the last word of a command
+    return code
+
+
 def fail(error: Exception, code: int = 2) -> NoReturn:
     """Print one error as a user should see it, and exit."""
-    print(f"error: {error}", file=sys.stderr)  # noqa: T201  # the last word of a command
-    sys.exit(code)
+    sys.exit(tell(error, code))
+
+
+def _quote_path(word: str) -> str:
+    key, _, value = word.partition("=")
+    plain = re.fullmatch(r"[\w/.:+,*@-]*", value, re.ASCII)
+    if key.lstrip("+") not in PATH_KEYS or plain or value[:1] in ("'", '"'):
+        return word
+    escaped = value.replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def _to_number(key: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigError(f"{key}={text}: must be a whole number") from error
 
 
 def _check_key(override: Override, config_dir: Path | None) -> None:
     key = override.key_or_group
-    if key.split(".")[0] == "hydra" or override.is_delete():
+    if key.split(".")[0] == "hydra":
         return
+    if override.is_delete():
+        raise ConfigError(f"{override.input_line}: keys cannot be removed; set another value")
     choices = group_choices(key, config_dir)
     values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
     for value in values if choices else []:

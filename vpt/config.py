@@ -1,6 +1,7 @@
 """The typed schema of `conf/`, its ranges, and messages that name the nearest valid choice."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -82,7 +83,7 @@ class HeadInitName(StrEnum):
     paper = "paper"
 
 
-def _number(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
+def number(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
     """A field with a range: low <= value <= high, or value > above."""
     return field(default=default, metadata={"low": low, "high": high, "above": above})
 
@@ -94,7 +95,7 @@ class BackboneConfig:
     name: str = MISSING
     pretrained: bool = True
     checkpoint: str | None = None
-    img_size: int | None = _number(None, low=1)
+    img_size: int | None = number(None, low=1)
 
 
 @dataclass
@@ -102,9 +103,9 @@ class PromptConfig:
     """The prompt tokens and the blocks that they enter."""
 
     kind: PromptName = PromptName.deep
-    num_tokens: int = _number(10, low=1, high=10_000)
+    num_tokens: int = number(10, low=1, high=10_000)
     blocks: Any = "all"
-    dropout: float = _number(0.0, low=0, high=0.99)
+    dropout: float = number(0.0, low=0, high=0.99)
 
 
 @dataclass
@@ -127,10 +128,10 @@ class DatasetConfig:
     train: str = "train800.txt"
     val: str | None = "val200.txt"
     test: str | None = "test.txt"
-    val_fraction: float = _number(0.2, low=0.01, high=0.9)
-    test_fraction: float = _number(0.0, low=0, high=0.9)
-    num_per_class: int | None = _number(None, low=1)
-    split_seed: int = _number(0, low=0)
+    val_fraction: float = number(0.2, low=0.01, high=0.9)
+    test_fraction: float | None = number(None, low=0, high=0.9)
+    num_per_class: int | None = number(None, low=1)
+    split_seed: int = number(0, low=0)
 
 
 @dataclass
@@ -139,7 +140,7 @@ class AugmentConfig:
 
     transforms: list[Any] = field(default_factory=list)
     crop_mode: str | None = None
-    crop_pct: float | None = _number(None, above=0, high=1)
+    crop_pct: float | None = number(None, above=0, high=1)
 
 
 @dataclass
@@ -147,28 +148,28 @@ class OptimConfig:
     """The optimiser, its learning rates and their schedule."""
 
     name: OptimName = OptimName.adamw
-    prompt_lr: float = _number(1e-2, above=0)
-    head_lr: float = _number(1e-3, above=0)
+    prompt_lr: float = number(1e-2, above=0)
+    head_lr: float = number(1e-3, above=0)
     scale_lr: bool = False
-    weight_decay: float = _number(1e-4, low=0)
-    momentum: float = _number(0.9, low=0, high=0.999)
-    warmup_epochs: float = _number(1.0, low=0)
+    weight_decay: float = number(1e-4, low=0)
+    momentum: float = number(0.9, low=0, high=0.999)
+    warmup_epochs: float = number(1.0, low=0)
 
 
 @dataclass
 class TrainConfig:
     """The loop."""
 
-    epochs: int = _number(20, low=1)
-    batch_size: int = _number(64, low=1)
-    accumulation: int = _number(1, low=1)
-    clip_norm: float | None = _number(1.0, above=0)
-    label_smoothing: float = _number(0.0, low=0, high=0.99)
+    epochs: int = number(20, low=1)
+    batch_size: int = number(64, low=1)
+    accumulation: int = number(1, low=1)
+    clip_norm: float | None = number(1.0, above=0)
+    label_smoothing: float = number(0.0, low=0, high=0.99)
     class_weights: ClassWeights = ClassWeights.none
-    patience: int | None = _number(None, low=1)
-    ema: float | None = _number(None, above=0, high=0.99999)
+    patience: int | None = number(None, low=1)
+    ema: float | None = number(None, above=0, high=0.99999)
     precision: Precision = Precision.auto
-    log_every: int = _number(10, low=1)
+    log_every: int = number(10, low=1)
 
 
 @dataclass
@@ -192,10 +193,10 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
     mode: Mode = Mode.train
-    seed: int = _number(0, low=0, high=2**32 - 1)
+    seed: int = number(0, low=0, high=2**32 - 1)
     deterministic: bool = False
     device: str = "auto"
-    num_workers: int | None = _number(None, low=0)
+    num_workers: int | None = number(None, low=0)
 
 
 class ConfigError(ValueError):
@@ -246,6 +247,8 @@ def to_config(composed: DictConfig) -> Config:
         raise ConfigError(explain(error)) from error
     check_ranges(config)
     _check_dataset(config.dataset)
+    if "/" in config.run.name or config.run.name in ("", ".", ".."):
+        raise ConfigError(f"run.name={config.run.name}: must be the name of a folder; run.root says where it lies")
     return config
 
 
@@ -271,7 +274,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
             check_ranges(value, f"{key}.")
         elif entry.metadata and value is not None:
             low, high, above = (entry.metadata[bound] for bound in ("low", "high", "above"))
-            within = (
+            within = math.isfinite(value) and (
                 (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
             )
             if not within:

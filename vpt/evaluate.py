@@ -4,10 +4,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import MISSING
-
 from vpt.command_line import fail, parse_options
-from vpt.config import ConfigError
+from vpt.config import ConfigError, number
 
 USAGE = """python -m vpt.evaluate: metrics of a trained run on one split of its data.
 
@@ -25,13 +23,13 @@ Example: python -m vpt.evaluate run=runs/quickstart split=val"""
 class EvaluateOptions:
     """Options of `python -m vpt.evaluate`."""
 
-    run: str = MISSING
+    run: str
     split: str = "test"
     root: str | None = None
     checkpoint: str | None = None
     output: str | None = None
-    batch_size: int = 64
-    num_workers: int = 0
+    batch_size: int = number(64, low=1)
+    num_workers: int = number(0, low=0)
     device: str = "auto"
 
 
@@ -53,8 +51,9 @@ def evaluate_run(options: EvaluateOptions) -> dict[str, float]:
     from vpt.engine.trainer import evaluate
     from vpt.files import write_json
 
-    run = build.load_run(Path(options.run), checkpoint=options.checkpoint, device=options.device)
+    run = build.load_run(Path(options.run).expanduser(), checkpoint=options.checkpoint, device=options.device)
     run.config.dataset.root = options.root or run.config.dataset.root
+    precision = build.build_settings(run.config, next(run.model.parameters()).device).precision
     samples = build.build_samples(run.config.dataset)
     if options.split not in samples:
         raise ConfigError(f"split={options.split}: this data set has {', '.join(samples)}")
@@ -63,7 +62,7 @@ def evaluate_run(options: EvaluateOptions) -> dict[str, float]:
     dataset = ClassificationDataset(samples[options.split], EvalTransform(run.preprocessing))
     loader = build_loader(dataset, options.batch_size, shuffle=False, num_workers=options.num_workers)
     metrics = ClassificationMetrics(run.model.num_classes)
-    values = evaluate(run.model, loader, metrics, description=options.split)
+    values = evaluate(run.model, loader, metrics, precision=precision, description=options.split)
     print(report.result_table({options.split: values}))
     print(report.class_table(metrics, samples[options.split].classes))
     if options.output is not None:

@@ -6,14 +6,12 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING
-
 from vpt.command_line import fail, parse_options
-from vpt.config import ConfigError
+from vpt.config import ConfigError, number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,12 +37,12 @@ Example: python -m vpt.predict run=runs/quickstart input=photos output=preds.csv
 class PredictOptions:
     """Options of `python -m vpt.predict`."""
 
-    run: str = MISSING
-    input: str = MISSING
-    output: str = MISSING
-    top_k: int = field(default=5, metadata={"low": 1, "high": None, "above": None})
+    run: str
+    input: str
+    output: str
+    top_k: int = number(5, low=1)
     checkpoint: str | None = None
-    batch_size: int = field(default=32, metadata={"low": 1, "high": None, "above": None})
+    batch_size: int = number(32, low=1)
     device: str = "auto"
 
 
@@ -70,15 +68,17 @@ def main() -> None:
 def predict_run(options: PredictOptions) -> list[str]:
     """Predict all pictures of the input and write them; return one line for each picture that cannot be read."""
     from vpt import build
-    from vpt.data.images import find_images
+    from vpt.data.images import EXTENSIONS, find_images
     from vpt.engine.console import Progress
     from vpt.files import write_bytes
 
-    output = Path(options.output)
+    output = Path(options.output).expanduser()
     if output.suffix not in (".csv", ".json"):
         raise ConfigError(f"output={output}: must end in .csv or .json")
-    paths = find_images(Path(options.input))
-    run = build.load_run(Path(options.run), checkpoint=options.checkpoint, device=options.device)
+    paths = find_images(Path(options.input).expanduser())
+    if not paths:
+        raise ConfigError(f"input={options.input}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
+    run = build.load_run(Path(options.run).expanduser(), checkpoint=options.checkpoint, device=options.device)
     predictions: list[Prediction] = []
     unreadable: list[str] = []
     with Progress(total=-(-len(paths) // options.batch_size), description="predict") as progress:

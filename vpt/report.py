@@ -1,6 +1,7 @@
 """What a run tells a person: the summary at its start, the table at its end, and the pictures in TensorBoard."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,17 @@ def result_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
         for split, values in metrics.items()
     ]
     return format_table(rows, ["split", *names])
+
+
+def describe_result(result: FitResult, metrics: Mapping[str, Mapping[str, float]], task: Path) -> str:
+    """What a run ended with: the best epoch, a table of metrics, the task file."""
+    return "\n".join(
+        [
+            f"\nbest epoch {result.best_epoch} of {result.epochs}, {result.steps} steps, {result.seconds:.0f} s",
+            result_table(metrics),
+            f"task file  {task} ({task.stat().st_size / 1000:,.0f} kB)",
+        ]
+    )
 
 
 def class_table(metrics: ClassificationMetrics, classes: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from vpt.command_line import check_command_line, fail
+from vpt.command_line import check_command_line, fail, quote_paths, tell
 from vpt.config import Config, ConfigError, Mode, config_folder, register_schema, to_config
 
 if TYPE_CHECKING:
@@ -22,29 +22,44 @@ NOT_LEARNED = 1
 
 
 def main() -> None:
-    """Check the command line, then let Hydra compose the config and call `run`, once for each job of a sweep."""
-    arguments = sys.argv[1:]
+    """Check the command line, then let Hydra compose the config and run the job, or each job of a sweep."""
     register_schema()
+    sys.argv[1:] = quote_paths(sys.argv[1:])
     try:
         folder = str(config_folder())
-        if not {"-h", "--help", "--hydra-help", "--version"} & set(arguments):
-            check_command_line(arguments)
+        if not {"-h", "--help", "--hydra-help", "--version"} & set(sys.argv):
+            check_command_line(sys.argv[1:])
     except ConfigError as error:
         fail(error)
-    hydra.main(version_base="1.3", config_path=folder, config_name="train")(_job)()
+    codes: list[int] = []
+
+    def job(composed: DictConfig) -> None:
+        codes.append(_run_or_explain(composed))  # a failed run of a sweep does not stop the others
+
+    hydra.main(version_base="1.3", config_path=folder, config_name="train")(job)()
+    sys.exit(max(codes, default=0))
 
 
-def _job(composed: DictConfig) -> None:
+def _run_or_explain(composed: DictConfig) -> int:
+    """Run one job; print an error as a user should see it, and return the exit code."""
     try:
         run(to_config(composed), OmegaConf.to_yaml(composed, resolve=True))
     except FloatingPointError as error:
-        fail(error, NOT_FINITE)
+        return tell(error, NOT_FINITE)
+    except NotLearnedError as error:
+        return tell(error, NOT_LEARNED)
     except KeyboardInterrupt:
-        fail(RuntimeError("interrupted; checkpoints of the finished epochs are in the run folder"), INTERRUPTED)
+        tell(RuntimeError("interrupted; the run folder holds the task of the best epoch so far"))
+        sys.exit(INTERRUPTED)
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        fail(error)
+        return tell(error)
+    return 0
+
+
+class NotLearnedError(RuntimeError):
+    """One batch could not be learned."""
 
 
 def run(config: Config, config_text: str) -> Path | None:
@@ -67,7 +82,8 @@ def run(config: Config, config_text: str) -> Path | None:
     if config.mode is Mode.overfit:
         _overfit(config, model, data)
         return None
-    run_dir = build.make_run_dir(config.run.root, config.run.name)
+    suffix = "_dry" if config.mode is Mode.dry else ""
+    run_dir = build.make_run_dir(config.run.root, config.run.name + suffix)
     print(f"{'run':<10} {run_dir} (tensorboard --logdir {config.run.root})", flush=True)
     _train(config, config_text, model, data, run_dir, summary)
     return run_dir
@@ -85,10 +101,11 @@ def _train(
     from vpt.models.task_file import save_task
     from vpt.models.tuning import tuned_parameters
 
-    write_bytes(run_dir / "config.yaml", config_text.encode())
+    task, preprocessing = run_dir / "task.safetensors", data.preprocessing.to_dict()
     settings = build.build_settings(config, next(model.parameters()).device)
     optimizer = build.build_optimizer(config, model)
     metrics = ClassificationMetrics(model.num_classes)
+    write_bytes(run_dir / "config.yaml", config_text.encode())
     with Monitor(run_dir) as monitor:
         report.log_start(monitor, data, config_text, summary)
         result = fit(
@@ -104,6 +121,7 @@ def _train(
             monitor=monitor,
             average=build.build_average(config, model),
             watches=build.build_watches(model),
+            on_best=lambda val: save_task(model, task, preprocessing=preprocessing, metrics={"val": val}),
         )
         reading: dict[str, Any] = {"precision": settings.precision, "max_batches": settings.max_batches}
         found = {"val": evaluate(model, data.loaders["val"], metrics, **reading)}
@@ -111,18 +129,10 @@ def _train(
             test_metrics = ClassificationMetrics(model.num_classes)
             found["test"] = evaluate(model, data.loaders["test"], test_metrics, description="test", **reading)
         report.log_end(monitor, data, metrics, result, asdict(config), found.get("test", {}))
-    task = save_task(
-        model,
-        run_dir / "task.safetensors",
-        classes=data.classes,
-        preprocessing=data.preprocessing.to_dict(),
-        metrics=found,
-    )
+    save_task(model, task, preprocessing=preprocessing, metrics=found)
     numbers = {name: value for name, value in asdict(result).items() if name != "best"}  # it is the val of metrics
     write_json(run_dir / "result.json", {**numbers, "metrics": found})
-    print(f"\nbest epoch {result.best_epoch} of {result.epochs}, {result.steps} steps, {result.seconds:.0f} s")
-    print(report.result_table(found))
-    print(f"task file  {task} ({task.stat().st_size / 1000:,.0f} kB)")
+    print(report.describe_result(result, found, task))
 
 
 def _overfit(config: Config, model: "ClassificationModel", data: "Data") -> None:
@@ -134,10 +144,7 @@ def _overfit(config: Config, model: "ClassificationModel", data: "Data") -> None
     optimizer = build.build_optimizer(config, model)
     steps = overfit(model, batch, loss_function=loss_function, optimizer=optimizer)
     if steps is None:
-        fail(
-            RuntimeError("one batch was not learned: raise optim.prompt_lr or optim.head_lr, or look at the data"),
-            NOT_LEARNED,
-        )
+        raise NotLearnedError("one batch was not learned: raise optim.prompt_lr or optim.head_lr, or look at the data")
     print(f"learned {len(batch[1])} pictures in {steps} steps")
 
 

@@ -1,4 +1,4 @@
-"""Pictures with one class each: folders, list files (VTAB), CSV; `torchvision.py` reads the sets that have a name.
+"""Pictures with one class each, in folders; `tables.py` reads them from lists, `torchvision.py` those that have a name.
 
 Every reader returns `dict[str, Samples]` with keys among train, val and test. The class map is made from train and
 holds for all splits. Labels and paths are all checked here, at once; pictures are decoded later, one by one.
@@ -6,13 +6,12 @@ holds for all splits. Labels and paths are all checked here, at once; pictures a
 Shapes: H, W pixels.
 """
 
-import csv
-import io
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vpt.data.images import find_images, read_image
+from vpt.data.images import EXTENSIONS, ImageError, check_image, find_images, read_image
 from vpt.data.loaders import stable_seed
 
 SPLITS = ("train", "val", "test")
@@ -37,15 +36,18 @@ class Samples:
         targets: A number in [0, len(classes)) for each picture.
         names: A relative path, or what else tells a person which picture it is, for each picture.
         reader: Gives the RGB picture of an index; must be picklable, since workers get a copy.
+        paths: The file of each picture, or nothing where the pictures are no files.
     """
 
     classes: tuple[str, ...]
     targets: tuple[int, ...]
     names: tuple[str, ...]
     reader: Callable[[int], Image.Image] = field(repr=False)
+    paths: tuple[Path, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         assert len(self.targets) == len(self.names)
+        assert len(self.paths) in (0, len(self.names))
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -61,6 +63,7 @@ class Samples:
             targets=tuple(self.targets[i] for i in indices),
             names=tuple(self.names[i] for i in indices),
             reader=_TakenReader(self.reader, tuple(indices)),
+            paths=tuple(self.paths[i] for i in indices) if self.paths else (),
         )
 
 
@@ -100,15 +103,36 @@ def fruit_root() -> Path:
     return Path(__file__).parent / "fruit"
 
 
-def stratified_split(targets: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def check_readable(samples: Samples) -> None:
+    """Look at the header of every picture file, before hours go by until one that cannot be read; decodes nothing.
+
+    Raises:
+        ImageError: Pictures are missing, broken or too large; names the first and counts the others.
+    """
+    errors = []
+    for path in samples.paths:
+        try:
+            check_image(path)
+        except ImageError as error:
+            errors.append(error)
+    if errors:
+        others = f"; {len(errors) - 1} more cannot be read" if len(errors) > 1 else ""
+        raise ImageError(f"{errors[0]}{others}; replace or remove what cannot be read") from errors[0]
+
+
+def stratified_split(
+    targets: Sequence[int], fraction: float, seed: int, names: Sequence[str] | None = None
+) -> tuple[list[int], list[int]]:
     """Hold out a fraction of each class: (indices to keep, indices held out), both ascending.
 
-    A class of two or more keeps at least one and, if the fraction is not 0, has at least one held out.
+    A class of two or more keeps at least one and, if the fraction is not 0, has at least one held out. With names a
+    picture's place depends on its name, so that a new picture moves at most one other of its class.
 
     Args:
         targets: The class of each picture.
         fraction: In [0, 1).
         seed: Decides which pictures are held out.
+        names: A name for each picture; without them its index counts.
 
     Raises:
         ValueError: The fraction is out of range.
@@ -116,7 +140,7 @@ def stratified_split(targets: Sequence[int], fraction: float, seed: int) -> tupl
     if not 0 <= fraction < 1:
         raise ValueError(f"the fraction to hold out is {fraction}; allowed: 0 <= fraction < 1")
     held = set()
-    for indices in _shuffled_by_class(targets, seed).values():
+    for indices in _shuffled_by_class(targets, seed, names or range(len(targets))).values():
         if fraction > 0 and len(indices) > 1:
             num_held = min(max(round(fraction * len(indices)), 1), len(indices) - 1)
             held.update(indices[:num_held])
@@ -131,7 +155,7 @@ def take_per_class(samples: Samples, num: int, seed: int) -> Samples:
     """
     if num < 1:
         raise ValueError(f"num_per_class is {num}; allowed: 1 or more, or null for all pictures")
-    by_class = _shuffled_by_class(samples.targets, seed)
+    by_class = _shuffled_by_class(samples.targets, seed, samples.names)
     for target, name in enumerate(samples.classes):
         count = len(by_class.get(target, ()))
         if count < num:
@@ -144,7 +168,8 @@ def read_folder(
 ) -> dict[str, Samples]:
     """Read class folders, inside train/, val/ and test/ or directly under the root.
 
-    A missing val/ (or valid/, validation/) is split off train, and so is test/ if `test_fraction` is not 0.
+    A missing val/ (or valid/, validation/) is split off train, and so is test/ if `test_fraction` is not 0. Upper and
+    lower case of these names are one; pictures in folders below a class folder are of that class.
 
     Args:
         root: The folder.
@@ -153,7 +178,7 @@ def read_folder(
         seed: Decides what is split off.
 
     Raises:
-        ValueError: No pictures, an empty class folder, or a class that train does not have.
+        ValueError: No pictures, one class only, an empty class folder, or a class that train does not have.
     """
     root = Path(root)
     if not root.is_dir():
@@ -162,88 +187,17 @@ def read_folder(
     classes = [folder.name for folder in _class_folders(folders["train"])]
     if not classes:
         raise ValueError(f"{folders['train']}: no class folders; {FOLDER_LAYOUT}")
+    if len(classes) == 1:
+        _refuse_one_class_folder(root, folders["train"])
     pictures = {split: list(_walk_classes(root, folder, classes)) for split, folder in folders.items()}
-    return _assemble(classes, pictures, val_fraction, test_fraction, seed)
-
-
-def read_list(
-    root: str | Path,
-    train: str = "train800.txt",
-    val: str | None = "val200.txt",
-    test: str | None = "test.txt",
-    classes: Sequence[str] | None = None,
-    val_fraction: float = 0.2,
-    seed: int = 0,
-) -> dict[str, Samples]:
-    """Read list files of lines `relative/path label`, labels counting from 0: the VTAB-1k layout of SSF and NOAH.
-
-    Args:
-        root: The folder of the lists; paths in them start here and stay inside.
-        train: Name of the list for train.
-        val: Name of the list for val; null splits it off train.
-        test: Name of the list for test; null means no test split.
-        classes: Class names by label; without them the labels of train are counted, and the names are "0", "1", ...
-        val_fraction: Part of train that becomes val if `val` is null.
-        seed: Decides what is split off.
-
-    Raises:
-        ValueError: A list or a picture is missing, or a line is wrong; names the file and the line.
-    """
-    root = Path(root)
-    lists = {split: name for split, name in zip(SPLITS, (train, val, test), strict=True) if name is not None}
-    pictures = {split: list(_read_lines(root, root / name)) for split, name in lists.items()}
-    names = list(classes) if classes else [str(i) for i in range(1 + max(p.target for p in pictures["train"]))]
-    for picture in (picture for split in pictures.values() for picture in split):
-        if picture.target >= len(names):
-            raise ValueError(
-                f"{picture.where}: label {picture.target}, but there are {len(names)} classes, 0 to {len(names) - 1}, "
-                f"by {'dataset.classes' if classes else train}; correct the label"
-            )
-    return _assemble(names, pictures, val_fraction, 0.0, seed)
-
-
-def read_csv(
-    path: str | Path,
-    root: str | Path | None = None,
-    val_fraction: float = 0.2,
-    test_fraction: float = 0.0,
-    seed: int = 0,
-) -> dict[str, Samples]:
-    """Read a CSV file with the columns path, label and, if you like, split.
-
-    A label is a name or a whole number. The classes are the labels of train, sorted, numbers by value.
-
-    Args:
-        path: The file.
-        root: Where the paths start, and stay inside; by default the folder of the file.
-        val_fraction: Part of the given pictures that becomes val if no row is val.
-        test_fraction: Part of the given pictures that becomes test if no row is test.
-        seed: Decides what is split off.
-
-    Raises:
-        ValueError: A column or a picture is missing, or a row is wrong; names the file and the row.
-    """
-    path = Path(path)
-    rows = list(_read_rows(path, Path(root) if root is not None else path.parent))
-    labels = {row.label for row in rows if row.split == "train"}
-    if not labels:
-        raise ValueError(f"{path}: no train rows; the column split holds train, val or test, or is left out")
-    are_numbers = all(label.isascii() and label.isdecimal() for label in labels)
-    classes = sorted(labels, key=int) if are_numbers else sorted(labels)
-    targets = {label: target for target, label in enumerate(classes)}
-    pictures: dict[str, list[_Picture]] = defaultdict(list)
-    for row in rows:
-        if row.label not in targets:
-            _refuse_class(row.label, row.picture.where, classes)
-        pictures[row.split].append(replace(row.picture, target=targets[row.label]))
-    return _assemble(classes, pictures, val_fraction, test_fraction, seed)
+    return assemble(classes, pictures, val_fraction, test_fraction, seed)
 
 
 # What the readers share.
 
 
 @dataclass(frozen=True)
-class _Picture:
+class Picture:
     """A file and its target, before it is checked; `where` says for an error what named it."""
 
     path: Path
@@ -272,17 +226,19 @@ class _TakenReader:
         return self.reader(self.indices[index])
 
 
-def _assemble(
+def assemble(
     classes: Sequence[str],
-    pictures: Mapping[str, Sequence[_Picture]],
+    pictures: Mapping[str, Sequence[Picture]],
     val_fraction: float,
     test_fraction: float,
     seed: int,
 ) -> dict[str, Samples]:
     """Make samples of the pictures of each split, refuse duplicates, split off what is missing."""
-    seen: dict[str, _Picture] = {}
+    real_folder = cache(os.path.realpath)  # to look it up for each picture would take half a minute for a million
+    seen: dict[Path, Picture] = {}
     for picture in (picture for split in pictures.values() for picture in split):
-        other = seen.setdefault(os.path.normpath(picture.path), picture)
+        path = Path(os.path.realpath(picture.path)) if picture.path.is_symlink() else picture.path
+        other = seen.setdefault(Path(real_folder(path.parent), path.name), picture)
         if other is not picture:
             raise ValueError(
                 f"{picture.where}: {picture.name} is there twice, first at {other.where}; keep one of them"
@@ -290,11 +246,13 @@ def _assemble(
     splits = {}
     for split in (split for split in SPLITS if pictures.get(split)):
         rows = pictures[split]
+        paths = tuple(row.path for row in rows)
         splits[split] = Samples(
             classes=tuple(classes),
             targets=tuple(row.target for row in rows),
             names=tuple(row.name for row in rows),
-            reader=FileReader(tuple(row.path for row in rows)),
+            reader=FileReader(paths),
+            paths=paths,
         )
     return split_off(splits, val_fraction, test_fraction, seed)
 
@@ -312,48 +270,36 @@ def split_off(
     for split, fraction in (("test", test_fraction), ("val", val_fraction)):
         if split not in result and fraction > 0:
             train = result["train"]
-            keep, held = stratified_split(train.targets, fraction / rest, stable_seed(seed, split))
+            keep, held = stratified_split(train.targets, fraction / rest, stable_seed(seed, split), train.names)
             if not held:
                 raise ValueError(
-                    f"no class has two pictures, so no {split} can be split off; add pictures or set "
-                    f"dataset.{split}_fraction=0"
+                    f"dataset.{split}_fraction={fraction}: no class has two pictures, so no {split} can be split off; "
+                    f"add pictures, or a {split} split of your own (a folder {split}/)"
                 )
             result["train"], result[split] = train.take(keep), train.take(held)
             rest -= fraction
     return {split: result[split] for split in SPLITS if split in result}
 
 
-def _shuffled_by_class(targets: Sequence[int], seed: int) -> dict[int, list[int]]:
-    """Indices of each class in an order that depends on seed and index only."""
+def _shuffled_by_class(targets: Sequence[int], seed: int, names: Sequence[int | str]) -> dict[int, list[int]]:
+    """Indices of each class in an order that depends on seed and names only."""
     by_class: dict[int, list[int]] = defaultdict(list)
-    for index in sorted(range(len(targets)), key=lambda index: stable_seed(seed, index)):
+    for index in sorted(range(len(targets)), key=lambda index: stable_seed(seed, names[index])):
         by_class[targets[index]].append(index)
     return by_class
 
 
-def _refuse_class(name: str, where: str, classes: Sequence[str]) -> NoReturn:
+def refuse_one_class(classes: Sequence[str], where: str) -> None:
+    """Refuse what gives nothing to tell apart; `where` says what names the classes."""
+    if len(classes) < 2:
+        raise ValueError(f"{where}: one class only, {classes[0]!r}; add pictures of at least one more class")
+
+
+def refuse_class(name: str, where: str, classes: Sequence[str]) -> NoReturn:
+    """Refuse a class that train does not have, and say which it may have meant."""
     nearest = get_close_matches(name, classes, n=1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "add pictures of it to train, or remove it"
     raise ValueError(f"{where}: class {name!r} is not among the {len(classes)} classes of train; {hint}")
-
-
-def _path_inside(root: Path, relative: str, where: str) -> Path:
-    """The path of a picture that a list names; it must exist and may not leave the root."""
-    path = Path(os.path.abspath(root / relative))  # noqa: PTH100  (resolve() would also follow links)
-    if not path.is_relative_to(os.path.abspath(root)):  # noqa: PTH100
-        raise ValueError(f"{where}: {relative!r} leaves the folder {root}; write paths relative to it")
-    if not path.is_file():
-        raise ValueError(f"{where}: there is no file {path}; check dataset.root")
-    return path
-
-
-def _read_text(path: Path, keys: str) -> str:
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; check {keys}")
-    try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
 
 
 # Folders.
@@ -362,11 +308,12 @@ def _read_text(path: Path, keys: str) -> str:
 def _split_folders(root: Path) -> dict[str, Path]:
     """The folder of each split; a root without split folders is train itself."""
     found: dict[str, Path] = {}
-    for name, split in SPLIT_OF.items():
-        if (root / name).is_dir():
-            if split in found:
-                raise ValueError(f"{root} has both {found[split].name}/ and {name}/; keep one of them")
-            found[split] = root / name
+    for folder in _class_folders(root):
+        split = SPLIT_OF.get(folder.name.lower())
+        if split in found:
+            raise ValueError(f"{root} has both {found[split].name}/ and {folder.name}/; keep one of them")
+        if split is not None:
+            found[split] = folder
     if found and "train" not in found:
         raise ValueError(f"{root} has {', '.join(f'{f.name}/' for f in found.values())} but no train/; {FOLDER_LAYOUT}")
     return found or {"train": root}
@@ -376,67 +323,39 @@ def _class_folders(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _walk_classes(root: Path, folder: Path, classes: Sequence[str]) -> Iterator[_Picture]:
+def _refuse_one_class_folder(root: Path, folder: Path) -> NoReturn:
+    """Say where the class folders are, if they are wrapped in another folder."""
+    (only,) = _class_folders(folder)
+    wrapped = _several_classes_below(only)
+    if wrapped is None:
+        advice = f"add a folder beside it for each other class, {folder}/<class>/<picture>"
+    elif folder == root:
+        advice = f"did you mean dataset.root={wrapped}?"
+    else:
+        advice = f"move the class folders of {wrapped} to {folder}"
+    raise ValueError(f"{folder} has one class folder, {only.name}; {advice}")
+
+
+def _several_classes_below(folder: Path) -> Path | None:
+    """The first folder, down a chain of folders without pictures, that holds several class folders or a split."""
+    while not any(entry.suffix.lower() in EXTENSIONS for entry in folder.iterdir()):
+        below = _class_folders(folder)
+        if len(below) > 1 or any(entry.name.lower() in SPLIT_OF for entry in below):
+            return folder
+        if not below:
+            return None
+        folder = below[0]
+    return None
+
+
+def _walk_classes(root: Path, folder: Path, classes: Sequence[str]) -> Iterator[Picture]:
     """All pictures in the class folders of one split, sorted by path."""
     for class_folder in _class_folders(folder):
         if class_folder.name not in classes:
-            _refuse_class(class_folder.name, str(class_folder), classes)
+            refuse_class(class_folder.name, str(class_folder), classes)
         paths = find_images(class_folder)
         if not paths:
             raise ValueError(f"{class_folder}: no pictures; add some or remove the folder. {FOLDER_LAYOUT}")
         target = classes.index(class_folder.name)
         for path in paths:
-            yield _Picture(path, path.relative_to(root).as_posix(), target, where=str(path))
-
-
-# List files.
-
-
-def _read_lines(root: Path, path: Path) -> Iterator[_Picture]:
-    """The lines of a list file; blank lines are skipped."""
-    lines = _read_text(path, "dataset.root, and the names dataset.train, val and test").split("\n")
-    if not any(line.strip() for line in lines):
-        raise ValueError(f"{path}: no lines; write `relative/path label`, one picture a line")
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield _read_line(root, line, where=f"{path}, line {number}")
-
-
-def _read_line(root: Path, line: str, where: str) -> _Picture:
-    name, _, label = line.strip().rpartition(" ")
-    name = name.strip()
-    if not name or not (label.isascii() and label.isdecimal()):
-        raise ValueError(f"{where}: {line!r} is not `relative/path label` with a whole number from 0 as label")
-    return _Picture(_path_inside(root, name, where), name, int(label), where)
-
-
-# CSV.
-
-
-_COLUMNS = {"path": "", "label": "", "split": "train"}  # and what an empty or missing cell means
-
-
-@dataclass(frozen=True)
-class _Row:
-    picture: _Picture
-    label: str
-    split: str
-
-
-def _read_rows(path: Path, root: Path) -> Iterator[_Row]:
-    reader = csv.DictReader(io.StringIO(_read_text(path, "dataset.path")))
-    header = list(reader.fieldnames or [])
-    for column in ("path", "label"):
-        if column not in header:
-            raise ValueError(f"{path}: no column {column!r}, only {header}; the first row names the columns")
-    for row in reader:
-        yield _read_row(root, row, where=f"{path}, row {reader.line_num}")
-
-
-def _read_row(root: Path, row: Mapping[str, str | None], where: str) -> _Row:
-    name, label, split = ((row.get(column) or default).strip() for column, default in _COLUMNS.items())
-    if not name or not label:
-        raise ValueError(f"{where}: path {name!r} and label {label!r}; both must be filled")
-    if split not in SPLIT_OF:
-        raise ValueError(f"{where}: split {split!r}; allowed: train, val, test")
-    return _Row(_Picture(_path_inside(root, name, where), name, -1, where), label, SPLIT_OF[split])
+            yield Picture(path, path.relative_to(root).as_posix(), target, where=str(path))

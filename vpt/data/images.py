@@ -7,6 +7,8 @@ Pillow itself gets wrong is put right here: it leaves a photograph lying on its 
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,27 +40,25 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         ImageError: The file is missing, empty, truncated, not a picture, too large, or holds floating point values.
     """
-    try:
-        with _open(path) as image:
-            num_pixels = image.width * image.height
-            if num_pixels > max_pixels:
-                raise ImageError(f"{num_pixels:,} pixels are more than the {max_pixels:,} allowed; shrink the picture")
-            image.load()
-            return to_rgb(image)
-    except ImageError as error:
-        raise ImageError(f"{path}: {error}") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: too many pixels ({error}); shrink the picture") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: {_why_unidentified(Path(path))}; pictures are {', '.join(FORMATS)}") from error
-    except FileNotFoundError as error:
-        raise ImageError(f"{path}: no such file") from error
-    except Exception as error:  # Pillow's decoders raise almost anything on a broken file
-        raise ImageError(f"{path}: broken picture ({error})") from error
+    with _opened(path, max_pixels) as image:
+        image.load()
+        return to_rgb(image)
+
+
+def check_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
+    """Refuse what `read_image` refuses, as far as the header of the file tells; takes a tenth of a millisecond.
+
+    Raises:
+        ImageError: The file is missing, empty, not a picture, or too large.
+    """
+    with _opened(path, max_pixels):
+        pass
 
 
 def find_images(path: str | Path) -> list[Path]:
     """The pictures below a folder, sorted; dot files and dot folders are none. A file is itself.
+
+    Links to folders are followed, but no folder is read twice.
 
     Raises:
         FileNotFoundError: There is neither a file nor a folder of this name.
@@ -68,9 +68,14 @@ def find_images(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    found = []
+    found, visited = [], set()
     for parent, folders, files in os.walk(path, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        real = os.path.realpath(parent)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     return sorted(file for file in found if file.suffix.lower() in EXTENSIONS)
 
@@ -94,6 +99,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@contextmanager
+def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
+    """A file with its header read and its size checked; every error in here, and in the block, names the file."""
+    try:
+        with _open(path) as image:
+            num_pixels = image.width * image.height
+            if num_pixels > max_pixels:
+                raise ImageError(f"{num_pixels:,} pixels are more than the {max_pixels:,} allowed; shrink the picture")
+            yield image
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path}: too many pixels ({error}); shrink the picture") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path}: {_why_unidentified(Path(path))}; pictures are {', '.join(FORMATS)}") from error
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: no such file") from error
+    except Exception as error:  # Pillow's decoders raise almost anything on a broken file
+        raise ImageError(f"{path}: broken picture ({error})") from error
 
 
 def _open(path: str | Path) -> Image.Image:

@@ -72,7 +72,6 @@ def build_loader(
     shuffle: bool,
     seed: int = 0,
     num_workers: int = 0,
-    drop_last: bool = False,
 ) -> DataLoader[Any]:
     """Build a loader of batches: images (B, 3, H, W) float32, targets (B,) int64.
 
@@ -84,7 +83,6 @@ def build_loader(
         shuffle: Draw a new order each epoch.
         seed: Decides the order.
         num_workers: Processes that read pictures; 0 reads in this one, with the same result.
-        drop_last: Drop the last batch of an epoch if it is smaller.
 
     Raises:
         ValueError: The data set is empty.
@@ -97,7 +95,6 @@ def build_loader(
         batch_size=batch_size,
         sampler=EpochSampler(num_samples, seed, shuffle),
         num_workers=num_workers,
-        drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         worker_init_fn=_start_worker,

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from vpt.data.classification import FileReader, Samples, split_off
+from vpt.data.classification import FileReader, Samples, refuse_one_class, split_off
 from vpt.data.images import ImageError, to_rgb
 
 _BY_FLAG = {"train": {"train": True}, "test": {"train": False}}
@@ -23,11 +23,11 @@ class _Source:
     """How a data set of torchvision is built, and which of its attributes hold what.
 
     Without `files` torchvision gives the pictures. Where `files` and `targets` are one attribute, it holds pairs of
-    them.
+    them. Without `targets` they are in a file that `_pcam_targets` reads.
     """
 
     splits: Mapping[str, Mapping[str, Any]]
-    targets: str
+    targets: str | None
     classes: str | None
     files: str | None = None
 
@@ -48,7 +48,7 @@ TORCHVISION = {
     "KMNIST": _Source(_BY_FLAG, "targets", "classes"),
     "MNIST": _Source(_BY_FLAG, "targets", "classes"),
     "OxfordIIITPet": _Source({**_TRAIN_TEST, "train": {"split": "trainval"}}, "_labels", "classes", "_images"),
-    "PCAM": _Source(_TRAIN_VAL_TEST, "_FILES", None),
+    "PCAM": _Source(_TRAIN_VAL_TEST, None, None),
     "RenderedSST2": _Source(_TRAIN_VAL_TEST, "_samples", "classes", "_samples"),
     "STL10": _Source(_TRAIN_TEST, "labels", "classes"),
     "SUN397": _Source(_ALL, "_labels", "classes", "_image_files"),
@@ -91,6 +91,7 @@ def read_torchvision(
     found = {split: _open_torchvision(name, split, Path(root), download) for split in source.splits}
     num_classes = 1 + max(found["train"].targets)
     classes = found["train"].classes or tuple(str(i) for i in range(num_classes))
+    refuse_one_class(classes, f"torchvision's {name} in {root}")
     splits = {split: replace(samples, classes=classes) for split, samples in found.items()}
     return split_off(splits, val_fraction, test_fraction, seed)
 
@@ -112,7 +113,7 @@ def _open_torchvision(name: str, split: str, root: Path, download: bool) -> Samp
     source = TORCHVISION[name]
     dataset = _construct(name, split, root, download)
     classes = tuple(getattr(dataset, source.classes, ())) if source.classes else ()
-    targets = _pcam_targets(dataset, split) if name == "PCAM" else getattr(dataset, source.targets)
+    targets = getattr(dataset, source.targets) if source.targets else _pcam_targets(dataset, split)
     if source.files is None:
         names = tuple(f"{name} {split} {i}" for i in range(len(targets)))
         return Samples(classes, tuple(map(int, targets)), names, _TorchvisionReader(dataset, f"{name} {split}"))
@@ -120,7 +121,8 @@ def _open_torchvision(name: str, split: str, root: Path, download: bool) -> Samp
     if source.files == source.targets:
         files, targets = zip(*files, strict=True)
     names = tuple(Path(os.path.relpath(file, root)).as_posix() for file in files)
-    samples = Samples(classes, tuple(map(int, targets)), names, FileReader(tuple(map(Path, files))))
+    paths = tuple(map(Path, files))
+    samples = Samples(classes, tuple(map(int, targets)), names, FileReader(paths), paths)
     return samples.take(sorted(range(len(names)), key=names.__getitem__))  # SUN397 comes in the order of the disk
 
 

@@ -11,6 +11,7 @@ import inspect
 import math
 import os
 import random
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -35,6 +36,8 @@ INTERPOLATIONS = {
 CROP_MODES = ("center", "squash")
 MAX_SIZE = 4096  # pixels; a preprocessing may come from a stranger's task file
 MIN_CROP_PCT = 0.1
+
+STEP_FORM = "write {name: HorizontalFlip, p: 0.5}"
 
 # Bases, and what takes functions or makes no 8-bit picture.
 NOT_FOR_AUGMENT = {
@@ -122,8 +125,6 @@ class EvalTransform:
         torch.Size([3, 64, 64])
     """
 
-    is_random = False
-
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
 
@@ -195,14 +196,9 @@ class TrainTransform:
 
     def __init__(self, preprocessing: Preprocessing, augment: Sequence[Mapping[str, Any]] = ()) -> None:
         self.preprocessing = preprocessing
+        self._steps = [_build_step(step, f"augment.transforms[{i}]", preprocessing) for i, step in enumerate(augment)]
         self.augment = tuple(dict(step) for step in augment)
-        self._steps = [_build_step(step, f"augment[{i}]", preprocessing) for i, step in enumerate(self.augment)]
         self._crops = self._always_crops()
-
-    @property
-    def is_random(self) -> bool:
-        """Can the result depend on the seed?"""
-        return bool(self._steps)
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """Augment an RGB picture; the normalised float32 tensor (3, H, W) depends on nothing but picture and seed."""
@@ -212,8 +208,8 @@ class TrainTransform:
         shape = (*self.preprocessing.size, 3)
         if pixels.dtype != np.uint8 or pixels.shape != shape:
             raise ValueError(
-                f"augment gave {pixels.dtype} pixels of shape {pixels.shape}, not uint8 of {shape}; "
-                'add {"name": "RandomResizedCrop"}, or set p: 1 on the step that crops'
+                f"augment.transforms gave {pixels.dtype} pixels of shape {pixels.shape}, not uint8 of {shape}; "
+                "add {name: RandomResizedCrop}, or set p: 1 on the step that crops"
             )
         return to_tensor(pixels, self.preprocessing)
 
@@ -242,21 +238,24 @@ class TrainTransform:
                 pixels = step(image=pixels)["image"]
             except Exception as error:  # albumentations and OpenCV raise almost anything
                 raise ValueError(
-                    f"augment: {type(step).__name__} cannot be applied to {pixels.shape[0]} x {pixels.shape[1]} pixels "
-                    f"({error!r}); change its arguments, or remove it"
+                    f"augment.transforms: {type(step).__name__} cannot be applied to "
+                    f"{pixels.shape[0]} x {pixels.shape[1]} pixels ({error!r}); change its arguments, or remove it"
                 ) from error
         return pixels
 
 
-def _build_step(step: Mapping[str, Any], where: str, preprocessing: Preprocessing) -> Any:
+def _build_step(step: object, where: str, preprocessing: Preprocessing) -> Any:
     """Build one transform of albumentations; its warnings about arguments are errors here."""
+    if not isinstance(step, Mapping):
+        raise ValueError(f"{where} is {step!r}, no mapping; {STEP_FORM}")
     arguments = dict(step)
     name = arguments.pop("name", None)
     transform = _find_transform(name, where)
     allowed = list(inspect.signature(transform).parameters)
     for key in arguments:
         if key not in allowed:
-            raise ValueError(f"{where}: {name} has no argument {key!r}{_did_you_mean(key, allowed)}; it has {allowed}")
+            hint = _did_you_mean(str(key), allowed)
+            raise ValueError(f"{where}: {name} has no argument {key!r}{hint}; it has {allowed}")
     if name == "RandomResizedCrop":
         arguments = {"size": preprocessing.size, "area_for_downscale": "image"} | arguments
     with warnings.catch_warnings():
@@ -264,7 +263,7 @@ def _build_step(step: Mapping[str, Any], where: str, preprocessing: Preprocessin
         try:
             return transform(**arguments)
         except (TypeError, ValueError, UserWarning) as error:
-            raise ValueError(f"{where}: {name} refuses {arguments}: {error}") from error
+            raise ValueError(f"{where}: {name} refuses {arguments}: {_one_line(error)}") from error
 
 
 def _find_transform(name: object, where: str) -> Any:
@@ -277,10 +276,15 @@ def _find_transform(name: object, where: str) -> Any:
     ]
     if name not in valid:
         raise ValueError(
-            f"{where}: {name!r} is no transform of albumentations{_did_you_mean(str(name), valid)}; "
-            'write {"name": "HorizontalFlip", "p": 0.5}'
+            f"{where}: {name!r} is no transform of albumentations{_did_you_mean(str(name), valid)}; {STEP_FORM}"
         )
     return getattr(library, str(name))
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, in one line: pydantic's has many, the first a count and the last a link."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if not re.match(r"\d+ validation error|For further information", line))
 
 
 def _did_you_mean(word: str, valid: Sequence[str]) -> str:

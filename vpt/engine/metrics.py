@@ -128,14 +128,6 @@ class ClassificationMetrics:
         """Counts, (K, K) int64: rows are targets, columns are predictions."""
         return self._confusion.clone()
 
-    @property
-    def totals(self) -> tuple[Tensor, Tensor]:
-        """The two tensors that add up: summed in place over processes, they make `compute` that of the whole split.
-
-        `worst` does not follow: its samples stay those of this process.
-        """
-        return self._confusion, self._sums
-
     def worst(self, num: int | None = None) -> list[Sample]:
         """The samples of the highest cross-entropy, highest first; of equal ones the earlier comes first.
 

@@ -38,8 +38,6 @@ class Monitor:
     Args:
         run_dir: The run's folder; made if it is missing.
         layout: Charts of the overview page, title -> regular expressions of tags; None for `OVERVIEW`.
-        purge_step: When a run is resumed, the first step that is written again. What an interrupted process wrote
-            from there on is dropped, so that steps increase in both files.
 
     Example:
         >>> import tempfile
@@ -49,15 +47,13 @@ class Monitor:
         {"step": 1, "train/loss": 0.5}
     """
 
-    def __init__(
-        self, run_dir: Path, *, layout: Mapping[str, Sequence[str]] | None = None, purge_step: int | None = None
-    ) -> None:
+    def __init__(self, run_dir: Path, *, layout: Mapping[str, Sequence[str]] | None = None) -> None:
         self._metrics_file = run_dir / "metrics.jsonl"
         self._warned: set[str] = set()
         self._last_step = 0
         self._writer: SummaryWriter | None = None
-        self._attempt("metrics.jsonl", lambda: _prepare(self._metrics_file, purge_step))
-        self._attempt("TensorBoard events", lambda: self._open_events(run_dir, purge_step))
+        self._attempt("metrics.jsonl", lambda: run_dir.mkdir(parents=True, exist_ok=True))
+        self._attempt("TensorBoard events", lambda: self._open_events(run_dir))
         charts = OVERVIEW if layout is None else layout
         multiline = {title: ["Multiline", list(tags)] for title, tags in charts.items()}
         self._write_events(lambda writer: writer.add_custom_scalars({"overview": multiline}))
@@ -143,10 +139,10 @@ class Monitor:
         """Write what is still waiting, and close the events file."""
         self._write_events(lambda writer: writer.close())
 
-    def _open_events(self, run_dir: Path, purge_step: int | None) -> None:
+    def _open_events(self, run_dir: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir), purge_step=purge_step, flush_secs=30)
+        self._writer = SummaryWriter(str(run_dir), flush_secs=30)
 
     def _write_events(self, write: "Callable[[SummaryWriter], Any]") -> None:
         writer = self._writer
@@ -164,24 +160,6 @@ class Monitor:
                 f"{what} of {self._metrics_file.parent} cannot be written: {error}. Training goes on without.",
                 stacklevel=3,
             )
-
-
-def _prepare(metrics_file: Path, purge_step: int | None) -> None:
-    """Make the folder; drop the lines from `purge_step` on, and those that an interruption cut short."""
-    metrics_file.parent.mkdir(parents=True, exist_ok=True)
-    if purge_step is None or not metrics_file.exists():
-        return
-    kept = [line for line in metrics_file.read_text().splitlines() if _step_of(line) < purge_step]
-    temporary = metrics_file.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(metrics_file)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def _append(metrics_file: Path, step: int, numbers: Mapping[str, float]) -> None:

@@ -3,12 +3,14 @@
 A loader gives batches `(images, targets)`; its sampler, when it has a `set_epoch`, is told the epoch.
 """
 
+import contextlib
 import itertools
 import resource
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +93,7 @@ def fit(
     monitor: Monitor,
     average: MovingAverage | None = None,
     watches: Sequence[RowWatch] = (),
+    on_best: Callable[[dict[str, float]], object] = lambda values: None,
 ) -> FitResult:
     """Train, evaluate on val after each epoch, keep the last and the best; the model ends with the weights of the best.
 
@@ -107,40 +110,28 @@ def fit(
         monitor: Where numbers go.
         average: Moving average of the tuned parameters; when given, val sees it and `best` holds it.
         watches: Parameters whose rows are logged.
+        on_best: Called with the val metrics at each new best epoch, while the model has the weights of it.
 
     Raises:
         FloatingPointError: The loss is not finite; nothing of that epoch is saved.
     """
+    stepper = _Stepper(model, loss_function, optimizer, schedule, settings, monitor, average, watches)
     result, start = FitResult(), time.monotonic()
     for epoch in range(1, settings.epochs + 1):
-        title = f"epoch {epoch}/{settings.epochs}"
-        result.steps = _train_epoch(
-            model,
-            train_loader,
-            loss_function,
-            optimizer,
-            schedule,
-            settings,
-            monitor,
-            average,
-            watches,
-            epoch,
-            result.steps,
-        )
-        with average.swapped_in() if average else torch.no_grad():
+        result.epochs, result.steps = epoch, stepper.run_epoch(train_loader, epoch)
+        with average.swapped_in() if average else contextlib.nullcontext():
             values = evaluate(
                 model, val_loader, metrics, precision=settings.precision, max_batches=settings.max_batches
             )
-            monitor.scalars({f"val/{name}": value for name, value in values.items()}, result.steps)
-            known = {"epoch": epoch, "step": result.steps, "metrics": {"val": values}}
             is_best = not result.best or _rank(values, settings.select) > _rank(result.best, settings.select)
             if is_best:
                 result.best_epoch, result.best_step, result.best = epoch, result.steps, values
-                checkpoints.save("best", known)
-        checkpoints.save("last", known)
-        result.epochs = epoch
-        line = f"{title}: val loss {values['loss']:.4f}, {settings.select} {percent(values[settings.select])}"
-        print(f"{line} *" if is_best else line, flush=True)
+                checkpoints.save("best", {"epoch": epoch, "step": result.steps, "metrics": {"val": values}})
+                on_best(values)
+        checkpoints.save("last", {"epoch": epoch, "step": result.steps})
+        monitor.scalars({f"val/{name}": value for name, value in values.items()}, result.steps)
+        line = f"val loss {values['loss']:.4f}, {settings.select} {percent(values[settings.select])}"
+        print(f"epoch {epoch}/{settings.epochs}: {line}{' *' if is_best else ''}", flush=True)
         if settings.patience is not None and epoch - result.best_epoch >= settings.patience:
             print(f"no better val {settings.select} for {settings.patience} epochs: stopping")
             break
@@ -213,58 +204,85 @@ def overfit(
     return None
 
 
-def _train_epoch(
-    model: nn.Module,
-    loader: Loader,
-    loss_function: LossFunction,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    settings: FitSettings,
-    monitor: Monitor,
-    average: MovingAverage | None,
-    watches: Sequence[RowWatch],
-    epoch: int,
-    step: int,
-) -> int:
-    device = next(model.parameters()).device
-    tuned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if hasattr(loader.sampler, "set_epoch"):
-        loader.sampler.set_epoch(epoch)
-    model.train()
-    num_batches = _num_batches(loader, settings.max_batches)
-    pace = _Pace()
-    with Progress(total=num_batches, description=f"epoch {epoch}/{settings.epochs}") as progress:
-        for group in _groups(pace.timed(itertools.islice(loader, num_batches)), settings.accumulation):
-            num_images = sum(len(targets) for _, targets in group)
-            loss = torch.zeros((), device=device)
-            for images, targets in group:
-                images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-                with _autocast(device, settings.precision):
-                    logits = model(images)
-                part = loss_function(logits.float(), targets) * (len(targets) / num_images)
-                part.backward()  # type: ignore[no-untyped-call]
-                loss += part.detach()
-                progress.advance(len(targets), loss=loss)
-            norm = nn.utils.clip_grad_norm_(tuned, settings.clip_norm or float("inf"))
-            is_logged = step == 0 or (step + 1) % settings.log_every == 0
-            for watch in watches if is_logged else ():
-                watch.before_step()
-            lrs = {
-                f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups if "_bias" not in group["name"]
-            }
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            step += 1
-            pace.num_images += num_images
-            if average is not None:
-                average.update()
-            if is_logged:
-                _check_finite(loss, step, epoch, lrs)
-                rows = {tag: value for watch in watches for tag, value in watch.after_step().items()}
-                monitor.scalars({"train/loss": loss, "train/grad_norm": norm, **lrs, **pace.measured(), **rows}, step)
-    _check_finite(loss, step, epoch, lrs)
-    return step
+class _Stepper:
+    """Optimiser steps over one epoch after another."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_function: LossFunction,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        settings: FitSettings,
+        monitor: Monitor,
+        average: MovingAverage | None,
+        watches: Sequence[RowWatch],
+    ) -> None:
+        self.model, self.loss_function, self.optimizer, self.schedule = model, loss_function, optimizer, schedule
+        self.settings, self.monitor, self.average, self.watches = settings, monitor, average, watches
+        self.device = next(model.parameters()).device
+        self.tuned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.num_steps = 0
+
+    def run_epoch(self, loader: Loader, epoch: int) -> int:
+        """Train on all batches; return the optimiser steps so far."""
+        if hasattr(loader.sampler, "set_epoch"):
+            loader.sampler.set_epoch(epoch)
+        self.model.train()
+        num_batches, pace = _num_batches(loader, self.settings.max_batches), _Pace()
+        with Progress(total=num_batches, description=f"epoch {epoch}/{self.settings.epochs}") as progress:
+            batches = pace.timed(itertools.islice(loader, num_batches))
+            for group in _groups(batches, self.settings.accumulation):
+                loss = self._backward(group, progress)
+                rates = self._rates()
+                logged = self._step()
+                pace.num_images += sum(len(targets) for _, targets in group)
+                if logged:
+                    self._check_finite(loss, epoch, rates)
+                    self.monitor.scalars({"train/loss": loss, **rates, **pace.measured(), **logged}, self.num_steps)
+        self._check_finite(loss, epoch, rates)
+        return self.num_steps
+
+    def _backward(self, group: Sequence[Batch], progress: Progress) -> Tensor:
+        """Gradients of the mean loss over all pictures of the group; returns that loss."""
+        num_images = sum(len(targets) for _, targets in group)
+        loss = torch.zeros((), device=self.device)
+        for images, targets in group:
+            images, targets = (part.to(self.device, non_blocking=True) for part in (images, targets))
+            with _autocast(self.device, self.settings.precision):
+                logits = self.model(images)
+            part = self.loss_function(logits.float(), targets) * (len(targets) / num_images)
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.detach()
+            progress.advance(len(targets), loss=loss)
+        return loss
+
+    def _step(self) -> dict[str, SupportsFloat]:
+        """Clip and step; returns the gradient's norm and what the watches saw, if this step is to be logged."""
+        is_logged = self.num_steps == 0 or (self.num_steps + 1) % self.settings.log_every == 0
+        norm = nn.utils.clip_grad_norm_(self.tuned, self.settings.clip_norm or float("inf"))
+        for watch in self.watches if is_logged else ():
+            watch.before_step()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.num_steps += 1
+        if self.average is not None:
+            self.average.update()
+        rows = {tag: value for watch in self.watches for tag, value in watch.after_step().items()} if is_logged else {}
+        return {"train/grad_norm": norm, **rows} if is_logged else {}
+
+    def _rates(self) -> dict[str, float]:
+        groups = self.optimizer.param_groups
+        return {f"lr/{group['name']}": group["lr"] for group in groups if not group["name"].endswith("_bias")}
+
+    def _check_finite(self, loss: Tensor, epoch: int, rates: Mapping[str, float]) -> None:
+        if not bool(torch.isfinite(loss)):
+            described = ", ".join(f"{name} {value:.2g}" for name, value in rates.items())
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.num_steps}, epoch {epoch} ({described}); "
+                "lower optim.prompt_lr and optim.head_lr, or check the data"
+            )
 
 
 class _Pace:
@@ -321,13 +339,5 @@ def _peak_memory_mib() -> float:
     """Peak allocated memory of the GPU, or of this process without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def _check_finite(loss: Tensor, step: int, epoch: int, lrs: dict[str, float]) -> None:
-    if not bool(torch.isfinite(loss)):
-        rates = ", ".join(f"{name} {value:.2g}" for name, value in lrs.items())
-        raise FloatingPointError(
-            f"the loss is {loss.item()} at step {step}, epoch {epoch} ({rates}); "
-            "lower optim.prompt_lr and optim.head_lr, or check the data"
-        )
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

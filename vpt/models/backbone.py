@@ -35,7 +35,7 @@ class PromptedViT(nn.Module):
     Args:
         vit: A plain timm ViT: anything that timm builds on `VisionTransformer` or `Eva`. A classifier in it is not
             used.
-        prompt: "deep", "shallow", None, or a ready `VisualPrompt`.
+        prompt: "deep", "shallow", None, or a ready `VisualPrompt`, which brings what the next three say.
         num_tokens: P, prompt tokens in each prompted block.
         blocks: Blocks that a deep prompt enters: "all", "first:k", "last:k" or a list of indices.
         dropout: Dropout of prompt tokens, drawn for each sample.
@@ -150,7 +150,11 @@ class PromptedViT(nn.Module):
 
 
 def load_vit(
-    name: str, *, pretrained: bool = True, checkpoint: str | Path | None = None, img_size: int | None = None
+    name: str,
+    *,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    img_size: int | tuple[int, int] | None = None,
 ) -> ViT:
     """Make a timm ViT without a classifier.
 
@@ -158,27 +162,35 @@ def load_vit(
         name: A timm name, with or without a pretrained tag.
         pretrained: Load the weights that timm knows under this name, from the package, the hub's cache or the hub.
         checkpoint: Load the weights from this file (.safetensors, or .pth read with weights_only) instead.
-        img_size: Input size in pixels; the position embedding is resampled to it. None keeps the model's own.
+        img_size: Input size in pixels, one side or (height, width), to which the position embedding is resampled. None
+            keeps the model's own.
 
     Raises:
         ValueError: The name is unknown or no ViT that can be prompted, or weights do not fit or cannot be had.
         FileNotFoundError: There is no such checkpoint.
     """
     _check_name(name)
-    if checkpoint is not None and not Path(checkpoint).is_file():
+    path = None if checkpoint is None else Path(checkpoint).expanduser()
+    if path is not None and not path.is_file():
         raise FileNotFoundError(f"backbone.checkpoint={checkpoint}: no such file")
     options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
-    from_timm = pretrained and checkpoint is None
     try:
-        vit = timm.create_model(name, pretrained=from_timm, num_classes=0, **options)
-    except Exception as error:  # the hub, a file and timm each raise kinds of their own
-        if from_timm:
-            raise ValueError(_describe_missing_weights(name, error)) from error
+        with torch.device("meta"):  # what cannot be built or prompted is refused before anything is fetched
+            empty = timm.create_model(name, pretrained=False, num_classes=0, **options)
+            _check_supported(empty)
+            if 0 in (empty.patch_embed.grid_size or ()):
+                raise ValueError(f"img_size={img_size} is smaller than its patches, {empty.patch_embed.patch_size}")
+    except TypeError as error:
+        raise ValueError(f"backbone.name={name}: {_first_line(error)}") from error
+    except Exception as error:  # timm's models raise kinds of their own
         raise ValueError(f"backbone.name={name} cannot be built: {_first_line(error)}") from error
-    _check_supported(vit)
+    try:
+        vit = timm.create_model(name, pretrained=pretrained and path is None, num_classes=0, **options)
+    except Exception as error:  # the hub, a file and timm each raise kinds of their own
+        raise ValueError(_describe_missing_weights(name, error)) from error
     assert isinstance(vit, VisionTransformer | Eva)
-    if checkpoint is not None:
-        _load_checkpoint(vit, name, Path(checkpoint))
+    if path is not None:
+        _load_checkpoint(vit, name, path)
     return vit
 
 
@@ -210,7 +222,8 @@ def preprocessing_of(vit: ViT) -> dict[str, Any]:
 def fingerprint(vit: ViT) -> str:
     """A digest of the weights, the same for every input size and with or without a classifier.
 
-    Sixty-four values, evenly spread, of each parameter are read as float32. The position embedding and the patch
+    Sixty-four values, evenly spread, of each parameter are read as bfloat16, so that a backbone held in bfloat16 is the
+    same one. The position embedding and the patch
     kernels are left out, because timm resamples them when the input or the patch size changes.
     """
     digest = hashlib.sha256()
@@ -221,7 +234,7 @@ def fingerprint(vit: ViT) -> str:
         values = parameter.detach().reshape(-1)
         step = max(1, len(values) // 64)
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        digest.update(values[::step][:64].to("cpu", torch.float32).numpy().tobytes())
+        digest.update(values[::step][:64].to("cpu", torch.bfloat16).float().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -45,7 +45,8 @@ class ClassificationModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, 3, H, W), normalised as the backbone wants them."""
-        logits: Tensor = self.head(self.backbone(images))
+        features = self.backbone(images)
+        logits: Tensor = self.head(features.to(self.head.weight.dtype))
         return logits
 
 

@@ -28,7 +28,7 @@ class VisualPrompt(nn.Module):
         num_tokens: P, prompt tokens in each prompted block.
         embed_dim: D, token width of the backbone.
         kind: "shallow" or "deep".
-        blocks: Indices of the prompted blocks, ascending; a shallow prompt enters block 0 only.
+        blocks: Indices of the prompted blocks, ascending. A deep prompt needs them; a shallow one enters block 0 only.
         dropout: Probability that an element of a prompt token is zeroed, drawn anew for each sample.
         patch_size: Height and width of a patch in pixels; used by the initialisation only.
 
@@ -49,7 +49,7 @@ class VisualPrompt(nn.Module):
         embed_dim: int,
         *,
         kind: PromptKind = "deep",
-        blocks: Sequence[int] = (0,),
+        blocks: Sequence[int] | None = None,
         dropout: float = 0.0,
         patch_size: tuple[int, int] = (16, 16),
     ) -> None:
@@ -60,6 +60,10 @@ class VisualPrompt(nn.Module):
             raise ValueError(f"prompt.num_tokens must be at least 1, got {num_tokens}; for no prompt use prompt=none")
         if not 0 <= dropout < 1:
             raise ValueError(f"prompt.dropout must be in [0, 1), got {dropout}")
+        if blocks is None:
+            if kind == "deep":
+                raise ValueError("a deep prompt needs its blocks, such as blocks=range(12)")
+            blocks = (0,)
         if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0:
             raise ValueError(f"prompt.blocks must be ascending block indices, at least one, got {list(blocks)}")
         if kind == "shallow" and tuple(blocks) != (0,):
@@ -117,6 +121,9 @@ def resolve_blocks(blocks: Blocks, depth: int) -> tuple[int, ...]:
         >>> resolve_blocks([0, -1], depth=12)
         (0, 11)
     """
+    is_list = isinstance(blocks, Sequence) and all(type(block) is int for block in blocks)
+    if not isinstance(blocks, str) and not is_list:
+        raise ValueError(f"prompt.blocks must be all, first:k, last:k or a list of indices, got {blocks!r}")
     if isinstance(blocks, str):
         match = re.fullmatch(r"all|(first|last):(\d+)", blocks)
         if match is None:
@@ -126,8 +133,10 @@ def resolve_blocks(blocks: Blocks, depth: int) -> tuple[int, ...]:
             raise ValueError(f"prompt.blocks={blocks}: the backbone has {depth} blocks, so k is from 1 to {depth}")
         return tuple(range(depth - num, depth)) if match[1] == "last" else tuple(range(num))
     outside = [block for block in blocks if not -depth <= block < depth]
-    if outside or not blocks:
-        raise ValueError(f"prompt.blocks={list(blocks)}: the backbone has blocks 0 to {depth - 1}; name at least one")
+    if outside or not blocks or len({block % depth for block in blocks}) < len(blocks):
+        raise ValueError(
+            f"prompt.blocks={list(blocks)}: the backbone has blocks 0 to {depth - 1}; name some, each once"
+        )
     return tuple(sorted({block % depth for block in blocks}))
 
 

@@ -98,9 +98,8 @@ def load_task(path: str | Path, backbone: str | ViT, *, checkpoint: str | Path |
     path = Path(path)
     tensors, metadata = _read(path)
     if isinstance(backbone, str):
-        size = metadata.preprocessing.get("size", [None])
-        img_size = size[0] if len(set(size)) == 1 else None
-        backbone = load_vit(backbone, checkpoint=checkpoint, img_size=img_size)
+        height, width = metadata.preprocessing["size"]
+        backbone = load_vit(backbone, checkpoint=checkpoint, img_size=(height, width))
     _check_backbone(path, metadata, backbone)
     prompt = None if metadata.prompt is None else _make_prompt(path, metadata.prompt)
     model = ClassificationModel(PromptedViT(backbone, prompt), metadata.num_classes, classes=metadata.classes)
@@ -147,6 +146,12 @@ def _read(path: Path) -> tuple[dict[str, Tensor], TaskMetadata]:
 
 def _check_backbone(path: Path, metadata: TaskMetadata, vit: ViT) -> None:
     if fingerprint(vit) == metadata.fingerprint:
+        size = list(vit.patch_embed.img_size or metadata.preprocessing["size"])
+        if size != metadata.preprocessing["size"] and vit.patch_embed.strict_img_size:
+            wanted = metadata.preprocessing["size"]
+            raise ValueError(
+                f"{path}: made for pictures of {wanted} px, but the backbone takes {size}; use img_size={wanted}"
+            )
         return
     name = name_of(vit)
     raise ValueError(

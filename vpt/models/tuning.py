@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from vpt.models.backbone import PromptedViT
 
@@ -25,11 +25,6 @@ class ParameterCount:
 def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, by name; hand `.values()` to an optimiser."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def tuned_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the tuned parameters, by name: all that training changes."""
-    return {name: parameter.detach().clone() for name, parameter in tuned_parameters(model).items()}
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:

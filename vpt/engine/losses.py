@@ -1,0 +1,28 @@
+"""Losses of the tasks."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class CrossEntropy(nn.Module):
+    """Cross-entropy of logits (B, K) and targets (B,): the sum of the weighted losses over B, a scalar.
+
+    `nn.CrossEntropyLoss` divides by the sum of the weights that happen to be in a batch, so that accumulated small
+    batches are not one large batch; here they are.
+
+    Args:
+        weight: Of each class, (K,); None weighs all alike.
+        label_smoothing: Share of the target that is spread over all classes, in [0, 1).
+    """
+
+    weight: Tensor | None
+
+    def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean over the batch."""
+        options = {"weight": self.weight, "label_smoothing": self.label_smoothing}
+        return F.cross_entropy(logits, targets, reduction="sum", **options) / len(targets)
