@@ -33,9 +33,8 @@ def test_list_files_are_read_as_they_are(vtab):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ((0, 2, 3), r"train800.txt: no picture has label 1, but one has 3; add pictures"),
-        ((1, 2, 3), r"train800.txt: no picture has label 0, but one has 3"),
-        ((0, 1, 999_999_999), r"train800.txt: no picture has label 2, but one has 999999999"),
+        ((0, 2, 4), r"train800.txt, line 3: label 4, but no picture of any list has label 3"),
+        ((0, 1, 999_999_999), r"train800.txt, line 3: label 999999999, but no picture of any list has label 3"),
         ((0, 0, 0), r"train800.txt: one class only, '0'; add pictures"),
         ((0, 1, 10**9), r"train800.txt, line 3: .* is not `relative/path label`"),
         ((0, 1, "9" * 5000), r"train800.txt, line 3: .* is not `relative/path label`"),
@@ -45,6 +44,14 @@ def test_labels_that_do_not_count_from_0_are_refused(labels, message, vtab):
     lines = [f"images/x/{i}.png {label}\n" for i, label in enumerate(labels)]
     (vtab / "train800.txt").write_text("".join(lines))
     with pytest.raises(ValueError, match=message):
+        read_list(vtab)
+
+
+def test_train_may_lack_a_class_that_other_lists_have_and_a_label_out_of_range_names_its_line(vtab):
+    (vtab / "test.txt").write_text("images/x/4.png 3\nimages/x/5.png 0")
+    assert read_list(vtab)["train"].classes == ("0", "1", "2", "3")
+    (vtab / "test.txt").write_text("images/x/4.png 9\nimages/x/5.png 0")
+    with pytest.raises(ValueError, match=r"test.txt, line 1: label 9, but no picture of any list has label 3"):
         read_list(vtab)
 
 

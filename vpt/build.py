@@ -99,7 +99,7 @@ def build_samples(config: DatasetConfig) -> dict[str, Samples]:
         case DatasetKind.folder:
             samples = read_folder(root, test_fraction=config.test_fraction or 0.0, **split)
         case DatasetKind.list:
-            lists = {"train": config.train, "val": config.val, "test": config.test}
+            lists: dict[str, Any] = {"train": config.train, "val": config.val, "test": config.test}
             samples = read_list(root, **lists, test_fraction=config.test_fraction or 0.0, **split)
         case DatasetKind.csv:
             path = Path(str(config.path)).expanduser()
@@ -146,13 +146,15 @@ def build_data(config: Config, samples: Mapping[str, Samples], backbone_preproce
 
 def build_model(config: Config, classes: tuple[str, ...]) -> ClassificationModel:
     """The backbone with its prompt, and a head for these classes."""
+    prompt: Any = None if config.prompt.kind is PromptName.none else config.prompt.kind.value
     return create_model(
         config.backbone.name,
         num_classes=len(classes),
-        prompt=None if config.prompt.kind is PromptName.none else config.prompt.kind.value,
+        prompt=prompt,
         num_tokens=config.prompt.num_tokens,
         blocks=config.prompt.blocks,
         dropout=config.prompt.dropout,
+        impl=config.prompt.impl.value,
         pretrained=config.backbone.pretrained,
         checkpoint=config.backbone.checkpoint,
         img_size=config.backbone.img_size,

@@ -28,6 +28,13 @@ class PromptName(StrEnum):
     deep = "deep"
 
 
+class PromptImplName(StrEnum):
+    """How prompts are computed: as keys and values where that is exact, or always as tokens."""
+
+    auto = "auto"
+    concat = "concat"
+
+
 class DatasetKind(StrEnum):
     """Readers of classification data."""
 
@@ -106,6 +113,7 @@ class PromptConfig:
     num_tokens: int = number(10, low=1, high=10_000)
     blocks: Any = "all"
     dropout: float = number(0.0, low=0, high=0.99)
+    impl: PromptImplName = PromptImplName.auto
 
 
 @dataclass

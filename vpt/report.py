@@ -30,7 +30,8 @@ def summarise(model: ClassificationModel, data: Data, config: Config) -> str:
     splits = ", ".join(f"{split} {len(samples.targets)}" for split, samples in data.samples.items())
     rows = [
         ["backbone", f"{model.backbone.name}, {count.backbone:,} parameters, frozen, {height} x {width} px"],
-        ["prompt", "none (linear probe)" if prompt is None else f"{prompt.extra_repr()}"],
+        ["prompt", "none (linear probe)" if prompt is None else prompt.extra_repr()],
+        *([] if prompt is None else [["path", model.backbone.extra_repr()]]),
         ["data", f"{config.dataset.title}: {len(data.classes)} classes; pictures: {splits}"],
         [
             "tuned",

@@ -24,5 +24,5 @@ class CrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean over the batch."""
-        options = {"weight": self.weight, "label_smoothing": self.label_smoothing}
-        return F.cross_entropy(logits, targets, reduction="sum", **options) / len(targets)
+        total = F.cross_entropy(logits, targets, self.weight, reduction="sum", label_smoothing=self.label_smoothing)
+        return total / len(targets)

@@ -11,7 +11,7 @@ Legend: B batch, C channels, H, W pixels, M patch tokens, P prompt tokens, N pre
 import difflib
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -20,9 +20,11 @@ from timm.models import Eva, VisionTransformer, eva, load_state_dict, vision_tra
 from torch import Tensor, nn
 
 import vpt.models.nano  # noqa: F401  # registers the backbone that ships in the package
-from vpt.models.prompts import Blocks, PromptKind, VisualPrompt, resolve_blocks
+from vpt.models.attention import prompt_keys_values, run_block, why_not_fast
+from vpt.models.prompts import Blocks, PromptKind, VisualPrompt, format_blocks, resolve_blocks
 
 ViT = VisionTransformer | Eva
+PromptImpl = Literal["auto", "concat"]
 
 
 class PromptedViT(nn.Module):
@@ -39,6 +41,8 @@ class PromptedViT(nn.Module):
         num_tokens: P, prompt tokens in each prompted block.
         blocks: Blocks that a deep prompt enters: "all", "first:k", "last:k" or a list of indices.
         dropout: Dropout of prompt tokens, drawn for each sample.
+        impl: "auto" computes a deep prompt as keys and values in every block that `attention.py` understands, with the
+            same result for less work; "concat" always inserts the tokens, the plain reading of the paper.
 
     Raises:
         TypeError: `vit` is not a model that can be prompted.
@@ -63,8 +67,11 @@ class PromptedViT(nn.Module):
         num_tokens: int = 10,
         blocks: Blocks = "all",
         dropout: float = 0.0,
+        impl: PromptImpl = "auto",
     ) -> None:
         super().__init__()
+        if impl not in get_args(PromptImpl):
+            raise ValueError(f"prompt.impl must be one of {', '.join(get_args(PromptImpl))}, got {impl!r}")
         _check_supported(vit)
         self.vit = vit.requires_grad_(False).eval()
         if isinstance(prompt, str):
@@ -79,6 +86,15 @@ class PromptedViT(nn.Module):
         if prompt is not None and (prompt.embed_dim != self.embed_dim or prompt.blocks[-1] >= self.depth):
             raise ValueError(f"{prompt} does not fit a ViT of embed_dim {self.embed_dim} and {self.depth} blocks")
         self.prompt = prompt
+        self.impl: PromptImpl = impl
+        self._paths = {
+            block: _choose_path(vit.blocks[block], prompt, impl) for block in (prompt.blocks if prompt else ())
+        }
+
+    @property
+    def paths(self) -> dict[int, str]:
+        """How each prompted block is computed: "kv", or "concat" and the reason."""
+        return dict(self._paths)
 
     @property
     def embed_dim(self) -> int:
@@ -116,14 +132,28 @@ class PromptedViT(nn.Module):
         tokens, rope = self._embed(images)
         held = 0  # prompt tokens in the sequence
         for index, block in enumerate(self.vit.blocks):
-            if self.prompt is not None and self.prompt.enters(index):
+            block_rope = _rope_of_block(rope, index, self.vit)
+            if self.prompt is None or not self.prompt.enters(index):
+                tokens = self._run_block(block, tokens, block_rope, held)
+            elif self._paths[index] == "kv":
+                prompt = prompt_keys_values(block, self.prompt(index, len(tokens)).to(tokens.dtype))
+                tokens = run_block(block, tokens, prompt, block_rope)
+            else:
                 tokens = self._insert(tokens, self.prompt(index, len(tokens)))
-                held = self.prompt.num_tokens
-            tokens = self._run_block(block, tokens, _rope_of_block(rope, index, self.vit), held)
-            if self.prompt is not None and self.prompt.kind == "deep" and held:
-                tokens, held = self._remove(tokens, held), 0
+                tokens = self._run_block(block, tokens, block_rope, self.prompt.num_tokens)
+                if self.prompt.kind == "deep":
+                    tokens = self._remove(tokens, self.prompt.num_tokens)
+                else:
+                    held = self.prompt.num_tokens
         features: Tensor = self.vit.norm(self._remove(tokens, held) if held else tokens)
         return features
+
+    def extra_repr(self) -> str:
+        """The path of each prompted block."""
+        by_path: dict[str, list[int]] = {}
+        for block, path in self._paths.items():
+            by_path.setdefault(path, []).append(block)
+        return "; ".join(f"blocks {format_blocks(blocks)}: {path}" for path, blocks in by_path.items())
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tokens that enter block 0, and the rotary position embedding of models that have one."""
@@ -136,7 +166,8 @@ class PromptedViT(nn.Module):
 
     def _insert(self, tokens: Tensor, prompt: Tensor) -> Tensor:
         prefix = self.num_prefix_tokens
-        return torch.cat([tokens[:, :prefix], prompt.to(tokens.dtype), tokens[:, prefix:]], dim=1)
+        prompt = prompt.to(tokens.dtype).expand(len(tokens), -1, -1)
+        return torch.cat([tokens[:, :prefix], prompt, tokens[:, prefix:]], dim=1)
 
     def _remove(self, tokens: Tensor, num_tokens: int) -> Tensor:
         prefix = self.num_prefix_tokens
@@ -176,7 +207,7 @@ def load_vit(
     options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     try:
         with torch.device("meta"):  # what cannot be built or prompted is refused before anything is fetched
-            empty = timm.create_model(name, pretrained=False, num_classes=0, **options)
+            empty: Any = timm.create_model(name, pretrained=False, num_classes=0, **options)
             _check_supported(empty)
             if 0 in (empty.patch_embed.grid_size or ()):
                 raise ValueError(f"img_size={img_size} is smaller than its patches, {empty.patch_embed.patch_size}")
@@ -291,6 +322,15 @@ def _describe_missing_weights(name: str, error: Exception) -> str:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:300] or type(error).__name__
+
+
+def _choose_path(block: nn.Module, prompt: VisualPrompt | None, impl: PromptImpl) -> str:
+    if impl == "concat":
+        return "concat (asked for)"
+    if prompt is not None and prompt.kind == "shallow":
+        return "concat (a shallow prompt travels with the sequence)"
+    reason = why_not_fast(block)
+    return "kv" if reason is None else f"concat ({reason})"
 
 
 def _rope_of_block(rope: Tensor | None, index: int, vit: ViT) -> Tensor | None:

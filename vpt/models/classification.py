@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from vpt.models.backbone import PromptedViT, ViT, load_vit
+from vpt.models.backbone import PromptedViT, PromptImpl, ViT, load_vit
 from vpt.models.heads import HeadInit, linear_head
 from vpt.models.prompts import Blocks, PromptKind, VisualPrompt
 
@@ -58,6 +58,7 @@ def create_model(
     num_tokens: int = 10,
     blocks: Blocks = "all",
     dropout: float = 0.0,
+    impl: PromptImpl = "auto",
     pretrained: bool = True,
     checkpoint: str | Path | None = None,
     img_size: int | None = None,
@@ -73,6 +74,7 @@ def create_model(
         num_tokens: P, prompt tokens in each prompted block.
         blocks: Blocks that a deep prompt enters: "all", "first:k", "last:k" or a list of indices.
         dropout: Dropout of prompt tokens, drawn for each sample.
+        impl: How prompts are computed, "auto" or "concat", see `PromptedViT`.
         pretrained: Load the weights that timm knows under the name.
         checkpoint: Load the backbone's weights from this file instead.
         img_size: Input size in pixels; None keeps the model's own.
@@ -92,5 +94,5 @@ def create_model(
         if isinstance(backbone, str)
         else backbone
     )
-    prompted = PromptedViT(vit, prompt, num_tokens=num_tokens, blocks=blocks, dropout=dropout)
+    prompted = PromptedViT(vit, prompt, num_tokens=num_tokens, blocks=blocks, dropout=dropout, impl=impl)
     return ClassificationModel(prompted, num_classes, classes=classes, head_init=head_init)

@@ -90,15 +90,17 @@ class VisualPrompt(nn.Module):
         return block in self.blocks
 
     def forward(self, block: int, batch_size: int) -> Tensor:
-        """Tokens that enter `block`, (B, P, D), with a dropout mask of its own for each sample."""
-        tokens = self.tokens[self.blocks.index(block)]
+        """Tokens that enter `block`: (1, P, D) for all samples, or (B, P, D) where dropout draws a mask for each."""
+        tokens = self.tokens[self.blocks.index(block)][None]
+        if self.dropout.p == 0 or not self.training:
+            return tokens
         return self.dropout(tokens.expand(batch_size, -1, -1))  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """Kind, sizes and blocks, on one line."""
         return (
             f"kind={self.kind}, num_tokens={self.num_tokens}, embed_dim={self.embed_dim}, "
-            f"blocks={_format_blocks(self.blocks)}, dropout={self.dropout.p}"
+            f"blocks={format_blocks(self.blocks)}, dropout={self.dropout.p}"
         )
 
     def __repr__(self) -> str:
@@ -140,7 +142,8 @@ def resolve_blocks(blocks: Blocks, depth: int) -> tuple[int, ...]:
     return tuple(sorted({block % depth for block in blocks}))
 
 
-def _format_blocks(blocks: Sequence[int]) -> str:
+def format_blocks(blocks: Sequence[int]) -> str:
+    """Block indices for a person: 0-11, or 0,3,5."""
     if len(blocks) > 1 and list(blocks) == list(range(blocks[0], blocks[-1] + 1)):
         return f"{blocks[0]}-{blocks[-1]}"
     return ",".join(str(block) for block in blocks)

@@ -1,0 +1,129 @@
+"""The fast path against the longer sequence, for many kinds of timm ViT; every equality in float64."""
+
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import vpt
+from tests.conftest import make_tiny_vit
+from vpt.models.backbone import PromptedViT
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+FAST = {
+    "vit_tiny_patch16_224": {},
+    "deit_tiny_distilled_patch16_224": {},
+    "deit3_small_patch16_224": {},
+    "vit_base_patch16_clip_224": {},
+    "vit_base_patch16_siglip_224": {},
+    "vit_small_patch14_reg4_dinov2": {},
+    "vit_tiny_patch16_224 with qk-norm": {"qk_norm": True},
+    "vit_tiny_patch16_224 with attention norm": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "eva02_tiny_patch14_224": {},
+    "vit_small_patch16_dinov3": {},
+    "vit_small_patch16_rope_mixed_224": {},
+}
+SLOW_PATH = {
+    "vit_tiny_patch16_224 with parallel blocks": {"block_fn": timm.models.vision_transformer.ParallelScalingBlock},
+    "vit_tiny_patch16_224 with post-norm": {"block_fn": timm.models.vision_transformer.ResPostBlock},
+    "vit_tiny_patch16_224 with two branches": {"block_fn": timm.models.vision_transformer.ParallelThingsBlock},
+}
+
+
+def make_pair(name, options, **prompt_options):
+    """The same prompted ViT twice, computed the fast way and the plain way, with parameters that are all random."""
+    torch.manual_seed(0)
+    vit = timm.create_model(name.split(" ")[0], **TINY, **options).double().eval()
+    for parameter in vit.parameters():
+        if parameter.ndim == 1:
+            parameter.data.normal_(std=0.3).add_(0.5)
+    fast = PromptedViT(vit, "deep", num_tokens=5, **prompt_options).double()
+    plain = PromptedViT(vit, "deep", num_tokens=5, impl="concat", **prompt_options).double()
+    plain.load_state_dict(fast.state_dict())
+    return fast, plain
+
+
+def assert_equal_results_and_gradients(fast, plain):
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    weights = torch.randn(3, 32, dtype=torch.float64)
+    for backbone in (fast, plain):
+        (backbone(images) * weights).sum().backward()
+    torch.testing.assert_close(fast(images), plain(images), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fast.forward_features(images), plain.forward_features(images), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fast.prompt.tokens.grad, plain.prompt.tokens.grad, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_keys_and_values_equal_the_longer_sequence_in_results_and_gradients(name):
+    fast, plain = make_pair(name, FAST[name])
+    assert set(fast.paths.values()) == {"kv"}
+    assert set(plain.paths.values()) == {"concat (asked for)"}
+    assert_equal_results_and_gradients(fast, plain)
+
+
+@pytest.mark.parametrize("name", SLOW_PATH)
+def test_blocks_that_are_not_understood_take_the_plain_path_and_say_why(name):
+    fast, plain = make_pair(name, SLOW_PATH[name])
+    assert all(path.startswith("concat (") and "is not understood" in path for path in fast.paths.values())
+    assert_equal_results_and_gradients(fast, plain)
+
+
+def test_both_ways_are_exact_for_prompts_in_some_blocks_only():
+    assert_equal_results_and_gradients(*make_pair("vit_tiny_patch16_224", {}, blocks="last:1"))
+
+
+def test_both_ways_agree_on_the_same_dropout_masks():
+    fast, plain = make_pair("vit_tiny_patch16_224", {}, dropout=0.5)
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    results = []
+    for backbone in (fast.train(), plain.train()):
+        torch.manual_seed(7)
+        results.append(backbone(images))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)
+    torch.manual_seed(7)
+    same_picture = fast(images[:1].expand(3, -1, -1, -1))
+    assert not torch.allclose(same_picture[0], same_picture[1])  # each sample has a mask of its own
+
+
+def test_the_fast_path_works_under_bfloat16_autocast_and_in_a_backbone_held_in_bfloat16(images):
+    backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=3)
+    expected = backbone(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(backbone(images).float(), expected, rtol=0.1, atol=0.2)
+    held = PromptedViT(make_tiny_vit().bfloat16(), backbone.prompt)
+    assert held(images.bfloat16()).dtype == torch.bfloat16
+
+
+def test_it_is_captured_whole_by_torch_compile(images):
+    backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=3).eval()
+    compiled = torch.compile(backbone, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), backbone(images))
+
+
+def count_flops(backbone, images):
+    with FlopCounterMode(display=False) as counter:
+        backbone(images).sum().backward()
+    return counter.get_total_flops()
+
+
+def test_the_work_of_a_training_step_grows_far_less_with_the_prompt_than_by_the_longer_sequence():
+    vit = make_tiny_vit(embed_dim=64, num_heads=1)
+    images = torch.randn(8, 3, 32, 32)
+    work = {
+        impl: count_flops(PromptedViT(vit, "deep", num_tokens=32, impl=impl), images) for impl in ("auto", "concat")
+    }
+    assert work["auto"] < 0.6 * work["concat"]
+
+
+def test_shallow_prompts_travel_with_the_sequence_and_print_says_which_path_each_block_takes():
+    vit = make_tiny_vit()
+    assert PromptedViT(vit, "shallow").paths == {0: "concat (a shallow prompt travels with the sequence)"}
+    assert "blocks 0-2: kv" in repr(PromptedViT(vit, "deep"))
+    assert PromptedViT(vit, None).paths == {}
+    with pytest.raises(ValueError, match=r"prompt\.impl must be one of auto, concat, got 'fast'"):
+        PromptedViT(vit, "deep", impl="fast")
+
+
+def test_the_choice_reaches_create_model():
+    model = vpt.create_model(make_tiny_vit(), num_classes=2, impl="concat")
+    assert model.backbone.impl == "concat"
