@@ -83,7 +83,7 @@ def test_a_name_with_spaces_is_a_name(vtab):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("images/x/6.png 3", r"test.txt, line 2: label 3, but there are 3 classes, 0 to 2, by train800.txt"),
+        ("images/x/6.png 4", r"test.txt, line 2: label 4, but no picture of any list has label 3"),
         ("images/x/6.png -1", r"test.txt, line 2: .* is not `relative/path label`"),
         ("images/x/6.png one", r"test.txt, line 2: .* is not `relative/path label`"),
         ("images/x/6.png 1.0", r"test.txt, line 2: .* is not `relative/path label`"),

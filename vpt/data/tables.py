@@ -24,8 +24,8 @@ def read_list(
 ) -> dict[str, Samples]:
     """Read list files of lines `relative/path label`: the VTAB-1k layout of SSF and NOAH.
 
-    The labels of all lists together are 0, 1, ... without a gap, and are the names of the classes. Train may lack some: of
-    the 397 classes of SUN397, VTAB's 800 train pictures show 309.
+    The labels of all lists together are 0, 1, ... without a gap, and are the names of the classes. Train may lack some:
+    of the 397 classes of SUN397, VTAB's 800 train pictures show 309.
 
     Args:
         root: The folder of the lists; paths in them start here and stay inside.
