@@ -37,6 +37,10 @@ def make_pair(name, options, **prompt_options):
     for parameter in vit.parameters():
         if parameter.ndim == 1:
             parameter.data.normal_(std=0.3).add_(0.5)
+    try:
+        vit(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+    except RuntimeError:
+        pytest.skip(f"timm {timm.__version__} cannot run {name} in float64")
     fast = PromptedViT(vit, "deep", num_tokens=5, **prompt_options).double()
     plain = PromptedViT(vit, "deep", num_tokens=5, impl="concat", **prompt_options).double()
     plain.load_state_dict(fast.state_dict())
