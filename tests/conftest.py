@@ -1,4 +1,4 @@
-"""Fixtures: tiny ViTs with 0, 1 and 5 prefix tokens, random weights."""
+"""Fixtures: tiny ViTs with 0, 1 and 5 prefix tokens and each kind of position, random weights."""
 
 import numpy as np
 import pytest
@@ -12,6 +12,10 @@ TINY_VITS = {
     "no_prefix": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
     "cls_and_4_registers": ("vit_tiny_patch16_224", {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.1}),
     "rope_with_cls_and_4_registers": ("vit_small_patch16_dinov3", {}),
+    "relative_position_bias": (
+        "beit_base_patch16_224",
+        {"global_pool": "token", "use_rel_pos_bias": True, "use_shared_rel_pos_bias": True},
+    ),
 }
 
 
@@ -20,8 +24,8 @@ def make_tiny_vit(kind: str = "cls", **options):
     name, extra = TINY_VITS[kind]
     torch.manual_seed(0)
     vit = timm.create_model(name, **{**TINY, **extra, **options})
-    for parameter in vit.parameters():
-        if parameter.ndim == 1 or parameter.ndim == 3:
+    for parameter_name, parameter in vit.named_parameters():
+        if parameter.ndim in (1, 3) or "relative_position_bias" in parameter_name:
             parameter.data.normal_(std=0.2).add_(1.0 if parameter.ndim == 1 else 0.0)
     return vit.eval()
 

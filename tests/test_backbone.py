@@ -1,10 +1,14 @@
+import copy
+
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import vpt.models.backbone
 from tests.conftest import make_tiny_vit
+from vpt.models import attention
 from vpt.models.backbone import PromptedViT, fingerprint, load_vit, preprocessing_of
 from vpt.models.prompts import VisualPrompt
 
@@ -57,7 +61,9 @@ def test_a_ready_prompt_is_used_and_one_that_does_not_fit_is_refused():
         PromptedViT(make_tiny_vit(), VisualPrompt(2, 32, blocks=(0, 3)))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "beit_base_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "swin_tiny_patch4_window7_224", "vit_relpos_small_patch16_224", "naflexvit_base_patch16_gap"]
+)
 def test_models_that_are_no_plain_vit_are_refused_with_what_is_supported(name):
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -185,3 +191,268 @@ def test_a_checkpoint_of_another_depth_is_refused_and_not_loaded_in_part(tmp_pat
     save_file(timm.create_model("vit_tiny_patch16_224", depth=2).state_dict(), path)
     with pytest.raises(ValueError, match=r"does not fit vit_tiny_patch16_224: it lacks blocks\.2"):
         load_vit("vit_tiny_patch16_224", checkpoint=path)
+
+
+# Constants: in inference the prompt's keys and values are computed once.
+
+
+@pytest.fixture
+def num_projections(monkeypatch):
+    """How often keys and values of a prompt have been computed, as a list that grows."""
+    calls = []
+
+    def counted(block, tokens, absorbed=False):
+        calls.append(block)
+        return attention.prompt_keys_values(block, tokens, absorbed)
+
+    monkeypatch.setattr(vpt.models.backbone, "prompt_keys_values", counted)
+    return calls
+
+
+def make_twins(images, kind="cls"):
+    """A prompted backbone with constants from a first call, and the same by the longer sequence, which keeps none."""
+    vit = make_tiny_vit(kind)
+    fast = PromptedViT(vit, "deep", num_tokens=3).eval()
+    plain = PromptedViT(vit, fast.prompt, impl="concat").eval()
+    with torch.no_grad():
+        fast(images)
+    return fast, plain
+
+
+def test_keys_and_values_of_a_prompt_are_computed_once_in_inference(images, num_projections):
+    fast, plain = make_twins(images)
+    assert len(num_projections) == 3
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            torch.testing.assert_close(fast(images), plain(images))
+            fast.forward_frozen(images[:1])
+    assert len(num_projections) == 3
+    fast(images)  # with gradients there are no constants
+    assert len(num_projections) == 6
+
+
+def step(backbone):
+    for make in (torch.optim.SGD, torch.optim.AdamW):
+        optimizer = make([backbone.prompt.tokens], lr=0.3)
+        backbone.prompt.tokens.grad = torch.ones_like(backbone.prompt.tokens)
+        optimizer.step()
+
+
+def edit_and_evaluate(backbone):
+    backbone.prompt.tokens.data.mul_(3)
+    backbone.eval()
+
+
+def replace_the_data(backbone):
+    backbone.prompt.tokens.data = backbone.prompt.tokens.data * 3
+
+
+def edit_in_inference_mode(backbone):
+    with torch.inference_mode():
+        backbone.prompt.tokens.mul_(3)
+
+
+CHANGES = {
+    "an optimiser step": step,
+    "a load": lambda b: b.load_state_dict({name: 2 * value for name, value in b.state_dict().items()}),
+    "a load that assigns": lambda b: b.prompt.load_state_dict({"tokens": b.prompt.tokens * 2}, assign=True),
+    "an edit through .data, then eval()": edit_and_evaluate,
+    "an edit of .data itself": replace_the_data,
+    "an edit in inference mode": edit_in_inference_mode,
+    "a move to float64": lambda b: b.double(),
+    "a move there and back": lambda b: b.double().float(),
+    "a move of the held ViT alone": lambda b: b.vit.double(),
+    "an edit of the backbone's norm": lambda b: nn.init.ones_(b.vit.blocks[1].norm1.weight),
+    "an edit of the backbone's projection": lambda b: nn.init.ones_(b.vit.blocks[2].attn.qkv.bias),
+    "train()": lambda b: b.train(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_constants_are_never_stale_after(change, images):
+    fast, plain = make_twins(images)
+    with torch.no_grad():
+        before = fast(images)
+    CHANGES[change](fast)
+    plain.prompt = fast.prompt
+    with torch.no_grad():
+        after = fast(images)
+        torch.testing.assert_close(after, plain(images))
+    assert change in ("train()", "a move there and back") or not torch.equal(after, before)
+
+
+def test_constants_follow_the_precision_of_autocast(images):
+    fast, plain = make_twins(images)
+    with torch.no_grad():
+        exact = fast(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(fast(images), plain(images), rtol=0.05, atol=0.05)
+        assert torch.equal(fast(images), exact)
+
+
+def test_constants_of_inference_mode_serve_and_gradients_still_reach_the_prompt(images):
+    fast, _ = make_twins(images)
+    with torch.inference_mode():
+        fast(images)
+    fast(images).sum().backward()
+    assert fast.prompt.tokens.grad is not None
+    fast.prompt.requires_grad_(False)
+    asking = images.clone().requires_grad_()
+    fast(asking).sum().backward()  # a map of what the model looks at
+    assert asking.grad.abs().sum() > 0
+
+
+def test_a_prompt_made_in_inference_mode_has_no_versions_and_no_constants(images, num_projections):
+    with torch.inference_mode():
+        backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=3).eval()
+        first = backbone(images)
+        backbone.prompt.tokens.mul_(3)
+        assert not torch.equal(backbone(images), first)
+    assert len(num_projections) == 6
+
+
+def test_a_copy_of_a_prompted_backbone_does_not_look_at_the_constants_of_the_original(images):
+    fast, _ = make_twins(images)
+    other = copy.deepcopy(fast)
+    with torch.no_grad():
+        other.prompt.tokens.mul_(3)
+        assert not torch.equal(other(images), fast(images))
+
+
+# Only what is read is computed.
+
+
+def shapes_in(module, call):
+    """The shapes that a module got while `call` ran."""
+    shapes = []
+    handle = module.register_forward_hook(lambda _, arguments, __: shapes.append(tuple(arguments[0].shape)))
+    call()
+    handle.remove()
+    return shapes
+
+
+@pytest.mark.parametrize("prompt", ["deep", "shallow"])
+@pytest.mark.parametrize("kind", ["cls", "cls_and_4_registers", "rope_with_cls_and_4_registers"])
+def test_the_last_block_computes_prefix_tokens_only_where_they_are_all_that_is_pooled(kind, prompt, images):
+    vit = make_tiny_vit(kind, global_pool="token")
+    backbone = PromptedViT(vit, prompt, num_tokens=3)
+    prefix = vit.num_prefix_tokens
+    assert backbone.computes_prefix_only
+    assert shapes_in(vit.blocks[-1].mlp, lambda: backbone(images)) == [(4, prefix, 32)]
+    assert shapes_in(vit.blocks[-1].mlp, lambda: backbone.eval()(images)) == [(4, prefix, 32)]
+    assert shapes_in(vit.blocks[-1].mlp, lambda: backbone.forward_features(images))[0][1] >= prefix + 16
+
+
+@pytest.mark.parametrize("options", [{"global_pool": "avg"}, {"global_pool": "map"}, {"global_pool": ""}])
+def test_the_last_block_computes_all_tokens_where_they_are_pooled(options, images):
+    backbone = PromptedViT(make_tiny_vit(**options), "deep", num_tokens=3)
+    assert not backbone.computes_prefix_only
+    assert shapes_in(backbone.vit.blocks[-1].mlp, lambda: backbone(images)) == [(4, 17, 32)]
+
+
+def test_a_vit_with_a_pooling_of_its_own_gets_all_tokens(images):
+    class MeanOfAll(timm.models.VisionTransformer):
+        def forward_head(self, x, pre_logits=False):
+            return x.mean(dim=1)
+
+    vit = MeanOfAll(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+    assert not PromptedViT(vit).computes_prefix_only
+    assert not PromptedViT(make_tiny_vit(), impl="concat").computes_prefix_only
+    assert not PromptedViT(make_tiny_vit(), prompt=None).computes_prefix_only
+
+
+# Company: the rest of torch.
+
+
+@pytest.mark.parametrize("prompt", ["deep", "shallow", None])
+@pytest.mark.parametrize("blocks", ["all", "last:1"])
+def test_the_two_halves_of_a_forward_pass_are_the_whole(tiny_vit, images, prompt, blocks):
+    backbone = PromptedViT(tiny_vit, prompt, num_tokens=3, blocks="all" if prompt != "deep" else blocks)
+    tokens, position = backbone.forward_frozen(images)
+    assert not tokens.requires_grad
+    assert torch.equal(backbone.forward_prompted(tokens, position), backbone(images))
+    if prompt == "deep" and blocks == "last:1":
+        seen = []
+        for block in tiny_vit.blocks:
+            block.register_forward_pre_hook(lambda block, _: seen.append(block))
+        backbone.forward_prompted(tokens, position)
+        assert not set(seen) & set(tiny_vit.blocks[:-1])
+
+
+@pytest.mark.parametrize("impl", ["auto", "concat"])
+@pytest.mark.parametrize("prompt", ["deep", "shallow"])
+def test_activation_checkpointing_changes_memory_and_nothing_else(tiny_vit, images, prompt, impl):
+    backbone = PromptedViT(tiny_vit, prompt, num_tokens=3, dropout=0.3, impl=impl).train()
+    results = []
+    for enabled in (False, True):
+        tiny_vit.set_grad_checkpointing(enabled)
+        backbone.prompt.tokens.grad = None
+        torch.manual_seed(5)
+        num_saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, n=num_saved: n.append(t) or t, lambda t: t):
+            features = backbone(images)
+        features.square().sum().backward()
+        results.append((features, backbone.prompt.tokens.grad, len(num_saved)))
+    torch.testing.assert_close(results[1][:2], results[0][:2], rtol=1e-6, atol=1e-6)
+    assert results[1][2] < results[0][2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "training"),
+    [
+        ("cls", "deep", False),
+        ("cls", "deep", True),
+        ("cls", "shallow", True),
+        ("rope_with_cls_and_4_registers", "deep", True),
+        ("relative_position_bias", "deep", True),
+    ],
+)
+def test_it_is_captured_whole_by_torch_compile(kind, prompt, training, images):
+    torch.compiler.reset()
+    backbone = PromptedViT(make_tiny_vit(kind), prompt, num_tokens=3).train(training)
+    compiled = torch.compile(backbone, backend="aot_eager", fullgraph=True)
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(compiled(images), backbone(images))
+        with torch.no_grad():
+            backbone.prompt.tokens.mul_(2)
+        torch.testing.assert_close(compiled(images), backbone(images))
+    if training:
+        gradients = []
+        for forward in (compiled, backbone):
+            gradients.append(torch.autograd.grad(forward(images).square().sum(), backbone.prompt.tokens)[0])
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("prompt", ["deep", "shallow"])
+def test_torch_export_gives_a_program_for_any_batch_size(tiny_vit, images, prompt):
+    backbone = PromptedViT(tiny_vit, prompt, num_tokens=3).eval()
+    with torch.no_grad():
+        backbone(images)
+        batch = torch.export.Dim("batch", min=2)
+        program = torch.export.export(backbone, (images,), dynamic_shapes={"images": {0: batch}})
+        for size in (2, 4, 3):
+            torch.testing.assert_close(program.module()(images[:size]), backbone(images[:size]))
+
+
+def _train_on_one_of_two(rank, path, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=3)
+    nn.init.constant_(backbone.prompt.tokens, 0.1)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    parallel = nn.parallel.DistributedDataParallel(backbone)
+    parallel(images[2 * rank : 2 * rank + 2]).square().sum().backward()
+    results[rank] = backbone.prompt.tokens.grad
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_under_distributed_training_gradients_are_those_of_the_whole_batch(images, tmp_path):
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(_train_on_one_of_two, (tmp_path / "meeting", results), nprocs=2)
+        gradients = results[0], results[1]
+    backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=3)
+    nn.init.constant_(backbone.prompt.tokens, 0.1)
+    backbone(images).square().sum().backward()
+    assert torch.equal(*gradients)
+    torch.testing.assert_close(gradients[0] * 2, backbone.prompt.tokens.grad)

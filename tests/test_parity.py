@@ -1,6 +1,7 @@
 """The prompted backbone against timm itself, and against a literal reading of the paper's equations."""
 
 import pytest
+import timm
 import torch
 
 from tests.conftest import make_tiny_vit
@@ -9,12 +10,15 @@ from vpt.models.backbone import PromptedViT
 
 def embed(vit, images):
     """E_0 of the paper: prefix tokens, then patch tokens with their positions."""
+    if isinstance(vit, timm.models.Beit):
+        tokens = torch.cat([vit.cls_token.expand(len(images), -1, -1), vit.patch_embed(images)], dim=1)
+        return tokens if vit.pos_embed is None else tokens + vit.pos_embed, None
     embedded = vit._pos_embed(vit.patch_embed(images))
     tokens, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
     return vit.norm_pre(tokens), rope
 
 
-def block_with_prompts(block, x, prompts, e, rope, heads):
+def block_with_prompts(block, x, prompts, e, rope, heads, bias_of_positions=None):
     """One block L_i on [x, P, E], attention written out; prompt tokens have no position.
 
     x (B, prefix, D), prompts (B, P, D), e (B, M, D); a pre-norm block with layer scale.
@@ -39,7 +43,12 @@ def block_with_prompts(block, x, prompts, e, rope, heads):
             return torch.cat([t[:, :, :first_patch], patches * cosines + turned * sines], dim=2)
 
         q, k = rotate(q), rotate(k)
-    weights = (q @ k.transpose(-2, -1) / (D // heads) ** 0.5).softmax(dim=-1)
+    scores = q @ k.transpose(-2, -1) / (D // heads) ** 0.5
+    if bias_of_positions is not None:  # (heads, M + 1, M + 1) between tokens that have a position
+        placed = [i for i in range(N) if not x.shape[1] <= i < x.shape[1] + prompts.shape[1]]
+        for row, i in enumerate(placed):
+            scores[:, :, i, placed] = scores[:, :, i, placed] + bias_of_positions[:, row]
+    weights = scores.softmax(dim=-1)
     mixed = (weights @ v).transpose(1, 2).reshape(B, N, D)
     scale1 = block.gamma_1 if hasattr(block, "gamma_1") else getattr(block.ls1, "gamma", 1.0)
     scale2 = block.gamma_2 if hasattr(block, "gamma_2") else getattr(block.ls2, "gamma", 1.0)
@@ -57,7 +66,10 @@ def paper_tokens(vit, images, tokens, deep):
     z = tokens[0].expand(len(images), -1, -1)
     for i, block in enumerate(vit.blocks):
         prompts = tokens[i].expand(len(images), -1, -1) if deep else z
-        x, z, e = block_with_prompts(block, x, prompts, e, rope, heads=2)
+        bias = None
+        if isinstance(vit, timm.models.Beit):
+            bias = vit.rel_pos_bias() + block.attn._get_rel_pos_bias()[0]
+        x, z, e = block_with_prompts(block, x, prompts, e, rope, heads=2, bias_of_positions=bias)
     return vit.norm(torch.cat([x, e], dim=1))
 
 
@@ -109,8 +121,6 @@ def test_prompts_in_some_blocks_leave_the_other_blocks_as_they_are(images):
     "name", ["deit_tiny_distilled_patch16_224", "vit_base_patch16_siglip_224", "vit_base_patch16_clip_224"]
 )
 def test_special_pooling_and_prefix_tokens_are_those_of_timm(name, images):
-    import timm
-
     vit = timm.create_model(name, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0).eval()
     assert torch.equal(PromptedViT(vit, prompt=None)(images), vit(images))
     assert PromptedViT(vit, prompt="deep", num_tokens=2)(images).shape == vit(images).shape

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vpt.files import read_tensors, write_tensors
@@ -52,4 +53,5 @@ class Checkpoints:
 def _copy(path: Path, name: str, parameter: nn.Parameter, tensor: Tensor) -> None:
     if tensor.shape != parameter.shape:
         raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(parameter.shape)}")
-    parameter.data.copy_(tensor)
+    with torch.no_grad():
+        parameter.copy_(tensor)

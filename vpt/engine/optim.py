@@ -105,11 +105,13 @@ class _Swap:
     def __init__(self, parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
         self.parameters, self.values = parameters, values
 
+    @torch.no_grad()
     def __enter__(self) -> None:
         self.own = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
-            parameter.data.copy_(self.values[name])
+            parameter.copy_(self.values[name])
 
+    @torch.no_grad()
     def __exit__(self, *_: object) -> None:
         for name, parameter in self.parameters.items():
-            parameter.data.copy_(self.own[name])
+            parameter.copy_(self.own[name])

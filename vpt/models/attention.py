@@ -5,10 +5,15 @@ its value: the first norm and two projections of P vectors, once for the whole b
 the image tokens. No query, no output projection and no MLP is computed for them. The result equals that of the longer
 sequence.
 
+Where only prefix tokens are read after a block, theirs are the only queries that it computes. For so few, keys and
+values need not be computed either: q . (W_k x) = (W_k^T q) . x, and a weighted sum of W_v x is W_v of the weighted sum
+of x. The biases drop out of the softmax (keys) or join after it (values), since the weights of a query sum to one. So
+the queries look at the normed tokens themselves: "absorbed" below.
+
 Queries are projected apart from keys and values: the joined keys and values are then the only copies that the backward
 pass keeps, and the fused projection's output is freed.
 
-Legend: B batch, P prompt tokens, N prefix + patch tokens, D embed_dim, h heads, d = D / h.
+Legend: B batch, P prompt tokens, N tokens in the sequence, D embed_dim, h heads, d = D / h.
 """
 
 from typing import Any
@@ -16,89 +21,201 @@ from typing import Any
 import torch
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
-from timm.models.eva import EvaAttention, EvaBlock
-from timm.models.vision_transformer import Block
+from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 KeysValues = tuple[Tensor, Tensor]
 
+PRE_NORM = (vision_transformer.Block, eva.EvaBlock, beit.Block)
+POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm)
+ATTENTION = (Attention, AttentionRope, eva.EvaAttention, beit.Attention)
+
 
 def why_not_fast(block: nn.Module) -> str | None:
     """None if the block is understood; otherwise what of it is not, for a person to read."""
-    if type(block) not in (Block, EvaBlock):
-        return f"{type(block).__name__} is not understood"
-    attention: Any = block.attn
-    if type(attention) not in (Attention, AttentionRope, EvaAttention):
-        return f"{type(attention).__name__} is not understood"
-    if attention.qkv is None:
-        return "queries, keys and values are projected apart"
-    if getattr(attention, "qkv_bias_separate", False):
-        return "the bias of the projection is added apart"
+    for part, known in ((block, PRE_NORM + POST_NORM), (getattr(block, "attn", None), ATTENTION)):
+        if type(part) not in known:
+            return f"{type(part).__name__} is not understood"
     return None
 
 
-def prompt_keys_values(block: Any, tokens: Tensor) -> KeysValues:
+def can_absorb(block: Any) -> bool:
+    """Whether a block can answer a few queries without keys and values: nothing may act on single keys."""
+    attention = block.attn
+    return type(attention) in (Attention, beit.Attention) and isinstance(
+        getattr(attention, "k_norm", None), nn.Identity | None
+    )
+
+
+def prompt_keys_values(block: Any, tokens: Tensor, absorbed: bool = False) -> KeysValues:
     """Keys and values of prompt tokens: (B, P, D) -> two of (B, h, P, d); B is 1 when all samples share the tokens.
 
-    Prompt tokens have no position, so where a block rotates keys these are not rotated.
+    Prompt tokens have no position, so where a block rotates keys these are not rotated. Absorbed, both are the normed
+    tokens, (B, 1, P, D).
     """
-    keys, values = _project(block.attn, block.norm1(tokens), parts=(1, 2))
-    return block.attn.k_norm(keys), values
+    if absorbed:
+        normed = _enter(block, 1, tokens)[:, None]
+        return normed, normed
+    keys, values = _project(block.attn, _enter(block, 1, tokens), parts=(1, 2))
+    return _maybe(block.attn, "k_norm", keys), values
 
 
-def run_block(block: Any, tokens: Tensor, prompt: KeysValues, rope: Tensor | None = None) -> Tensor:
-    """A whole timm block on tokens (B, N, D), whose attention also sees the prompt's keys and values."""
-    if isinstance(block, Block):
-        tokens = tokens + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(tokens), prompt, rope)))
-        return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))  # type: ignore[no-any-return]
-    attended = _attend(block.attn, block.norm1(tokens), prompt, rope)
-    tokens = tokens + block.drop_path1(attended if block.gamma_1 is None else block.gamma_1 * attended)
-    mixed = block.mlp(block.norm2(tokens))
-    return tokens + block.drop_path2(mixed if block.gamma_2 is None else block.gamma_2 * mixed)  # type: ignore[no-any-return]
+def run_block(
+    block: Any,
+    tokens: Tensor,
+    prompt: KeysValues | None = None,
+    *,
+    rope: Tensor | None = None,
+    bias: Tensor | None = None,
+    num_queries: int | None = None,
+    absorbed: bool = False,
+) -> Tensor:
+    """A whole timm block on tokens (B, N, D), whose attention also sees the prompt's keys and values.
+
+    Args:
+        block: A block for which `why_not_fast` has no objection.
+        tokens: The sequence.
+        prompt: Keys and values that join those of the sequence.
+        rope: Rotary embedding of all tokens but the block's prefix tokens.
+        bias: Relative position bias (1, h, N, N) of the sequence; that of the prompt is zero.
+        num_queries: Compute the first tokens only, none of which may have a rotary position.
+        absorbed: Let these few look at the tokens themselves, see `can_absorb`; the prompt is absorbed then, too.
+
+    Returns:
+        The tokens after the block, or the first `num_queries` of them.
+    """
+    kept = tokens if num_queries is None else tokens[:, :num_queries]
+    normed = _enter(block, 1, tokens)
+    asking = normed if num_queries is None else normed[:, :num_queries]
+    bias = bias if bias is None or num_queries is None else bias[:, :, :num_queries]
+    if absorbed:
+        mixed = _attend_absorbed(block.attn, asking, normed, prompt, bias)
+    else:
+        mixed = _attend(block.attn, asking, normed, prompt, rope, bias, rotates=num_queries is None)
+    attended = _project_out(block.attn, mixed, asking)
+    kept = kept + _leave(block, 1, attended)
+    return kept + _leave(block, 2, block.mlp(_enter(block, 2, kept)))
 
 
-def _attend(attention: Any, tokens: Tensor, prompt: KeysValues, rope: Tensor | None) -> Tensor:
-    """Multi-head attention of tokens (B, N, D), as timm's modules do it, over the tokens and the prompt."""
-    (queries,) = _project(attention, tokens, parts=(0,))
+def relative_bias(block: Any, shared: Tensor | None) -> Tensor | None:
+    """The relative position bias (1, h, N, N) of a BEiT block: its own, and the one that all blocks share."""
+    attention = block.attn
+    if not isinstance(attention, beit.Attention):
+        return None
+    own: Tensor | None = None if attention.relative_position_bias_table is None else attention._get_rel_pos_bias()
+    if own is None or shared is None:
+        return own if shared is None else shared[None]
+    return own + shared
+
+
+def _enter(block: Any, branch: int, tokens: Tensor) -> Tensor:
+    """What attention (branch 1) or the MLP (branch 2) gets: normed tokens, but in a post-norm block the tokens."""
+    return tokens if isinstance(block, POST_NORM) else getattr(block, f"norm{branch}")(tokens)
+
+
+def _leave(block: Any, branch: int, tokens: Tensor) -> Tensor:
+    """Layer scale, or the norm of a post-norm block, and drop path, before a branch joins the residual stream."""
+    if isinstance(block, POST_NORM):
+        tokens = getattr(block, f"norm{branch}")(tokens)
+    elif isinstance(block, vision_transformer.Block):
+        tokens = getattr(block, f"ls{branch}")(tokens)
+    else:
+        scale = getattr(block, f"gamma_{branch}")
+        tokens = tokens if scale is None else scale * tokens
+    return getattr(block, f"drop_path{branch}")(tokens)  # type: ignore[no-any-return]
+
+
+def _attend(
+    attention: Any,
+    asking: Tensor,
+    tokens: Tensor,
+    prompt: KeysValues | None,
+    rope: Tensor | None,
+    bias: Tensor | None,
+    rotates: bool,
+) -> Tensor:
+    """Multi-head attention, as timm's modules do it, of `asking` over tokens and prompt: (B, h, N, d)."""
+    (queries,) = _project(attention, asking, parts=(0,))
     keys, values = _project(attention, tokens, parts=(1, 2))
-    queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    queries, keys = _maybe(attention, "q_norm", queries), _maybe(attention, "k_norm", keys)
     if rope is not None:
-        queries, keys = (_rotate(attention, part, rope).type_as(values) for part in (queries, keys))
-    prompt_keys, prompt_values = (part.to(values.dtype).expand(len(tokens), -1, -1, -1) for part in prompt)
-    mixed = F.scaled_dot_product_attention(
-        queries,
-        torch.cat([prompt_keys, keys], dim=2),
-        torch.cat([prompt_values, values], dim=2),
-        dropout_p=attention.attn_drop.p if attention.training else 0.0,
+        queries = _rotate(attention, queries, rope) if rotates else queries
+        queries, keys = queries.type_as(values), _rotate(attention, keys, rope).type_as(values)
+    if prompt is not None:
+        keys, values = (_join(*pair) for pair in zip(prompt, (keys, values), strict=True))
+        bias = None if bias is None else F.pad(bias, (prompt[0].shape[2], 0))
+    groups = getattr(attention, "num_kv_groups", 1)  # of query heads that share keys and values
+    if groups > 1:
+        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=bias, dropout_p=attention.attn_drop.p if attention.training else 0.0
     )
-    mixed = attention.norm(mixed.transpose(1, 2).flatten(2))
+
+
+def _attend_absorbed(
+    attention: Any, asking: Tensor, tokens: Tensor, prompt: KeysValues | None, bias: Tensor | None
+) -> Tensor:
+    """The same without keys and values of the tokens: all heads' queries look at one sequence of width D."""
+    (queries,) = _project(attention, asking, parts=(0,))
+    size = attention.qkv.out_features // 3
+    of_keys, of_values = attention.qkv.weight[size:].view(2, attention.num_heads, size // attention.num_heads, -1)
+    queries = torch.einsum("bhnd,hdc->bhnc", _maybe(attention, "q_norm", queries), of_keys)
+    looked_at = tokens[:, None] if prompt is None else _join(prompt[0], tokens[:, None])
+    if bias is not None:
+        bias = (bias if prompt is None else F.pad(bias, (prompt[0].shape[2], 0))).flatten(1, 2)[:, None]
+    seen = F.scaled_dot_product_attention(
+        queries.flatten(1, 2)[:, None], looked_at, looked_at, attn_mask=bias, scale=attention.scale
+    )
+    mixed = torch.einsum("bhnc,hdc->bhnd", seen.reshape(queries.shape), of_values)
+    value_bias = _fused_bias(attention, 2, 3)
+    return mixed if value_bias is None else mixed + value_bias.view(attention.num_heads, 1, -1)
+
+
+def _join(prompt: Tensor, tokens: Tensor) -> Tensor:
+    """Prompt (1 or B, h, P, d) in front of tokens (B, h, N, d)."""
+    return torch.cat([prompt.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1), tokens], dim=2)
+
+
+def _project_out(attention: Any, mixed: Tensor, asking: Tensor) -> Tensor:
+    """What attention does with its result (B, h, N, d)."""
+    mixed = _maybe(attention, "norm", mixed.transpose(1, 2).flatten(2))
     gate = getattr(attention, "gate", None)  # timm 1.0.28 and newer
     if gate is not None:
-        mixed = mixed * gate(tokens).sigmoid()
+        mixed = mixed * gate(asking).sigmoid()
     return attention.proj_drop(attention.proj(mixed))  # type: ignore[no-any-return]
 
 
 def _project(attention: Any, tokens: Tensor, parts: tuple[int, ...]) -> list[Tensor]:
-    """Queries (0), keys (1) or values (2) of tokens (B, N, D) out of the fused projection, each (B, h, N, d)."""
+    """Queries (0), keys (1) or values (2) of tokens (B, N, D), each (B, heads, N, d)."""
     first, last = parts[0], parts[-1] + 1
-    bias = _fused_bias(attention)
-    size = attention.qkv.out_features // 3
-    weight = attention.qkv.weight[first * size : last * size]
-    projected = F.linear(tokens, weight, None if bias is None else bias[first * size : last * size])
-    heads = projected.reshape(*projected.shape[:-1], len(parts), attention.num_heads, -1)
-    return [part.transpose(1, 2) for part in heads.unbind(2)]
+    if attention.qkv is None:
+        projected: Any = [getattr(attention, name)(tokens) for name in ("q_proj", "k_proj", "v_proj")[first:last]]
+    else:
+        size = attention.qkv.out_features // 3
+        weight = attention.qkv.weight[first * size : last * size]
+        projected = F.linear(tokens, weight, _fused_bias(attention, first, last)).chunk(last - first, dim=-1)
+    heads = attention.num_heads if parts == (0,) else getattr(attention, "num_kv_heads", attention.num_heads)
+    return [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in projected]
 
 
-def _fused_bias(attention: Any) -> Tensor | None:
-    if isinstance(attention, EvaAttention):  # it learns no key bias and keeps the three apart
-        parts: Any = (attention.q_bias, attention.k_bias, attention.v_bias)
+def _fused_bias(attention: Any, first: int, last: int) -> Tensor | None:
+    """The bias of some parts of the fused projection; EVA and BEiT learn no key bias and keep the three apart."""
+    if isinstance(attention, eva.EvaAttention | beit.Attention):
+        parts: Any = (attention.q_bias, attention.k_bias, attention.v_bias)[first:last]
         return None if attention.q_bias is None else torch.cat(parts)
-    return attention.qkv.bias  # type: ignore[no-any-return]
+    bias, size = attention.qkv.bias, attention.qkv.out_features // 3
+    return None if bias is None else bias[first * size : last * size]
 
 
 def _rotate(attention: Any, part: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the patch tokens among queries or keys (B, h, N, d); prefix tokens have no position."""
+    """Rotate the tokens behind the prefix tokens among queries or keys (B, h, N, d)."""
     prefix = attention.num_prefix_tokens
     half = getattr(attention, "rotate_half", False)
     return torch.cat([part[:, :, :prefix], apply_rot_embed_cat(part[:, :, prefix:], rope, half=half)], dim=2)
+
+
+def _maybe(attention: Any, name: str, tensor: Tensor) -> Tensor:
+    """Apply a norm that some of timm's kinds of attention have and others have not."""
+    module = getattr(attention, name, None)
+    return tensor if module is None else module(tensor)

@@ -16,15 +16,21 @@ from typing import Any, Literal, get_args
 import timm
 import torch
 from timm.data.config import resolve_model_data_config
-from timm.models import Eva, VisionTransformer, eva, load_state_dict, vision_transformer
+from timm.models import Beit, Eva, VisionTransformer, beit, eva, load_state_dict, vision_transformer
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 import vpt.models.nano  # noqa: F401  # registers the backbone that ships in the package
-from vpt.models.attention import prompt_keys_values, run_block, why_not_fast
+from vpt.models.attention import KeysValues, can_absorb, prompt_keys_values, relative_bias, run_block, why_not_fast
+from vpt.models.constants import Constants
 from vpt.models.prompts import Blocks, PromptKind, VisualPrompt, format_blocks, resolve_blocks
 
-ViT = VisionTransformer | Eva
+ViT = VisionTransformer | Eva | Beit
 PromptImpl = Literal["auto", "concat"]
+
+SUPPORTED = "plain ViTs that timm builds on VisionTransformer, Eva or Beit"
+POOLING = (VisionTransformer, VisionTransformerDistilled, Eva, Beit)  # whose "token" pooling reads prefix tokens only
 
 
 class PromptedViT(nn.Module):
@@ -35,8 +41,8 @@ class PromptedViT(nn.Module):
     the results are those of the ViT, bit for bit.
 
     Args:
-        vit: A plain timm ViT: anything that timm builds on `VisionTransformer` or `Eva`. A classifier in it is not
-            used.
+        vit: A plain timm ViT: anything that timm builds on `VisionTransformer`, `Eva` or `Beit`. A classifier in it is
+            not used.
         prompt: "deep", "shallow", None, or a ready `VisualPrompt`, which brings what the next three say.
         num_tokens: P, prompt tokens in each prompted block.
         blocks: Blocks that a deep prompt enters: "all", "first:k", "last:k" or a list of indices.
@@ -90,11 +96,19 @@ class PromptedViT(nn.Module):
         self._paths = {
             block: _choose_path(vit.blocks[block], prompt, impl) for block in (prompt.blocks if prompt else ())
         }
+        self._constants: Constants[KeysValues] = Constants()
 
     @property
     def paths(self) -> dict[int, str]:
         """How each prompted block is computed: "kv", or "concat" and the reason."""
         return dict(self._paths)
+
+    @property
+    def computes_prefix_only(self) -> bool:
+        """Whether the last block computes prefix tokens only, because nothing else is pooled."""
+        pools_prefix = type(self.vit) in POOLING and self.vit.global_pool == "token"
+        is_asked = self.prompt is not None and self.impl == "auto"
+        return is_asked and pools_prefix and why_not_fast(self.vit.blocks[-1]) is None
 
     @property
     def embed_dim(self) -> int:
@@ -120,32 +134,34 @@ class PromptedViT(nn.Module):
         """Set the mode of the prompt; the frozen ViT stays in eval mode."""
         super().train(mode)
         self.vit.eval()
+        self._constants.clear()  # an edit through `.data` leaves no other trace
         return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, D), pooled as the timm model pools, of normalised images (B, 3, H, W)."""
-        features: Tensor = self.vit.forward_head(self.forward_features(images), pre_logits=True)
-        return features
+        return self.forward_prompted(*self.forward_frozen(images))
+
+    def forward_frozen(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What no prompt changes: the tokens (B, N, D) that enter the first prompted block, and their position.
+
+        The position is the rotary or relative position embedding of models that have one; it is the same for all
+        images of a size. Without a prompt the features (B, D) are all done, and there is no position.
+        """
+        tokens, position = self._embed(images)
+        if self.prompt is None:
+            return self._pool(self._run_blocks(tokens, position)), None
+        return self._run_blocks(tokens, position, last=self.prompt.blocks[0]), position
+
+    def forward_prompted(self, tokens: Tensor, position: Tensor | None = None) -> Tensor:
+        """Features (B, D) from what `forward_frozen` gave."""
+        if self.prompt is None:
+            return tokens
+        num_read = self.num_prefix_tokens if self.computes_prefix_only else None
+        return self._pool(self._run_blocks(tokens, position, first=self.prompt.blocks[0], num_read=num_read))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens (B, N, D) after the final norm, prefix tokens first, prompt tokens removed."""
-        tokens, rope = self._embed(images)
-        held = 0  # prompt tokens in the sequence
-        for index, block in enumerate(self.vit.blocks):
-            block_rope = _rope_of_block(rope, index, self.vit)
-            if self.prompt is None or not self.prompt.enters(index):
-                tokens = self._run_block(block, tokens, block_rope, held)
-            elif self._paths[index] == "kv":
-                prompt = prompt_keys_values(block, self.prompt(index, len(tokens)).to(tokens.dtype))
-                tokens = run_block(block, tokens, prompt, block_rope)
-            else:
-                tokens = self._insert(tokens, self.prompt(index, len(tokens)))
-                tokens = self._run_block(block, tokens, block_rope, self.prompt.num_tokens)
-                if self.prompt.kind == "deep":
-                    tokens = self._remove(tokens, self.prompt.num_tokens)
-                else:
-                    held = self.prompt.num_tokens
-        features: Tensor = self.vit.norm(self._remove(tokens, held) if held else tokens)
+        features: Tensor = self.vit.norm(self._run_blocks(*self._embed(images)))
         return features
 
     def extra_repr(self) -> str:
@@ -153,31 +169,102 @@ class PromptedViT(nn.Module):
         by_path: dict[str, list[int]] = {}
         for block, path in self._paths.items():
             by_path.setdefault(path, []).append(block)
-        return "; ".join(f"blocks {format_blocks(blocks)}: {path}" for path, blocks in by_path.items())
+        lines = [f"blocks {format_blocks(blocks)}: {path}" for path, blocks in by_path.items()]
+        if self.computes_prefix_only:
+            lines.append(f"block {self.depth - 1}: prefix tokens only, for what is pooled")
+        return "; ".join(lines)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tokens that enter block 0, and the rotary position embedding of models that have one."""
-        tokens, rope = self.vit.patch_embed(images), None
-        if isinstance(self.vit, Eva):
-            tokens, rope = self.vit._pos_embed(tokens)
+        """The tokens that enter block 0, and the position embedding that blocks apply, of models that have one."""
+        vit, position = self.vit, None
+        tokens = vit.patch_embed(images.to(next(vit.patch_embed.parameters()).dtype))
+        if isinstance(vit, Beit):
+            tokens = torch.cat([vit.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+            tokens = tokens if vit.pos_embed is None else tokens + vit.pos_embed
+            return tokens, None if vit.rel_pos_bias is None else vit.rel_pos_bias()
+        if isinstance(vit, Eva):
+            tokens, position = vit._pos_embed(tokens)
         else:
-            tokens = self.vit.patch_drop(self.vit._pos_embed(tokens))
-        return self.vit.norm_pre(tokens), rope
+            tokens = vit.patch_drop(vit._pos_embed(tokens))
+        return vit.norm_pre(tokens), position
+
+    def _pool(self, tokens: Tensor) -> Tensor:
+        features: Tensor = self.vit.forward_head(self.vit.norm(tokens), pre_logits=True)
+        return features
+
+    def _run_blocks(
+        self,
+        tokens: Tensor,
+        position: Tensor | None,
+        first: int = 0,
+        last: int | None = None,
+        num_read: int | None = None,
+    ) -> Tensor:
+        """Run blocks `first` to `last`, which is left out; of the very last block only `num_read` tokens are wanted."""
+        for index in range(first, self.depth if last is None else last):
+            arguments = (index, tokens, position, num_read if index == self.depth - 1 else None)
+            if self.vit.grad_checkpointing and torch.is_grad_enabled():
+                tokens = checkpointed(self._run_block, *arguments, use_reentrant=False)
+            else:
+                tokens = self._run_block(*arguments)
+        if self.prompt is not None and self.prompt.kind == "shallow" and num_read is None and last is None:
+            tokens = self._remove(tokens, self.prompt.num_tokens)
+        return tokens
+
+    def _run_block(self, index: int, tokens: Tensor, position: Tensor | None, num_read: int | None) -> Tensor:
+        """Tokens after a block, of which a shallow prompt's are some."""
+        block, prompt = self.vit.blocks[index], self.prompt
+        enters = prompt is not None and prompt.enters(index)
+        rope, bias = self._rope_and_bias(index, position)
+        few: dict[str, Any] = {"num_queries": num_read, "absorbed": num_read is not None and can_absorb(block)}
+        if enters and self._paths[index] == "kv":
+            keys_values = self._keys_values(index, tokens, few["absorbed"])
+            return run_block(block, tokens, keys_values, rope=rope, bias=bias, **few)
+        if prompt is not None and enters:
+            tokens = self._insert(tokens, prompt(index, tokens.shape[0]))
+        num_held = prompt.num_tokens if prompt is not None and (enters or prompt.kind == "shallow") else 0
+        rope = _extend_rope(rope, num_held) if rope is not None and num_held else rope
+        bias = _extend_bias(bias, self.num_prefix_tokens, num_held) if bias is not None and num_held else bias
+        if num_read is not None or (bias is not None and num_held):  # BEiT's block cannot take a longer sequence
+            tokens = run_block(block, tokens, rope=rope, bias=bias, **few)
+        elif isinstance(self.vit, Eva):
+            tokens = block(tokens, rope=rope)
+        elif isinstance(self.vit, Beit):
+            tokens = block(tokens, shared_rel_pos_bias=position)
+        else:
+            tokens = block(tokens)
+        drops = prompt is not None and prompt.kind == "deep" and num_held > 0
+        return self._remove(tokens, num_held) if drops else tokens
+
+    def _keys_values(self, index: int, tokens: Tensor, absorbed: bool) -> KeysValues:
+        """Keys and values of the prompt in a block; where nothing trains or draws they are constants that are kept."""
+        assert self.prompt is not None
+        block: Any = self.vit.blocks[index]
+        prompt, batch_size, dtype = self.prompt, tokens.shape[0], tokens.dtype
+
+        def compute() -> KeysValues:
+            return prompt_keys_values(block, prompt(index, batch_size).to(dtype), absorbed)
+
+        if torch.is_grad_enabled() or prompt.draws or torch.compiler.is_compiling():
+            return compute()
+        sources = (prompt.tokens, *block.norm1.parameters(), *block.attn.parameters())
+        return self._constants.get((index, dtype, absorbed), sources, compute)
+
+    def _rope_and_bias(self, index: int, position: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The rotary embedding and the relative position bias of a block, for the sequence without prompt tokens."""
+        if isinstance(self.vit, Beit):
+            return None, relative_bias(self.vit.blocks[index], position)
+        # Models with `rope_mixed` have an embedding for each block, stacked first; others share one.
+        return (position[index] if position is not None and self.vit.rope_mixed else position), None
 
     def _insert(self, tokens: Tensor, prompt: Tensor) -> Tensor:
         prefix = self.num_prefix_tokens
-        prompt = prompt.to(tokens.dtype).expand(len(tokens), -1, -1)
+        prompt = prompt.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         return torch.cat([tokens[:, :prefix], prompt, tokens[:, prefix:]], dim=1)
 
     def _remove(self, tokens: Tensor, num_tokens: int) -> Tensor:
         prefix = self.num_prefix_tokens
         return torch.cat([tokens[:, :prefix], tokens[:, prefix + num_tokens :]], dim=1)
-
-    def _run_block(self, block: nn.Module, tokens: Tensor, rope: Tensor | None, num_prompt_tokens: int) -> Tensor:
-        if isinstance(self.vit, Eva):
-            rope = _extend_rope(rope, num_prompt_tokens) if rope is not None else None
-            return block(tokens, rope=rope)  # type: ignore[no-any-return]
-        return block(tokens)  # type: ignore[no-any-return]
 
 
 def load_vit(
@@ -219,7 +306,7 @@ def load_vit(
         vit = timm.create_model(name, pretrained=pretrained and path is None, num_classes=0, **options)
     except Exception as error:  # the hub, a file and timm each raise kinds of their own
         raise ValueError(_describe_missing_weights(name, error)) from error
-    assert isinstance(vit, VisionTransformer | Eva)
+    assert isinstance(vit, ViT)
     if path is not None:
         _load_checkpoint(vit, name, path)
     return vit
@@ -270,20 +357,20 @@ def fingerprint(vit: ViT) -> str:
 
 
 def _check_supported(vit: nn.Module) -> None:
-    """A model is understood when it runs the very `forward_features` of timm's ViT or Eva."""
-    known = (VisionTransformer.forward_features, Eva.forward_features)
-    if not isinstance(vit, VisionTransformer | Eva) or type(vit).forward_features not in known:
+    """A model is understood when it runs the very `forward_features` of timm's ViT, Eva or Beit."""
+    known = (VisionTransformer.forward_features, Eva.forward_features, Beit.forward_features)
+    if not isinstance(vit, ViT) or type(vit).forward_features not in known:
         raise TypeError(
-            f"{type(vit).__name__} cannot be prompted; supported are plain ViTs that timm builds on "
-            "VisionTransformer or Eva (ViT, DeiT, AugReg, MAE, CLIP, SigLIP, DINO, DINOv2, DINOv3, EVA-02)"
+            f"{type(vit).__name__} cannot be prompted; supported are {SUPPORTED} (ViT, DeiT, AugReg, MAE, CLIP, "
+            "SigLIP, DINO, DINOv2, DINOv3, EVA-02, BEiT), see docs/backbones.md"
         )
 
 
 def _load_checkpoint(vit: ViT, name: str, path: Path) -> None:
     """Load all weights of a ViT from a file; a classifier in the file is left out, anything else must match."""
-    to_timm: Any = eva.checkpoint_filter_fn if isinstance(vit, Eva) else vision_transformer.checkpoint_filter_fn
+    family: Any = eva if isinstance(vit, Eva) else beit if isinstance(vit, Beit) else vision_transformer
     try:
-        state = to_timm(load_state_dict(str(path), device="cpu", weights_only=True), vit)
+        state = family.checkpoint_filter_fn(load_state_dict(str(path), device="cpu", weights_only=True), vit)
         missing, unexpected = vit.load_state_dict(state, strict=False)
     except Exception as error:  # safetensors, pickle's guard, timm and torch each raise kinds of their own
         raise ValueError(f"backbone.checkpoint={path} does not fit {name}: {_first_line(error)}") from error
@@ -333,14 +420,19 @@ def _choose_path(block: nn.Module, prompt: VisualPrompt | None, impl: PromptImpl
     return "kv" if reason is None else f"concat ({reason})"
 
 
-def _rope_of_block(rope: Tensor | None, index: int, vit: ViT) -> Tensor | None:
-    """Models with `rope_mixed` have an embedding for each block, stacked first; others share one."""
-    return rope[index] if rope is not None and vit.rope_mixed else rope
-
-
 def _extend_rope(rope: Tensor, num_tokens: int) -> Tensor:
     """Rotations (..., M, 2 * head_dim), sines then cosines, with `num_tokens` rows in front that do not rotate."""
     sines, cosines = rope.chunk(2, dim=-1)
     shape = (*sines.shape[:-2], num_tokens, sines.shape[-1])
     still = torch.cat([sines.new_zeros(shape), cosines.new_ones(shape)], dim=-1)
     return torch.cat([still, rope], dim=-2)
+
+
+def _extend_bias(bias: Tensor, num_prefix_tokens: int, num_tokens: int) -> Tensor:
+    """A relative position bias (1, h, N, N) with rows and columns of zeros for tokens behind the prefix tokens."""
+    for dim in (-2, -1):
+        prefix, rest = bias.tensor_split([num_prefix_tokens], dim)
+        shape = list(bias.shape)
+        shape[dim] = num_tokens
+        bias = torch.cat([prefix, bias.new_zeros(shape), rest], dim)
+    return bias

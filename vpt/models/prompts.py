@@ -85,6 +85,11 @@ class VisualPrompt(nn.Module):
         """D, token width."""
         return self.tokens.shape[2]
 
+    @property
+    def draws(self) -> bool:
+        """Whether the tokens differ from call to call, because dropout draws a mask for each sample."""
+        return self.training and self.dropout.p > 0
+
     def enters(self, block: int) -> bool:
         """Whether fresh tokens enter the block of this index."""
         return block in self.blocks
@@ -92,7 +97,7 @@ class VisualPrompt(nn.Module):
     def forward(self, block: int, batch_size: int) -> Tensor:
         """Tokens that enter `block`: (1, P, D) for all samples, or (B, P, D) where dropout draws a mask for each."""
         tokens = self.tokens[self.blocks.index(block)][None]
-        if self.dropout.p == 0 or not self.training:
+        if not self.draws:
             return tokens
         return self.dropout(tokens.expand(batch_size, -1, -1))  # type: ignore[no-any-return]
 

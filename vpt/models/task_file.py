@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from vpt.files import read_tensors, write_tensors
@@ -106,8 +107,9 @@ def load_task(path: str | Path, backbone: str | ViT, *, checkpoint: str | Path |
     expected = task_tensors(model)
     if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in expected.items()}:
         raise ValueError(f"{path}: its tensors are not those that its metadata describes; get a fresh copy")
-    for name, parameter in expected.items():
-        parameter.data.copy_(tensors[name])
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(tensors[name])
     device = next(backbone.parameters()).device
     return model.to(device).eval()
 

@@ -1,0 +1,192 @@
+"""Every ViT that timm builds on VisionTransformer, Eva or Beit, made tiny: exactness of each, and what it pools."""
+
+import functools
+
+import pytest
+import timm
+import torch
+
+from vpt.models.backbone import PromptedViT
+
+FAMILIES = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva", "beit")
+ARCHITECTURES = [name for family in FAMILIES for name in timm.list_models(module=family)]
+
+# One or two of each kind; all others carry the marker `slow`.
+CHOSEN = {
+    "vit_tiny_patch16_224": "AugReg, plain",
+    "vit_base_patch8_224": "patches of 8",
+    "vit_base_patch32_224": "patches of 32, DINO and MAE are vit_base_patch16_224",
+    "vit_huge_patch14_224": "patches of 14",
+    "vit_tiny_r_s16_p8_224": "a convolutional stem",
+    "deit_tiny_distilled_patch16_224": "a distilled token",
+    "deit3_small_patch16_224": "layer scale",
+    "vit_base_patch16_clip_224": "norm before the blocks",
+    "vit_base_patch16_clip_quickgelu_224": "another activation",
+    "vit_base_patch16_siglip_224": "attention pool, no CLS",
+    "vit_base_patch16_siglip_gap_224": "average, no CLS",
+    "vit_so400m_patch14_siglip_224": "SO400M",
+    "vit_small_patch14_dinov2": "DINOv2",
+    "vit_small_patch14_reg4_dinov2": "DINOv2 with registers",
+    "vit_giant_patch14_dinov2": "SwiGLU",
+    "vit_small_patch16_dinov3": "DINOv3",
+    "vit_small_plus_patch16_dinov3": "DINOv3, SwiGLU",
+    "eva02_tiny_patch14_224": "EVA-02, fused",
+    "eva02_base_patch14_224": "EVA-02, apart",
+    "eva02_enormous_patch14_clip_224": "post-norm",
+    "eva_giant_patch14_224": "EVA",
+    "vit_small_patch16_rope_mixed_224": "RoPE of each block",
+    "vit_pe_core_tiny_patch16_384": "RoPE, attention pool",
+    "beit_base_patch16_224": "relative position bias",
+    "flexivit_small": "FlexiViT",
+    "vit_base_patch16_rpn_224": "post-norm, average",
+    "vit_base_patch16_xp_224": "parallel, fused",
+    "vit_small_patch16_18x2_224": "parallel, two of each",
+    "vit_dwee_patch16_reg1_gap_256": "differential attention",
+    "vit_intern300m_patch14_448": "InternViT",
+}
+
+
+def make_tiny(name, grid_size=(2, 3), **options):
+    """A random ViT of this architecture with two blocks, few patches and 32 dimensions; nothing in it is zero."""
+    torch.manual_seed(0)
+    size = tuple(num * side for num, side in zip(grid_size, native_patch_size(name), strict=True))
+    vit = timm.create_model(name, img_size=size, num_classes=0, **smallest(name, 2), **options)
+    for key, parameter in vit.named_parameters():
+        if parameter.ndim in (1, 3) or "relative_position_bias" in key:
+            parameter.data.normal_(std=0.2).add_(1.0 if parameter.ndim == 1 else 0.0)
+    return vit.eval()
+
+
+def smallest(name, depth):
+    """Options of a small model with two heads; MobileCLIP's stem has a fixed width, Sapiens' blocks share keys."""
+    options = {"depth": depth, "num_heads": 2}
+    if "mci" not in name:
+        options["embed_dim"] = 32
+    if "sapiens2" in name:
+        options["num_kv_heads"] = (*[1] * (depth - 1), 2)
+    return options
+
+
+@functools.cache
+def native_patch_size(name):
+    with torch.device("meta"):
+        return patch_size_of(timm.create_model(name, num_classes=0, **smallest(name, 1)))
+
+
+def patch_size_of(vit):
+    """Pixels of an image per row and per column of patch tokens, also behind a convolutional stem."""
+    embed = vit.patch_embed
+    return tuple(pixels // num for pixels, num in zip(embed.img_size, embed.grid_size, strict=True))
+
+
+def make_images(vit, grid_size=(2, 3), batch_size=2):
+    size = [num * side for num, side in zip(grid_size, patch_size_of(vit), strict=True)]
+    return torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def make_pair(vit, kind):
+    """The same prompted ViT twice, in float64: computed the fast way and the plain way."""
+    pair = [PromptedViT(vit.double(), kind, num_tokens=3, impl=impl).double() for impl in ("auto", "concat")]
+    pair[1].load_state_dict(pair[0].state_dict())
+    return pair
+
+
+def runs_in_float64(vit, images):
+    """Some models of old timm compute a rotary embedding in float32 whatever they are given."""
+    try:
+        vit.double()(images.double())
+        return True
+    except RuntimeError:
+        return False
+    finally:
+        vit.float()
+
+
+def read_pooled(vit, tokens):
+    """What timm's kinds of pooling are, in words of their own."""
+    prefix = vit.num_prefix_tokens
+    includes_prefix = getattr(vit, "pool_include_prefix", False)
+    if isinstance(vit, timm.models.deit.VisionTransformerDistilled):
+        return (tokens[:, 0] + tokens[:, 1]) / 2
+    if vit.global_pool in ("map", "prr"):
+        includes_prefix = includes_prefix or isinstance(vit, timm.models.Eva)
+        return vit.fc_norm(vit.attn_pool(tokens if includes_prefix else tokens[:, prefix:]))
+    if vit.global_pool == "token":
+        return vit.fc_norm(tokens[:, 0])
+    assert vit.global_pool == "avg"
+    return vit.fc_norm((tokens if includes_prefix else tokens[:, prefix:]).mean(dim=1))
+
+
+def walk(test):
+    """Give a test every architecture; all but the chosen ones are slow."""
+    values = [pytest.param(name, marks=[] if name in CHOSEN else pytest.mark.slow) for name in ARCHITECTURES]
+    return pytest.mark.parametrize("name", values)(test)
+
+
+@walk
+def test_each_architecture_is_exact_with_and_without_a_prompt(name):
+    vit = make_tiny(name)
+    images = make_images(vit)
+    bare = PromptedViT(vit, prompt=None)
+    assert torch.equal(bare(images), vit(images))
+    assert torch.equal(bare.forward_features(images), vit.forward_features(images))
+    if not runs_in_float64(vit, images):
+        pytest.skip(f"timm {timm.__version__} cannot run {name} in float64")
+    for kind in ("deep", "shallow"):
+        fast, plain = make_pair(vit, kind)
+        assert_equal(fast, plain, images.double())
+        tokens = fast.forward_features(images.double())
+        torch.testing.assert_close(fast(images.double()), read_pooled(vit, tokens), rtol=1e-10, atol=1e-10)
+        assert not torch.allclose(tokens, vit.forward_features(images.double()), atol=1e-4)
+        with_gradient = {key for key, parameter in fast.named_parameters() if parameter.grad is not None}
+        assert with_gradient == {"prompt.tokens"}
+        assert (fast.prompt.tokens.grad.flatten(1).norm(dim=1) > 0).all()
+
+
+@walk
+def test_each_architecture_takes_images_of_another_size(name):
+    vit = make_tiny(name, grid_size=(3, 2))
+    images = make_images(vit, grid_size=(3, 2))
+    assert torch.equal(PromptedViT(vit, prompt=None)(images), vit(images))
+    if runs_in_float64(vit, images):
+        assert_equal(*make_pair(vit, "deep"), images.double())
+
+
+@walk
+def test_each_architecture_takes_images_of_any_size_where_timm_does(name):
+    if name.startswith("beit") or type(make_tiny(name).patch_embed).__name__ == "HybridEmbed":
+        pytest.skip("timm gives this model one size")
+    vit = make_tiny(name, dynamic_img_size=True)
+    if not runs_in_float64(vit, make_images(vit)):
+        pytest.skip(f"timm {timm.__version__} cannot run {name} in float64")
+    bare, (fast, plain) = PromptedViT(vit, prompt=None), make_pair(vit, "deep")
+    for grid_size in ((2, 3), (4, 2)):
+        images = make_images(vit, grid_size).double()
+        assert torch.equal(bare(images), vit(images))
+        assert_equal(fast, plain, images)
+
+
+def assert_equal(fast, plain, images):
+    """The same features, tokens and gradients."""
+    torch.manual_seed(2)
+    weights = torch.randn(len(images), fast.embed_dim, dtype=torch.float64)
+    features = []
+    for backbone in (fast, plain):
+        backbone.prompt.tokens.grad = None
+        features.append(backbone(images))
+        (features[-1] * weights).sum().backward()
+    torch.testing.assert_close(features[0], features[1], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fast.prompt.tokens.grad, plain.prompt.tokens.grad, rtol=1e-9, atol=1e-10)
+    with torch.no_grad():  # from constants
+        torch.testing.assert_close(fast(images), features[1], rtol=1e-10, atol=1e-10)
+        tokens = fast.forward_features(images), plain.forward_features(images)
+    torch.testing.assert_close(*tokens, rtol=1e-10, atol=1e-10)
+
+
+def test_the_paths_of_the_chosen_architectures_are_the_fast_ones_but_for_rare_blocks():
+    plain = {name: PromptedViT(make_tiny(name)).paths[1] for name in CHOSEN if name in ARCHITECTURES}
+    assert {name: path for name, path in plain.items() if path != "kv"} == {
+        "vit_base_patch16_xp_224": "concat (ParallelScalingBlock is not understood)",
+        "vit_small_patch16_18x2_224": "concat (ParallelThingsBlock is not understood)",
+        "vit_dwee_patch16_reg1_gap_256": "concat (DiffAttention is not understood)",
+    }
