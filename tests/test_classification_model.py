@@ -3,6 +3,7 @@ import torch
 
 import vpt
 from tests.conftest import make_tiny_vit
+from vpt.models.classification import TunedPart
 
 
 def test_logits_are_the_head_on_the_pooled_features(images):
@@ -48,3 +49,23 @@ def test_the_public_names_are_importable_and_importing_the_package_is_light():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = vpt.nothing
+
+
+@pytest.mark.parametrize("prompt", ["deep", None])
+def test_the_tuned_part_on_frozen_tokens_is_the_whole_model_bit_for_bit(tiny_vit, images, prompt):
+    model = vpt.create_model(tiny_vit, prompt=prompt, num_tokens=3, blocks="last:1", num_classes=4)
+    torch.nn.init.normal_(model.head.weight)
+    with torch.no_grad():
+        tokens, _ = model.backbone.forward_frozen(images)
+        _, position_of_one = model.backbone.forward_frozen(images[:1])
+    part = TunedPart(model, position_of_one).train()
+    assert model.training
+    assert not model.backbone.vit.training
+    gradients = []
+    for logits in (model(images), part(tokens)):
+        logits.sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in vpt.tuned_parameters(model).items()})
+        model.zero_grad()
+    assert torch.equal(model(images), part(tokens))
+    assert gradients[0].keys() == gradients[1].keys() == vpt.tuned_parameters(model).keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])

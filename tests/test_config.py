@@ -32,6 +32,8 @@ def test_an_experiment_is_an_overlay_that_the_command_line_wins_over():
         (["train.epochs=three"], r"train\.epochs: Value 'three' of type 'str' could not be converted to Integer"),
         (["optim.name=adam"], r"optim\.name: Invalid value 'adam', expected one of \[adamw, sgd\]"),
         (["prompt.num_tokens=-3"], r"prompt\.num_tokens=-3 is out of range: it must be at least 1 and at most 10000"),
+        (["cache=of"], r"cache: Invalid value 'of', expected one of \[auto, off, ram, disk\]"),
+        (["cache_gb=0"], r"cache_gb=0\.0 is out of range: it must be above 0"),
         (["optim.prompt_lr=0"], r"optim\.prompt_lr=0\.0 is out of range: it must be above 0"),
         (["train.ema=1.5"], r"train\.ema=1\.5 is out of range: it must be above 0 and at most 0\.99999"),
         (["dataset=folder"], r"dataset\.root is needed by dataset=folder: type dataset\.root=PATH"),

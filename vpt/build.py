@@ -56,6 +56,7 @@ class Data:
     datasets: dict[str, ClassificationDataset]
     loaders: dict[str, Loader]
     preprocessing: Preprocessing
+    is_augmented: bool  # at random, so that a train picture may look different in each epoch
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -129,11 +130,12 @@ def build_data(config: Config, samples: Mapping[str, Samples], backbone_preproce
         {**backbone_preprocessing, **{name: value for name, value in overrides.items() if value is not None}}
     )
     evaluation = EvalTransform(preprocessing)
-    transforms = {"train": TrainTransform(preprocessing, config.augment.transforms)}
+    training = TrainTransform(preprocessing, config.augment.transforms)
     num_workers = _num_workers(config.num_workers)
     datasets, loaders = {}, {}
     for split, members in samples.items():
-        datasets[split] = ClassificationDataset(members, transforms.get(split, evaluation), seed=config.seed)
+        transform = training if split == "train" else evaluation
+        datasets[split] = ClassificationDataset(members, transform, seed=config.seed)
         loaders[split] = build_loader(
             datasets[split],
             config.train.batch_size,
@@ -141,7 +143,7 @@ def build_data(config: Config, samples: Mapping[str, Samples], backbone_preproce
             seed=config.seed,
             num_workers=num_workers,
         )
-    return Data(dict(samples), datasets, loaders, preprocessing)
+    return Data(dict(samples), datasets, loaders, preprocessing, training.is_random)
 
 
 def build_model(config: Config, classes: tuple[str, ...]) -> ClassificationModel:

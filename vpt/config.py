@@ -83,6 +83,15 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+class CacheName(StrEnum):
+    """What is kept for later epochs: what fits; nothing; tokens behind the frozen blocks, in memory or on disk."""
+
+    auto = "auto"
+    off = "off"
+    ram = "ram"
+    disk = "disk"
+
+
 class HeadInitName(StrEnum):
     """How the head starts."""
 
@@ -205,6 +214,9 @@ class Config:
     deterministic: bool = False
     device: str = "auto"
     num_workers: int | None = number(None, low=0)
+    cache: CacheName = CacheName.auto
+    cache_gb: float = number(4.0, above=0)
+    cache_dir: str | None = None
 
 
 class ConfigError(ValueError):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,27 @@ MAX_BYTES = 2 * 1024**3
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader sees the old file or the new one, never a part of it."""
+    write_chunks(path, [data])
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], num_bytes: int = 0) -> None:
+    """Write `chunks`, one by one, to `path` so that a reader sees the old file or the new one, never a part of it.
+
+    Args:
+        path: Where to; the folder is made when it is missing.
+        chunks: What the file will hold; may be computed while it is written.
+        num_bytes: Bytes of all chunks; reserved before the first is asked for, so that a full disk is seen early.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written to; no part of the file stays behind.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            if num_bytes:
+                reserve(file.fileno(), num_bytes)
+            file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o666 & ~_umask())
@@ -33,6 +49,17 @@ def write_bytes(path: Path, data: bytes) -> None:
             error.filename = str(path)
         raise
     _sync_folder(path.parent)
+
+
+def reserve(handle: int, num_bytes: int) -> None:
+    """Make an open file `num_bytes` long, with room for all of them on the disk where the system can promise that.
+
+    Raises:
+        OSError: The disk has no room; without the promise a later write to a memory map would kill the process.
+    """
+    os.ftruncate(handle, num_bytes)
+    if hasattr(os, "posix_fallocate"):  # macOS has it not
+        os.posix_fallocate(handle, 0, num_bytes)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

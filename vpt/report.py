@@ -22,8 +22,8 @@ from vpt.models.tuning import count_parameters
 NUM_GRID_PICTURES = 32
 
 
-def summarise(model: ClassificationModel, data: Data, config: Config) -> str:
-    """What is about to be trained, on what: a few lines for the console."""
+def summarise(model: ClassificationModel, data: Data, config: Config, cache: str) -> str:
+    """What is about to be trained, on what, and what is kept for later epochs: a few lines for the console."""
     count, device = count_parameters(model), next(model.parameters()).device
     height, width = data.preprocessing.size
     prompt = model.backbone.prompt
@@ -39,6 +39,7 @@ def summarise(model: ClassificationModel, data: Data, config: Config) -> str:
             f"{100 * count.share:.2f} % of the backbone's",
         ],
         ["task file", f"about {task_file_bytes(model) / 1000:,.0f} kB"],
+        ["cache", cache],
         ["device", f"{device}, {build_settings(config, device).precision}, seed {config.seed}"],
     ]
     return "\n".join(f"{name:<10} {value}" for name, value in rows)

@@ -14,6 +14,7 @@ from vpt.config import Config, ConfigError, Mode, config_folder, register_schema
 
 if TYPE_CHECKING:
     from vpt.build import Data
+    from vpt.caching import CachePlan
     from vpt.models.classification import ClassificationModel
 
 NOT_FINITE = 3
@@ -70,29 +71,31 @@ def run(config: Config, config_text: str) -> Path | None:
         config_text: The resolved config as YAML, kept in the run folder.
     """
     from vpt import build, report
+    from vpt.caching import plan_cache
     from vpt.models.backbone import preprocessing_of
 
     build.seed_everything(config.seed, config.deterministic)
     device = build.pick_device(config.device)
     samples = build.build_samples(config.dataset)
     model = build.build_model(config, samples["train"].classes).to(device)
-    data = build.build_data(config, samples, preprocessing_of(model.backbone.vit))
-    summary = report.summarise(model, data, config)
+    plan = plan_cache(config, model, build.build_data(config, samples, preprocessing_of(model.backbone.vit)))
+    summary = report.summarise(model, plan.data, config, plan.text)
     print(summary, flush=True)
     if config.mode is Mode.overfit:
-        _overfit(config, model, data)
+        _overfit(config, model, plan.data)
         return None
     suffix = "_dry" if config.mode is Mode.dry else ""
     run_dir = build.make_run_dir(config.run.root, config.run.name + suffix)
     print(f"{'run':<10} {run_dir} (tensorboard --logdir {config.run.root})", flush=True)
-    _train(config, config_text, model, data, run_dir, summary)
+    _train(config, config_text, model, plan, run_dir, summary)
     return run_dir
 
 
 def _train(
-    config: Config, config_text: str, model: "ClassificationModel", data: "Data", run_dir: Path, summary: str
+    config: Config, config_text: str, model: "ClassificationModel", plan: "CachePlan", run_dir: Path, summary: str
 ) -> None:
     from vpt import build, report
+    from vpt.caching import build_fit_inputs
     from vpt.engine.checkpoint import Checkpoints
     from vpt.engine.metrics import ClassificationMetrics
     from vpt.engine.monitor import Monitor
@@ -101,6 +104,7 @@ def _train(
     from vpt.models.task_file import save_task
     from vpt.models.tuning import tuned_parameters
 
+    data = plan.data
     task, preprocessing = run_dir / "task.safetensors", data.preprocessing.to_dict()
     settings = build.build_settings(config, next(model.parameters()).device)
     optimizer = build.build_optimizer(config, model)
@@ -108,10 +112,13 @@ def _train(
     write_bytes(run_dir / "config.yaml", config_text.encode())
     with Monitor(run_dir) as monitor:
         report.log_start(monitor, data, config_text, summary)
+        inputs = build_fit_inputs(config, model, plan)
+        if inputs.note is not None:
+            print(inputs.note, flush=True)
         result = fit(
-            model,
-            data.loaders["train"],
-            data.loaders["val"],
+            inputs.model,
+            inputs.train_loader,
+            inputs.val_loader,
             loss_function=build.build_loss(config, data.samples["train"]).to(next(model.parameters()).device),
             metrics=metrics,
             optimizer=optimizer,

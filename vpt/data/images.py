@@ -45,14 +45,17 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return to_rgb(image)
 
 
-def check_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
+def check_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Refuse what `read_image` refuses, as far as the header of the file tells; takes a tenth of a millisecond.
+
+    Returns:
+        Width and height as the header says; a picture that lies on its side is not turned upright yet.
 
     Raises:
         ImageError: The file is missing, empty, not a picture, or too large.
     """
-    with _opened(path, max_pixels):
-        pass
+    with _opened(path, max_pixels) as image:
+        return image.size
 
 
 def find_images(path: str | Path) -> list[Path]:

@@ -200,6 +200,11 @@ class TrainTransform:
         self.augment = tuple(dict(step) for step in augment)
         self._crops = self._always_crops()
 
+    @property
+    def is_random(self) -> bool:
+        """Whether a picture may look different in each epoch; what a step draws is not known, so any step counts."""
+        return bool(self._steps)
+
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """Augment an RGB picture; the normalised float32 tensor (3, H, W) depends on nothing but picture and seed."""
         if not self._crops:

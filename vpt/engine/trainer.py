@@ -163,7 +163,7 @@ def evaluate(
     metrics.reset()
     model.eval()
     batches = itertools.islice(loader, max_batches)
-    with torch.inference_mode(), _autocast(device, precision):
+    with torch.inference_mode(), autocast(device, precision):
         if description is None:
             for images, targets in batches:
                 metrics.update(model(images.to(device, non_blocking=True)).float(), targets)
@@ -249,7 +249,7 @@ class _Stepper:
         loss = torch.zeros((), device=self.device)
         for images, targets in group:
             images, targets = (part.to(self.device, non_blocking=True) for part in (images, targets))
-            with _autocast(self.device, self.settings.precision):
+            with autocast(self.device, self.settings.precision):
                 logits = self.model(images)
             part = self.loss_function(logits.float(), targets) * (len(targets) / num_images)
             part.backward()  # type: ignore[no-untyped-call]
@@ -331,7 +331,8 @@ def _num_batches(loader: Loader, max_batches: int | None) -> int:
     return len(loader) if max_batches is None else min(len(loader), max_batches)
 
 
-def _autocast(device: torch.device, precision: str) -> Any:
+def autocast(device: torch.device, precision: str) -> Any:
+    """The context of a forward pass: bfloat16 where that is exact enough, or nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

@@ -45,9 +45,35 @@ class ClassificationModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, 3, H, W), normalised as the backbone wants them."""
-        features = self.backbone(images)
+        return self.forward_head(self.backbone(images))
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Logits (B, K) of features (B, D)."""
         logits: Tensor = self.head(features.to(self.head.weight.dtype))
         return logits
+
+
+class TunedPart(nn.Module):
+    """The part of a model that trains: what its frozen blocks made of images -> logits (B, K).
+
+    It shares all modules with the model, so what trains here trains there. `forward_frozen` of the backbone says what
+    goes in; as long as the images stay the same, it need be computed only once.
+
+    Args:
+        model: The whole model.
+        position: The position that `forward_frozen` gives for images of this size.
+    """
+
+    position: Tensor | None
+
+    def __init__(self, model: ClassificationModel, position: Tensor | None) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("position", position, persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, K) of tokens (B, N, D) that enter the first prompted block, or of features (B, D)."""
+        return self.model.forward_head(self.model.backbone.forward_prompted(tokens, self.position))
 
 
 def create_model(

@@ -1,0 +1,155 @@
+import errno
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vpt.data.cache import cache_pictures, decoded_sizes
+from vpt.data.classification import ClassificationDataset, Samples, read_folder
+from vpt.data.images import ImageError, read_image
+from vpt.data.loaders import build_loader
+from vpt.data.transforms import Preprocessing, TrainTransform
+
+HALF = (0.5, 0.5, 0.5)
+ORIENTATION = 0x0112  # the EXIF tag
+
+# Python 3.12 warns when a process with threads forks, and torch has threads.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+@dataclass(frozen=True)
+class CountedReader:
+    """Reads a picture, and leaves a line in a file that all processes share."""
+
+    paths: tuple[Path, ...]
+    log: Path
+
+    def __call__(self, index):
+        with self.log.open("a") as file:
+            file.write(f"{index}\n")
+        return read_image(self.paths[index])
+
+    @property
+    def reads(self):
+        return sorted(map(int, self.log.read_text().split()))
+
+
+@pytest.fixture
+def samples(photos, tmp_path):
+    found = read_folder(photos)["train"]
+    return replace(found, reader=CountedReader(found.paths, tmp_path / "reads"))
+
+
+def cached(samples):
+    return cache_pictures(samples, decoded_sizes(samples, max_bytes=1e9))
+
+
+def loader_of(samples, num_workers, start_method=None):
+    transform = TrainTransform(Preprocessing((32, 32), HALF, HALF), [{"name": "HorizontalFlip"}])
+    loader = build_loader(ClassificationDataset(samples, transform), 5, shuffle=True, num_workers=num_workers)
+    loader.multiprocessing_context = start_method
+    return loader
+
+
+def epoch_of(loader, epoch):
+    loader.sampler.set_epoch(epoch)
+    return torch.cat([images for images, _ in loader])
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "start_method"),
+    [(0, None), (2, "fork"), (1, "spawn"), pytest.param(1, "forkserver", marks=pytest.mark.slow)],
+)
+def test_epochs_after_the_first_decode_nothing_and_see_the_same_pictures(samples, num_workers, start_method):
+    loader = loader_of(cached(samples), num_workers, start_method)
+    plain = loader_of(read_folder(samples.paths[0].parents[2])["train"], num_workers=0)
+    for epoch in (1, 2):
+        assert torch.equal(epoch_of(loader, epoch), epoch_of(plain, epoch))
+        assert samples.reader.reads == list(range(len(samples)))
+
+
+def test_every_process_and_every_loader_sees_what_one_has_read(samples):
+    pictures = cached(samples)
+    epoch_of(loader_of(pictures, num_workers=2, start_method="fork"), 1)
+    pictures.read(0)
+    epoch_of(loader_of(pictures, num_workers=1, start_method="fork"), 2)
+    assert samples.reader.reads == list(range(len(samples)))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_photograph_that_lies_on_its_side_is_kept_upright(tmp_path, orientation):
+    path = tmp_path / "photo.jpg"
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    noise = np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, exif=exif)
+    samples = Samples(("a", "b"), (0,), ("photo.jpg",), CountedReader((path,), tmp_path / "reads"), (path,))
+    pictures = cached(samples)
+    expected = read_image(path)
+    assert expected.size == ((20, 31) if orientation >= 6 else (31, 20))
+    for _ in range(3):
+        found = pictures.read(0)
+        assert (found.mode, found.size, found.tobytes()) == ("RGB", expected.size, expected.tobytes())
+    assert samples.reader.reads == [0]
+
+
+def test_a_picture_that_is_changed_after_it_was_read_leaves_the_cache_alone(samples):
+    pictures = cached(samples)
+    before = pictures.read(0).tobytes()
+    changed = pictures.read(0)
+    changed.paste("white", (0, 0, 9, 9))
+    assert pictures.read(0).tobytes() == before != changed.tobytes()
+
+
+def test_a_picture_of_another_size_than_its_header_said_is_read_each_time(samples):
+    sizes = decoded_sizes(samples, max_bytes=1e9)
+    pictures = cache_pictures(samples, [(sizes[0][0] + 1, sizes[0][1]), *sizes[1:]])
+    for _ in range(2):
+        assert [pictures.read(index).size for index in (0, 1)] == sizes[:2]
+    assert samples.reader.reads == [0, 0, 1]
+
+
+def test_a_picture_that_cannot_be_decoded_is_an_error_each_time(samples, tmp_path):
+    broken = tmp_path / "half.png"
+    broken.write_bytes(samples.paths[0].read_bytes()[:-900])
+    one = replace(samples.take([0]), reader=CountedReader((broken,), tmp_path / "log"), paths=(broken,))
+    pictures = cached(one)
+    for _ in range(2):
+        with pytest.raises(ImageError, match=r"half\.png"):
+            pictures.read(0)
+
+
+def test_sizes_are_looked_up_until_they_are_too_much(samples, monkeypatch):
+    sizes = decoded_sizes(samples, max_bytes=18 * 40 * 48 * 3)
+    assert sizes == [(48, 40)] * 18
+    seen = []
+    monkeypatch.setattr("vpt.data.cache.check_image", lambda path: seen.append(path) or (48, 40))
+    assert decoded_sizes(samples, max_bytes=3 * 40 * 48 * 3 - 1) is None
+    assert len(seen) == 3
+
+
+def test_the_file_of_the_cache_has_no_name_that_could_stay_behind(samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    pictures = cached(samples)
+    pictures.read(0)
+    assert list((tmp_path / "temporary").iterdir()) == []
+    handle = pictures.reader._handle
+    assert os.fstat(handle).st_nlink == 0
+    del pictures
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(handle)
+
+
+def test_a_full_disk_is_an_error_before_anything_is_written(samples, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        cached(samples)

@@ -1,0 +1,115 @@
+"""Tokens in the place of pictures: a data set of them, and the folder that keeps them from run to run.
+
+Shapes: N tokens, D token width.
+"""
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vpt.data.classification import Samples
+from vpt.files import write_chunks
+
+DIGEST_BYTES = 32
+DAY_S = 24 * 3600
+
+
+class TokenDataset(Dataset[tuple[Tensor, int]]):
+    """Tokens and targets; takes the keys that a `ClassificationDataset` takes.
+
+    Args:
+        tokens: What a backbone made of each picture, (num, N, D) or (num, D).
+        targets: The class of each picture.
+    """
+
+    def __init__(self, tokens: Tensor, targets: Sequence[int]) -> None:
+        assert len(tokens) == len(targets)
+        self.tokens = tokens
+        self.targets = targets
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        index = key[1] if isinstance(key, tuple) else key
+        return self.tokens[index], self.targets[index]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+class TokenFolder:
+    """Files of tokens, each under a key that names all that decides its values; they are mapped into memory.
+
+    A file holds the tokens' bytes and then their sha256. It is whole or absent, also when two runs write it at once.
+
+    Args:
+        path: The folder; made when it is first written to.
+        max_bytes: What all files together may take. The files that were not used for longest make room for a new one.
+    """
+
+    def __init__(self, path: Path, max_bytes: float) -> None:
+        self.path = path
+        self.max_bytes = max_bytes
+
+    def read(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """The tokens of a key; None if they are not there, or not as they were written."""
+        path, size = self._file(key), math.prod(shape) * dtype.itemsize
+        if not path.is_file() or path.stat().st_size != size + DIGEST_BYTES:
+            return None
+        content = torch.from_file(str(path), shared=False, size=size + DIGEST_BYTES, dtype=torch.uint8)
+        if hashlib.sha256(content[:size].numpy().data).digest() != content[size:].numpy().tobytes():
+            return None
+        os.utime(path)  # it was used
+        return content[:size].view(dtype).view(*shape)
+
+    def write(self, key: str, parts: Iterable[Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Write tokens that come in parts, the first rows first.
+
+        Raises:
+            OSError: The disk is full, or the folder cannot be written to.
+        """
+        size = math.prod(shape) * dtype.itemsize + DIGEST_BYTES
+        self._make_room(size)
+        write_chunks(self._file(key), _with_digest(parts), size)
+
+    def _file(self, key: str) -> Path:
+        return self.path / f"{key}.tokens"
+
+    def _make_room(self, size: int) -> None:
+        for leftover in self.path.glob(".*.tokens.*"):  # of a run that was killed while it wrote
+            if time.time() - leftover.stat().st_mtime > DAY_S:
+                leftover.unlink(missing_ok=True)
+        files = sorted(self.path.glob("*.tokens"), key=lambda file: file.stat().st_mtime)
+        used = sum(file.stat().st_size for file in files)
+        for file in files:
+            if used + size <= self.max_bytes:
+                break
+            used -= file.stat().st_size
+            file.unlink(missing_ok=True)  # a run that has it mapped keeps what it has
+
+
+def _with_digest(parts: Iterable[Tensor]) -> Iterator[bytes]:
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.contiguous().view(torch.uint8).numpy().tobytes()
+        digest.update(content)
+        yield content
+    yield digest.digest()
+
+
+def content_sha256(samples: Samples) -> str:
+    """A digest of the content of every picture, in order: of the files' bytes, or of the pixels of what is no file."""
+    digest = hashlib.sha256()
+    for index in range(len(samples)):
+        if samples.paths:
+            content = samples.paths[index].read_bytes()
+        else:
+            image = samples.read(index)
+            content = f"{image.size}".encode() + image.tobytes()
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
