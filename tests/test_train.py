@@ -234,3 +234,64 @@ def test_balanced_class_weights_are_inverse_frequencies_with_a_mean_of_one():
     weight = build.build_loss(config, samples).weight
     assert weight.tolist() == pytest.approx([4 / 6, 2.0])
     assert weight[torch.tensor(samples.targets)].mean().item() == pytest.approx(1.0)
+
+
+# Options for large backbones.
+
+
+def results_of(run_dir):
+    return json.loads((run_dir / "result.json").read_text())["metrics"]
+
+
+def test_a_backbone_held_in_bfloat16_trains_and_serves(tmp_path, photos, capsys):
+    finished = train(tmp_path, photos, "backbone.dtype=bf16", "train.epochs=4")
+    assert "frozen in bf16" in capsys.readouterr().out
+    loaded = build.load_run(finished, device="cpu")
+    assert {parameter.dtype for parameter in loaded.model.backbone.vit.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in loaded.model.head.parameters()} == {torch.float32}
+    found = evaluate_run(EvaluateOptions(run=str(finished), device="cpu"))
+    assert found["top1"] == results_of(finished)["test"]["top1"] > 0.6
+
+
+def test_checkpointing_of_gradients_leaves_the_results_as_they_are(tmp_path, photos, monkeypatch):
+    calls, checkpointed = [], vpt.models.backbone.checkpointed
+    monkeypatch.setattr(vpt.models.backbone, "checkpointed", lambda *a, **k: calls.append(a) or checkpointed(*a, **k))
+    options = ["prompt.dropout=0.3", "cache=off"]
+    plain = train(tmp_path, photos, *options)
+    assert not calls
+    recomputed = train(tmp_path, photos, "grad_checkpointing=true", *options)
+    assert len(calls) == 5 * 2 * 3  # blocks, epochs, batches
+    assert results_of(recomputed)["val"]["loss"] == pytest.approx(results_of(plain)["val"]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("overrides", [[], ["prompt.blocks=last:1", "augment=none"]], ids=" ".join)
+def test_a_compiled_model_is_trained_with_the_same_result(tmp_path, photos, overrides, monkeypatch):
+    compiled = []
+
+    def without_code(function, **_):
+        compiled.append(function)
+        return function
+
+    plain = train(tmp_path, photos, *overrides)
+    monkeypatch.setattr(torch, "compile", without_code)
+    assert results_of(train(tmp_path, photos, "compile=true", *overrides)) == results_of(plain)
+    assert len(compiled) == 2  # a small function to see whether it works at all, and the model
+
+
+def test_a_machine_that_cannot_compile_is_told_so_before_the_first_epoch(tmp_path, photos, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(ConfigError, match=r"compile=true: InvalidCxxCompiler.*install a C\+\+ compiler, or use"):
+        train(tmp_path, photos, "compile=true")
+
+
+@pytest.mark.slow
+def test_torch_compiles_a_run(tmp_path, photos):
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler")
+    torch.compiler.reset()
+    plain = train(tmp_path, photos, "prompt.blocks=last:1", "augment=none")
+    compiled = train(tmp_path, photos, "prompt.blocks=last:1", "augment=none", "compile=true")
+    assert results_of(compiled)["test"]["loss"] == pytest.approx(results_of(plain)["test"]["loss"], rel=1e-3)

@@ -19,9 +19,11 @@ from vpt.config import (
     ConfigError,
     DatasetConfig,
     DatasetKind,
+    Dtype,
     Mode,
     Precision,
     PromptName,
+    first_line,
     load_config,
 )
 from vpt.data.classification import (
@@ -46,6 +48,7 @@ from vpt.models.task_file import TaskMetadata, load_task, read_task
 from vpt.models.tuning import tuned_parameters
 
 DRY_BATCHES = 2
+DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def build_data(config: Config, samples: Mapping[str, Samples], backbone_preproce
 def build_model(config: Config, classes: tuple[str, ...]) -> ClassificationModel:
     """The backbone with its prompt, and a head for these classes."""
     prompt: Any = None if config.prompt.kind is PromptName.none else config.prompt.kind.value
-    return create_model(
+    model = create_model(
         config.backbone.name,
         num_classes=len(classes),
         prompt=prompt,
@@ -160,9 +163,25 @@ def build_model(config: Config, classes: tuple[str, ...]) -> ClassificationModel
         pretrained=config.backbone.pretrained,
         checkpoint=config.backbone.checkpoint,
         img_size=config.backbone.img_size,
+        dtype=DTYPES[config.backbone.dtype],
         classes=classes,
         head_init=config.head.init.value,
     )
+    model.backbone.vit.set_grad_checkpointing(config.grad_checkpointing)
+    return model
+
+
+def compile_model(model: nn.Module) -> None:
+    """Compile the forward pass of a model in place; its parameters keep their names.
+
+    Raises:
+        ConfigError: This machine cannot compile, for lack of a C++ compiler, say.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=next(model.parameters()).device))
+    except Exception as error:  # the compiler's backends raise kinds of their own
+        raise ConfigError(f"compile=true: {first_line(error)}; install a C++ compiler, or use compile=false") from error
+    model.compile()
 
 
 def build_loss(config: Config, train: Samples) -> CrossEntropy:
@@ -281,6 +300,7 @@ def load_run(run_dir: Path, *, checkpoint: str | None = None, device: str = "aut
         pretrained=backbone.pretrained,
         checkpoint=checkpoint or backbone.checkpoint,
         img_size=backbone.img_size,
+        dtype=DTYPES[backbone.dtype],
     )
     model = load_task(task, vit).to(pick_device(device))
     return TrainedRun(config, model.eval(), metadata)

@@ -83,6 +83,13 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+class Dtype(StrEnum):
+    """How the weights of a backbone are held."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class CacheName(StrEnum):
     """What is kept for later epochs: what fits; nothing; tokens behind the frozen blocks, in memory or on disk."""
 
@@ -112,6 +119,7 @@ class BackboneConfig:
     pretrained: bool = True
     checkpoint: str | None = None
     img_size: int | None = number(None, low=1)
+    dtype: Dtype = Dtype.fp32
 
 
 @dataclass
@@ -214,6 +222,8 @@ class Config:
     deterministic: bool = False
     device: str = "auto"
     num_workers: int | None = number(None, low=0)
+    compile: bool = False
+    grad_checkpointing: bool = False
     cache: CacheName = CacheName.auto
     cache_gb: float = number(4.0, above=0)
     cache_dir: str | None = None

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vpt.build import Data, build_settings
-from vpt.config import Config
+from vpt.config import Config, Dtype
 from vpt.data.transforms import denormalise
 from vpt.engine.console import format_table, percent
 from vpt.engine.metrics import ClassificationMetrics
@@ -27,9 +27,11 @@ def summarise(model: ClassificationModel, data: Data, config: Config, cache: str
     count, device = count_parameters(model), next(model.parameters()).device
     height, width = data.preprocessing.size
     prompt = model.backbone.prompt
+    held = "" if config.backbone.dtype is Dtype.fp32 else f" in {config.backbone.dtype.value}"
+    options = {"grad_checkpointing": config.grad_checkpointing, "compile": config.compile}
     splits = ", ".join(f"{split} {len(samples.targets)}" for split, samples in data.samples.items())
     rows = [
-        ["backbone", f"{model.backbone.name}, {count.backbone:,} parameters, frozen, {height} x {width} px"],
+        ["backbone", f"{model.backbone.name}, {count.backbone:,} parameters, frozen{held}, {height} x {width} px"],
         ["prompt", "none (linear probe)" if prompt is None else prompt.extra_repr()],
         *([] if prompt is None else [["path", model.backbone.extra_repr()]]),
         ["data", f"{config.dataset.title}: {len(data.classes)} classes; pictures: {splits}"],
@@ -40,7 +42,17 @@ def summarise(model: ClassificationModel, data: Data, config: Config, cache: str
         ],
         ["task file", f"about {task_file_bytes(model) / 1000:,.0f} kB"],
         ["cache", cache],
-        ["device", f"{device}, {build_settings(config, device).precision}, seed {config.seed}"],
+        [
+            "device",
+            ", ".join(
+                [
+                    str(device),
+                    build_settings(config, device).precision,
+                    *(name for name, is_on in options.items() if is_on),
+                    f"seed {config.seed}",
+                ]
+            ),
+        ],
     ]
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
 

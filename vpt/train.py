@@ -115,6 +115,8 @@ def _train(
         inputs = build_fit_inputs(config, model, plan)
         if inputs.note is not None:
             print(inputs.note, flush=True)
+        if config.compile:
+            build.compile_model(inputs.model)
         result = fit(
             inputs.model,
             inputs.train_loader,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from vpt.models.backbone import PromptedViT, PromptImpl, ViT, load_vit
@@ -88,6 +89,7 @@ def create_model(
     pretrained: bool = True,
     checkpoint: str | Path | None = None,
     img_size: int | None = None,
+    dtype: torch.dtype | None = None,
     classes: Sequence[str] | None = None,
     head_init: HeadInit = "zero",
 ) -> ClassificationModel:
@@ -104,6 +106,7 @@ def create_model(
         pretrained: Load the weights that timm knows under the name.
         checkpoint: Load the backbone's weights from this file instead.
         img_size: Input size in pixels; None keeps the model's own.
+        dtype: Hold the backbone's weights in this dtype, such as torch.bfloat16; prompt and head stay in float32.
         classes: Names of the classes, in the order of the logits.
         head_init: How the head starts, see `linear_head`.
 
@@ -116,7 +119,7 @@ def create_model(
         12302
     """
     vit = (
-        load_vit(backbone, pretrained=pretrained, checkpoint=checkpoint, img_size=img_size)
+        load_vit(backbone, pretrained=pretrained, checkpoint=checkpoint, img_size=img_size, dtype=dtype)
         if isinstance(backbone, str)
         else backbone
     )
