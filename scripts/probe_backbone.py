@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from vpt.data.classification import ClassificationDataset, Samples, read_folder
 from vpt.data.loaders import build_loader
 from vpt.data.transforms import EvalTransform, Preprocessing
-from vpt.models.backbone import load_vit, preprocessing_of
+from vpt.models.vit import load_vit, preprocessing_of
 
 
 @torch.inference_mode()

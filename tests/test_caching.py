@@ -15,7 +15,7 @@ import vpt.data.classification
 from vpt import build, caching
 from vpt.config import CacheName, ConfigError, compose_config, load_config, to_config
 from vpt.data.tokens import TokenFolder
-from vpt.models.backbone import fingerprint, preprocessing_of
+from vpt.models.vit import fingerprint, preprocessing_of
 from vpt.train import run
 
 NUM_TRAIN, NUM_VAL, NUM_TEST = 18, 9, 12

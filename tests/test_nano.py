@@ -6,8 +6,8 @@ import torch
 from vpt.data.classification import ClassificationDataset, fruit_root, read_folder
 from vpt.data.loaders import build_loader
 from vpt.data.transforms import EvalTransform, Preprocessing
-from vpt.models.backbone import load_vit, preprocessing_of
 from vpt.models.nano import WEIGHTS
+from vpt.models.vit import load_vit, preprocessing_of
 
 
 def test_timm_knows_the_embedded_backbone_and_its_weights():

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 import vpt
 from tests.conftest import make_tiny_vit
 from vpt.files import read_tensors, write_tensors
-from vpt.models.backbone import load_vit
+from vpt.models.vit import load_vit
 
 
 def make_model(prompt="deep", **options):

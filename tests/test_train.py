@@ -13,7 +13,7 @@ import vpt
 from vpt import build
 from vpt.config import ConfigError, compose_config, to_config
 from vpt.evaluate import EvaluateOptions, evaluate_run
-from vpt.models.backbone import fingerprint, load_vit
+from vpt.models.vit import fingerprint, load_vit
 from vpt.predict import PredictOptions, predict_run
 from vpt.train import run
 

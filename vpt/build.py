@@ -42,10 +42,10 @@ from vpt.engine.losses import CrossEntropy
 from vpt.engine.optim import MovingAverage, make_optimizer, warmup_cosine
 from vpt.engine.trainer import FitSettings, Loader
 from vpt.engine.watch import RowWatch
-from vpt.models.backbone import load_vit
 from vpt.models.classification import ClassificationModel, create_model
 from vpt.models.task_file import TaskMetadata, load_task, read_task
 from vpt.models.tuning import tuned_parameters
+from vpt.models.vit import load_vit
 
 DRY_BATCHES = 2
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}

@@ -72,7 +72,7 @@ def run(config: Config, config_text: str) -> Path | None:
     """
     from vpt import build, report
     from vpt.caching import plan_cache
-    from vpt.models.backbone import preprocessing_of
+    from vpt.models.vit import preprocessing_of
 
     build.seed_everything(config.seed, config.deterministic)
     device = build.pick_device(config.device)

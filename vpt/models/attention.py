@@ -40,21 +40,13 @@ def why_not_fast(block: nn.Module) -> str | None:
     return None
 
 
-def can_absorb(block: Any) -> bool:
-    """Whether a block can answer a few queries without keys and values: nothing may act on single keys."""
-    attention = block.attn
-    return type(attention) in (Attention, beit.Attention) and isinstance(
-        getattr(attention, "k_norm", None), nn.Identity | None
-    )
-
-
-def prompt_keys_values(block: Any, tokens: Tensor, absorbed: bool = False) -> KeysValues:
+def prompt_keys_values(block: Any, tokens: Tensor, num_queries: int | None = None) -> KeysValues:
     """Keys and values of prompt tokens: (B, P, D) -> two of (B, h, P, d); B is 1 when all samples share the tokens.
 
-    Prompt tokens have no position, so where a block rotates keys these are not rotated. Absorbed, both are the normed
-    tokens, (B, 1, P, D).
+    Prompt tokens have no position, so where a block rotates keys these are not rotated. With the `num_queries` that
+    `run_block` will get, both may be the normed tokens instead, (B, 1, P, D): absorbed.
     """
-    if absorbed:
+    if _absorbs(block, num_queries):
         normed = _enter(block, 1, tokens)[:, None]
         return normed, normed
     keys, values = _project(block.attn, _enter(block, 1, tokens), parts=(1, 2))
@@ -69,18 +61,16 @@ def run_block(
     rope: Tensor | None = None,
     bias: Tensor | None = None,
     num_queries: int | None = None,
-    absorbed: bool = False,
 ) -> Tensor:
     """A whole timm block on tokens (B, N, D), whose attention also sees the prompt's keys and values.
 
     Args:
         block: A block for which `why_not_fast` has no objection.
         tokens: The sequence.
-        prompt: Keys and values that join those of the sequence.
+        prompt: Keys and values that join those of the sequence, of `prompt_keys_values` with the same `num_queries`.
         rope: Rotary embedding of all tokens but the block's prefix tokens.
         bias: Relative position bias (1, h, N, N) of the sequence; that of the prompt is zero.
         num_queries: Compute the first tokens only, none of which may have a rotary position.
-        absorbed: Let these few look at the tokens themselves, see `can_absorb`; the prompt is absorbed then, too.
 
     Returns:
         The tokens after the block, or the first `num_queries` of them.
@@ -89,7 +79,7 @@ def run_block(
     normed = _enter(block, 1, tokens)
     asking = normed if num_queries is None else normed[:, :num_queries]
     bias = bias if bias is None or num_queries is None else bias[:, :, :num_queries]
-    if absorbed:
+    if _absorbs(block, num_queries):
         mixed = _attend_absorbed(block.attn, asking, normed, prompt, bias)
     else:
         mixed = _attend(block.attn, asking, normed, prompt, rope, bias, rotates=num_queries is None)
@@ -107,6 +97,14 @@ def relative_bias(block: Any, shared: Tensor | None) -> Tensor | None:
     if own is None or shared is None:
         return own if shared is None else shared[None]
     return own + shared
+
+
+def _absorbs(block: Any, num_queries: int | None) -> bool:
+    """Whether a block answers its queries without keys and values: they are few, and nothing acts on single keys."""
+    attention = block.attn
+    k_norm = getattr(attention, "k_norm", None)
+    knows_no_position = type(attention) in (Attention, beit.Attention)
+    return num_queries is not None and knows_no_position and isinstance(k_norm, nn.Identity | None)
 
 
 def _enter(block: Any, branch: int, tokens: Tensor) -> Tensor:

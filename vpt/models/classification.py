@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vpt.models.backbone import PromptedViT, PromptImpl, ViT, load_vit
+from vpt.models.backbone import PromptedViT, PromptImpl
 from vpt.models.heads import HeadInit, linear_head
 from vpt.models.prompts import Blocks, PromptKind, VisualPrompt
+from vpt.models.vit import ViT, load_vit
 
 
 class ClassificationModel(nn.Module):

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from vpt.files import read_tensors, write_tensors
-from vpt.models.backbone import PromptedViT, ViT, fingerprint, load_vit, name_of, preprocessing_of
+from vpt.models.backbone import PromptedViT
 from vpt.models.classification import ClassificationModel
 from vpt.models.prompts import VisualPrompt
+from vpt.models.vit import ViT, fingerprint, load_vit, name_of, preprocessing_of
 
 FORMAT_VERSION = 1
 
