@@ -72,7 +72,8 @@ def describe(backbone: PromptedViT) -> tuple[str, str, str, str]:
     """Class, pooling, path of a deep prompt and what the last block computes."""
     (path,) = set(backbone.paths.values())
     last = "prefix only" if backbone.computes_prefix_only else "all tokens"
-    return type(backbone.vit).__name__, POOLED[backbone.vit.global_pool], path, last
+    pooled = "CLS and distilled token" if hasattr(backbone.vit, "dist_token") else POOLED[backbone.vit.global_pool]
+    return type(backbone.vit).__name__, pooled, path, last
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ CHOSEN = {
     "vit_small_patch16_18x2_224": "parallel, two of each",
     "vit_dwee_patch16_reg1_gap_256": "differential attention",
     "vit_intern300m_patch14_448": "InternViT",
+    "vit_base_patch16_sapiens2": "keys shared by query heads",
 }
 
 

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import timm
@@ -96,6 +97,23 @@ def test_a_backbone_held_in_bfloat16_takes_a_float32_prompt(images):
     assert backbone.prompt.tokens.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("impl", ["auto", "concat"])
+def test_a_prompt_can_be_put_in_the_place_of_another(images, impl):
+    vit = make_tiny_vit()
+    backbone = PromptedViT(vit, "deep", num_tokens=2, blocks=[0], impl=impl)
+    kinds = [("shallow", None), ("deep", range(3)), ("deep", [2]), ("deep", [0])]
+    for prompt in [*(VisualPrompt(3, 32, kind=kind, blocks=blocks) for kind, blocks in kinds), None]:
+        backbone.prompt = prompt
+        fresh = PromptedViT(vit, prompt, impl=impl)
+        assert backbone.paths == fresh.paths
+        with torch.no_grad():
+            assert torch.equal(backbone(images), fresh(images))
+            assert torch.equal(backbone.forward_features(images), fresh.forward_features(images))
+    backbone.prompt = VisualPrompt(2, 32, blocks=(0, 3))
+    with pytest.raises(ValueError, match="does not fit a ViT of embed_dim 32 and 3 blocks"):
+        backbone(images)
+
+
 # Constants: in inference the prompt's keys and values are computed once.
 
 
@@ -184,13 +202,25 @@ def test_constants_are_never_stale_after(change, images):
     assert change in ("train()", "a move there and back") or not torch.equal(after, before)
 
 
-def test_constants_follow_the_precision_of_autocast(images):
-    fast, plain = make_twins(images)
+def test_constants_follow_the_precision_of_autocast(images, num_projections):
+    fast, _ = make_twins(images)
     with torch.no_grad():
         exact = fast(images)
         with torch.autocast("cpu", torch.bfloat16):
-            torch.testing.assert_close(fast(images), plain(images), rtol=0.05, atol=0.05)
+            rounded = fast(images)
+        assert len(num_projections) == 6
         assert torch.equal(fast(images), exact)
+        fast.prompt.tokens.mul_(1)  # anew: without a trace of the other precision
+        assert torch.equal(fast(images), exact)
+    assert not torch.equal(rounded.float(), exact)
+
+
+def test_constants_are_no_part_of_copies_and_none_stay_behind_a_move(images):
+    fast, _ = make_twins(images)
+    assert len(fast._constants) == 3
+    assert len(copy.deepcopy(fast)._constants) == 0
+    assert len(pickle.loads(pickle.dumps(fast))._constants) == 0
+    assert len(fast.bfloat16()._constants) == 0
 
 
 def test_constants_of_inference_mode_serve_and_gradients_still_reach_the_prompt(images):

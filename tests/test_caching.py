@@ -311,9 +311,28 @@ def test_free_memory_is_that_of_the_machine_or_of_the_container(monkeypatch, lim
     }
 
     def read_text(path):
-        if files[str(path)] is None:
+        if files.get(str(path)) is None:
             raise FileNotFoundError
         return files[str(path)]
 
     monkeypatch.setattr(Path, "read_text", read_text)
     assert caching.free_memory() == free
+
+
+def test_free_memory_is_that_of_the_tightest_group_that_this_process_is_in(tmp_path, monkeypatch):
+    groups = [tmp_path, tmp_path / "slurm", tmp_path / "slurm" / "job"]
+    for folder, limit in zip(groups, ("max", "5000", "9000"), strict=True):
+        folder.mkdir(exist_ok=True)
+        (folder / "memory.max").write_text(limit)
+        (folder / "memory.current").write_text("3000")
+        (folder / "memory.stat").write_text("anon 1\ninactive_file 500\n")
+    monkeypatch.setattr(caching, "_control_groups", lambda: groups)
+    assert caching.free_memory() == 5000 - 3000 + 500
+
+
+def test_the_groups_of_a_process_are_found_from_the_outermost_to_its_own(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda _: "1:cpu:/x\n0::/slurm/job\n")
+    root = Path("/sys/fs/cgroup")
+    assert caching._control_groups() == [root, root / "slurm", root / "slurm" / "job"]
+    monkeypatch.setattr(Path, "read_text", lambda _: "0::/\n")
+    assert caching._control_groups() == [root]

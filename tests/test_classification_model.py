@@ -69,3 +69,9 @@ def test_the_tuned_part_on_frozen_tokens_is_the_whole_model_bit_for_bit(tiny_vit
     assert torch.equal(model(images), part(tokens))
     assert gradients[0].keys() == gradients[1].keys() == vpt.tuned_parameters(model).keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@pytest.mark.parametrize("option", [{"dtype": torch.bfloat16}, {"img_size": 64}, {"checkpoint": "vit.safetensors"}])
+def test_options_of_loading_are_refused_for_a_vit_that_is_in_memory(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))}=.* is for a backbone given by name"):
+        vpt.create_model(make_tiny_vit(), num_classes=2, **option)

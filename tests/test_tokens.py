@@ -130,3 +130,27 @@ def test_a_data_set_of_tokens_takes_the_keys_of_one_of_pictures():
     assert len(dataset) == 5
     assert torch.equal(dataset[(7, 2)][0], tokens[2])
     assert [dataset[key][1] for key in (0, (9, 4))] == [4, 0]
+
+
+def test_a_file_that_another_run_removes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    folder, tokens, file = written(tmp_path)
+
+    def removed(*_, **__):
+        raise RuntimeError("unable to open file: No such file or directory (2)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "from_file", removed)
+        assert folder.read("key", SHAPE, torch.float32) is None
+    (tmp_path / "gone.tokens").symlink_to(tmp_path / "nowhere")  # its status cannot be read
+    TokenFolder(tmp_path, max_bytes=10).write("other", [tokens], SHAPE, torch.float32)
+    assert not file.exists()
+
+
+def test_a_file_in_a_folder_of_another_user_is_used(tmp_path, monkeypatch):
+    folder, tokens, _ = written(tmp_path)
+
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert torch.equal(folder.read("key", SHAPE, torch.float32), tokens)

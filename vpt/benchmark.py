@@ -152,14 +152,21 @@ def benchmark(options: BenchmarkOptions) -> bool:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = build.pick_device(options.device)
+    if options.compile == "true":
+        build.check_compiler(device)
+        # Models of one class share a cache of compiled code, which is made for few of them.
+        torch._dynamo.config.recompile_limit = 1000
+        torch._dynamo.config.accumulated_recompile_limit = 1000
     check_attention_is_counted(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
     try:
         subjects = list(_build_subjects(options, device))
         Path(options.output).expanduser().mkdir(parents=True, exist_ok=True)  # refused before, not after, the long part
         is_whole = _measure(subjects, options, device)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         raise ConfigError(
-            f"batch_size={options.batch_size}: out of memory; make it smaller, or use only=..."
+            f"batch_size={options.batch_size}: out of memory; make it or num_tokens smaller, or use only=..."
         ) from error
     machine = describe_machine(device)
     compiled = ", compiled" if options.compile == "true" else ""
@@ -286,9 +293,8 @@ def _count(subject: Subject, options: BenchmarkOptions, device: "torch.device") 
 
     from vpt.engine import measure
 
-    def fast(model: "nn.Module") -> Any:  # without isolation, models of one class share, and exhaust, one cache
-        isolated: Any = {"isolate_recompiles": True}
-        return torch.compile(model, **isolated) if options.compile == "true" else model
+    def fast(model: "nn.Module") -> Any:
+        return torch.compile(model) if options.compile == "true" else model
 
     if subject.inferring is not None:
         measure.inference(subject.inferring, subject.inputs)()  # the constants of a prompt are made in the first call
@@ -314,14 +320,14 @@ def _count(subject: Subject, options: BenchmarkOptions, device: "torch.device") 
 def _rows(subjects: Sequence[Subject], options: BenchmarkOptions) -> list[dict[str, Any]]:
     """What the CSV holds: a row for each subject; what is not known is None."""
     by_key = {(subject.name, subject.num_tokens): subject.passes for subject in subjects}
-    bare = by_key["bare", None]["forward"]
+    bare = by_key["bare", None]
     rows = []
     for subject in subjects:
         concat = by_key.get((CONCAT.get(subject.name, ""), subject.num_tokens), {})
         tuned = sum(parameter.numel() for parameter in subject.training.parameters() if parameter.requires_grad)
         row: dict[str, Any] = {"subject": subject.name, "num_tokens": subject.num_tokens, "tuned_parameters": tuned}
         for kind, cost in subject.passes.items():
-            values = _describe(cost, bare, concat.get(kind), options)
+            values = _describe(cost, bare[kind], concat.get(kind), options)
             row |= {f"{kind}_{name}": value for name, value in values.items()}
         rows.append(row)
     columns = dict.fromkeys(name for row in rows for name in row)
@@ -329,7 +335,7 @@ def _rows(subjects: Sequence[Subject], options: BenchmarkOptions) -> list[dict[s
 
 
 def _describe(cost: Pass, bare: Pass, concat: Pass | None, options: BenchmarkOptions) -> dict[str, Any]:
-    """The columns of one pass; `_vs_bare` is against inference of the bare model, also for a training step."""
+    """The columns of one pass, against the same pass of the bare model and of the longer sequence."""
     from vpt.engine.measure import median_ratio, spread
 
     seconds = statistics.median(cost.seconds)

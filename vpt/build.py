@@ -171,17 +171,17 @@ def build_model(config: Config, classes: tuple[str, ...]) -> ClassificationModel
     return model
 
 
-def compile_model(model: nn.Module) -> None:
-    """Compile the forward pass of a model in place; its parameters keep their names.
+def check_compiler(device: torch.device) -> None:
+    """Make sure that torch can compile here, and let it forget what it compiled for an earlier run of a sweep.
 
     Raises:
-        ConfigError: This machine cannot compile, for lack of a C++ compiler, say.
+        ConfigError: It cannot, for lack of a C++ compiler, say.
     """
+    torch.compiler.reset()
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=next(model.parameters()).device))
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # the compiler's backends raise kinds of their own
         raise ConfigError(f"compile=true: {first_line(error)}; install a C++ compiler, or use compile=false") from error
-    model.compile()
 
 
 def build_loss(config: Config, train: Samples) -> CrossEntropy:

@@ -126,13 +126,27 @@ def free_memory() -> float:
         free = float(available[1]) * 1024 if available else 0.0
     except OSError:  # not Linux
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    return min([free, *(_free_in_group(folder) for folder in _control_groups())])
+
+
+def _control_groups() -> list[Path]:
+    """The folders of the control groups that this process is in, the outermost first; none but on Linux."""
+    root = Path("/sys/fs/cgroup")
     try:
-        folder = Path("/sys/fs/cgroup")
+        (inner,) = re.findall(r"^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
+    except (OSError, ValueError):
+        return [root]
+    names = Path(inner).parts
+    return [root.joinpath(*names[:depth]) for depth in range(len(names) + 1)]
+
+
+def _free_in_group(folder: Path) -> float:
+    try:
         limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
         files = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-        return min(free, limit - used + (int(files[1]) if files else 0))
-    except (OSError, ValueError):  # no container, or its limit is "max"
-        return free
+        return limit - used + (int(files[1]) if files else 0)
+    except (OSError, ValueError):  # no such group, or its limit is "max"
+        return math.inf
 
 
 # The plan.
@@ -293,7 +307,7 @@ def _describe_run(config: Config, model: ClassificationModel, data: Data, spec: 
         "batch_size": config.train.batch_size,
         "precision": [build_settings(config, device).precision, torch.get_float32_matmul_precision()],
         "deterministic": config.deterministic,
-        "device": [device.type, processor],
+        "device": [device.type, processor, torch.get_num_threads()],
     }
 
 

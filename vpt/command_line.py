@@ -25,7 +25,7 @@ from vpt.config import (
 )
 
 OptionsT = TypeVar("OptionsT")
-PATH_KEYS = ("dataset.root", "dataset.path", "backbone.checkpoint", "run.root", "run.name")
+PATH_KEYS = ("dataset.root", "dataset.path", "backbone.checkpoint", "run.root", "run.name", "cache_dir")
 
 
 def check_command_line(arguments: Sequence[str]) -> None:

@@ -337,6 +337,8 @@ def explain(error: Exception) -> str:
     if option:
         return no_such_choice(option[1], option[2], group_choices(option[1]))
     line = first_line(error)
+    if line.endswith(":"):  # a heading, and what it is about stands below it
+        line = " ".join(part.strip() for part in message.splitlines()[:2])
     return f"{full_key[1]}: {line}" if full_key and full_key[1] not in line else line
 
 

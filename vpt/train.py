@@ -50,7 +50,7 @@ def _run_or_explain(composed: DictConfig) -> int:
     except NotLearnedError as error:
         return tell(error, NOT_LEARNED)
     except KeyboardInterrupt:
-        tell(RuntimeError("interrupted; the run folder holds the task of the best epoch so far"))
+        tell(RuntimeError("interrupted; if an epoch had ended, the run folder holds the task of the best one"))
         sys.exit(INTERRUPTED)
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -76,6 +76,8 @@ def run(config: Config, config_text: str) -> Path | None:
 
     build.seed_everything(config.seed, config.deterministic)
     device = build.pick_device(config.device)
+    if config.compile:
+        build.check_compiler(device)
     samples = build.build_samples(config.dataset)
     model = build.build_model(config, samples["train"].classes).to(device)
     plan = plan_cache(config, model, build.build_data(config, samples, preprocessing_of(model.backbone.vit)))
@@ -116,7 +118,7 @@ def _train(
         if inputs.note is not None:
             print(inputs.note, flush=True)
         if config.compile:
-            build.compile_model(inputs.model)
+            inputs.model.compile()
         result = fit(
             inputs.model,
             inputs.train_loader,
@@ -148,6 +150,8 @@ def _overfit(config: Config, model: "ClassificationModel", data: "Data") -> None
     from vpt import build
     from vpt.engine.trainer import overfit
 
+    if config.compile:
+        model.compile()
     batch = next(iter(data.loaders["train"]))
     loss_function = build.build_loss(config, data.samples["train"]).to(next(model.parameters()).device)
     optimizer = build.build_optimizer(config, model)

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -61,10 +62,14 @@ class TokenFolder:
         path, size = self._file(key), math.prod(shape) * dtype.itemsize
         if not path.is_file() or path.stat().st_size != size + DIGEST_BYTES:
             return None
-        content = torch.from_file(str(path), shared=False, size=size + DIGEST_BYTES, dtype=torch.uint8)
+        try:
+            content = torch.from_file(str(path), shared=False, size=size + DIGEST_BYTES, dtype=torch.uint8)
+        except RuntimeError:  # another run has just removed it
+            return None
         if hashlib.sha256(content[:size].numpy().data).digest() != content[size:].numpy().tobytes():
             return None
-        os.utime(path)  # it was used
+        with suppress(OSError):  # in a folder of another user
+            os.utime(path)  # it was used
         return content[:size].view(dtype).view(*shape)
 
     def write(self, key: str, parts: Iterable[Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -82,14 +87,18 @@ class TokenFolder:
 
     def _make_room(self, size: int) -> None:
         for leftover in self.path.glob(".*.tokens.*"):  # of a run that was killed while it wrote
-            if time.time() - leftover.stat().st_mtime > DAY_S:
-                leftover.unlink(missing_ok=True)
-        files = sorted(self.path.glob("*.tokens"), key=lambda file: file.stat().st_mtime)
-        used = sum(file.stat().st_size for file in files)
-        for file in files:
+            with suppress(FileNotFoundError):  # another run may remove what this one looks at
+                if time.time() - leftover.stat().st_mtime > DAY_S:
+                    leftover.unlink()
+        found = {}
+        for file in self.path.glob("*.tokens"):
+            with suppress(FileNotFoundError):
+                found[file] = file.stat()
+        used = sum(status.st_size for status in found.values())
+        for file, status in sorted(found.items(), key=lambda item: item[1].st_mtime):
             if used + size <= self.max_bytes:
                 break
-            used -= file.stat().st_size
+            used -= status.st_size
             file.unlink(missing_ok=True)  # a run that has it mapped keeps what it has
 
 

@@ -32,11 +32,25 @@ POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm)
 ATTENTION = (Attention, AttentionRope, eva.EvaAttention, beit.Attention)
 
 
+PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj")
+
+
 def why_not_fast(block: nn.Module) -> str | None:
-    """None if the block is understood; otherwise what of it is not, for a person to read."""
-    for part, known in ((block, PRE_NORM + POST_NORM), (getattr(block, "attn", None), ATTENTION)):
+    """None if the block is understood; otherwise what of it is not, for a person to read.
+
+    The fast path calls neither the block, nor its attention, nor the projections, but reads their weights. So adapters
+    around a projection, and hooks on any of them, are a reason, too.
+    """
+    attention = getattr(block, "attn", None)
+    for part, known in ((block, PRE_NORM + POST_NORM), (attention, ATTENTION)):
         if type(part) not in known:
             return f"{type(part).__name__} is not understood"
+    projections = {name: getattr(attention, name, None) for name in PROJECTIONS}
+    for name, part in {"the block": block, "attn": attention, **projections}.items():
+        if name in projections and type(part) not in (nn.Linear, type(None)):
+            return f"{name} is a {type(part).__module__}.{type(part).__name__}"
+        if part is not None and (part._forward_hooks or part._forward_pre_hooks):
+            return f"{name} has hooks"
     return None
 
 

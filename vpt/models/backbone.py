@@ -77,19 +77,15 @@ class PromptedViT(nn.Module):
                 dropout=dropout,
                 patch_size=vit.patch_embed.patch_size,
             )
-        if prompt is not None and (prompt.embed_dim != self.embed_dim or prompt.blocks[-1] >= self.depth):
-            raise ValueError(f"{prompt} does not fit a ViT of embed_dim {self.embed_dim} and {self.depth} blocks")
         self.prompt = prompt
         self.impl: PromptImpl = impl
-        self._paths = {
-            block: _choose_path(vit.blocks[block], prompt, impl) for block in (prompt.blocks if prompt else ())
-        }
+        self._check_prompt()
         self._constants: Constants[KeysValues] = Constants()
 
     @property
     def paths(self) -> dict[int, str]:
         """How each prompted block is computed: "kv", or "concat" and the reason."""
-        return dict(self._paths)
+        return {index: self._path(index) for index in (self.prompt.blocks if self.prompt else ())}
 
     @property
     def computes_prefix_only(self) -> bool:
@@ -121,8 +117,12 @@ class PromptedViT(nn.Module):
         """Set the mode of the prompt; the frozen ViT stays in eval mode."""
         super().train(mode)
         self.vit.eval()
-        self._constants.clear()  # an edit through `.data` leaves no other trace
+        self._constants.clear()  # an edit through `.data` or NumPy leaves no other trace
         return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._constants.clear()  # moved elsewhere, they would be computed anew and the old ones stay in memory
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, D), pooled as the timm model pools, of normalised images (B, 3, H, W)."""
@@ -154,12 +154,28 @@ class PromptedViT(nn.Module):
     def extra_repr(self) -> str:
         """The path of each prompted block."""
         by_path: dict[str, list[int]] = {}
-        for block, path in self._paths.items():
+        for block, path in self.paths.items():
             by_path.setdefault(path, []).append(block)
         lines = [f"blocks {format_blocks(blocks)}: {path}" for path, blocks in by_path.items()]
-        if self.computes_prefix_only:
-            lines.append(f"block {self.depth - 1}: prefix tokens only, for what is pooled")
+        if self.prompt is not None and self.impl == "auto":
+            read = "prefix tokens only" if self.computes_prefix_only else "all tokens"
+            lines.append(f"block {self.depth - 1}: {read} (pooled: {self.vit.global_pool or 'all'})")
         return "; ".join(lines)
+
+    def _check_prompt(self) -> None:
+        """Refuse a prompt that does not fit, also one that was put in the place of another."""
+        prompt = self.prompt
+        if prompt is not None and (prompt.embed_dim != self.embed_dim or prompt.blocks[-1] >= self.depth):
+            raise ValueError(f"{prompt} does not fit a ViT of embed_dim {self.embed_dim} and {self.depth} blocks")
+
+    def _path(self, index: int) -> str:
+        """How a prompted block is computed. Asked anew each time: prompts are swapped, adapters come and go."""
+        if self.impl == "concat":
+            return "concat (asked for)"
+        if self.prompt is not None and self.prompt.kind == "shallow":
+            return "concat (a shallow prompt travels with the sequence)"
+        reason = why_not_fast(self.vit.blocks[index])
+        return "kv" if reason is None else f"concat ({reason})"
 
     def _pool(self, tokens: Tensor) -> Tensor:
         features: Tensor = self.vit.forward_head(self.vit.norm(tokens), pre_logits=True)
@@ -174,6 +190,7 @@ class PromptedViT(nn.Module):
         num_read: int | None = None,
     ) -> Tensor:
         """Run blocks `first` to `last`, which is left out; of the very last block only `num_read` tokens are wanted."""
+        self._check_prompt()
         for index in range(first, self.depth if last is None else last):
             arguments = (index, tokens, position, num_read if index == self.depth - 1 else None)
             if self.vit.grad_checkpointing and torch.is_grad_enabled():
@@ -187,7 +204,7 @@ class PromptedViT(nn.Module):
     def _run_block(self, index: int, tokens: Tensor, position: Tensor | None, num_read: int | None) -> Tensor:
         """Tokens after a block, a shallow prompt's among them; or only the first `num_read` of them."""
         prompt, keys_values, num_held = self.prompt, None, 0  # prompt tokens that the sequence holds
-        if prompt is not None and self._paths.get(index) == "kv":
+        if prompt is not None and prompt.enters(index) and self._path(index) == "kv":
             keys_values = self._keys_values(prompt, index, tokens, num_read)
         elif prompt is not None and (prompt.enters(index) or prompt.kind == "shallow"):
             tokens = self._insert(tokens, prompt(index, tokens.shape[0])) if prompt.enters(index) else tokens
@@ -201,7 +218,10 @@ class PromptedViT(nn.Module):
         return self._remove(tokens, num_held) if drops else tokens
 
     def _keys_values(self, prompt: VisualPrompt, index: int, tokens: Tensor, num_read: int | None) -> KeysValues:
-        """Keys and values of the prompt in a block; where nothing trains or draws they are constants that are kept."""
+        """Keys and values of the prompt in a block; where nothing trains or draws they are constants that are kept.
+
+        A compiled or exported program computes them in each call, since it cannot tell when a tensor changes.
+        """
         block: Any = self.vit.blocks[index]
         batch_size, dtype = tokens.shape[0], tokens.dtype
 
@@ -211,7 +231,7 @@ class PromptedViT(nn.Module):
         if torch.is_grad_enabled() or prompt.draws or torch.compiler.is_compiling():
             return compute()
         sources = (prompt.tokens, *block.norm1.parameters(), *block.attn.parameters())
-        return self._constants.get((index, dtype, num_read), sources, compute)
+        return self._constants.get((index, num_read), sources, compute, given=dtype)
 
     def _insert(self, tokens: Tensor, prompt: Tensor) -> Tensor:
         prefix = self.num_prefix_tokens
@@ -221,12 +241,3 @@ class PromptedViT(nn.Module):
     def _remove(self, tokens: Tensor, num_tokens: int) -> Tensor:
         prefix = self.num_prefix_tokens
         return torch.cat([tokens[:, :prefix], tokens[:, prefix + num_tokens :]], dim=1)
-
-
-def _choose_path(block: nn.Module, prompt: VisualPrompt | None, impl: PromptImpl) -> str:
-    if impl == "concat":
-        return "concat (asked for)"
-    if prompt is not None and prompt.kind == "shallow":
-        return "concat (a shallow prompt travels with the sequence)"
-    reason = why_not_fast(block)
-    return "kv" if reason is None else f"concat ({reason})"

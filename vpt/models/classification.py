@@ -112,13 +112,17 @@ def create_model(
         head_init: How the head starts, see `linear_head`.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: As `load_vit`, `PromptedViT` and `ClassificationModel` raise them.
+        ValueError, TypeError, FileNotFoundError: As `load_vit`, `PromptedViT` and `ClassificationModel` raise them;
+            `checkpoint`, `img_size` and `dtype` are for a name, and refused for a ViT that is in memory.
 
     Example:
         >>> model = create_model("vit_nano_patch8_64", prompt="deep", num_tokens=10, num_classes=14, pretrained=False)
         >>> sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         12302
     """
+    for key, value in {"checkpoint": checkpoint, "img_size": img_size, "dtype": dtype}.items():
+        if not isinstance(backbone, str) and value is not None:
+            raise ValueError(f"{key}={value} is for a backbone given by name; this one is in memory as it is")
     vit = (
         load_vit(backbone, pretrained=pretrained, checkpoint=checkpoint, img_size=img_size, dtype=dtype)
         if isinstance(backbone, str)

@@ -1,7 +1,7 @@
 """Constants: what is computed of tensors once, and again only after one of them has changed."""
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ class Constants(Generic[Value]):
     """Values by key, each kept until a tensor that it was computed of changes.
 
     A change is another storage, dtype or device, or any edit in place that torch counts: an optimiser's step, a load,
-    `copy_`. An edit through `.data` is not counted; `clear` after it.
+    `copy_`. An edit through `.data` or NumPy is not counted; `clear` after it. Copies and pickles hold no values.
 
     Example:
         >>> source, constants = torch.ones(2), Constants()
@@ -32,9 +32,18 @@ class Constants(Generic[Value]):
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[object, Value, list[Tensor]]] = {}
 
-    def get(self, key: Hashable, sources: Sequence[Tensor], compute: Callable[[], Value]) -> Value:
-        """The value of this key, computed without gradients when it is not known or no longer true."""
-        stamp = _stamp(sources)
+    def get(
+        self, key: Hashable, sources: Sequence[Tensor], compute: Callable[[], Value], given: Hashable = None
+    ) -> Value:
+        """The value of this key, computed without gradients when it is not known or no longer true.
+
+        Args:
+            key: One value is kept for each.
+            sources: The tensors that the value is computed of.
+            compute: Computes it.
+            given: What else decides the value; another one replaces the value.
+        """
+        stamp = _stamp(sources, given)
         kept = self._kept.get(key)
         if stamp is not None and kept is not None and kept[0] == stamp:
             return kept[1]
@@ -45,16 +54,22 @@ class Constants(Generic[Value]):
             self._kept[key] = (stamp, value, [source.detach() for source in sources])
         return value
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": {}}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
     def clear(self) -> None:
         """Forget all values."""
         self._kept.clear()
 
 
-def _stamp(sources: Sequence[Tensor]) -> object:
+def _stamp(sources: Sequence[Tensor], given: Hashable) -> object:
     """Equal for as long as the sources, and how torch computes with them, stay; None if that cannot be told."""
     try:
         versions = [(source.data_ptr(), source._version, source.dtype, source.device) for source in sources]
     except RuntimeError:  # tensors made in inference mode, and those of torch.func, count no versions
         return None
     device = sources[0].device.type
-    return versions, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return versions, given, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
