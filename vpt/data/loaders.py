@@ -9,7 +9,7 @@ Shapes: B batch, C channels, H, W pixels.
 
 import hashlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -66,14 +66,15 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 def build_loader(
-    dataset: Dataset[tuple[Tensor, int]],
+    dataset: Dataset[tuple[Tensor, Any]],
     batch_size: int,
     *,
     shuffle: bool,
     seed: int = 0,
     num_workers: int = 0,
+    collate: Callable[[Any], Any] | None = None,
 ) -> DataLoader[Any]:
-    """Build a loader of batches: images (B, 3, H, W) float32, targets (B,) int64.
+    """Build a loader of batches: images (B, 3, H, W) float32, targets (B,) int64, or what `collate` makes.
 
     Call `loader.sampler.set_epoch(epoch)` before each epoch.
 
@@ -83,6 +84,7 @@ def build_loader(
         shuffle: Draw a new order each epoch.
         seed: Decides the order.
         num_workers: Processes that read pictures; 0 reads in this one, with the same result.
+        collate: Makes a batch of a list of items; None stacks each part, as torch does.
 
     Raises:
         ValueError: The data set is empty.
@@ -95,6 +97,7 @@ def build_loader(
         batch_size=batch_size,
         sampler=EpochSampler(num_samples, seed, shuffle),
         num_workers=num_workers,
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         worker_init_fn=_start_worker,

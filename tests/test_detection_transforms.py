@@ -1,0 +1,256 @@
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vpt.data.transforms import (
+    DetectionEvalTransform,
+    DetectionTrainTransform,
+    Preprocessing,
+    denormalise,
+    letterbox,
+    unletterbox,
+)
+
+SQUARE = Preprocessing(size=(64, 64), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+OBLONG = Preprocessing(size=(48, 96), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear")
+MEAN_COLOUR, MEAN_GREY = (124, 116, 104), 115
+JITTER = {"name": "CropAndPad", "percent": [-0.25, 0.5], "keep_size": False}
+RECIPE = [{"name": "HorizontalFlip", "p": 0.5}, JITTER, {"name": "ColorJitter", "p": 0.8}]
+
+
+def picture(width: int, height: int) -> Image.Image:
+    noise = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def boxes_in(width: int, height: int, num: int, seed: int = 0) -> np.ndarray:
+    corners = np.random.default_rng(seed).uniform(0, (width, height), (num, 2, 2))
+    return np.concatenate([corners.min(1), corners.max(1)], axis=1).astype(np.float32)
+
+
+def painted(width: int, height: int, box: tuple[int, int, int, int]) -> Image.Image:
+    """A black picture with a white box."""
+    image = Image.new("RGB", (width, height))
+    image.paste("white", box)
+    return image
+
+
+def white_part(tensor: torch.Tensor, preprocessing: Preprocessing) -> list[int]:
+    """Corners of what is white."""
+    rows, columns = np.nonzero(denormalise(tensor[None], preprocessing)[0].min(-1) > 190)
+    return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+# Letterbox
+
+
+@pytest.mark.parametrize("preprocessing", [SQUARE, OBLONG])
+@pytest.mark.parametrize("seed", range(8))
+def test_boxes_come_back_to_their_pixels(seed, preprocessing):
+    sides = np.random.default_rng(seed).integers(1, 1200, 2).tolist()
+    width, height = [(1000, 1), (1, 1000), (1, 1)][seed] if seed < 3 else sides
+    boxes = boxes_in(width, height, num=20, seed=seed)
+    placed = letterbox(picture(width, height), boxes, preprocessing)[1]
+    assert placed.dtype == np.float32
+    assert (placed >= 0).all()
+    assert (placed <= np.tile(preprocessing.size[::-1], 2)).all()
+    back = unletterbox(placed, (height, width), preprocessing)
+    assert back.dtype == np.float32
+    assert np.abs(back - boxes).max() < 0.5
+
+
+def test_a_picture_of_any_size_fills_the_input_from_side_to_side():
+    for width in range(1, 400):
+        whole = np.float32([[0, 0, width, 1]])
+        assert letterbox(Image.new("RGB", (width, 1)), whole, SQUARE)[1].max() == 64
+
+
+def test_boxes_that_leave_the_picture_are_clipped_on_their_way_back():
+    boxes = np.float32([[-9, -9, 999, 60]])
+    assert unletterbox(boxes, (50, 100), SQUARE).tolist() == [[0, 0, 100, 50]]
+
+
+@pytest.mark.parametrize("size", [(128, 96), (96, 128), (20, 31), (64, 64), (300, 70)])
+@pytest.mark.parametrize("preprocessing", [SQUARE, OBLONG])
+def test_a_box_is_where_its_content_is(preprocessing, size):
+    width, height = size
+    box = width // 4, height // 3, width // 2, height
+    tensor, boxes, _ = DetectionEvalTransform(preprocessing)(painted(width, height, box), np.float32([box]))
+    assert np.abs(white_part(tensor, preprocessing) - boxes[0]).max() <= 1
+
+
+def test_a_picture_stands_in_the_upper_left_corner_whole_and_the_rest_is_the_mean():
+    pixels = np.asarray(letterbox(Image.new("RGB", (100, 50), "red"), boxes_in(100, 50, 0), SQUARE)[0])
+    assert (pixels[:32] == (255, 0, 0)).all()
+    assert (pixels[32:] == MEAN_COLOUR).all()
+    tensor = DetectionEvalTransform(SQUARE)(Image.new("RGB", (100, 50), "red"))[0]
+    assert tensor[:, 32:].abs().max() < 0.01
+    assert tensor.shape == (3, 64, 64)
+
+
+def test_shrinking_is_antialiased():
+    stripes = np.zeros((256, 256, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    pixels = np.asarray(letterbox(Image.fromarray(stripes), boxes_in(256, 256, 0), SQUARE)[0])
+    assert 120 < pixels[:, 2:-2].min() <= pixels[:, 2:-2].max() < 136
+
+
+# Augmentation
+
+
+def test_an_empty_list_equals_evaluation():
+    image, boxes = picture(150, 400), boxes_in(150, 400, 5)
+    for ours, theirs in zip(
+        DetectionTrainTransform(SQUARE)(image, boxes, 3), DetectionEvalTransform(SQUARE)(image, boxes), strict=True
+    ):
+        assert (np.asarray(ours) == np.asarray(theirs)).all()
+
+
+def test_a_flip_takes_the_boxes_along():
+    flip = DetectionTrainTransform(SQUARE, [{"name": "HorizontalFlip", "p": 1.0}])
+    tensor, boxes, kept = flip(picture(64, 64), np.float32([[0, 8, 16, 32], [60, 0, 64, 64]]), 0)
+    assert torch.equal(tensor, DetectionEvalTransform(SQUARE)(picture(64, 64))[0].flip(2))
+    np.testing.assert_allclose(boxes, [[48, 8, 64, 32], [0, 0, 4, 64]], atol=1e-4)
+    assert kept.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("size", [(90, 60), (500, 400)])
+def test_boxes_follow_their_content_through_every_step(size):
+    geometry = [*RECIPE[:2], {"name": "RandomRotate90"}, {"name": "Affine", "translate_percent": [-0.05, 0.05]}]
+    transform = DetectionTrainTransform(SQUARE, geometry)
+    width, height = size
+    box = width // 3, height // 3, width // 2, height // 2
+    shapes = set()
+    for seed in range(20):
+        tensor, boxes, kept = transform(painted(width, height, box), np.float32([box]), seed)
+        assert kept.tolist() == [0]
+        assert np.abs(white_part(tensor, SQUARE) - boxes[0]).max() <= 1.5
+        shapes.add(tuple(np.round(boxes[0])))
+    assert len(shapes) > 10
+
+
+def test_boxes_stay_inside_and_a_pixel_wide_and_indices_say_which_they_were():
+    transform = DetectionTrainTransform(SQUARE, [JITTER], min_visibility=0.3)
+    boxes = boxes_in(200, 100, 60)
+    num_kept = []
+    for seed in range(10):
+        _, moved, kept = transform(picture(200, 100), boxes, seed)
+        assert moved.dtype == np.float32
+        assert kept.dtype == np.int64
+        assert len(moved) == len(kept) == len(set(kept.tolist()))
+        assert (moved >= 0).all()
+        assert (moved <= 64).all()
+        assert (moved[:, 2:] > moved[:, :2]).all()
+        num_kept.append(len(kept))
+    assert min(num_kept) < 60
+
+
+def test_a_box_that_is_mostly_cut_off_goes_and_the_next_one_keeps_its_index():
+    half = [{"name": "Crop", "x_min": 0, "y_min": 0, "x_max": 32, "y_max": 64}]
+    boxes = np.float32([[30, 0, 60, 64], [20, 0, 44, 64], [40, 0, 64, 64], [0, 0, 8, 8]])
+    _, moved, kept = DetectionTrainTransform(SQUARE, half, min_visibility=0.4)(picture(64, 64), boxes, 0)
+    assert kept.tolist() == [1, 3]
+    np.testing.assert_allclose(moved, [[20, 0, 32, 64], [0, 0, 8, 8]], atol=1e-4)
+    assert DetectionTrainTransform(SQUARE, half, min_visibility=0)(picture(64, 64), boxes, 0)[2].tolist() == [0, 1, 3]
+
+
+def test_pictures_without_boxes_and_those_that_lose_all_of_them_have_none():
+    transform = DetectionTrainTransform(SQUARE, RECIPE)
+    far = [{"name": "Crop", "x_min": 0, "y_min": 0, "x_max": 8, "y_max": 8}, *RECIPE]
+    for tensor, boxes, kept in (
+        transform(picture(50, 40), boxes_in(50, 40, 0), 1),
+        DetectionTrainTransform(SQUARE, far)(picture(50, 40), np.float32([[30, 30, 40, 40]]), 1),
+    ):
+        assert tensor.shape == (3, 64, 64)
+        assert boxes.shape == (0, 4)
+        assert kept.shape == (0,)
+        assert (boxes.dtype, kept.dtype) == (np.float32, np.int64)
+
+
+def test_steps_fill_with_the_grey_of_the_mean_unless_told_otherwise():
+    wide = {"name": "CropAndPad", "percent": 0.5, "keep_size": False}
+    boxes = boxes_in(64, 64, 1)
+    for step, grey in ((wide, MEAN_GREY), (wide | {"fill": 255}, 255)):
+        tensor = DetectionTrainTransform(SQUARE, [step])(Image.new("RGB", (64, 64)), boxes, 0)[0]
+        assert denormalise(tensor[None], SQUARE)[0, 0, 0].tolist() == [grey] * 3
+
+
+def test_a_large_picture_is_shrunk_to_twice_the_input_before_the_steps():
+    crop = [{"name": "CenterCrop", "height": 64, "width": 64}]
+    middle = np.float32([[250, 250, 750, 750]])
+    _, boxes, _ = DetectionTrainTransform(SQUARE, crop)(picture(1000, 1000), middle, 0)
+    np.testing.assert_allclose(boxes, [[0, 0, 64, 64]], atol=1e-3)
+
+
+def test_the_same_seed_gives_the_same_result_whatever_else_happens():
+    transform, image, boxes = DetectionTrainTransform(SQUARE, RECIPE), picture(90, 70), boxes_in(90, 70, 6)
+    first = [transform(image, boxes, seed) for seed in range(6)]
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    again = pickle.loads(pickle.dumps(DetectionTrainTransform(SQUARE, RECIPE)))
+    for seed in (4, 0, 5, 2):
+        for ours, theirs in zip(again(image, boxes, seed), first[seed], strict=True):
+            assert np.array_equal(ours, theirs)
+    assert not torch.equal(first[0][0], first[1][0])
+
+
+def test_a_transform_leaves_global_states_and_its_boxes_alone():
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    boxes = boxes_in(50, 40, 4)
+    boxes.setflags(write=False)
+    before = boxes.copy()
+    DetectionTrainTransform(SQUARE, RECIPE)(picture(50, 40), boxes, 0)
+    DetectionEvalTransform(SQUARE)(picture(50, 40), boxes)
+    assert random.getstate() == states[0]
+    assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[2])
+    assert np.array_equal(boxes, before)
+
+
+def test_two_steps_of_equal_probability_do_not_always_happen_together():
+    flips = [{"name": "HorizontalFlip", "p": 0.5}, {"name": "VerticalFlip", "p": 0.5}]
+    transform, corner = DetectionTrainTransform(SQUARE, flips), np.float32([[0, 0, 8, 8]])
+    places = {tuple(np.round(transform(picture(64, 64), corner, seed)[1][0, :2])) for seed in range(40)}
+    assert places == {(0, 0), (56, 0), (0, 56), (56, 56)}
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"name": "HorizontalFlp"}, r"augment\.transforms\[1\]: 'HorizontalFlp' is no transform.*'HorizontalFlip'"),
+        ({"name": "HorizontalFlip", "prob": 1}, r"HorizontalFlip has no argument 'prob'"),
+        ({"name": "Rotate", "fill": "x"}, r"augment\.transforms\[1\]: Rotate refuses"),
+        ({"name": "CubicSymmetry"}, r"augment\.transforms\[1\]: CubicSymmetry leaves boxes where they are"),
+        ("x", r"augment\.transforms\[1\] is 'x', no mapping"),
+        (None, r"augment\.transforms\[1\] is None, no mapping"),
+    ],
+)
+def test_a_wrong_step_is_refused_by_its_place_and_name(step, message):
+    with pytest.raises(ValueError, match=message):
+        DetectionTrainTransform(SQUARE, [{"name": "VerticalFlip"}, step])
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (
+            {"name": "RandomCrop", "height": 64, "width": 64},
+            "RandomCrop cannot be applied to 40 x 50 pixels and 3 boxes",
+        ),
+        ({"name": "ToGray", "num_output_channels": 1, "p": 1}, r"ToGray gave uint8 pixels of shape \(40, 50"),
+    ],
+)
+def test_a_step_that_fails_on_a_picture_is_named(step, message):
+    with pytest.raises(ValueError, match=message):
+        DetectionTrainTransform(SQUARE, [step])(picture(50, 40), boxes_in(50, 40, 3), 0)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
+def test_a_visibility_out_of_range_is_refused(value):
+    with pytest.raises(ValueError, match=r"augment\.min_visibility is .*; allowed"):
+        DetectionTrainTransform(SQUARE, min_visibility=value)

@@ -1,0 +1,486 @@
+"""Pictures with boxes: samples, their data set, and the checks that every file of labels goes through.
+
+A reader (`detection.py`) describes each picture as a `SourcePicture`, without a judgement of its own. `make_samples`
+looks at the picture file, brings the boxes into pixels of the upright picture, repairs or drops what is wrong, and
+tells a `DataReport`.
+
+Shapes: B batch, S side of the input, H, W pixels, n boxes of a picture, K classes.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vpt.data.classification import SPLITS, stratified_split
+from vpt.data.images import FORMATS, ImageError, check_image, read_image
+from vpt.data.loaders import stable_seed
+
+MIN_SIDE = 1.0  # pixels
+ROUNDING = 0.5  # pixels; a box that leaves its picture by no more is clipped without a word
+
+Corners = tuple[float, float, float, float]  # x1, y1, x2, y2
+Size = tuple[int, int]  # height, width in pixels
+Target = dict[str, Tensor]
+BoxTransform = Callable[
+    [Image.Image, NDArray[np.float32], int], tuple[Tensor, NDArray[np.float32], NDArray[np.int64]]
+]  # (RGB picture, boxes, seed) -> image, the boxes that stay, their indices
+
+
+@dataclass(frozen=True, eq=False)
+class DetectionSamples:
+    """One split: for each picture its file and its boxes, checked, in pixels of the upright picture.
+
+    Args:
+        classes: The class names, by label.
+        category_ids: What the source calls each class, by label: a COCO category id, a YOLO class number, or 1, 2, ...
+        names: The path of each picture, relative to the root.
+        paths: The file of each picture.
+        sizes: Height and width of each upright picture.
+        image_ids: What the source calls each picture: a COCO image id, or 1, 2, ...
+        boxes: Corners x1, y1, x2, y2 for each picture, (n, 4) float32; read-only, as the next two.
+        labels: A number in [0, K) for each box, (n,) int64.
+        crowd: Whether loss and matching ignore a box, (n,) bool.
+    """
+
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    names: tuple[str, ...]
+    paths: tuple[Path, ...] = field(repr=False)
+    sizes: tuple[Size, ...] = field(repr=False)
+    image_ids: tuple[int, ...] = field(repr=False)
+    boxes: tuple[NDArray[np.float32], ...] = field(repr=False)
+    labels: tuple[NDArray[np.int64], ...] = field(repr=False)
+    crowd: tuple[NDArray[np.bool_], ...] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        assert len(self.classes) == len(self.category_ids)
+        assert len({len(getattr(self, key)) for key in _BY_PICTURE}) == 1
+        for arrays in (self.boxes, self.labels, self.crowd):
+            for array in arrays:
+                array.setflags(write=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> Image.Image:
+        """Read a picture, upright, mode RGB.
+
+        Raises:
+            ImageError: It cannot be read, or is not of the size that its boxes were checked for.
+        """
+        path, size = self.paths[index], self.sizes[index]
+        image = read_image(path)
+        if (image.height, image.width) != size:
+            raise ImageError(
+                f"{path}: {image.width} x {image.height} pixels, but its boxes are for {_by(size)}; was it changed "
+                "meanwhile, or does EXIF data at its end turn it? save it anew, and start again"
+            )
+        return image
+
+    def take(self, indices: Sequence[int]) -> "DetectionSamples":
+        """The samples at these indices, in this order."""
+        taken: dict[str, Any] = {key: tuple(getattr(self, key)[i] for i in indices) for key in _BY_PICTURE}
+        return replace(self, **taken)
+
+
+_BY_PICTURE = ("names", "paths", "sizes", "image_ids", "boxes", "labels", "crowd")
+
+
+class DetectionDataset(Dataset[tuple[Tensor, Target]]):
+    """Samples behind a transform.
+
+    A key is `(epoch, index)`, or an index, which means epoch 0. The transform is called with a seed made of `seed`,
+    epoch and index, so an item does not depend on who asks for it, nor when. An item is an image (3, S, S) float32 and
+    a target: "boxes" (n, 4) float32 in pixels of the image, "labels" (n,) int64, "crowd" (n,) bool, "image_index" ().
+
+    Args:
+        samples: One split.
+        transform: Called with (RGB picture, boxes, seed), returns a tensor, the boxes that stay, and their indices.
+        seed: The seed of the run.
+    """
+
+    def __init__(self, samples: DetectionSamples, transform: BoxTransform, seed: int = 0) -> None:
+        self.samples = samples
+        self.transform = transform
+        self.seed = seed
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        samples = self.samples
+        image, boxes, kept = self.transform(
+            samples.read(index), samples.boxes[index], stable_seed(self.seed, epoch, index)
+        )
+        return image, {
+            "boxes": torch.tensor(boxes),
+            "labels": torch.tensor(samples.labels[index][kept]),
+            "crowd": torch.tensor(samples.crowd[index][kept]),
+            "image_index": torch.tensor(index),
+        }
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def collate_detection(batch: Sequence[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]:
+    """Make a batch of items: images (B, 3, S, S), and a target for each."""
+    return torch.stack([image for image, _ in batch]), [target for _, target in batch]
+
+
+# What readers say, and how it is checked.
+
+
+class Unit(Enum):
+    """What the numbers of a box count."""
+
+    PIXELS = "distances from the picture's upper left corner, in pixels"
+    PIXEL_NUMBERS = "numbers of the first and the last pixel of the box, counted from 1"
+    FRACTIONS = "distances from the upper left corner, as fractions of the upright picture's sides"
+
+
+@dataclass(frozen=True)
+class SourceBox:
+    """A box as its file gives it.
+
+    Args:
+        corners: x1, y1, x2, y2, unchecked.
+        label: The number of its class; None if the class is not known.
+        given: How the file writes the class.
+        where: The file and the place in it.
+        crowd: To be ignored by loss and matching.
+    """
+
+    corners: Corners
+    label: int | None
+    given: str
+    where: str
+    crowd: bool = False
+
+
+@dataclass(frozen=True)
+class SourcePicture:
+    """A picture and its boxes as their files give them.
+
+    Args:
+        path: The picture file.
+        name: The path, relative to the root.
+        image_id: The number that outputs call it by.
+        where: What names the picture, for an error.
+        boxes: Its boxes.
+        unit: What their numbers count.
+        size: Height and width that the file declares, if it does.
+    """
+
+    path: Path
+    name: str
+    image_id: int
+    where: str
+    boxes: Sequence[SourceBox]
+    unit: Unit = Unit.PIXELS
+    size: Size | None = None
+
+
+@dataclass(frozen=True)
+class CheckedPicture:
+    """Height and width of the upright picture; its boxes (n, 4) float32, labels (n,) int64 and crowd (n,) bool."""
+
+    size: Size
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    crowd: NDArray[np.bool_]
+
+
+class Finding(Enum):
+    """What a check can find, and what became of it."""
+
+    MISSING = "pictures that are not there", "left out"
+    UNREADABLE = "pictures that cannot be read", "left out"
+    STRAY = "labels of pictures that are not there", "left out"
+    SIZE = "pictures of another size than declared", "their boxes taken as they are"
+    UNKNOWN = "boxes of a class that is not declared, or that train does not have", "dropped"
+    NOT_FINITE = "boxes with NaN or infinite numbers", "dropped"
+    SWAPPED = "boxes with swapped corners", "put right"
+    OUTSIDE = "boxes outside their picture", "dropped"
+    CLIPPED = "boxes that leave their picture", "clipped"
+    SMALL = f"boxes with a side below {MIN_SIDE:g} px", "dropped"
+    DUPLICATE = "boxes that are there already", "dropped"
+    TURNED = "pictures that lie on their side, and their boxes with them", "turned upright"
+    CROWD = "boxes of crowds or difficult objects", "kept, for loss and matching to ignore"
+    BACKGROUND = "pictures without boxes", "kept as background"
+
+    @property
+    def is_error(self) -> bool:
+        """Whether somebody made a mistake; the others are only good to know."""
+        return self not in (Finding.TURNED, Finding.CROWD, Finding.BACKGROUND)
+
+
+@dataclass
+class DataReport:
+    """What reading a data set found: how often, and where first. A reader fills it; one report is for one reading.
+
+    Example:
+        >>> report = DataReport()
+        >>> report.add(Finding.SMALL, "a.txt, line 2: box (3, 3, 3, 9) of a.jpg")
+        >>> print(*report.lines())
+        boxes with a side below 1 px: 1, dropped; first a.txt, line 2: box (3, 3, 3, 9) of a.jpg
+    """
+
+    counts: Counter[Finding] = field(default_factory=Counter)
+    first: dict[Finding, str] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
+
+    def add(self, finding: Finding, where: str) -> None:
+        """Count a finding; `where` names the file, and the picture and box if it is about one."""
+        self.counts[finding] += 1
+        self.first.setdefault(finding, where)
+
+    def lines(self) -> list[str]:
+        """A line for each split, and one for each kind of finding."""
+        found = [(finding, *finding.value) for finding in Finding if self.counts[finding]]
+        return [f"{split}: {content}" for split, content in self.splits.items()] + [
+            f"{what}: {self.counts[finding]:,}, {fate}; first {self.first[finding]}" for finding, what, fate in found
+        ]
+
+    def refuse_errors(self) -> None:
+        """Refuse data in which anything is wrong.
+
+        Raises:
+            ValueError: Something is; names the first one, and counts all.
+        """
+        errors = [finding for finding in Finding if finding.is_error and self.counts[finding]]
+        if errors:
+            counted = ", ".join(f"{finding.value[0]} ({self.counts[finding]:,})" for finding in errors)
+            raise ValueError(
+                f"{self.first[errors[0]]} is the first of: {counted}; correct the files, or read them with strict=false"
+            )
+
+
+def make_samples(
+    classes: Sequence[str],
+    category_ids: Sequence[int],
+    pictures: Mapping[str, Iterable[SourcePicture]],
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    strict: bool,
+    report: DataReport,
+) -> dict[str, DetectionSamples]:
+    """Check the pictures of all splits, and split test and val off train where they are missing.
+
+    Both fractions are parts of the train that is given. Who is held out depends on names and seed only.
+
+    Raises:
+        ValueError: A split without a picture, train without a box, a picture that is there twice, or a wrong fraction;
+            anything that is wrong if `strict`.
+    """
+    if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
+        raise ValueError(
+            f"dataset.val_fraction={val_fraction}, test_fraction={test_fraction}; allowed: 0 or more, together under 1"
+        )
+    result = _check_splits(classes, category_ids, pictures, report)
+    if strict:
+        report.refuse_errors()
+    rest = 1.0
+    for split, fraction in (("test", test_fraction), ("val", val_fraction)):
+        if split not in result and fraction > 0:
+            train = result["train"]
+            keep, held = stratified_split([0] * len(train), fraction / rest, stable_seed(seed, split), train.names)
+            if not held:
+                raise ValueError(f"train has one picture, so no {split} can be split off; add pictures")
+            result["train"], result[split] = train.take(keep), train.take(held)
+            rest -= fraction
+    result = {split: result[split] for split in SPLITS if split in result}
+    for split, samples in result.items():
+        num_boxes = sum(map(len, samples.boxes))
+        report.splits[split] = f"{len(samples):,} pictures, {num_boxes:,} boxes, {len(classes)} classes"
+    return result
+
+
+def _check_splits(
+    classes: Sequence[str],
+    category_ids: Sequence[int],
+    pictures: Mapping[str, Iterable[SourcePicture]],
+    report: DataReport,
+) -> dict[str, DetectionSamples]:
+    seen: dict[Path, SourcePicture] = {}
+    splits = {}
+    for split, members in pictures.items():
+        rows: list[tuple[SourcePicture, CheckedPicture]] = []
+        for picture in members:
+            other = seen.setdefault(picture.path, picture)
+            if other is not picture:
+                raise ValueError(
+                    f"{picture.where}: {picture.name} is there twice, first at {other.where}; keep one of them"
+                )
+            checked = check_picture(picture, report)
+            if checked is not None:
+                rows.append((picture, checked))
+        if not rows:
+            raise ValueError(f"{split} has no picture that can be used; {_found(report)}")
+        splits[split] = DetectionSamples(
+            classes=tuple(classes),
+            category_ids=tuple(category_ids),
+            names=tuple(picture.name for picture, _ in rows),
+            paths=tuple(picture.path for picture, _ in rows),
+            sizes=tuple(checked.size for _, checked in rows),
+            image_ids=tuple(picture.image_id for picture, _ in rows),
+            boxes=tuple(checked.boxes for _, checked in rows),
+            labels=tuple(checked.labels for _, checked in rows),
+            crowd=tuple(checked.crowd for _, checked in rows),
+        )
+    if not any(map(len, splits["train"].boxes)):
+        raise ValueError(f"train has no box that can be used; {_found(report)}")
+    return splits
+
+
+def _found(report: DataReport) -> str:
+    return "; ".join(report.lines()) or "no picture is listed"
+
+
+def check_picture(picture: SourcePicture, report: DataReport) -> CheckedPicture | None:
+    """Look at the header of a picture, and at all of its boxes; None if the picture cannot be used.
+
+    A picture that EXIF turns by 90 degrees takes its boxes along if the declared size is that of the picture as it is
+    stored. If it is the upright one's, if the two are equal, or if none is declared, the boxes are upright already.
+    """
+    try:
+        upright, stored, orientation = _read_header(picture.path)
+    except ImageError as error:
+        finding = Finding.UNREADABLE if picture.path.is_file() else Finding.MISSING
+        report.add(finding, f"{picture.where}: {error}")
+        return None
+    declared = picture.size or upright
+    lies_on_side = declared == stored != upright
+    if lies_on_side:
+        report.add(Finding.TURNED, str(picture.path))
+    elif declared != upright:
+        report.add(Finding.SIZE, f"{picture.where}: {_by(declared)} declared, {picture.path} has {_by(upright)}")
+    boxes = list(_check_boxes(picture, upright, orientation if lies_on_side else 1, report))
+    if not boxes:
+        report.add(Finding.BACKGROUND, str(picture.path))
+    return CheckedPicture(
+        size=upright,
+        boxes=np.array([corners for corners, _, _ in boxes], dtype=np.float32).reshape(-1, 4),
+        labels=np.array([label for _, label, _ in boxes], dtype=np.int64),
+        crowd=np.array([crowd for _, _, crowd in boxes], dtype=np.bool_),
+    )
+
+
+def _check_boxes(
+    picture: SourcePicture, size: Size, orientation: int, report: DataReport
+) -> Iterator[tuple[Corners, int, bool]]:
+    """Corners, label and crowd of each box that stays; of equal ones the first."""
+    seen = set()
+    for box in picture.boxes:
+        if box.label is None:
+            report.add(Finding.UNKNOWN, f"{_where(box, picture)}, class {box.given}")
+            continue
+        corners = _check_corners(box, picture, size, orientation, report)
+        if corners is None:
+            continue
+        row = (corners, box.label, box.crowd)
+        if row in seen:
+            report.add(Finding.DUPLICATE, _where(box, picture))
+            continue
+        seen.add(row)
+        if box.crowd:
+            report.add(Finding.CROWD, _where(box, picture))
+        yield row
+
+
+def _check_corners(
+    box: SourceBox, picture: SourcePicture, size: Size, orientation: int, report: DataReport
+) -> Corners | None:
+    """Corners in pixels of the upright picture, inside it and at least a pixel apart; None if there are none."""
+    if not all(map(isfinite, box.corners)):
+        report.add(Finding.NOT_FINITE, _where(box, picture))
+        return None
+    ordered = _in_order(box.corners)
+    if ordered != box.corners:
+        report.add(Finding.SWAPPED, _where(box, picture))
+    x1, y1, x2, y2 = _turn_upright(_to_pixels(ordered, picture.unit, size), size, orientation)
+    height, width = size
+    if x1 > width or y1 > height or x2 < 0 or y2 < 0:
+        report.add(Finding.OUTSIDE, _where(box, picture))
+        return None
+    inside = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+    if min(inside[2] - inside[0], inside[3] - inside[1]) < MIN_SIDE:
+        report.add(Finding.SMALL, _where(box, picture))
+        return None
+    if max(-x1, -y1, x2 - width, y2 - height) > ROUNDING:
+        report.add(Finding.CLIPPED, _where(box, picture))
+    return inside
+
+
+def _where(box: SourceBox, picture: SourcePicture) -> str:
+    return f"{box.where}: box ({', '.join(f'{number:g}' for number in box.corners)}) of {picture.name}"
+
+
+def _in_order(corners: Corners) -> Corners:
+    x1, y1, x2, y2 = corners
+    return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
+
+
+def _to_pixels(corners: Corners, unit: Unit, size: Size) -> Corners:
+    x1, y1, x2, y2 = corners
+    match unit:
+        case Unit.PIXELS:
+            return corners
+        case Unit.FRACTIONS:
+            height, width = size
+            return x1 * width, y1 * height, x2 * width, y2 * height
+        case Unit.PIXEL_NUMBERS:
+            # The first pixel begins at 0. Equal numbers would be a box of one pixel; in practice they are a stray
+            # click in a tool that writes distances under the name of numbers, so such a box stays empty.
+            return x1 - (x2 > x1), y1 - (y2 > y1), x2, y2
+
+
+def _turn_upright(corners: Corners, size: Size, orientation: int) -> Corners:
+    """Corners in the picture as it is stored -> corners in the upright one, of this size."""
+    height, width = size
+    x1, y1, x2, y2 = corners
+    match orientation:  # as EXIF numbers them
+        case 5:
+            return y1, x1, y2, x2
+        case 6:
+            return width - y2, x1, width - y1, x2
+        case 7:
+            return width - y2, height - x2, width - y1, height - x1
+        case 8:
+            return y1, height - x2, y2, height - x1
+        case _:
+            return corners
+
+
+def _read_header(path: Path) -> tuple[Size, Size, int]:
+    """Height and width of the upright picture and of the stored one, and EXIF's number of how it lies.
+
+    Raises:
+        ImageError: What `check_image` refuses, or broken EXIF data.
+    """
+    check_image(path)
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            # Pillow's own method for PNG would decode the picture, for the rare EXIF data that follow it.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+            is_upright = image.format == "TIFF"  # Pillow turns the size of a TIFF when it opens it
+            size = image.height, image.width
+    except Exception as error:  # Pillow raises almost anything on broken EXIF data
+        raise ImageError(f"{path}: broken picture ({error})") from error
+    if orientation not in (5, 6, 7, 8):
+        return size, size, 1
+    return (size, size[::-1], orientation) if is_upright else (size[::-1], size, orientation)
+
+
+def _by(size: Size) -> str:
+    return f"{size[1]} x {size[0]}"
