@@ -389,3 +389,48 @@ def test_under_distributed_training_gradients_are_those_of_the_whole_batch(image
     backbone(images).square().sum().backward()
     assert torch.equal(*gradients)
     torch.testing.assert_close(gradients[0] * 2, backbone.prompt.tokens.grad)
+
+
+# Feature maps, for detection.
+
+
+@pytest.mark.parametrize("taps", [[0, 2], "all", "last:1"])
+def test_feature_maps_without_a_prompt_are_those_of_timm(tiny_vit, images, taps):
+    indices = {"all": [0, 1, 2], "last:1": [2]}.get(str(taps), taps)
+    maps = PromptedViT(tiny_vit, None).feature_maps(images, taps)
+    expected = tiny_vit.forward_intermediates(images, indices=indices, intermediates_only=True)
+    assert len(maps) == len(expected) == len(indices)
+    assert all(torch.equal(actual, wanted) for actual, wanted in zip(maps, expected, strict=True))
+
+
+@pytest.mark.parametrize("prompt", ["deep", "shallow"])
+def test_feature_maps_hold_patch_tokens_only_and_both_ways_give_the_same(tiny_vit, images, prompt):
+    fast, plain = (
+        PromptedViT(tiny_vit.double(), prompt, num_tokens=3, impl=impl).double() for impl in ("auto", "concat")
+    )
+    plain.load_state_dict(fast.state_dict())
+    tokens = fast.forward_features(images.double())
+    maps = [backbone.feature_maps(images.double(), "all") for backbone in (fast, plain)]
+    assert [tuple(one.shape) for one in maps[0]] == [(4, 32, 4, 4)] * 3
+    for one, other in zip(*maps, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    patches = tiny_vit.norm(maps[0][-1].flatten(2).mT)
+    torch.testing.assert_close(patches, tokens[:, tiny_vit.num_prefix_tokens :], rtol=1e-10, atol=1e-10)
+    maps[0][-1].sum().backward()
+    assert (fast.prompt.tokens.grad.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_feature_maps_take_images_of_any_size_that_the_patches_divide():
+    vit = make_tiny_vit(dynamic_img_size=True)
+    backbone = PromptedViT(vit, "deep", num_tokens=3)
+    (one,) = backbone.feature_maps(torch.randn(1, 3, 48, 24))
+    assert tuple(one.shape) == (1, 32, 6, 3)
+    assert backbone.stride == 8
+
+
+def test_blocks_behind_the_last_tap_are_not_run(images):
+    vit = make_tiny_vit()
+    backbone = PromptedViT(vit, "deep", num_tokens=3)
+    assert shapes_in(vit.blocks[2].mlp, lambda: backbone.feature_maps(images, [0, 1])) == []
+    with pytest.raises(ValueError, match="the backbone has blocks 0 to 2"):
+        backbone.feature_maps(images, [3])

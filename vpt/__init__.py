@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vpt.models.backbone import PromptedViT
     from vpt.models.classification import ClassificationModel, create_model
+    from vpt.models.detection import DetectionModel
     from vpt.models.prompts import VisualPrompt
     from vpt.models.task_file import load_task, read_task, save_task
     from vpt.models.tuning import count_parameters, tuned_parameters
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ClassificationModel": "vpt.models.classification",
+    "DetectionModel": "vpt.models.detection",
     "PromptedViT": "vpt.models.backbone",
     "VisualPrompt": "vpt.models.prompts",
     "count_parameters": "vpt.models.tuning",
@@ -29,6 +31,7 @@ _HOMES = {
 
 __all__ = [
     "ClassificationModel",
+    "DetectionModel",
     "PromptedViT",
     "VisualPrompt",
     "count_parameters",

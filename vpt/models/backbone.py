@@ -99,6 +99,12 @@ class PromptedViT(nn.Module):
         return int(self.vit.embed_dim)
 
     @property
+    def stride(self) -> int:
+        """Pixels from one patch token to the next, also behind a convolutional stem."""
+        reduction: Any = self.vit.feature_info[0]["reduction"]
+        return int(reduction[0] if isinstance(reduction, tuple) else reduction)
+
+    @property
     def depth(self) -> int:
         """Number of transformer blocks."""
         return len(self.vit.blocks)
@@ -150,6 +156,27 @@ class PromptedViT(nn.Module):
         """Tokens (B, N, D) after the final norm, prefix tokens first, prompt tokens removed."""
         features: Tensor = self.vit.norm(self._run_blocks(*embed(self.vit, images)))
         return features
+
+    def feature_maps(self, images: Tensor, taps: Blocks = "last:1") -> list[Tensor]:
+        """Patch tokens after some blocks, as maps (B, D, H / stride, W / stride); not normed.
+
+        Args:
+            images: Normalised (B, 3, H, W), of any size that the backbone takes.
+            taps: The blocks: "all", "first:k", "last:k" or a list of indices. Blocks behind the last one are not run.
+
+        Raises:
+            ValueError: A block that the backbone does not have.
+        """
+        tokens, position = embed(self.vit, images)
+        rows, columns = self.vit.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+        held = self.prompt.num_tokens if self.prompt is not None and self.prompt.kind == "shallow" else 0
+        maps, first = [], 0
+        for tap in resolve_blocks(taps, self.depth):
+            tokens = self._run_blocks(tokens, position, first=first, last=tap + 1)
+            patches = tokens[:, self.num_prefix_tokens + held :]
+            maps.append(torch.unflatten(patches.mT, 2, (rows, columns)))
+            first = tap + 1
+        return maps
 
     def extra_repr(self) -> str:
         """The path of each prompted block."""

@@ -1,0 +1,190 @@
+"""DetectionModel: a prompted backbone, a feature pyramid and a head; images -> boxes.
+
+The backbone stays frozen, so the pyramid looks at the patch tokens of several of its blocks: *taps*.
+
+Legend: B images, D embed_dim, T taps, C channels, H, W pixels, S stride in pixels, A points, K classes.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms, clip_boxes_to_image
+
+from vpt.models.backbone import PromptedViT
+from vpt.models.dense_head import DenseHead, conv_norm, dense_losses, group_norm
+from vpt.models.prompts import Blocks, resolve_blocks
+
+STRIDES = (8, 16, 32)
+Targets = Sequence[dict[str, Tensor]]
+
+
+class DetectionModel(nn.Module):
+    """Images (B, 3, H, W) -> boxes, through a frozen prompted backbone, a pyramid and a head that train.
+
+    In train mode it is called with targets and returns losses by name; in eval mode it returns a dict for each image:
+    "boxes" (n, 4) as x1, y1, x2, y2 in pixels of the input, "scores" (n,) and "labels" (n,), the best first. That is
+    the convention of torchvision.
+
+    Args:
+        backbone: The prompted backbone.
+        num_classes: K.
+        classes: Names of the classes, by label.
+        taps: Blocks whose patch tokens the pyramid looks at: "quarters", "last", or indices.
+        channels: Width of pyramid and head.
+        strides: Of the pyramid's levels, in pixels; None is 8, 16 and 32, or what is nearest to them for the patches.
+        num_convs: Convolutions in each tower of the head.
+
+    Raises:
+        ValueError: A stride that cannot be reached from the patches, or a block that the backbone has not.
+
+    Example:
+        >>> import timm
+        >>> vit = timm.create_model("vit_nano_patch8_64", num_classes=0)
+        >>> model = DetectionModel(PromptedViT(vit, "deep"), num_classes=3, channels=32).eval()
+        >>> found = model(torch.zeros(1, 3, 64, 64))
+        >>> sorted(found[0])
+        ['boxes', 'labels', 'scores']
+    """
+
+    def __init__(
+        self,
+        backbone: PromptedViT,
+        num_classes: int,
+        *,
+        classes: Sequence[str] | None = None,
+        taps: Blocks = "quarters",
+        channels: int = 128,
+        strides: Sequence[int] | None = None,
+        num_convs: int = 2,
+    ) -> None:
+        super().__init__()
+        if classes is not None and len(classes) != num_classes:
+            raise ValueError(f"{len(classes)} class names for num_classes={num_classes}")
+        self.backbone = backbone
+        self.classes = None if classes is None else tuple(classes)
+        self.taps = resolve_taps(taps, backbone.depth)
+        stride = backbone.stride
+        self.pyramid = FeaturePyramid(
+            backbone.embed_dim, len(self.taps), stride, channels, strides or default_strides(stride)
+        )
+        self.head = DenseHead(channels, num_classes, self.pyramid.strides, num_convs)
+        self.min_score, self.max_overlap, self.max_detections = 0.05, 0.6, 100
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.head.num_classes
+
+    def forward(self, images: Tensor, targets: Targets | None = None) -> Any:
+        """Losses by name in train mode, detections in eval mode; images (B, 3, H, W) as the backbone wants them.
+
+        Args:
+            images: Normalised; H and W are multiples of the largest stride.
+            targets: For each image "boxes" (G, 4) in pixels, "labels" (G,) and, if there are crowds, "crowd" (G,) bool.
+
+        Raises:
+            ValueError: There are no targets in train mode.
+        """
+        if self.training and targets is None:
+            raise ValueError("a detection model in train mode needs targets; call model.eval() to detect")
+        points, logits, boxes = self.predict(images)
+        if self.training:
+            return dense_losses(points, logits, boxes, targets or ())
+        return [self._select(*pair, images.shape[-2:]) for pair in zip(logits.float().sigmoid(), boxes, strict=True)]
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Points (A, 2), class logits (B, A, K) and boxes (B, A, 4) of images (B, 3, H, W), nothing left out."""
+        levels = self.pyramid(self.backbone.feature_maps(images, self.taps))
+        return self.head.points(levels), *self.head(levels)
+
+    def _select(self, scores: Tensor, boxes: Tensor, size: Sequence[int]) -> dict[str, Tensor]:
+        """The detections of an image: scores above the least, of boxes that overlap the best, all cut to the image."""
+        points, labels = (scores > self.min_score).nonzero(as_tuple=True)
+        scores = scores[points, labels]
+        boxes = clip_boxes_to_image(boxes[points], (size[0], size[1]))
+        kept = batched_nms(boxes, scores, labels, self.max_overlap)[: self.max_detections]
+        return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
+
+
+def resolve_taps(taps: Blocks, depth: int) -> tuple[int, ...]:
+    """Block indices of "quarters" (the last of each quarter of the depth), "last", or a list of indices.
+
+    Example:
+        >>> resolve_taps("quarters", depth=12)
+        (2, 5, 8, 11)
+    """
+    if taps == "quarters":
+        return tuple(sorted({max(1, quarter * depth // 4) - 1 for quarter in (1, 2, 3, 4)}))
+    return resolve_blocks("last:1" if taps == "last" else taps, depth)
+
+
+def default_strides(patch_size: int) -> tuple[int, ...]:
+    """8, 16 and 32 pixels, or what is nearest to them by doubling and halving the side of a patch.
+
+    Example:
+        >>> default_strides(16), default_strides(14)
+        ((8, 16, 32), (7, 14, 28))
+    """
+    return tuple(int(patch_size * 2.0 ** round(math.log2(stride / patch_size))) for stride in STRIDES)
+
+
+class FeaturePyramid(nn.Module):
+    """Patch tokens of several blocks, all at the stride of the patches, -> one feature map for each stride.
+
+    Each tap is normed on its own, all are joined and narrowed, and the result is brought to each stride.
+
+    Args:
+        embed_dim: D.
+        num_taps: T.
+        patch_size: Pixels of a patch's side.
+        channels: C.
+        strides: S, each the patch size times or divided by a power of two.
+
+    Raises:
+        ValueError: A stride that cannot be reached.
+
+    References:
+        ViTDet (Li et al., 2022), https://arxiv.org/abs/2203.16527, section 3, the simple pyramid; narrowed before it is
+        spread, for a fraction of the weights.
+
+    Example:
+        >>> pyramid = FeaturePyramid(192, num_taps=2, patch_size=16, channels=32)
+        >>> [tuple(level.shape) for level in pyramid([torch.zeros(1, 192, 4, 4)] * 2)]
+        [(1, 32, 8, 8), (1, 32, 4, 4), (1, 32, 2, 2)]
+    """
+
+    def __init__(
+        self, embed_dim: int, num_taps: int, patch_size: int, channels: int = 128, strides: Sequence[int] = STRIDES
+    ) -> None:
+        super().__init__()
+        self.strides = tuple(strides)
+        self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in range(num_taps))
+        self.narrow = nn.Conv2d(num_taps * embed_dim, channels, 1)
+        self.levels = nn.ModuleList(_level(channels, patch_size, stride) for stride in self.strides)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Levels (B, C, H/S, W/S) of maps (B, D, rows, columns), one for each tap."""
+        normed = [
+            norm(tapped.movedim(1, -1).to(self.narrow.weight.dtype)).movedim(-1, 1)
+            for norm, tapped in zip(self.norms, maps, strict=True)
+        ]
+        narrowed = self.narrow(torch.cat(normed, dim=1))
+        return [level(narrowed) for level in self.levels]
+
+
+def _level(channels: int, patch_size: int, stride: int) -> nn.Sequential:
+    """From the stride of the patches to another one, then a convolution."""
+    layers: list[nn.Module] = []
+    reached = patch_size
+    while reached >= 2 * stride:
+        layers += [nn.ConvTranspose2d(channels, channels, 2, stride=2), group_norm(channels), nn.GELU()]
+        reached //= 2
+    while 2 * reached <= stride:
+        layers.append(nn.MaxPool2d(2))
+        reached *= 2
+    if reached != stride:
+        raise ValueError(f"stride {stride} cannot be reached from patches of {patch_size} px by doubling or halving")
+    return nn.Sequential(*layers, *conv_norm(channels))
