@@ -139,14 +139,14 @@ class DetectionMetrics:
             return self._curves
         if self.is_fast:
             from faster_coco_eval import COCO
-            from faster_coco_eval import COCOeval_faster as COCOeval
+            from faster_coco_eval import COCOeval_faster as Evaluation
         else:
             from pycocotools.coco import COCO
-            from pycocotools.cocoeval import COCOeval
+            from pycocotools.cocoeval import COCOeval as Evaluation
         # An overlap of nan passes every threshold: a box that is not finite would be a hit. One without size never is.
         found = [rows.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for rows in self._detections]
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = COCOeval(self._indexed(COCO(), self._targets), self._indexed(COCO(), found), "bbox")
+            evaluation = Evaluation(self._indexed(COCO(), self._targets), self._indexed(COCO(), found), "bbox")
             evaluation.evaluate()
             evaluation.accumulate()
         self._curves = evaluation.eval["precision"], evaluation.eval["recall"]
