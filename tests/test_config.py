@@ -145,3 +145,10 @@ def test_every_key_of_the_schema_is_listed_once():
 def test_the_default_name_of_a_run_says_data_and_prompt():
     name = to_config(compose_config(["prompt=shallow", "dataset=fruit"])).run.name
     assert name.startswith("fruit_shallow_2")
+
+
+def test_a_value_that_yaml_reads_otherwise_is_refused_with_the_choices(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ncache: off\n")
+    with pytest.raises(ConfigError, match=r"^cache: .*Invalid value 'False', expected one of \[auto, off, ram, disk\]"):
+        compose_config(["+experiment=mine"], tmp_path)

@@ -29,6 +29,7 @@ def summarise(model: ClassificationModel, data: Data, config: Config, cache: str
     prompt = model.backbone.prompt
     held = "" if config.backbone.dtype is Dtype.fp32 else f" in {config.backbone.dtype.value}"
     options = {"grad_checkpointing": config.grad_checkpointing, "compile": config.compile}
+    ways = [build_settings(config, device).precision, *(name for name, is_on in options.items() if is_on)]
     splits = ", ".join(f"{split} {len(samples.targets)}" for split, samples in data.samples.items())
     rows = [
         ["backbone", f"{model.backbone.name}, {count.backbone:,} parameters, frozen{held}, {height} x {width} px"],
@@ -42,17 +43,7 @@ def summarise(model: ClassificationModel, data: Data, config: Config, cache: str
         ],
         ["task file", f"about {task_file_bytes(model) / 1000:,.0f} kB"],
         ["cache", cache],
-        [
-            "device",
-            ", ".join(
-                [
-                    str(device),
-                    build_settings(config, device).precision,
-                    *(name for name, is_on in options.items() if is_on),
-                    f"seed {config.seed}",
-                ]
-            ),
-        ],
+        ["device", f"{device}, {', '.join(ways)}, seed {config.seed}"],
     ]
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
 

@@ -30,8 +30,6 @@ KeysValues = tuple[Tensor, Tensor]
 PRE_NORM = (vision_transformer.Block, eva.EvaBlock, beit.Block)
 POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm)
 ATTENTION = (Attention, AttentionRope, eva.EvaAttention, beit.Attention)
-
-
 PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj")
 
 
