@@ -14,12 +14,54 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import box_iou, generalized_box_iou_loss
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, generalized_box_iou_loss
 
 PRIOR = 0.01  # probability of each class at the start, as in focal loss
 MAX_LOG_SIDE = 7.0  # exp of it times the stride is larger than any picture
 NUM_CANDIDATES = 10
 SCORE_POWER, OVERLAP_POWER = 0.5, 4.0
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of the boxes that a head finds in an image are given out.
+
+    Args:
+        min_score: A box must score more; 0.05 for evaluation, some 0.25 to look at.
+        max_overlap: Of two boxes of a class with a larger IoU, only the better one.
+        max_detections: The best ones of an image.
+        labels: Only these classes, which are then all that `max_detections` counts; None is all.
+
+    Raises:
+        ValueError: A number out of range, or no label.
+
+    Example:
+        >>> Selection(min_score=0.25)
+        Selection(min_score=0.25, max_overlap=0.6, max_detections=100, labels=None)
+    """
+
+    min_score: float = 0.05
+    max_overlap: float = 0.6
+    max_detections: int = 100
+    labels: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_score < 1:
+            raise ValueError(f"min_score must be at least 0 and below 1, got {self.min_score}")
+        if not 0 < self.max_overlap <= 1:
+            raise ValueError(f"max_overlap must be above 0 and at most 1, got {self.max_overlap}")
+        if self.max_detections < 1:
+            raise ValueError(f"max_detections must be at least 1, got {self.max_detections}")
+        if self.labels is not None and (not self.labels or min(self.labels) < 0):
+            raise ValueError(f"labels must be one class or more, counted from 0, or None for all, got {self.labels}")
+
+    def only(self, logits: Tensor) -> Tensor:
+        """Logits (..., K) in which the classes that are not wanted can have no score."""
+        if self.labels is None:
+            return logits
+        is_unwanted = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        is_unwanted[list(self.labels)] = False
+        return logits.masked_fill(is_unwanted, -math.inf)
 
 
 @dataclass(frozen=True)
@@ -60,7 +102,7 @@ class DenseHead(nn.Module):
 
     def __init__(self, channels: int, num_classes: int, strides: Sequence[int], num_convs: int = 2) -> None:
         super().__init__()
-        self.num_classes, self.strides = num_classes, tuple(strides)
+        self.num_classes, self.num_convs, self.strides = num_classes, num_convs, tuple(strides)
         self.class_tower, self.box_tower = (
             nn.Sequential(*(layer for _ in range(num_convs) for layer in conv_norm(channels))) for _ in range(2)
         )
@@ -82,6 +124,21 @@ class DenseHead(nn.Module):
             points = level_points(level.shape[-2:], stride, level.device)
             boxes.append(torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1))
         return torch.cat(logits, dim=1), torch.cat(boxes, dim=1)
+
+    def losses(
+        self, levels: Sequence[Tensor], image_size: tuple[int, int], targets: Sequence[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What `dense_losses` gives for levels (B, C, H/S, W/S) and their targets."""
+        logits, boxes = self(levels)
+        return dense_losses(self.points(levels), logits, boxes, targets)
+
+    def detect(
+        self, levels: Sequence[Tensor], image_size: tuple[int, int], selection: Selection
+    ) -> list[dict[str, Tensor]]:
+        """For each image "boxes" (n, 4) in pixels, "scores" (n,) and "labels" (n,), the best first."""
+        logits, boxes = self(levels)
+        scores = selection.only(logits.float()).sigmoid()
+        return [_select(*pair, image_size, selection) for pair in zip(scores, boxes, strict=True)]
 
     def points(self, levels: Sequence[Tensor]) -> Tensor:
         """The points of all levels, (A, 2) as x, y in pixels."""
@@ -121,19 +178,19 @@ def assign(points: Tensor, scores: Tensor, boxes: Tensor, targets: Tensor, label
         labels: Their classes, (G,).
         crowd: Which of them are crowds, (G,) bool.
     """
-    inside = _inside(points, targets)  # (A, G)
+    is_inside = inside(points, targets)  # (A, G)
     num_points, keep = len(points), ~crowd
-    is_ignored = inside[:, crowd].any(dim=1)
+    is_ignored = is_inside[:, crowd].any(dim=1)
     assigned = points.new_full((num_points,), -1, dtype=torch.long)
     overlap = points.new_zeros(num_points)
     if not keep.any():
         return Assignment(assigned, overlap, is_ignored)
     indices = keep.nonzero()[:, 0]
-    true, inside = targets[indices], inside[:, indices]
+    true, is_inside = targets[indices], is_inside[:, indices]
     overlaps = box_iou(boxes, true)  # (A, G)
     fit = scores[:, labels[indices]].pow(SCORE_POWER) * overlaps.pow(OVERLAP_POWER)
-    top = fit.masked_fill(~inside, -1).topk(min(NUM_CANDIDATES, num_points), dim=0)
-    is_chosen = torch.zeros_like(inside).scatter_(0, top.indices, top.values >= 0)
+    top = fit.masked_fill(~is_inside, -1).topk(min(NUM_CANDIDATES, num_points), dim=0)
+    is_chosen = torch.zeros_like(is_inside).scatter_(0, top.indices, top.values >= 0)
     # A point that several boxes chose keeps the one that it overlaps most; a box left with none takes the nearest one.
     best = torch.where(is_chosen, overlaps, -1.0).max(dim=1)
     assigned = torch.where(best.values >= 0, best.indices, assigned)
@@ -174,13 +231,22 @@ def dense_losses(
         return {"class": class_sum / max(1, num_given), "box": box_sum / max(1, num_given)}
 
 
+def _select(scores: Tensor, boxes: Tensor, image_size: tuple[int, int], selection: Selection) -> dict[str, Tensor]:
+    """The detections among the scores (A, K) and boxes (A, 4) of an image, cut to the image."""
+    points, labels = (scores > selection.min_score).nonzero(as_tuple=True)
+    scores = scores[points, labels]
+    boxes = clip_boxes_to_image(boxes[points], image_size)
+    kept = batched_nms(boxes, scores, labels, selection.max_overlap)[: selection.max_detections]
+    return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
+
+
 def _soft_focal(logits: Tensor, wanted: Tensor) -> Tensor:
     """|wanted - p|^2 times the cross-entropy, so that what is right already counts little."""
     weight = (wanted - logits.sigmoid()).abs().square()
     return weight * F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
 
 
-def _inside(points: Tensor, boxes: Tensor) -> Tensor:
+def inside(points: Tensor, boxes: Tensor) -> Tensor:
     """Which points lie in which boxes, (A, G) bool."""
     x, y = points[:, None].unbind(-1)
     return (x > boxes[:, 0]) & (x < boxes[:, 2]) & (y > boxes[:, 1]) & (y < boxes[:, 3])

@@ -1,6 +1,8 @@
 """DetectionModel: a prompted backbone, a feature pyramid and a head; images -> boxes.
 
-The backbone stays frozen, so the pyramid looks at the patch tokens of several of its blocks: *taps*.
+The backbone stays frozen, so the pyramid looks at the patch tokens of several of its blocks: *taps*. A *head* makes
+losses (`losses`) or detections (`detect`) of the levels of the pyramid and the size of the images, and that is all that
+the model knows of it.
 
 Legend: B images, D embed_dim, T taps, C channels, H, W pixels, S stride in pixels, A points, K classes.
 """
@@ -11,14 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from vpt.models.backbone import PromptedViT
-from vpt.models.dense_head import DenseHead, conv_norm, dense_losses, group_norm
+from vpt.models.dense_head import DenseHead, conv_norm, group_norm
+from vpt.models.dense_head import Selection as Selection
 from vpt.models.prompts import Blocks, resolve_blocks
+from vpt.models.torchvision_heads import FasterRCNNHead, RetinaNetHead
 
 STRIDES = (8, 16, 32)
 Targets = Sequence[dict[str, Tensor]]
+Detections = list[dict[str, Tensor]]
+
+DetectionHead = DenseHead | RetinaNetHead | FasterRCNNHead
+HEADS: dict[str, type[DetectionHead]] = {
+    "dense": DenseHead,
+    "retinanet": RetinaNetHead,
+    "fasterrcnn": FasterRCNNHead,
+}
 
 
 class DetectionModel(nn.Module):
@@ -32,13 +43,19 @@ class DetectionModel(nn.Module):
         backbone: The prompted backbone.
         num_classes: K.
         classes: Names of the classes, by label.
+        category_ids: What the source of the data calls each class, by label.
+        head: "dense", which has no anchors, or "retinanet" or "fasterrcnn" of torchvision.
         taps: Blocks whose patch tokens the pyramid looks at: "quarters", "last", or indices.
         channels: Width of pyramid and head.
         strides: Of the pyramid's levels, in pixels; None is 8, 16 and 32, or what is nearest to them for the patches.
-        num_convs: Convolutions in each tower of the head.
+        num_convs: Convolutions in each tower of the head; None is what the head usually has.
+
+    Attributes:
+        selection: Which detections are given out; put another one in its place at any time.
 
     Raises:
-        ValueError: A stride that cannot be reached from the patches, or a block that the backbone has not.
+        ValueError: A stride that cannot be reached from the patches, a block that the backbone has not, an unknown
+            head, or names or category ids that are not one for each class.
 
     Example:
         >>> import timm
@@ -55,28 +72,59 @@ class DetectionModel(nn.Module):
         num_classes: int,
         *,
         classes: Sequence[str] | None = None,
+        category_ids: Sequence[int] | None = None,
+        head: str = "dense",
         taps: Blocks = "quarters",
         channels: int = 128,
         strides: Sequence[int] | None = None,
-        num_convs: int = 2,
+        num_convs: int | None = None,
     ) -> None:
         super().__init__()
+        if head not in HEADS:
+            raise ValueError(f"head.name must be one of {', '.join(HEADS)}, got {head!r}")
         if classes is not None and len(classes) != num_classes:
             raise ValueError(f"{len(classes)} class names for num_classes={num_classes}")
+        if category_ids is not None and len(category_ids) != num_classes:
+            raise ValueError(f"{len(category_ids)} category ids for num_classes={num_classes}")
         self.backbone = backbone
         self.classes = None if classes is None else tuple(classes)
+        self.category_ids = None if category_ids is None else tuple(category_ids)
         self.taps = resolve_taps(taps, backbone.depth)
         stride = backbone.stride
         self.pyramid = FeaturePyramid(
             backbone.embed_dim, len(self.taps), stride, channels, strides or default_strides(stride)
         )
-        self.head = DenseHead(channels, num_classes, self.pyramid.strides, num_convs)
-        self.min_score, self.max_overlap, self.max_detections = 0.05, 0.6, 100
+        options = {} if num_convs is None else {"num_convs": num_convs}
+        self.head = HEADS[head](channels, num_classes, self.pyramid.strides, **options)
+        self.head_name = head
+        self.selection = Selection()
 
     @property
     def num_classes(self) -> int:
         """K."""
         return self.head.num_classes
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Keyword arguments that make the same modules on the same backbone, ready for JSON."""
+        return {
+            "head": self.head_name,
+            "taps": list(self.taps),
+            "channels": self.pyramid.narrow.out_channels,
+            "strides": list(self.pyramid.strides),
+            "num_convs": self.head.num_convs,
+        }
+
+    @property
+    def selection(self) -> Selection:
+        """Which detections are given out."""
+        return self._selection
+
+    @selection.setter
+    def selection(self, selection: Selection) -> None:
+        if selection.labels is not None and max(selection.labels) >= self.num_classes:
+            raise ValueError(f"labels must be 0 to {self.num_classes - 1}, got {selection.labels}")
+        self._selection = selection
 
     def forward(self, images: Tensor, targets: Targets | None = None) -> Any:
         """Losses by name in train mode, detections in eval mode; images (B, 3, H, W) as the backbone wants them.
@@ -88,25 +136,36 @@ class DetectionModel(nn.Module):
         Raises:
             ValueError: There are no targets in train mode.
         """
-        if self.training and targets is None:
+        if not self.training:
+            return self.head.detect(self.levels(images), _size(images), self.selection)
+        if targets is None:
             raise ValueError("a detection model in train mode needs targets; call model.eval() to detect")
-        points, logits, boxes = self.predict(images)
+        return self.head.losses(self.levels(images), _size(images), targets)
+
+    def detect_with_losses(self, images: Tensor, targets: Targets) -> tuple[Detections, dict[str, Tensor]]:
+        """Detections and losses of the same images in eval mode, for one pass through the backbone and the pyramid.
+
+        Raises:
+            ValueError: The model is in train mode.
+        """
         if self.training:
-            return dense_losses(points, logits, boxes, targets or ())
-        return [self._select(*pair, images.shape[-2:]) for pair in zip(logits.float().sigmoid(), boxes, strict=True)]
+            raise ValueError("detect_with_losses is for evaluation; call model.eval() first")
+        levels, size = self.levels(images), _size(images)
+        return self.head.detect(levels, size, self.selection), self.head.losses(levels, size, targets)
 
-    def predict(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Points (A, 2), class logits (B, A, K) and boxes (B, A, 4) of images (B, 3, H, W), nothing left out."""
-        levels = self.pyramid(self.backbone.feature_maps(images, self.taps))
-        return self.head.points(levels), *self.head(levels)
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Let torch compile backbone and pyramid; what depends on the number of boxes stays as it is."""
+        self.levels = torch.compile(self.levels, *args, **kwargs)  # type: ignore[method-assign]
 
-    def _select(self, scores: Tensor, boxes: Tensor, size: Sequence[int]) -> dict[str, Tensor]:
-        """The detections of an image: scores above the least, of boxes that overlap the best, all cut to the image."""
-        points, labels = (scores > self.min_score).nonzero(as_tuple=True)
-        scores = scores[points, labels]
-        boxes = clip_boxes_to_image(boxes[points], (size[0], size[1]))
-        kept = batched_nms(boxes, scores, labels, self.max_overlap)[: self.max_detections]
-        return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
+    def levels(self, images: Tensor) -> list[Tensor]:
+        """Levels (B, C, H/S, W/S) of the pyramid, which is all that a head sees of images (B, 3, H, W)."""
+        levels: list[Tensor] = self.pyramid(self.backbone.feature_maps(images, self.taps))
+        return levels
+
+
+def _size(images: Tensor) -> tuple[int, int]:
+    """H and W."""
+    return images.shape[-2], images.shape[-1]
 
 
 def resolve_taps(taps: Blocks, depth: int) -> tuple[int, ...]:
