@@ -13,12 +13,6 @@ def test_logits_are_the_head_on_the_pooled_features(images):
     assert model(images).shape == (4, 6)
 
 
-def test_a_model_is_made_from_a_name_at_another_size():
-    model = vpt.create_model("vit_nano_patch8_64", prompt="shallow", num_tokens=3, num_classes=2, img_size=96)
-    assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 2)
-    assert model.backbone.name == "vit_nano_patch8_64.vpt"
-
-
 def test_class_names_must_be_as_many_as_classes():
     with pytest.raises(ValueError, match="2 class names for num_classes=3"):
         vpt.create_model(make_tiny_vit(), num_classes=3, classes=["cat", "dog"])
@@ -71,7 +65,8 @@ def test_the_tuned_part_on_frozen_tokens_is_the_whole_model_bit_for_bit(tiny_vit
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-@pytest.mark.parametrize("option", [{"dtype": torch.bfloat16}, {"img_size": 64}, {"checkpoint": "vit.safetensors"}])
-def test_options_of_loading_are_refused_for_a_vit_that_is_in_memory(option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))}=.* is for a backbone given by name"):
-        vpt.create_model(make_tiny_vit(), num_classes=2, **option)
+@pytest.mark.parametrize("tuning", ["bias", "full"])
+def test_tokens_of_a_backbone_that_trains_are_not_kept(tuning):
+    model = vpt.create_model(make_tiny_vit(), num_classes=2, tuning=tuning)
+    with pytest.raises(ValueError, match="tokens of a backbone that trains cannot be kept; use cache=off"):
+        TunedPart(model, None)

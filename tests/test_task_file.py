@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -8,7 +9,41 @@ from safetensors.torch import load_file, save_file
 import vpt
 from tests.conftest import make_tiny_vit
 from vpt.files import read_tensors, write_tensors
-from vpt.models.vit import load_vit
+from vpt.models.detection import DetectionModel
+from vpt.models.vit import fingerprint, load_vit, preprocessing_of
+
+
+def make_detector(head="dense", prompt="deep", tuning="prompt", **options):
+    torch.manual_seed(3)
+    options = {"channels": 16, "num_convs": 1, **options}
+    vit = make_tiny_vit(img_size=64)
+    model = vpt.create_model(
+        vit, task="detection", num_classes=3, head=head, prompt=prompt, num_tokens=2, tuning=tuning, **options
+    )
+    for parameter in model.head.parameters():
+        parameter.data.normal_(std=0.1)
+    return model
+
+
+def train(model, images, steps=2):
+    """Some steps that change everything that trains; a detection model trains on its features."""
+    optimizer = torch.optim.SGD(vpt.tuned_parameters(model).values(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        if isinstance(model, DetectionModel):
+            sum(level.square().mean() for level in model.levels(images)).backward()
+        else:
+            model(images).square().mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+def state_of(vit):
+    return {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def make_model(prompt="deep", **options):
@@ -96,22 +131,138 @@ def change_metadata(path, **changes):
     write_tensors(path, tensors, {**metadata, **changes})
 
 
+PREPROCESSING = preprocessing_of(make_tiny_vit())
+PROMPT = {"kind": "deep", "num_tokens": 4, "embed_dim": 32, "blocks": [0, 1, 2], "dropout": 0.0}
+HEAD = {"head": "dense", "taps": [0, 1, 2], "channels": 16, "strides": [8, 16, 32], "num_convs": 1}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"format_version": 2}, "task format 2; this version of vpt reads 1"),
-        ({"kind": "segmentation"}, "a task of kind 'segmentation'"),
+        ({"format_version": True}, "task format True; this version of vpt reads 1"),
         ({"_target_": "os.system"}, r"missing or unknown fields \(_target_\)"),
-        ({"prompt": {"kind": "deep", "num_tokens": -1, "embed_dim": 32}}, "its prompt layout cannot be used"),
-        ({"prompt": {"code": "deep"}}, "its prompt layout cannot be used"),
-        ({"num_classes": 7, "classes": None}, "its tensors are not those that its metadata describes"),
+        ({"num_classes": 7, "classes": None}, r"not those that its metadata describes \(head\.bias\)"),
+        ({"prompt": None}, r"not those that its metadata describes \(prompt\.tokens\)"),
+        ({"prompt": {**PROMPT, "num_tokens": 3}}, r"not those that its metadata describes \(prompt\.tokens\)"),
+        ({"prompt": {**PROMPT, "kind": "shallow"}}, r"its prompt or head cannot be used \(a shallow prompt enters"),
+        ({"prompt": {**PROMPT, "blocks": [0, 1, 3]}}, r"its prompt or head cannot be used \(.* does not fit a ViT"),
+        ({"tuned_backbone": True}, "tuned_backbone is True, which its tensors contradict"),
     ],
 )
 def test_files_of_another_format_are_refused(tmp_path, changes, message):
     path = vpt.save_task(make_model(), tmp_path / "pets.safetensors")
     change_metadata(path, **changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"pets\.safetensors: .*" + message):
         vpt.load_task(path, backbone=make_tiny_vit())
+
+
+def replaced(values, **changes):
+    return {**values, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "segmentation"}, "kind is 'segmentation'; allowed: classification or detection"),
+        ({"kind": ["detection"]}, "kind is "),
+        ({"backbone": 3}, "backbone is 3; allowed: a text"),
+        ({"fingerprint": "x"}, "fingerprint is 'x'; allowed: 64 hexadecimal digits"),
+        ({"num_classes": 0}, r"num_classes is 0; allowed: an integer in \[1, 100000\]"),
+        ({"num_classes": 10**12}, "num_classes is "),
+        ({"num_classes": True}, "num_classes is True"),
+        ({"num_classes": 3.0}, "num_classes is 3.0"),
+        ({"classes": ["cat", "dog"]}, "classes has 2 entries, but num_classes is 3"),
+        ({"classes": ["cat", "dog", 3]}, "classes is "),
+        ({"classes": "cat"}, "classes is 'cat'"),
+        ({"metrics": []}, r"metrics is \[\]; allowed: an object"),
+        ({"head": 3}, "head is 3; allowed: null, or an object"),
+        ({"head": HEAD}, "head is .* in a task of kind classification"),
+        ({"kind": "detection"}, "head is None in a task of kind detection"),
+        ({"category_ids": [1, 2, 3]}, "category_ids is .* in a task of kind classification"),
+        ({"tuned_backbone": 1}, "tuned_backbone is 1; allowed: true or false"),
+        ({"prompt": "deep"}, "prompt is 'deep'"),
+        ({"prompt": {"code": "deep"}}, "prompt is .*; its fields must be kind, num_tokens, embed_dim, blocks, dropout"),
+        ({"prompt": replaced(PROMPT, kind="odd")}, "prompt.kind is 'odd'; allowed: shallow or deep"),
+        ({"prompt": replaced(PROMPT, num_tokens=-1)}, "prompt.num_tokens is -1"),
+        ({"prompt": replaced(PROMPT, num_tokens=10**9)}, "prompt.num_tokens is 1000000000"),
+        ({"prompt": replaced(PROMPT, embed_dim="32")}, "prompt.embed_dim is '32'"),
+        ({"prompt": replaced(PROMPT, blocks=[2, 1, 0])}, "prompt.blocks is .* ascending"),
+        ({"prompt": replaced(PROMPT, blocks=[])}, "prompt.blocks is "),
+        ({"prompt": replaced(PROMPT, blocks="all")}, "prompt.blocks is "),
+        ({"prompt": replaced(PROMPT, dropout=float("nan"))}, "prompt.dropout is nan; allowed: a finite number"),
+        ({"preprocessing": {}}, "preprocessing is {}; its fields must be size"),
+        ({"preprocessing": replaced(PREPROCESSING, size=[32])}, "preprocessing.size is "),
+        ({"preprocessing": replaced(PREPROCESSING, size=[32, 10**9])}, "preprocessing.size is "),
+        ({"preprocessing": replaced(PREPROCESSING, mean=[0, 0, "a"])}, "preprocessing.mean is "),
+        ({"preprocessing": replaced(PREPROCESSING, std=[0, 1, 1])}, "preprocessing.std is "),
+        ({"preprocessing": replaced(PREPROCESSING, crop_pct=float("inf"))}, "preprocessing.crop_pct is inf"),
+        ({"preprocessing": replaced(PREPROCESSING, crop_mode=None)}, "preprocessing.crop_mode is None"),
+    ],
+)
+def test_a_field_of_another_type_or_out_of_range_is_refused_by_name(tmp_path, changes, message):
+    path = vpt.save_task(make_model(), tmp_path / "pets.safetensors")
+    changes = json.loads(json.dumps(changes, default=str))
+    change_metadata(path, **changes)
+    with pytest.raises(ValueError, match=r"pets\.safetensors: in its metadata, " + message):
+        vpt.read_task(path)
+    with pytest.raises(ValueError, match=r"pets\.safetensors: in its metadata, " + message):
+        vpt.load_task(path, backbone=make_tiny_vit())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head": None}, "head is None in a task of kind detection"),
+        ({"head": {"head": "dense"}}, "head is .*; its fields must be head, taps, channels, strides, num_convs"),
+        ({"head": replaced(HEAD, code="x")}, "head is .*; its fields must be"),
+        ({"head": replaced(HEAD, head=None)}, "head.head is None"),
+        ({"head": replaced(HEAD, taps="quarters")}, "head.taps is 'quarters'"),
+        ({"head": replaced(HEAD, taps=[-1])}, "head.taps is "),
+        ({"head": replaced(HEAD, channels=4097)}, r"head.channels is 4097; allowed: an integer in \[1, 4096\]"),
+        ({"head": replaced(HEAD, strides=[8, 16, 10**6])}, "head.strides is "),
+        ({"head": replaced(HEAD, strides=[8] * 1000)}, "head.strides is "),
+        ({"head": replaced(HEAD, num_convs=10**6)}, "head.num_convs is 1000000"),
+        ({"category_ids": [1, 2]}, "category_ids has 2 entries, but num_classes is 3"),
+        ({"category_ids": [1, 2, 3.5]}, "category_ids is "),
+        ({"head": replaced(HEAD, head="odd")}, r"its prompt or head cannot be used \(head\.name must be one of"),
+        ({"head": replaced(HEAD, strides=[8, 12, 32])}, "its prompt or head cannot be used .*stride 12"),
+        ({"head": replaced(HEAD, taps=[0, 1, 9])}, "its prompt or head cannot be used .*blocks 0 to 2"),
+        ({"head": replaced(HEAD, channels=32)}, "its tensors are not those that its metadata describes"),
+        ({"head": replaced(HEAD, channels=4096, num_convs=16)}, "its tensors are not those"),
+    ],
+)
+def test_a_head_that_cannot_be_is_refused_by_name(tmp_path, changes, message):
+    path = vpt.save_task(make_detector(), tmp_path / "boxes.safetensors")
+    change_metadata(path, **changes)
+    with pytest.raises(ValueError, match=r"boxes\.safetensors: (in its metadata, )?" + message):
+        vpt.load_task(path, backbone=make_tiny_vit(img_size=64))
+
+
+def change_tensors(path, change):
+    tensors, metadata = read_tensors(path)
+    change(tensors)
+    write_tensors(path, tensors, metadata)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.update({"backbone.norm.wrong": tensors.pop("backbone.norm.bias")}),
+        lambda tensors: tensors.update({"backbone.norm.bias": torch.zeros(31)}),
+        lambda tensors: tensors.update({"backbone.norm.bias": torch.zeros(32, dtype=torch.int64)}),
+        lambda tensors: tensors.update({"more": torch.zeros(1)}),
+        lambda tensors: tensors.pop("head.bias"),
+    ],
+)
+def test_tensors_that_the_backbone_has_not_are_refused_and_it_stays_as_it_was(tmp_path, images, change):
+    path = vpt.save_task(train(make_model(None, tuning="bias"), images), tmp_path / "a.safetensors")
+    change_tensors(path, change)
+    vit = make_tiny_vit()
+    before = state_of(vit)
+    with pytest.raises(ValueError, match=r"a\.safetensors: its tensors are not those that its metadata describes"):
+        vpt.load_task(path, backbone=vit)
+    assert same(state_of(vit), before)
 
 
 def test_edited_tensors_are_refused(tmp_path):
@@ -128,4 +279,128 @@ def test_edited_tensors_are_refused(tmp_path):
 def test_the_number_of_class_names_is_checked_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="2 class names for a head of 3 classes"):
         vpt.save_task(make_model(), tmp_path / "pets.safetensors", classes=["cat", "dog"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("prompt", [None, "deep"])
+@pytest.mark.parametrize("tuning", ["bias", "partial", "full"])
+def test_a_task_with_a_tuned_backbone_gives_the_same_logits_and_leaves_the_given_vit_alone(
+    tmp_path, images, tuning, prompt
+):
+    vit = make_tiny_vit()
+    before, grads = state_of(vit), [parameter.requires_grad for parameter in vit.parameters()]
+    other = vpt.load_task(vpt.save_task(make_model(), tmp_path / "other.safetensors"), vit)
+    of_other = other(images)
+    model = train(make_model(prompt, tuning=tuning), images)
+    assert not same(state_of(model.backbone.vit), before)
+    path = vpt.save_task(model, tmp_path / "a.safetensors")
+    loaded = vpt.load_task(path, backbone=vit)
+    assert torch.equal(loaded(images), model(images))
+    assert not loaded.training
+    assert loaded.backbone.vit is not vit
+    assert same(state_of(vit), before)
+    assert torch.equal(other(images), of_other)
+    assert vpt.read_task(path).tuned_backbone
+    assert vpt.read_task(path).fingerprint == fingerprint(make_tiny_vit())
+    untouched = make_tiny_vit()
+    assert grads == [True] * len(grads)
+    vpt.load_task(path, untouched)
+    assert all(parameter.requires_grad for parameter in untouched.parameters())
+
+
+def test_the_file_of_a_tuned_backbone_holds_its_tuned_parameters_and_no_others(tmp_path, images):
+    path = vpt.save_task(train(make_model(None, tuning="partial"), images), tmp_path / "a.safetensors")
+    named = [name for name, _ in make_tiny_vit().named_parameters() if name.startswith(("blocks.2.", "norm."))]
+    assert set(load_file(path)) == {"head.weight", "head.bias", *(f"backbone.{name}" for name in named)}
+
+
+def test_a_tuned_task_that_is_loaded_saved_and_tuned_again_still_belongs_to_the_pretrained_backbone(tmp_path, images):
+    first = vpt.save_task(train(make_model(None, tuning="bias"), images), tmp_path / "first.safetensors")
+    loaded = vpt.load_task(first, make_tiny_vit())
+    again = vpt.save_task(loaded, tmp_path / "again.safetensors")
+    assert again.read_bytes() == first.read_bytes()
+    vpt.tune(loaded, "partial")
+    train(loaded, images)
+    path = vpt.save_task(loaded, tmp_path / "second.safetensors")
+    assert {"backbone.blocks.0.attn.qkv.bias", "backbone.blocks.2.mlp.fc1.weight"} <= load_file(path).keys()
+    assert torch.equal(vpt.load_task(path, make_tiny_vit())(images), loaded(images))
+    vpt.tune(loaded, "linear")  # nothing of the backbone trains, but it is not as pretrained
+    path = vpt.save_task(loaded, tmp_path / "third.safetensors")
+    assert torch.equal(vpt.load_task(path, make_tiny_vit())(images), loaded(images))
+
+
+def test_a_tuned_task_is_loaded_onto_a_backbone_by_name(tmp_path):
+    model = vpt.create_model("vit_nano_patch8_64", num_classes=3, tuning="bias")
+    torch.nn.init.normal_(model.head.weight)
+    images = torch.randn(2, 3, 64, 64)
+    path = vpt.save_task(train(model, images), tmp_path / "a.safetensors")
+    assert torch.equal(vpt.load_task(path, "vit_nano_patch8_64")(images), model(images))
+
+
+def test_a_prompt_learned_on_a_vit_that_another_model_tuned_carries_its_parameters(tmp_path, images):
+    tuned = train(make_model(None, tuning="bias"), images)
+    model = vpt.create_model(tuned.backbone.vit, num_classes=3, num_tokens=2)
+    torch.nn.init.normal_(model.head.weight)
+    path = vpt.save_task(model.eval(), tmp_path / "a.safetensors")
+    assert torch.equal(vpt.load_task(path, make_tiny_vit())(images), model(images))
+
+
+def test_a_task_for_pretrained_weights_is_refused_by_a_vit_that_was_tuned(tmp_path, images):
+    pretrained = vpt.save_task(make_model(), tmp_path / "a.safetensors")
+    model = make_model(None, tuning="bias")
+    with pytest.raises(ValueError, match=r"a\.safetensors: made for pretrained weights, but the given .* was tuned"):
+        vpt.load_task(pretrained, train(model, images).backbone.vit)
+    path = vpt.save_task(model, tmp_path / "b.safetensors")  # its own task fits: the file has all that changed
+    assert torch.equal(vpt.load_task(path, copy.deepcopy(model.backbone.vit))(images), model(images))
+
+
+def test_a_backbone_that_was_unfrozen_by_hand_is_not_saved(tmp_path):
+    model = make_model(None)
+    model.backbone.vit.norm.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"vpt\.tune has not chosen \(norm\.bias\)"):
+        vpt.save_task(model, tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def assert_equal_detections(one, other):
+    assert sum(len(found["boxes"]) for found in one) > 0
+    for found, wanted in zip(one, other, strict=True):
+        assert all(torch.equal(found[name], wanted[name]) for name in ("boxes", "scores", "labels"))
+
+
+@pytest.mark.parametrize("head", ["dense", "retinanet", "fasterrcnn"])
+def test_a_detection_task_gives_the_same_boxes_on_the_same_backbone(tmp_path, head):
+    model = make_detector(head, classes=["cat", "dog", "eel"], category_ids=[1, 7, 90]).eval()
+    path = vpt.save_task(model, tmp_path / "boxes.safetensors", metrics={"val": {"map": 0.5}})
+    vit, images = make_tiny_vit(img_size=64), torch.randn(2, 3, 64, 64)
+    loaded = vpt.load_task(path, backbone=vit)
+    assert_equal_detections(loaded(images), model(images))
+    assert isinstance(loaded, DetectionModel)
+    assert (loaded.classes, loaded.category_ids) == (("cat", "dog", "eel"), (1, 7, 90))
+    assert loaded.layout == model.layout
+    assert loaded.backbone.vit is vit
+    assert not loaded.training
+    metadata = vpt.read_task(path)
+    assert (metadata.kind, metadata.head, metadata.category_ids) == ("detection", model.layout, [1, 7, 90])
+    assert metadata.preprocessing["crop_mode"] == "letterbox"
+    assert {name.split(".")[0] for name in load_file(path)} == {"prompt", "neck", "head"}
+
+
+@pytest.mark.parametrize("way", [("linear", None), ("bias", None), ("partial", "shallow"), ("full", None)])
+def test_a_detection_task_of_every_tuning_comes_back(tmp_path, way):
+    tuning, prompt = way
+    images, vit = torch.randn(2, 3, 64, 64), make_tiny_vit(img_size=64)
+    model = train(make_detector(prompt=prompt, tuning=tuning), images, steps=1)
+    before = state_of(vit)
+    loaded = vpt.load_task(vpt.save_task(model, tmp_path / "boxes.safetensors"), backbone=vit)
+    assert_equal_detections(loaded(images), model(images))
+    assert (loaded.backbone.vit is vit) == (tuning == "linear")
+    assert same(state_of(vit), before)
+
+
+def test_a_value_that_could_not_be_loaded_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"preprocessing is .*; its fields must be size"):
+        vpt.save_task(make_model(), tmp_path / "a.safetensors", preprocessing={"size": [32, 32]})
+    with pytest.raises(ValueError, match=r"classes is .*at most 1000 characters"):
+        vpt.save_task(make_model(), tmp_path / "a.safetensors", classes=["a", "b", "c" * 1001])
     assert list(tmp_path.iterdir()) == []

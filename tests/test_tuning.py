@@ -1,9 +1,39 @@
+"""What trains, and that its gradients are right however the prompt is computed."""
+
+import copy
+
 import pytest
+import timm
 import torch
 from torch import nn
 
 import vpt
-from tests.conftest import make_tiny_vit
+from tests.conftest import TINY, TINY_VITS, make_tiny_vit
+from vpt.models.backbone import PromptedViT
+from vpt.models.detection import DetectionModel
+from vpt.models.tuning import tuned_parts
+
+WAYS = ["bias", "partial", "full"]
+TARGETS = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0], [10.0, 20.0, 30.0, 60.0]]), "labels": torch.tensor([0, 2])}]
+
+
+def make_classifier(vit, prompt=None, **options):
+    model = vpt.ClassificationModel(PromptedViT(vit, prompt, num_tokens=3, **options), 4)
+    model.head.weight.data.normal_()
+    return model
+
+
+def make_detector(kind="cls", prompt=None, **options):
+    backbone = PromptedViT(make_tiny_vit(kind, img_size=64), prompt, num_tokens=3)
+    return DetectionModel(backbone, num_classes=3, channels=16, num_convs=1, **options)
+
+
+def tuned_of_vit(model):
+    return {name for name, parameter in model.backbone.vit.named_parameters() if parameter.requires_grad}
+
+
+def with_gradient(model):
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 @pytest.mark.parametrize(("prompt", "num_prompt"), [(None, 0), ("shallow", 5 * 32), ("deep", 3 * 5 * 32)])
@@ -13,6 +43,7 @@ def test_exactly_the_prompt_and_the_head_train(prompt, num_prompt, images):
     assert list(vpt.tuned_parameters(model)) == names
     count = vpt.count_parameters(model)
     assert (count.prompt, count.head, count.tuned) == (num_prompt, 32 * 4 + 4, num_prompt + 132)
+    assert (count.neck, count.backbone_tuned) == (0, 0)
     assert count.backbone == sum(p.numel() for p in model.backbone.vit.parameters())
     assert count.share == count.tuned / count.backbone
     model.head.weight.data.normal_()
@@ -21,16 +52,221 @@ def test_exactly_the_prompt_and_the_head_train(prompt, num_prompt, images):
 
 
 def test_counts_of_the_paper_for_vit_base_with_fifty_tokens():
-    import timm
-
     with torch.device("meta"):
         vit = timm.create_model("vit_base_patch16_224", num_classes=0)
         shallow = vpt.create_model(vit, prompt=vpt.VisualPrompt(50, 768, kind="shallow"), num_classes=100)
         deep = vpt.create_model(vit, prompt=vpt.VisualPrompt(50, 768, blocks=range(12)), num_classes=100)
-    assert vpt.count_parameters(shallow).tuned == 115_300
-    assert vpt.count_parameters(deep).tuned == 537_700
+        assert vpt.count_parameters(shallow).tuned == 115_300
+        assert vpt.count_parameters(deep).tuned == 537_700
+        bias, full = (vpt.create_model(vit, tuning=way, num_classes=100) for way in ("bias", "full"))
+        vpt.tune(bias, "bias")  # the second model froze the ViT that both hold
+        assert vpt.count_parameters(bias).backbone_tuned == 768 + 12 * (768 * (2 + 3 + 1 + 4 + 1)) + 768
+        vpt.tune(full, "full")
+        assert vpt.count_parameters(full).backbone_tuned == 85_798_656
 
 
 def test_other_modules_are_refused():
-    with pytest.raises(TypeError, match="expected a PromptedViT"):
-        vpt.count_parameters(nn.Linear(2, 2))
+    for function in (vpt.count_parameters, tuned_parts, lambda module: vpt.tune(module, "full")):
+        with pytest.raises(TypeError, match="expected a PromptedViT"):
+            function(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("prompt", ["deep", None])
+@pytest.mark.parametrize("kind", TINY_VITS)
+def test_full_trains_what_the_logits_depend_on_and_nothing_else(kind, prompt, images):
+    model = make_classifier(make_tiny_vit(kind, num_classes=7), prompt)
+    vpt.tune(model, "full")
+    assert {"head.weight", "head.bias"} == {name for name, _ in model.backbone.vit.named_parameters()} - tuned_of_vit(
+        model
+    )
+    model.train()(images).square().sum().backward()
+    assert with_gradient(model) == set(vpt.tuned_parameters(model))
+    assert not model.backbone.vit.training
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("deit_tiny_distilled_patch16_224", {"num_classes": 5}),
+        ("vit_base_patch16_siglip_224", {}),
+        ("vit_small_patch16_rope_mixed_224", {}),
+        ("eva02_tiny_patch14_224", {}),
+    ],
+)
+@pytest.mark.parametrize("tuning", WAYS)
+def test_everything_that_trains_has_a_gradient_in_other_families(name, options, tuning, images):
+    model = make_classifier(timm.create_model(name, **TINY | options))
+    vpt.tune(model, tuning)
+    model(images).square().sum().backward()
+    assert with_gradient(model) == set(vpt.tuned_parameters(model))
+
+
+@pytest.mark.parametrize("kind", TINY_VITS)
+def test_bias_trains_every_vector_that_timm_calls_a_bias(kind, images):
+    model = make_classifier(make_tiny_vit(kind, num_classes=7), "deep")
+    vpt.tune(model, "bias")
+    vit = model.backbone.vit
+    called = {n for n, p in vit.named_parameters() if n.rsplit(".")[-1] in ("bias", "q_bias", "v_bias") and p.ndim == 1}
+    assert tuned_of_vit(model) == called - {"head.bias"}
+    assert any("norm" in name for name in called)
+    model(images).square().sum().backward()
+    assert with_gradient(model) == set(vpt.tuned_parameters(model))
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+def test_a_key_bias_that_stands_apart_is_left_out_where_the_softmax_takes_it_away(rotates):
+    options = {"qkv_bias": True, "qkv_fused": False, "use_rot_pos_emb": rotates}
+    vit = timm.create_model("vit_small_patch16_rope_224", **TINY | options).double()
+    for parameter in vit.parameters():
+        parameter.data.normal_(std=0.3)
+    model = make_classifier(vit).double()
+    vpt.tune(model, "bias")
+    attention, images = vit.blocks[0].attn, torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert attention.q_proj.bias.requires_grad
+    assert attention.k_proj.bias.requires_grad is rotates
+    before = model(images)
+    attention.k_proj.bias.data.normal_()
+    assert torch.allclose(model(images), before, rtol=1e-10, atol=1e-10) is not rotates
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_partial_trains_the_last_blocks_and_the_final_norm(num_blocks, images):
+    for kind, norm in (("cls", "norm."), ("no_prefix", "fc_norm.")):
+        model = make_classifier(make_tiny_vit(kind))
+        vpt.tune(model, "partial", num_blocks=num_blocks)
+        begins = (norm, *(f"blocks.{index}." for index in range(3 - num_blocks, 3)))
+        assert tuned_of_vit(model) == {n for n, _ in model.backbone.vit.named_parameters() if n.startswith(begins)}
+        model(images).square().sum().backward()
+        assert with_gradient(model) == set(vpt.tuned_parameters(model))
+
+
+@pytest.mark.parametrize("num_blocks", [0, 4])
+def test_blocks_that_there_are_not_cannot_train(num_blocks):
+    with pytest.raises(ValueError, match=rf"tuning\.num_blocks={num_blocks}: the model uses 3 blocks, so from 1 to 3"):
+        vpt.tune(make_classifier(make_tiny_vit()), "partial", num_blocks=num_blocks)
+    with pytest.raises(ValueError, match=r"tuning\.num_blocks=3: the model uses 2 blocks, so from 1 to 2"):
+        vpt.tune(make_detector(taps=[0, 1]), "partial", num_blocks=3)
+
+
+def test_refusals_leave_what_trains_as_it_was():
+    model = make_classifier(make_tiny_vit(), "deep")
+    vpt.tune(model, "bias")
+    before = list(vpt.tuned_parameters(model))
+    with pytest.raises(ValueError, match="use prompt=none or tuning=prompt"):
+        vpt.tune(model, "linear")
+    with pytest.raises(ValueError, match="tuning must be one of prompt, linear, bias, partial, full, got 'lora'"):
+        vpt.tune(model, "lora")
+    model.backbone.vit.bfloat16()
+    with pytest.raises(ValueError, match=r"tuning=full trains .* held in torch\.bfloat16; use backbone\.dtype=fp32"):
+        vpt.tune(model, "full")
+    assert list(vpt.tuned_parameters(model)) == before
+    vpt.tune(model, "prompt")
+    assert list(vpt.tuned_parameters(model)) == ["backbone.prompt.tokens", "head.weight", "head.bias"]
+
+
+def test_another_way_freezes_what_the_last_one_tuned():
+    model = make_classifier(make_tiny_vit())
+    vpt.tune(model, "full")
+    vpt.tune(model, "partial")
+    assert tuned_of_vit(model) == {
+        n for n, _ in model.backbone.vit.named_parameters() if n.startswith(("blocks.2.", "norm."))
+    }
+    vpt.tune(model, "linear")
+    assert list(vpt.tuned_parameters(model)) == ["head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize("tuning", WAYS)
+@pytest.mark.parametrize("kind", ["cls", "no_prefix", "rope_with_cls_and_4_registers", "relative_position_bias"])
+def test_a_detector_trains_what_its_taps_depend_on_and_nothing_else(kind, tuning):
+    model = make_detector(kind, "deep" if kind == "cls" else None, taps=[0, 1])
+    vpt.tune(model, tuning)
+    assert not any(name.startswith(("norm.", "fc_norm.", "blocks.2.")) for name in tuned_of_vit(model))
+    assert tuned_of_vit(model)
+    sum(model.train()(torch.randn(1, 3, 64, 64), TARGETS).values()).backward()
+    wanted = set(vpt.tuned_parameters(model))
+    if model.backbone.prompt is not None:
+        assert model.backbone.prompt.tokens.grad[:2].abs().sum() > 0
+    assert with_gradient(model) == wanted
+
+
+@pytest.mark.parametrize("task", ["classification", "detection"])
+def test_the_parts_are_all_that_trains_each_parameter_once(task):
+    model = make_detector(prompt="deep") if task == "detection" else make_classifier(make_tiny_vit(), "deep")
+    kinds = {"prompt", "head"} | ({"neck"} if isinstance(model, DetectionModel) else set())
+    assert set(tuned_parts(model)) == kinds
+    vpt.tune(model, "bias")
+    parts = tuned_parts(model)
+    assert set(parts) == kinds | {"backbone"}
+    listed = [parameter for part in parts.values() for parameter in part]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == set(vpt.tuned_parameters(model).values())
+    count = vpt.count_parameters(model)
+    assert count.backbone_tuned == sum(p.numel() for p in parts["backbone"])
+    assert count.tuned == count.prompt + count.neck + count.head + count.backbone_tuned
+    assert (count.neck > 0) == isinstance(model, DetectionModel)
+
+
+def gradients_and_result(backbone, run):
+    vpt.tune(backbone, "full")
+    result = run(backbone)
+    weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view(result.shape)
+    (result * weights).sum().backward()
+    gradients = {
+        name: p.grad.clone() if p.grad is not None else None for name, p in vpt.tuned_parameters(backbone).items()
+    }
+    backbone.zero_grad()
+    return gradients, result.detach()
+
+
+@pytest.mark.parametrize("use", ["logits", "feature_maps"])
+@pytest.mark.parametrize("kind", TINY_VITS)
+def test_all_gradients_equal_those_of_the_longer_sequence(kind, use, images):
+    options = {"global_pool": "token"} if kind == "rope_with_cls_and_4_registers" else {}
+    vit = make_tiny_vit(kind, **options).double()
+    for block in vit.blocks:  # attention that matters: timm starts it near zero
+        block.attn.qkv.weight.data.mul_(10)
+    fast = PromptedViT(vit, "deep", num_tokens=3).double()
+    plain = PromptedViT(vit, fast.prompt, impl="concat")
+
+    def run(backbone):
+        if use == "logits":
+            return backbone(images.double())
+        return torch.cat([one.flatten() for one in backbone.feature_maps(images.double(), [0, 2])])
+
+    assert set(fast.paths.values()) == {"kv"}
+    assert fast.computes_prefix_only == (kind != "no_prefix")
+    actual, expected = gradients_and_result(fast, run)[0], gradients_and_result(plain, run)[0]
+    assert actual.keys() == expected.keys()
+    assert "vit.patch_embed.proj.weight" in actual
+    for name, gradient in expected.items():
+        if gradient is None:  # behind the feature maps
+            assert use == "feature_maps"
+            assert actual[name] is None
+        else:
+            torch.testing.assert_close(actual[name], gradient, rtol=1e-10, atol=1e-10, msg=f"the gradient of {name}")
+
+
+@pytest.mark.parametrize("kind", TINY_VITS)
+def test_after_a_step_the_kept_keys_and_values_are_those_of_the_new_weights(kind, images):
+    model = make_classifier(make_tiny_vit(kind), "deep")
+    vpt.tune(model, "full")
+    optimizer = torch.optim.SGD(tuned_parts(model)["backbone"], lr=0.01)  # new keys and values of the same prompt
+    model.eval()
+    with torch.no_grad():
+        before = model(images)
+        assert len(model.backbone._constants) == 3
+    model(images).square().mean().backward()  # in eval mode, so that nothing but the step can drop them
+    optimizer.step()
+    plain = copy.deepcopy(model)
+    plain.backbone.impl = "concat"
+    with torch.no_grad():
+        assert not torch.allclose(model(images), before, rtol=1e-2)
+        torch.testing.assert_close(model(images), plain(images), rtol=1e-4, atol=1e-4)
+
+
+def test_grad_checkpointing_gives_the_same_gradients_of_the_backbone(images):
+    backbone = PromptedViT(make_tiny_vit().double(), "deep", num_tokens=3).double()
+    wanted = gradients_and_result(backbone, lambda b: b(images.double()))[0]
+    backbone.vit.set_grad_checkpointing()
+    actual = gradients_and_result(backbone, lambda b: b(images.double()))[0]
+    torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)

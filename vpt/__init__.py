@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vpt.models.backbone import PromptedViT
-    from vpt.models.classification import ClassificationModel, create_model
+    from vpt.models.classification import ClassificationModel
+    from vpt.models.create import create_model
     from vpt.models.detection import DetectionModel
     from vpt.models.prompts import VisualPrompt
     from vpt.models.task_file import load_task, read_task, save_task
-    from vpt.models.tuning import count_parameters, tuned_parameters
+    from vpt.models.tuning import count_parameters, tune, tuned_parameters
 
 __version__ = "0.1.0"
 
@@ -22,10 +23,11 @@ _HOMES = {
     "PromptedViT": "vpt.models.backbone",
     "VisualPrompt": "vpt.models.prompts",
     "count_parameters": "vpt.models.tuning",
-    "create_model": "vpt.models.classification",
+    "create_model": "vpt.models.create",
     "load_task": "vpt.models.task_file",
     "read_task": "vpt.models.task_file",
     "save_task": "vpt.models.task_file",
+    "tune": "vpt.models.tuning",
     "tuned_parameters": "vpt.models.tuning",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "load_task",
     "read_task",
     "save_task",
+    "tune",
     "tuned_parameters",
 ]
 

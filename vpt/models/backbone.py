@@ -178,12 +178,16 @@ class PromptedViT(nn.Module):
             first = tap + 1
         return maps
 
-    def extra_repr(self) -> str:
-        """The path of each prompted block."""
+    def describe_paths(self) -> str:
+        """The path of each prompted block, in a line."""
         by_path: dict[str, list[int]] = {}
         for block, path in self.paths.items():
             by_path.setdefault(path, []).append(block)
-        lines = [f"blocks {format_blocks(blocks)}: {path}" for path, blocks in by_path.items()]
+        return "; ".join(f"blocks {format_blocks(blocks)}: {path}" for path, blocks in by_path.items())
+
+    def extra_repr(self) -> str:
+        """The path of each prompted block, and what is computed of the last block in `forward`."""
+        lines = [self.describe_paths()] if self.prompt is not None else []
         if self.prompt is not None and self.impl == "auto":
             read = "prefix tokens only" if self.computes_prefix_only else "all tokens"
             lines.append(f"block {self.depth - 1}: {read} (pooled: {self.vit.global_pool or 'all'})")

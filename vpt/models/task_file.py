@@ -1,13 +1,21 @@
 """The task file: a prompt and a head in one small safetensors file, with what is needed to use or refuse it.
 
-Tensors: `prompt.tokens` (L, P, D) when there is a prompt, `head.weight` (K, D), `head.bias` (K,). The metadata, JSON
-under the key "vpt", has the fields of `TaskMetadata` and a sha256 of the tensors.
+Tensors: `prompt.tokens` (L, P, D) when there is a prompt; `head.*`, which are `head.weight` (K, D) and `head.bias` (K,)
+for classification; `neck.*` for detection; and `backbone.*`, by timm's names, for the backbone's parameters that were
+tuned. The metadata, JSON under the key "vpt", has the fields of `TaskMetadata` and a sha256 of the tensors.
+
+A file may come from a stranger: every field is checked before it is used, and tensors are compared by name and shape
+with a model that takes no memory, before one that does is made.
 """
 
-from collections.abc import Mapping, Sequence
+import copy
+import math
+import re
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,10 +23,23 @@ from torch import Tensor
 from vpt.files import read_tensors, write_tensors
 from vpt.models.backbone import PromptedViT
 from vpt.models.classification import ClassificationModel
-from vpt.models.prompts import VisualPrompt
+from vpt.models.detection import DetectionModel
+from vpt.models.prompts import PromptKind, VisualPrompt
+from vpt.models.tuning import Origin, origin_of, set_origin
 from vpt.models.vit import ViT, fingerprint, load_vit, name_of, preprocessing_of
 
 FORMAT_VERSION = 1
+MAX_CLASSES = 100_000
+MAX_TOKENS = 10_000
+MAX_WIDTH = 16_384  # of a token
+MAX_CHANNELS = 4096
+MAX_BLOCKS = 1000
+MAX_SIDE = 4096  # pixels
+MAX_TEXT = 1000  # characters of a name
+
+Kind = Literal["classification", "detection"]
+Model = ClassificationModel | DetectionModel
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what is, for a person to read
 
 
 @dataclass(frozen=True)
@@ -27,7 +48,7 @@ class TaskMetadata:
 
     Args:
         backbone: timm name of the backbone, with its pretrained tag.
-        fingerprint: Digest of the backbone's weights.
+        fingerprint: Digest of the backbone's pretrained weights.
         prompt: Kind, num_tokens, embed_dim, blocks and dropout of the prompt; None without one.
         num_classes: K.
         classes: Names of the classes, in the order of the logits; None when nobody named them.
@@ -35,6 +56,12 @@ class TaskMetadata:
         metrics: What was measured, such as {"val": {"top1": 0.93}}.
         format_version: Version of this format.
         kind: Kind of task.
+        head: `DetectionModel.layout`; None for classification.
+        category_ids: Detection: the data's own number of each class; None when they are not known.
+        tuned_backbone: Whether parameters of the backbone were tuned, so that the file holds them.
+
+    Raises:
+        ValueError: A field is not of its type or out of range; the message begins with its name.
     """
 
     backbone: str
@@ -45,52 +72,82 @@ class TaskMetadata:
     preprocessing: dict[str, Any]
     metrics: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
-    kind: Literal["classification"] = "classification"
+    kind: Kind = "classification"
+    head: dict[str, Any] | None = None
+    category_ids: list[int] | None = None
+    tuned_backbone: bool = False
+
+    def __post_init__(self) -> None:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        _check_fields("", values, RULES)
+        _check_fields("preprocessing", self.preprocessing, PREPROCESSING_RULES)
+        if self.prompt is not None:
+            _check_fields("prompt", self.prompt, PROMPT_RULES)
+        if self.head is not None:
+            _check_fields("head", self.head, HEAD_RULES)
+        if (self.head is not None) != (self.kind == "detection"):
+            raise ValueError(f"head is {reprlib.repr(self.head)} in a task of kind {self.kind}")
+        if self.category_ids is not None and self.kind != "detection":
+            raise ValueError(f"category_ids is {reprlib.repr(self.category_ids)} in a task of kind {self.kind}")
+        for name, listed in {"classes": self.classes, "category_ids": self.category_ids}.items():
+            if listed is not None and len(listed) != self.num_classes:
+                raise ValueError(f"{name} has {len(listed)} entries, but num_classes is {self.num_classes}")
 
 
 def save_task(
-    model: ClassificationModel,
+    model: Model,
     path: str | Path,
     *,
     classes: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the prompt and the head of a model as a task file; return its path.
+    """Write what is learned of a model, and nothing that is pretrained, as a task file; return its path.
 
     Args:
         model: The trained model.
         path: Where to; the folder is made when it is missing.
         classes: Names of the classes, in the order of the logits; the model's own by default.
-        preprocessing: How pictures were prepared; what timm says of the backbone by default.
+        preprocessing: How pictures were prepared. By default what timm says of the backbone; a detection model sees
+            whole pictures, crop_mode "letterbox".
         metrics: What was measured, stored as it is.
 
     Raises:
-        ValueError: The number of names is not the number of classes.
+        ValueError: The number of names is not the number of classes, another value cannot be stored, or parameters of
+            the backbone train that `tune` was not asked for.
     """
+    vit, prompt = model.backbone.vit, model.backbone.prompt
     classes = model.classes if classes is None else classes
     if classes is not None and len(classes) != model.num_classes:
         raise ValueError(f"{len(classes)} class names for a head of {model.num_classes} classes")
+    is_detection = isinstance(model, DetectionModel)
+    whole = {"crop_mode": "letterbox", "crop_pct": 1.0} if is_detection else {}
+    category_ids = model.category_ids if isinstance(model, DetectionModel) else None
     metadata = TaskMetadata(
         backbone=model.backbone.name,
-        fingerprint=fingerprint(model.backbone.vit),
-        prompt=_describe_prompt(model.backbone.prompt),
+        fingerprint=_pretrained_fingerprint(vit),
+        prompt=None if prompt is None else _describe_prompt(prompt),
         num_classes=model.num_classes,
         classes=None if classes is None else list(classes),
-        preprocessing=dict(preprocessing or preprocessing_of(model.backbone.vit)),
+        preprocessing=_plain(preprocessing or {**preprocessing_of(vit), **whole}),
         metrics=dict(metrics or {}),
+        kind="detection" if is_detection else "classification",
+        head=_plain(model.layout) if isinstance(model, DetectionModel) else None,
+        category_ids=None if category_ids is None else list(category_ids),
+        tuned_backbone=bool(_backbone_tensors(vit)),
     )
     path = Path(path)
     write_tensors(path, task_tensors(model), asdict(metadata))
     return path
 
 
-def load_task(path: str | Path, backbone: str | ViT, *, checkpoint: str | Path | None = None) -> ClassificationModel:
+def load_task(path: str | Path, backbone: str | ViT, *, checkpoint: str | Path | None = None) -> Model:
     """Read a task file onto a backbone; the model is in eval mode.
 
     Args:
         path: A task file.
-        backbone: A timm ViT in memory, which is held and not copied, or the timm name of one.
+        backbone: A timm ViT in memory, or the timm name of one. A ViT in memory is held and not copied, unless the file
+            has tuned parameters of the backbone: they go into a copy, and the given ViT stays as it is.
         checkpoint: With a name: load the backbone's weights from this file.
 
     Raises:
@@ -101,17 +158,24 @@ def load_task(path: str | Path, backbone: str | ViT, *, checkpoint: str | Path |
     tensors, metadata = _read(path)
     if isinstance(backbone, str):
         height, width = metadata.preprocessing["size"]
-        backbone = load_vit(backbone, checkpoint=checkpoint, img_size=(height, width))
-    _check_backbone(path, metadata, backbone)
-    prompt = None if metadata.prompt is None else _make_prompt(path, metadata.prompt)
-    model = ClassificationModel(PromptedViT(backbone, prompt), metadata.num_classes, classes=metadata.classes)
-    expected = task_tensors(model)
-    if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in expected.items()}:
-        raise ValueError(f"{path}: its tensors are not those that its metadata describes; get a fresh copy")
+        vit = load_vit(backbone, checkpoint=checkpoint, img_size=(height, width))
+        _check_backbone(path, metadata, tensors, vit)
+    else:
+        _check_backbone(path, metadata, tensors, backbone)
+        vit = copy.deepcopy(backbone) if metadata.tuned_backbone else backbone
+    tuned = _backbone_names(tensors)
+    with torch.device("meta"):
+        expected = _own_tensors(_make_model(path, metadata, vit))
+    expected |= {f"backbone.{name}": value for name, value in vit.named_parameters() if name in tuned}
+    _check_tensors(path, tensors, expected)
+    model = _make_model(path, metadata, vit)
+    if tuned:
+        set_origin(vit, Origin(metadata.fingerprint, tuned))
+    held = task_tensors(model)
     with torch.no_grad():
-        for name, parameter in expected.items():
-            parameter.copy_(tensors[name])
-    device = next(backbone.parameters()).device
+        for name, tensor in tensors.items():
+            held[name].copy_(tensor)
+    device = next(vit.parameters()).device
     return model.to(device).eval()
 
 
@@ -125,48 +189,113 @@ def read_task(path: str | Path) -> TaskMetadata:
     return _read(Path(path))[1]
 
 
-def task_tensors(model: ClassificationModel) -> dict[str, Tensor]:
+def task_tensors(model: Model) -> dict[str, Tensor]:
     """The tensors that a task file holds, by the names that they have in it."""
-    tensors: dict[str, Tensor] = {f"head.{name}": value for name, value in model.head.named_parameters()}
+    return _own_tensors(model) | _backbone_tensors(model.backbone.vit)
+
+
+def _own_tensors(model: Model) -> dict[str, Tensor]:
+    """Head, neck and prompt."""
+    parts = {"head": model.head, "neck": model.pyramid if isinstance(model, DetectionModel) else None}
+    tensors: dict[str, Tensor] = {
+        f"{part}.{name}": value
+        for part, module in parts.items()
+        if module is not None
+        for name, value in module.state_dict(keep_vars=True).items()
+    }
     if model.backbone.prompt is not None:
         tensors["prompt.tokens"] = model.backbone.prompt.tokens
     return tensors
 
 
+def _backbone_tensors(vit: ViT) -> dict[str, Tensor]:
+    """Parameters of the backbone that train, or did and may no longer be as pretrained."""
+    origin = origin_of(vit)
+    tuned = frozenset() if origin is None else origin.tuned
+    named = vit.named_parameters()
+    return {f"backbone.{name}": value for name, value in named if value.requires_grad or name in tuned}
+
+
+def _backbone_names(tensors: Mapping[str, Tensor]) -> frozenset[str]:
+    return frozenset(name.removeprefix("backbone.") for name in tensors if name.startswith("backbone."))
+
+
+def _pretrained_fingerprint(vit: ViT) -> str:
+    """The digest of the weights before any of them were tuned."""
+    origin = origin_of(vit)
+    known = frozenset() if origin is None else origin.tuned
+    odd = _backbone_names(_backbone_tensors(vit)) - known
+    if odd:
+        raise ValueError(
+            f"parameters of the backbone train that vpt.tune has not chosen ({min(odd)}), and what they were before "
+            "is not known; call vpt.tune before training, on loaded weights"
+        )
+    return fingerprint(vit) if origin is None else origin.fingerprint
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], TaskMetadata]:
     tensors, values = read_tensors(path)
     version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: task format {version!r}; this version of vpt reads {FORMAT_VERSION}")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(f"{path}: task format {reprlib.repr(version)}; this version of vpt reads {FORMAT_VERSION}")
     known = {f.name for f in fields(TaskMetadata)}
     if set(values) != known:
         odd = ", ".join(sorted(set(values) ^ known))
         raise ValueError(f"{path}: its metadata has missing or unknown fields ({odd})")
-    if values["kind"] != "classification":
-        raise ValueError(f"{path}: a task of kind {values['kind']!r}; this version of vpt reads classification")
-    return tensors, TaskMetadata(**values)
+    try:
+        metadata = TaskMetadata(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: in its metadata, {error}") from error
+    if metadata.tuned_backbone != bool(_backbone_names(tensors)):
+        raise ValueError(f"{path}: tuned_backbone is {metadata.tuned_backbone}, which its tensors contradict")
+    return tensors, metadata
 
 
-def _check_backbone(path: Path, metadata: TaskMetadata, vit: ViT) -> None:
-    if fingerprint(vit) == metadata.fingerprint:
-        size = list(vit.patch_embed.img_size or metadata.preprocessing["size"])
-        if size != metadata.preprocessing["size"] and vit.patch_embed.strict_img_size:
-            wanted = metadata.preprocessing["size"]
-            raise ValueError(
-                f"{path}: made for pictures of {wanted} px, but the backbone takes {size}; use img_size={wanted}"
-            )
-        return
-    name = name_of(vit)
-    raise ValueError(
-        f"{path}: made for the backbone {metadata.backbone}, but the given one is {name}"
-        + (" with other weights" if name == metadata.backbone else "")
-        + f"; load {metadata.backbone} and try again"
+def _check_backbone(path: Path, metadata: TaskMetadata, tensors: Mapping[str, Tensor], vit: ViT) -> None:
+    """Refuse a ViT that is not the pretrained one, of another input size, or without the file's parameters."""
+    origin, name = origin_of(vit), name_of(vit)
+    if (fingerprint(vit) if origin is None else origin.fingerprint) != metadata.fingerprint:
+        raise ValueError(
+            f"{path}: made for the backbone {metadata.backbone}, but the given one is {name}"
+            + (" with other weights" if name == metadata.backbone else "")
+            + f"; load {metadata.backbone} and try again"
+        )
+    if origin is not None and not origin.tuned <= _backbone_names(tensors):
+        raise ValueError(f"{path}: made for pretrained weights, but the given {name} was tuned; load {name} anew")
+    wanted = metadata.preprocessing["size"]
+    size = list(vit.patch_embed.img_size or wanted)
+    if size != wanted and vit.patch_embed.strict_img_size:
+        raise ValueError(
+            f"{path}: made for pictures of {wanted} px, but the backbone takes {size}; use img_size={wanted}"
+        )
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of other names, shapes or kinds of numbers than the model has."""
+    given, wanted = (
+        {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in side.items()}
+        for side in (tensors, expected)
     )
+    odd = sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name))
+    if odd:
+        raise ValueError(
+            f"{path}: its tensors are not those that its metadata describes ({odd[0][:MAX_TEXT]}); get a fresh copy"
+        )
 
 
-def _describe_prompt(prompt: VisualPrompt | None) -> dict[str, Any] | None:
-    if prompt is None:
-        return None
+def _make_model(path: Path, metadata: TaskMetadata, vit: ViT) -> Model:
+    try:
+        prompt = None if metadata.prompt is None else VisualPrompt(**metadata.prompt)
+        backbone = PromptedViT(vit, prompt)
+        if metadata.head is None:
+            return ClassificationModel(backbone, metadata.num_classes, classes=metadata.classes)
+        names: dict[str, Any] = {"classes": metadata.classes, "category_ids": metadata.category_ids}
+        return DetectionModel(backbone, metadata.num_classes, **names, **metadata.head)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its prompt or head cannot be used ({error})") from error
+
+
+def _describe_prompt(prompt: VisualPrompt) -> dict[str, Any]:
     return {
         "kind": prompt.kind,
         "num_tokens": prompt.num_tokens,
@@ -176,8 +305,89 @@ def _describe_prompt(prompt: VisualPrompt | None) -> dict[str, Any] | None:
     }
 
 
-def _make_prompt(path: Path, described: Mapping[str, Any]) -> VisualPrompt:
-    try:
-        return VisualPrompt(**described)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its prompt layout cannot be used ({error})") from error
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Tuples as lists, as JSON gives them back."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _check_fields(prefix: str, values: object, rules: Mapping[str, Rule]) -> None:
+    """Refuse fields that are missing, unknown or break their rule."""
+    if not isinstance(values, dict) or set(values) != set(rules):
+        raise ValueError(f"{prefix} is {reprlib.repr(values)}; its fields must be {', '.join(rules)}")
+    for name, (is_allowed, allowed) in rules.items():
+        if not is_allowed(values[name]):
+            raise ValueError(f"{prefix}{'.' * bool(prefix)}{name} is {reprlib.repr(values[name])}; allowed: {allowed}")
+
+
+def _integer(low: int, high: int) -> Rule:
+    return lambda value: type(value) is int and low <= value <= high, f"an integer in [{low}, {high}]"
+
+
+def _number(low: float, high: float) -> Rule:
+    def is_allowed(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+
+    return is_allowed, f"a finite number in [{low:g}, {high:g}]"
+
+
+def _text(pattern: str, allowed: str) -> Rule:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value, re.DOTALL) is not None, allowed
+
+
+def _list(rule: Rule, least: int, most: int, *, ascends: bool = False) -> Rule:
+    def is_allowed(value: Any) -> bool:
+        fits = isinstance(value, list) and least <= len(value) <= most and all(map(rule[0], value))
+        return fits and (not ascends or value == sorted(set(value)))
+
+    count = str(most) if least == most else f"{least} to {most}"
+    return is_allowed, f"a list of {count}, each {rule[1]}" + (", ascending" if ascends else "")
+
+
+def _or_none(rule: Rule) -> Rule:
+    return lambda value: value is None or rule[0](value), f"null, or {rule[1]}"
+
+
+def _one_of(names: Sequence[str]) -> Rule:
+    return lambda value: isinstance(value, str) and value in names, " or ".join(names)
+
+
+IS_OBJECT: Rule = (lambda value: isinstance(value, dict), "an object")
+TEXT = _text(f".{{0,{MAX_TEXT}}}", f"a text of at most {MAX_TEXT} characters")
+BLOCKS = _list(_integer(0, MAX_BLOCKS), 1, MAX_BLOCKS, ascends=True)
+
+RULES: dict[str, Rule] = {
+    "backbone": TEXT,
+    "fingerprint": _text("[0-9a-f]{64}", "64 hexadecimal digits"),
+    "prompt": _or_none(IS_OBJECT),
+    "num_classes": _integer(1, MAX_CLASSES),
+    "classes": _or_none(_list(TEXT, 1, MAX_CLASSES)),
+    "preprocessing": IS_OBJECT,
+    "metrics": IS_OBJECT,
+    "format_version": _integer(FORMAT_VERSION, FORMAT_VERSION),
+    "kind": _one_of(get_args(Kind)),
+    "head": _or_none(IS_OBJECT),
+    "category_ids": _or_none(_list(_integer(0, 2**63 - 1), 1, MAX_CLASSES)),
+    "tuned_backbone": (lambda value: type(value) is bool, "true or false"),
+}
+PREPROCESSING_RULES: dict[str, Rule] = {
+    "size": _list(_integer(1, MAX_SIDE), 2, 2),
+    "mean": _list(_number(-1e6, 1e6), 3, 3),
+    "std": _list(_number(1e-6, 1e6), 3, 3),
+    "interpolation": TEXT,
+    "crop_pct": _number(0.01, 1),
+    "crop_mode": TEXT,
+}
+PROMPT_RULES: dict[str, Rule] = {
+    "kind": _one_of(get_args(PromptKind)),
+    "num_tokens": _integer(1, MAX_TOKENS),
+    "embed_dim": _integer(1, MAX_WIDTH),
+    "blocks": BLOCKS,
+    "dropout": _number(0, 1),
+}
+HEAD_RULES: dict[str, Rule] = {
+    "head": TEXT,
+    "taps": BLOCKS,
+    "channels": _integer(1, MAX_CHANNELS),
+    "strides": _list(_integer(1, MAX_SIDE), 1, 16),
+    "num_convs": _integer(0, 16),
+}

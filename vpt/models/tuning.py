@@ -1,19 +1,29 @@
-"""What trains: the tuned parameters of a model, and how many there are."""
+"""What trains: how much of the held ViT beside prompt, neck and head; the tuned parameters, and how many there are."""
 
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from vpt.models.backbone import PromptedViT
+from vpt.models.detection import DetectionModel
+from vpt.models.vit import ViT, fingerprint
+
+Tuning = Literal["prompt", "linear", "bias", "partial", "full"]
+
+BIASES = ("bias", "q_bias", "v_bias", "mlp_bias")  # what timm's modules call their bias vectors
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of parameters: of the prompt, of the head, of the backbone that is held, and all that train."""
+    """Numbers of parameters: of prompt, neck, head and held ViT; how many of the ViT train, and how many in all."""
 
     prompt: int
+    neck: int
     head: int
     backbone: int
+    backbone_tuned: int
     tuned: int
 
     @property
@@ -22,9 +32,93 @@ class ParameterCount:
         return self.tuned / self.backbone
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a ViT was before parameters of it were tuned; it stays with the ViT, which models may share.
+
+    Args:
+        fingerprint: Digest of the pretrained weights.
+        tuned: Names of the ViT's parameters that may have changed since.
+    """
+
+    fingerprint: str
+    tuned: frozenset[str]
+
+
+def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1) -> None:
+    """Say what trains of the held ViT; all else in it is frozen, whatever was said before.
+
+    Neck, head and the prompt, if there is one, always train. Of the ViT:
+
+    - "prompt": nothing. Without a prompt that is a linear probe.
+    - "linear": nothing, and there must be no prompt.
+    - "bias": every bias vector, those of norms too. A fused bias of queries, keys and values trains whole. A key bias
+      that stands apart is left out where keys are neither normed nor rotated: the softmax takes it away.
+    - "partial": the last `num_blocks` blocks and the final norm.
+    - "full": everything.
+
+    What the model does not use stays frozen: the ViT's own classifier; for a detection model also the final norm and
+    pooling, and blocks behind the last tap. The ViT stays in eval mode.
+
+    The ViT is held and not copied. With "bias", "partial" and "full" training changes it for every model that holds
+    it: give such a model a ViT of its own, as `load_task` does.
+
+    Args:
+        model: A prompted backbone, or a model that holds one as `.backbone`; its pretrained weights are loaded.
+        tuning: One of the above.
+        num_blocks: Blocks that "partial" tunes; the other ways do not use it.
+
+    Raises:
+        TypeError: There is no prompted backbone in the model.
+        ValueError: An unknown way, a prompt with "linear", too few or too many blocks, or weights that would train are
+            held in less than float32. The model stays as it was.
+
+    References:
+        BitFit (Zaken et al., 2022), https://arxiv.org/abs/2106.10199, section 3, for "bias"; Visual Prompt Tuning (Jia
+        et al., 2022), https://arxiv.org/abs/2203.12119, section 4.1, for the others.
+    """
+    backbone = _held_backbone(model)
+    if tuning not in get_args(Tuning):
+        raise ValueError(f"tuning must be one of {', '.join(get_args(Tuning))}, got {tuning!r}")
+    if tuning == "linear" and backbone.prompt is not None:
+        raise ValueError("tuning=linear trains the head alone, but there is a prompt; use prompt=none or tuning=prompt")
+    chosen = _choose(model, backbone, tuning, num_blocks)
+    narrow = {parameter.dtype for parameter in chosen if torch.finfo(parameter.dtype).bits < 32}
+    if narrow:
+        raise ValueError(
+            f"tuning={tuning} trains weights of the backbone, which are held in {narrow.pop()}; "
+            "use backbone.dtype=fp32 or tuning=prompt"
+        )
+    _remember(backbone.vit, chosen)
+    model.requires_grad_(False)
+    for part in (backbone.prompt, *_neck_and_head(model).values()):
+        if part is not None:
+            part.requires_grad_(True)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+
+
 def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, by name; hand `.values()` to an optimiser."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def tuned_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The parameters that train, by part: "prompt", "neck", "head" and "backbone", as far as there are any.
+
+    Together they are `tuned_parameters`; an optimiser has a group for each.
+
+    Raises:
+        TypeError: There is no prompted backbone in the model.
+    """
+    backbone = _held_backbone(model)
+    modules = {"prompt": backbone.prompt, **_neck_and_head(model), "backbone": backbone.vit}
+    parts = {
+        name: [parameter for parameter in module.parameters() if parameter.requires_grad]
+        for name, module in modules.items()
+        if module is not None
+    }
+    return {name: parameters for name, parameters in parts.items() if parameters}
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -33,16 +127,80 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     Raises:
         TypeError: There is no prompted backbone in the model.
     """
+    backbone = _held_backbone(model)
+    return ParameterCount(
+        prompt=_count(backbone.prompt),
+        **{name: _count(part) for name, part in _neck_and_head(model).items()},
+        backbone=_count(backbone.vit),
+        backbone_tuned=sum(parameter.numel() for parameter in backbone.vit.parameters() if parameter.requires_grad),
+        tuned=sum(parameter.numel() for parameter in tuned_parameters(model).values()),
+    )
+
+
+def origin_of(vit: ViT) -> Origin | None:
+    """What the ViT was before parameters of it were tuned; None if none ever were."""
+    return vit.__dict__.get("vpt_origin")
+
+
+def set_origin(vit: ViT, origin: Origin) -> None:
+    """Keep an origin with the ViT, so that copies of it and all models that hold it know."""
+    vit.__dict__["vpt_origin"] = origin
+
+
+def _held_backbone(model: nn.Module) -> PromptedViT:
     backbone = model if isinstance(model, PromptedViT) else getattr(model, "backbone", None)
     if not isinstance(backbone, PromptedViT):
         raise TypeError(f"expected a PromptedViT or a model with one as .backbone, got {type(model).__name__}")
-    head = getattr(model, "head", None)
-    return ParameterCount(
-        prompt=_count(backbone.prompt),
-        head=_count(head if isinstance(head, nn.Module) else None),
-        backbone=_count(backbone.vit),
-        tuned=sum(parameter.numel() for parameter in tuned_parameters(model).values()),
-    )
+    return backbone
+
+
+def _neck_and_head(model: nn.Module) -> dict[str, nn.Module | None]:
+    return {"neck": getattr(model, "pyramid", None), "head": getattr(model, "head", None)}
+
+
+def _choose(model: nn.Module, backbone: PromptedViT, tuning: Tuning, num_blocks: int) -> list[nn.Parameter]:
+    """The parameters of the ViT that a way of tuning trains."""
+    vit: Any = backbone.vit
+    num_used = max(model.taps) + 1 if isinstance(model, DetectionModel) else backbone.depth
+    if tuning == "partial" and not 1 <= num_blocks <= num_used:
+        raise ValueError(f"tuning.num_blocks={num_blocks}: the model uses {num_used} blocks, so from 1 to {num_used}")
+    unused = [vit.head, getattr(vit, "head_dist", None)]  # the second is DeiT's
+    if isinstance(model, DetectionModel):
+        unused += [vit.norm, vit.fc_norm, getattr(vit, "attn_pool", None), *vit.blocks[num_used:]]
+    left_out = {parameter for module in unused if module is not None for parameter in module.parameters()}
+    chosen: list[nn.Parameter] = []
+    if tuning == "bias":
+        chosen = _bias_vectors(vit)
+    elif tuning == "partial":
+        behind = (*vit.blocks[num_used - num_blocks : num_used], vit.norm, vit.fc_norm)
+        chosen = [parameter for module in behind for parameter in module.parameters()]
+    elif tuning == "full":
+        chosen = list(vit.parameters())
+    return [parameter for parameter in chosen if parameter not in left_out]
+
+
+def _bias_vectors(vit: Any) -> list[nn.Parameter]:
+    """All bias vectors of a ViT that can make a difference."""
+    is_rotated = getattr(vit, "rope", None) is not None
+    without_effect = {
+        module.k_proj.bias
+        for module in vit.modules()
+        if isinstance(getattr(module, "k_proj", None), nn.Linear)
+        and isinstance(getattr(module, "k_norm", None), nn.Identity | None)
+        and not is_rotated
+    }
+    found = [getattr(module, name, None) for module in vit.modules() for name in BIASES]
+    return [bias for bias in found if isinstance(bias, nn.Parameter) and bias not in without_effect]
+
+
+def _remember(vit: ViT, chosen: list[nn.Parameter]) -> None:
+    """Note the pretrained weights' digest, before any training, and what will no longer be as pretrained."""
+    if not chosen or chosen[0].is_meta:  # there are no weights on the meta device
+        return
+    changing = set(chosen)
+    names = {name for name, parameter in vit.named_parameters() if parameter in changing}
+    known = origin_of(vit) or Origin(fingerprint(vit), frozenset())
+    set_origin(vit, Origin(known.fingerprint, known.tuned | names))
 
 
 def _count(module: nn.Module | None) -> int:
