@@ -403,3 +403,175 @@ def test_without_faster_coco_eval_auto_takes_pycocotools_and_asking_for_it_is_an
     assert not DetectionMetrics(1).is_fast
     with pytest.raises(ValueError, match="not installed"):
         DetectionMetrics(1, backend="faster-coco-eval")
+
+
+# Curves, confusion, worst images, thresholds.
+
+
+def share_of_crowd(found: list[float], crowds: list[list[float]]) -> float:
+    return max((overlap(found, crowd, is_crowd=True) for crowd in crowds), default=0.0)
+
+
+def confusion_by_hand(
+    detections: list[Image], targets: list[Image], num_classes: int, min_score: float, min_overlap: float
+) -> list[list[list[int]]]:
+    """A matrix for each image, read from the description of `DetectionMetrics.confusion`, with plain loops."""
+    matrices = []
+    for found, target in zip(detections, targets, strict=True):
+        matrix = [[0] * (num_classes + 1) for _ in range(num_classes + 1)]
+        rows = list(zip(*(target[key].double().tolist() for key in ("boxes", "labels", "crowd")), strict=True))
+        true = [(box, int(label)) for box, label, is_crowd in rows if not is_crowd]
+        crowds = [box for box, _, is_crowd in rows if is_crowd]
+        candidates = zip(*(found[key].double().tolist() for key in ("scores", "boxes", "labels")), strict=True)
+        for score, box, name in sorted(candidates, reverse=True):
+            if score < min_score:
+                continue
+            near = [(overlap(box, other, False), label == name, other, label) for other, label in true]
+            near = [entry for entry in near if entry[0] >= min_overlap]
+            if near:
+                _, _, other, label = max(near)
+                true.remove((other, label))
+                matrix[label][int(name)] += 1
+            elif share_of_crowd(box, crowds) < min_overlap:
+                matrix[num_classes][int(name)] += 1
+        for _, label in true:
+            matrix[label][num_classes] += 1
+        matrices.append(matrix)
+    return matrices
+
+
+def f1_by_hand(detections: list[Image], targets: list[Image], label: int, score: float) -> float:
+    """F1 of a class, of the detections of this score or a higher one alone."""
+    right = found = num = 0
+    for detection, target in zip(detections, targets, strict=True):
+        kept = detection["scores"] >= score
+        cut = {name: values[kept] for name, values in detection.items()}
+        hits, num_here = hits_of_image(cut, target, label, 0.5, AREAS[""], 1000)
+        right, found, num = right + sum(hit for _, hit in hits), found + len(hits), num + num_here
+    return 2 * right / (found + num) if num else math.nan
+
+
+@BACKENDS
+def test_precision_curves_average_to_map50_and_are_those_of_a_plain_reading(backend):
+    detections, targets = random_images(12, 4, seed=6)
+    targets = [{**target, "labels": target["labels"].clamp(max=2)} for target in targets]
+    metrics = fed(detections, targets, 4, backend)
+    curves = metrics.precision_curves()
+    assert curves.shape == (4, 101)
+    assert curves.dtype == np.float64
+    assert np.isnan(curves[3]).all()
+    assert curves[:3].mean() == pytest.approx(metrics.compute()["map50"], abs=1e-12)
+    for label, curve in enumerate(curves[:3]):
+        rows = [hits_of_image(*pair, label, 0.5, AREAS[""], 100) for pair in zip(detections, targets, strict=True)]
+        points, right, num = [], 0, sum(row[1] for row in rows)
+        for seen, (_, is_right) in enumerate(sorted((hit for row in rows for hit in row[0]), reverse=True), start=1):
+            right += is_right
+            points.append((right / num, right / seen))
+        for least, value in zip(RECALLS, curve, strict=True):
+            best = max((precision for recall, precision in points if recall >= least), default=0)
+            assert value == pytest.approx(best, abs=1e-12)
+
+
+@pytest.mark.parametrize(("min_score", "min_overlap"), [(0.25, 0.45), (0.0, 0.3), (0.6, 0.75)])
+def test_confusion_and_the_images_by_error_are_those_of_a_plain_reading(min_score, min_overlap):
+    detections, targets = random_images(25, 3, seed=7)
+    metrics = fed(detections, targets, 3)
+    matrices = np.array(confusion_by_hand(detections, targets, 3, min_score, min_overlap))
+    confusion = metrics.confusion(min_score, min_overlap)
+    assert confusion.dtype == torch.int64
+    assert confusion.tolist() == matrices.sum(axis=0).tolist()
+    errors = matrices.sum(axis=(1, 2)) - np.trace(matrices, axis1=1, axis2=2)
+    worst = metrics.images_by_error(10, min_score, min_overlap)
+    assert len(worst) == 10
+    assert len(set(errors.tolist())) > 3
+    assert worst == sorted(range(25), key=lambda i: (-errors[i], i))[:10]
+
+
+def test_best_thresholds_give_the_highest_f1_of_a_plain_reading():
+    detections, targets = random_images(15, 4, seed=8)
+    targets = [{**target, "labels": target["labels"].clamp(max=2)} for target in targets]
+    thresholds = fed(detections, targets, 4).best_thresholds()
+    assert len(thresholds) == 4
+    assert math.isnan(thresholds[3])
+    scores = torch.cat([detection["scores"] for detection in detections]).tolist()
+    for label in range(3):
+        best = max(f1_by_hand(detections, targets, label, score) for score in scores)
+        assert 0 < best < 1
+        assert f1_by_hand(detections, targets, label, thresholds[label]) == pytest.approx(best)
+
+
+A, B, FAR = [0.0, 0.0, 20.0, 20.0], [40.0, 0.0, 60.0, 20.0], [200.0, 200.0, 220.0, 220.0]
+
+
+@pytest.mark.parametrize(
+    ("found", "true", "expected"),
+    [
+        pytest.param([(A, 0, 0.9), (B, 1, 0.9)], [(A, 0), (B, 1)], {(0, 0): 1, (1, 1): 1}, id="right"),
+        pytest.param([(A, 1, 0.9)], [(A, 0)], {(0, 1): 1}, id="wrong class"),
+        pytest.param([], [(A, 0), (B, 0)], {(0, 2): 2}, id="missed"),
+        pytest.param([(FAR, 1, 0.9)], [], {(2, 1): 1}, id="false"),
+        pytest.param([(FAR, 1, 0.9)], [(A, 0)], {(2, 1): 1, (0, 2): 1}, id="beside"),
+        pytest.param([(A, 0, 0.9), (A, 0, 0.8)], [(A, 0)], {(0, 0): 1, (2, 0): 1}, id="twice"),
+        pytest.param([(A, 0, 0.8), (A, 1, 0.9)], [(A, 0)], {(0, 1): 1, (2, 0): 1}, id="the higher score counts"),
+        pytest.param([(A, 1, 0.9)], [(A, 0), (A, 1)], {(1, 1): 1, (0, 2): 1}, id="of equal boxes that of the class"),
+        pytest.param([(A, 0, 0.24)], [(A, 0)], {(0, 2): 1}, id="score too low"),
+        pytest.param([(A, 0, 0.25)], [(A, 0)], {(0, 0): 1}, id="score just enough"),
+        pytest.param([([0, 0, 20, 9.1], 0, 0.9)], [(A, 0)], {(0, 0): 1}, id="overlap just enough"),
+        pytest.param([([0, 0, 20, 8.9], 0, 0.9)], [(A, 0)], {(2, 0): 1, (0, 2): 1}, id="overlap too small"),
+        pytest.param([([math.nan] * 4, 0, 0.9)], [(A, 0)], {(2, 0): 1, (0, 2): 1}, id="not finite"),
+        pytest.param([(A, 0, math.nan)], [(A, 0)], {(0, 2): 1}, id="score not finite"),
+    ],
+)
+def test_confusion_of_a_single_picture(found, true, expected):
+    detections = image([row[0] for row in found], [row[1] for row in found], scores=[row[2] for row in found])
+    targets = image([row[0] for row in true], [row[1] for row in true])
+    confusion = fed([detections], [targets], 2).confusion()
+    assert {tuple(at.tolist()): int(confusion[tuple(at)]) for at in confusion.nonzero()} == expected
+
+
+def test_crowds_and_what_falls_on_them_are_not_in_the_confusion():
+    crowd = [0.0, 0.0, 100.0, 100.0]
+    target = image([crowd, A], [0, 1], crowd=[True, False])
+    found = image([A, [50.0, 50.0, 60.0, 60.0], [70.0, 70.0, 80.0, 80.0], FAR], [1, 0, 1, 0], scores=[0.9] * 4)
+    metrics = fed([found], [target], 2)
+    assert metrics.confusion().tolist() == [[0, 0, 0], [0, 1, 0], [1, 0, 0]]
+    assert metrics.images_by_error(5) == [0]
+
+
+def test_images_without_errors_come_last_and_no_more_images_are_named_than_there_are():
+    metrics = fed([as_found(ONE), NOTHING, as_found(ONE)], [ONE, ONE, NO_TARGET], 1, batch_size=2)
+    assert metrics.images_by_error(8) == [1, 2, 0]
+    assert metrics.images_by_error(1) == [1]
+
+
+def test_a_threshold_takes_all_detections_of_an_equal_score():
+    found = image([A, FAR, B], [0, 0, 0], scores=[0.9, 0.5, 0.5])
+    assert fed([found], [image([A, B], [0, 0])], 1).best_thresholds() == pytest.approx([0.5])
+    alone = image([A, FAR, FAR, B], [0, 0, 0, 0], scores=[0.9, 0.5, 0.5, 0.1])
+    assert fed([alone], [image([A, B], [0, 0])], 1).best_thresholds() == pytest.approx([0.9])
+
+
+def test_a_class_that_is_never_found_has_no_best_threshold():
+    found = image([FAR], [0], scores=[0.9])
+    thresholds = fed([found], [image([A, B], [0, 1])], 3).best_thresholds()
+    assert all(map(math.isnan, thresholds))
+    assert len(thresholds) == 3
+
+
+def test_a_box_in_a_crowd_does_not_lower_the_best_threshold():
+    target = image([A, [100.0, 100.0, 300.0, 300.0]], [0, 0], crowd=[False, True])
+    found = image([FAR, FAR, A], [0, 0, 0], scores=[0.9, 0.8, 0.3])
+    assert fed([found], [target], 1).best_thresholds() == pytest.approx([0.3])
+
+
+def test_before_any_image_there_is_nothing_to_say_and_thresholds_out_of_range_are_refused():
+    metrics = DetectionMetrics(2)
+    for compute in (metrics.precision_curves, metrics.confusion, metrics.best_thresholds):
+        with pytest.raises(ValueError, match="No image was evaluated"):
+            compute()
+    with pytest.raises(ValueError, match="No image was evaluated"):
+        metrics.images_by_error(3)
+    metrics.update([NOTHING], [ONE])
+    for thresholds in [(-0.1, 0.5), (0.5, 0.0), (0.5, 1.1), (math.nan, 0.5)]:
+        with pytest.raises(ValueError, match="allowed: 0 <= min_score <= 1, 0 < min_overlap <= 1"):
+            metrics.confusion(*thresholds)

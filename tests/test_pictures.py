@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from PIL import ImageFont
 
 from vpt.engine import pictures
-from vpt.engine.pictures import INK, RIGHT, WRONG, confusion_picture, picture_grid
+from vpt.engine.pictures import INK, RIGHT, WRONG, confusion_picture, picture_grid, shortened
 
 
 def random_pictures(num: int, height: int, width: int) -> np.ndarray:
@@ -62,6 +63,13 @@ def test_letters_with_accents_are_written_without_them():
     assert np.array_equal(picture_grid(grid, ["Äpfel é"]), picture_grid(grid, ["Apfel e"]))
 
 
+def test_a_text_is_one_line_without_accents_and_not_wider_than_asked():
+    font = ImageFont.load_default(size=13)
+    assert shortened("  Äpfel \n\t é ", font, 200) == "Apfel e"
+    for text in ("a very long name of a class", "\udc80", "кошка 猫", ""):
+        assert font.getlength(shortened(text, font, 60)) <= 60
+
+
 @pytest.mark.parametrize(
     ("tiles", "settings", "message"),
     [
@@ -78,7 +86,7 @@ def test_grids_that_cannot_be_drawn_are_refused(tiles, settings, message):
         picture_grid(tiles, **settings)
 
 
-@pytest.mark.parametrize("num_classes", [2, 10, 20, 21, 75, 76, 200, 1000])
+@pytest.mark.parametrize("num_classes", [2, 10, 20, 21, 75, 76, 81, 200, 1000])
 def test_a_confusion_of_any_size_stays_a_reasonable_picture(num_classes):
     picture = confusion_picture(np.eye(num_classes, dtype=np.int64), [f"class {i}" for i in range(num_classes)])
     assert picture.dtype == np.uint8
@@ -119,6 +127,7 @@ def test_names_are_dropped_where_they_would_not_be_legible():
         return tuple(confusion_picture(counts, [name] * num_classes).shape[1] for name in ("", "a long name"))
 
     assert widths(75)[0] < widths(75)[1]
+    assert widths(81)[0] < widths(81)[1]  # COCO and its background
     assert widths(100)[0] == widths(100)[1]
 
 

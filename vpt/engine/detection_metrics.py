@@ -1,4 +1,4 @@
-"""Metrics of detection: the numbers of the COCO evaluation, from the boxes of a whole split.
+"""Metrics of detection: the numbers of the COCO evaluation, from the boxes of a whole split, and where they come from.
 
 Shapes: `B` images, `n` detections of an image, `G` true boxes of it, `K` classes, `T` thresholds of overlap (.5, .55 ..
 .95), `R` points of recall (0, .01 .. 1), `A` ranges of area (AREAS), `M` numbers of detections (NUMBERS). Boxes are
@@ -8,7 +8,7 @@ Shapes: `B` images, `n` detections of an image, `G` true boxes of it, `K` classe
 import contextlib
 import importlib.util
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,6 +18,10 @@ from torch import Tensor
 
 AREAS = ("map", "map_small", "map_medium", "map_large")
 NUMBERS = ("ar1", "ar10", "ar100")
+MIN_SCORE = 0.25
+"""What a detection must score to be counted as an error, and to be drawn."""
+MIN_OVERLAP = 0.45
+"""How far (intersection over union) a detection must lie on a true box to be of the same object."""
 Backend = Literal["auto", "pycocotools", "faster-coco-eval"]
 Curves = tuple[NDArray[np.float64], NDArray[np.float64]]  # precision (T, R, K, A, M), recall (T, K, A, M); -1: no box
 
@@ -118,6 +122,93 @@ class DetectionMetrics:
         precision, _ = self._evaluate()
         return [_mean(precision[:, :, label, 0, -1]) for label in range(self.num_classes)]
 
+    def precision_curves(self) -> NDArray[np.float64]:
+        """Precision of each class over recall, at an overlap of .5: (K, R), nan where a class has no true boxes.
+
+        A value is the best precision at this recall or a higher one, as COCO has it; its mean over R is map50.
+        """
+        precision, _ = self._evaluate()
+        curves = precision[0, :, :, 0, -1].T
+        return np.where(curves > -1, curves, np.nan)
+
+    def confusion(self, min_score: float = MIN_SCORE, min_overlap: float = MIN_OVERLAP) -> Tensor:
+        """How often each class was found as each class: (K+1, K+1) int64, rows are truth, columns what was found.
+
+        The last column counts true boxes that were missed, the last row false boxes. Detections take a true box in the
+        order of their scores: of those that nobody has taken, the one of the highest overlap, whatever its class; of
+        two such, the one of the right class. So an object that was found twice counts as found once and as one false
+        box. Crowds are left out, and so is what falls on a crowd but on no true box.
+
+        Args:
+            min_score: Detections that score less are not there.
+            min_overlap: Intersection over union from which a detection may take a true box; the part of a detection
+                that must lie in a crowd.
+
+        Raises:
+            ValueError: If no image was added, or a threshold is out of range.
+        """
+        confusion = np.zeros((self.num_classes + 1, self.num_classes + 1), dtype=np.int64)
+        for pairs in self._pairs(min_score, min_overlap):
+            np.add.at(confusion, tuple(pairs.T), 1)
+        return torch.from_numpy(confusion)
+
+    def images_by_error(self, num: int, min_score: float = MIN_SCORE, min_overlap: float = MIN_OVERLAP) -> list[int]:
+        """Numbers of the `num` images with the most errors, the worst first, in the order in which they were added.
+
+        An error is what `confusion` counts off its diagonal: a missed, a false or a confused box. Of images with as
+        many errors the earlier comes first; images without any come last.
+        """
+        errors = [int((pairs[:, 0] != pairs[:, 1]).sum()) for pairs in self._pairs(min_score, min_overlap)]
+        return sorted(range(len(errors)), key=lambda image: -errors[image])[:num]
+
+    def best_thresholds(self) -> list[float]:
+        """The score from which on a class is found best: K values, of the highest F1 at an overlap of .5.
+
+        F1 is 2 * right / (found + true boxes), where found are the detections of this score or a higher one. It is nan
+        where a class has no true boxes but crowds, or none of them is found. Detections and crowds are matched within
+        the class, as for map50.
+        """
+        scores: list[list[Tensor]] = [[] for _ in range(self.num_classes)]
+        is_right: list[list[NDArray[np.bool_]]] = [[] for _ in range(self.num_classes)]
+        num_true = np.zeros(self.num_classes, dtype=np.int64)
+        for found, true in self._images():
+            np.add.at(num_true, true[true[:, 5] == 0, 4].long().numpy(), 1)
+            for label in np.unique(found[:, 4].numpy()).astype(int):
+                of_class = found[found[:, 4] == label]
+                taken = _match(of_class, true[true[:, 4] == label], 0.5)
+                scores[label].append(of_class[taken != _IGNORED, 6])
+                is_right[label].append(taken[taken != _IGNORED] >= 0)
+        return [
+            _best_score(torch.cat(scores[label]).numpy(), np.concatenate(is_right[label]), num_true[label])
+            if scores[label]
+            else float("nan")
+            for label in range(self.num_classes)
+        ]
+
+    def _images(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows of the detections of each image, the best first, and of its true boxes; what is not finite is 0."""
+        self._need_images()
+        for found, true in zip(self._detections, self._targets, strict=True):
+            finite = _finite(found)
+            yield finite[finite[:, 6].argsort(descending=True, stable=True)], true
+
+    def _pairs(self, min_score: float, min_overlap: float) -> Iterator[NDArray[np.int64]]:
+        """For each image the classes (n, 2) of what is there and what was found instead; K is nothing."""
+        if not (0 <= min_score <= 1 and 0 < min_overlap <= 1):
+            raise ValueError(
+                f"min_score={min_score}, min_overlap={min_overlap}; allowed: 0 <= min_score <= 1, 0 < min_overlap <= 1"
+            )
+        for found, true in self._images():
+            found = found[found[:, 6] >= min_score]
+            taken = _match(found, true, min_overlap)
+            is_missed = true[:, 5].numpy() == 0
+            is_missed[taken[taken >= 0]] = False
+            there = np.append(true[:, 4].numpy(), self.num_classes)  # -1, no true box, is the last one too
+            counts = taken != _IGNORED
+            matched = np.stack([there[taken[counts]], found[:, 4].numpy()[counts]], axis=1)
+            missed = np.stack([there[:-1][is_missed], np.full(is_missed.sum(), self.num_classes)], axis=1)
+            yield np.concatenate([matched, missed]).astype(np.int64)
+
     def _rows(self, boxes: Tensor, labels: Tensor, crowd: Tensor | None = None, scores: Tensor | None = None) -> Tensor:
         columns = [labels, *(torch.zeros(len(boxes)) if values is None else values for values in (crowd, scores))]
         if boxes.shape != (len(boxes), 4) or any(values.shape != boxes.shape[:1] for values in columns):
@@ -132,9 +223,12 @@ class DetectionMetrics:
         size = (corners[:, 2:] - corners[:, :2]).clamp(min=0)
         return torch.cat([corners[:, :2], size, torch.stack([values.cpu().double() for values in columns], 1)], dim=1)
 
-    def _evaluate(self) -> Curves:
+    def _need_images(self) -> None:
         if not self._targets:
             raise ValueError("No image was evaluated: the split is empty, or update() was never called.")
+
+    def _evaluate(self) -> Curves:
+        self._need_images()
         if self._curves is not None:
             return self._curves
         if self.is_fast:
@@ -143,8 +237,7 @@ class DetectionMetrics:
         else:
             from pycocotools.coco import COCO
             from pycocotools.cocoeval import COCOeval as Evaluation
-        # An overlap of nan passes every threshold: a box that is not finite would be a hit. One without size never is.
-        found = [rows.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for rows in self._detections]
+        found = [_finite(rows) for rows in self._detections]
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation = Evaluation(self._indexed(COCO(), self._targets), self._indexed(COCO(), found), "bbox")
             evaluation.evaluate()
@@ -165,6 +258,47 @@ class DetectionMetrics:
         }
         coco.createIndex()
         return coco
+
+
+_FALSE, _IGNORED = -1, -2
+
+
+def _match(found: Tensor, true: Tensor, min_overlap: float) -> NDArray[np.int64]:
+    """For each detection, the best first: the number of the true box that it takes, _FALSE or, on a crowd, _IGNORED."""
+    from pycocotools import mask
+
+    taken = np.full(len(found), _FALSE)
+    if not len(found) or not len(true):
+        return taken
+    is_crowd = true[:, 5].numpy() > 0
+    overlaps = mask.iou(found[:, :4].contiguous().numpy(), true[:, :4].contiguous().numpy(), is_crowd)
+    is_near = overlaps >= min_overlap
+    is_free = ~is_crowd
+    is_same = found[:, 4:5].numpy() == true[:, 4].numpy()
+    for i in is_near.any(axis=1).nonzero()[0]:
+        free = (is_near[i] & is_free).nonzero()[0]
+        if len(free):
+            taken[i] = max(free, key=lambda j: (overlaps[i, j], is_same[i, j]))
+            is_free[taken[i]] = False
+        elif (is_near[i] & is_crowd).any():
+            taken[i] = _IGNORED
+    return taken
+
+
+def _best_score(scores: NDArray[np.float64], is_right: NDArray[np.bool_], num_true: int) -> float:
+    """The score of the highest F1; nan if nothing is right."""
+    if not is_right.any():
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    scores, right = scores[order], is_right[order].cumsum()
+    f1 = 2 * right / (np.arange(1, len(scores) + 1) + num_true)
+    is_last = np.append(scores[1:] < scores[:-1], True)  # equal scores pass a threshold together
+    return float(scores[np.where(is_last, f1, 0).argmax()])
+
+
+def _finite(rows: Tensor) -> Tensor:
+    # An overlap of nan passes every threshold: a box that is not finite would be a hit. One without size never is.
+    return rows.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _mean(values: NDArray[np.float64]) -> float:

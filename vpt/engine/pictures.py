@@ -75,7 +75,7 @@ def picture_grid(
         canvas.paste(tile, (x, y))
         for number, line in enumerate(caption.split("\n")):
             position = (x, y + tile_h + 3 + number * line_h)
-            draw.text(position, _shortened(line, font, tile_w), fill=colours[i] if colours else INK, font=font)
+            draw.text(position, shortened(line, font, tile_w), fill=colours[i] if colours else INK, font=font)
     return np.asarray(canvas)
 
 
@@ -120,7 +120,7 @@ def _write_counts(matrix: Image.Image, counts: NDArray[np.int64], shares: NDArra
 def _with_axes(matrix: Image.Image, classes: Sequence[str], cell: int) -> NDArray[np.uint8]:
     """Frame the matrix; names and the title "target" on the left, names and the title "prediction" below."""
     font = ImageFont.load_default(size=min(14, max(8, cell - 2)))
-    names = [_shortened(name, font, _MAX_NAME) for name in classes] if cell >= 12 else []
+    names = [shortened(name, font, _MAX_NAME) for name in classes] if cell >= 11 else []
     names_w = math.ceil(max((font.getlength(name) for name in names), default=0))
     side = matrix.width
     left = 28 + names_w + 8  # the title's line, the names, a gap
@@ -135,14 +135,14 @@ def _with_axes(matrix: Image.Image, classes: Sequence[str], cell: int) -> NDArra
     for i, name in enumerate(names):
         middle = (i + 0.5) * cell
         draw.text((left - 6, 12 + middle), name, fill=INK, font=font, anchor="rm")
-        _draw_upright(canvas, name, font, top=(left + middle, 12 + side + 6))
+        draw_upright(canvas, name, font, top=(left + middle, 12 + side + 6))
     title = ImageFont.load_default(size=16)
     draw.text((left + side / 2, canvas.height - 14), "prediction", fill=INK, font=title, anchor="mm")
-    _draw_upright(canvas, "target", title, top=(14, 12 + side / 2 - title.getlength("target") / 2))
+    draw_upright(canvas, "target", title, top=(14, 12 + side / 2 - title.getlength("target") / 2))
     return np.asarray(canvas)
 
 
-def _draw_upright(canvas: Image.Image, text: str, font: Font, top: tuple[float, float]) -> None:
+def draw_upright(canvas: Image.Image, text: str, font: Font, top: tuple[float, float]) -> None:
     """Write upwards, centred on the column of `top`; the text ends at its height."""
     size = math.ceil(font.getlength(text)), 24
     stencil = Image.new("L", size)  # neighbours overlap: only the ink may be pasted
@@ -164,13 +164,18 @@ def _fitting_font(text: str, width: float, largest: int) -> Font:
     return next((font for font in fonts if font.getlength(text) <= width), ImageFont.load_default(size=7))
 
 
-def _shortened(text: str, font: Font, width: float) -> str:
-    """The text without accents, which Pillow's own font does not have, cut to a width in pixels."""
-    text = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+def shortened(text: str, font: Font, width: float) -> str:
+    """One line of text without accents, cut to a width in pixels."""
+    text = without_accents(" ".join(text.split()))
     if font.getlength(text) <= width:
         return text
     end = next((end for end in range(len(text), 0, -1) if font.getlength(text[:end] + "…") <= width), 0)
     return text[:end].rstrip() + "…"
+
+
+def without_accents(text: str) -> str:
+    """The text without accents, which Pillow's own font does not have; it has the letters of ASCII."""
+    return "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
 
 
 def _check_grid(
