@@ -1,5 +1,7 @@
 """Fixtures: tiny ViTs with 0, 1 and 5 prefix tokens and each kind of position, random weights."""
 
+import json
+
 import numpy as np
 import pytest
 import timm
@@ -53,3 +55,29 @@ def photos(tmp_path_factory):
 @pytest.fixture
 def images():
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def boxes(tmp_path_factory):
+    """A folder in the form of COCO: squares of two colours on noise, with gaps in the category ids."""
+    root = tmp_path_factory.mktemp("boxes")
+    generator = np.random.default_rng(0)
+    for split, num in (("train", 16), ("val", 4), ("test", 5)):
+        (root / split).mkdir()
+        content = {"categories": [{"id": 3, "name": "red box"}, {"id": 17, "name": "blue box"}]}
+        content |= {"images": [], "annotations": []}
+        for number in range(1, num + 1):
+            height, width = (96, 128) if number % 2 else (128, 96)
+            pixels = generator.integers(0, 90, (height, width, 3), dtype=np.uint8)
+            for corner in ((8, 8), (56, 40))[: 1 + number % 2]:
+                x, y = (int(value) for value in corner + generator.integers(-6, 7, 2))
+                side, label = int(generator.integers(28, 40)), int(generator.integers(2))
+                pixels[y : y + side, x : x + side, 2 * label] += 140
+                annotation = {"id": len(content["annotations"]) + 1, "image_id": 100 + number, "iscrowd": 0}
+                annotation |= {"category_id": (3, 17)[label], "bbox": [x, y, side, side], "area": side * side}
+                content["annotations"].append(annotation)
+            name = f"{number}.png"
+            content["images"].append({"id": 100 + number, "file_name": name, "height": height, "width": width})
+            Image.fromarray(pixels).save(root / split / name)
+        (root / split / "_annotations.coco.json").write_text(json.dumps(content))
+    return root

@@ -15,6 +15,8 @@ import vpt.data.classification
 from vpt import build, caching
 from vpt.config import CacheName, ConfigError, compose_config, load_config, to_config
 from vpt.data.tokens import TokenFolder
+from vpt.kinds.classification import Classification
+from vpt.kinds.kind import kind_of
 from vpt.models.vit import fingerprint, preprocessing_of
 from vpt.train import run
 
@@ -46,9 +48,10 @@ def train(root, photos, *overrides):
 def prepared(root, photos, *overrides):
     """Config, model and plan of a run that has not begun."""
     config = to_config(configured(root, photos, *overrides))
-    samples = build.build_samples(config.dataset)
+    kind = kind_of(config)
+    samples = kind.read()
     model = build.build_model(config, samples["train"].classes)
-    data = build.build_data(config, samples, preprocessing_of(model.backbone.vit))
+    data = kind.build_data(samples, preprocessing_of(model.backbone.vit))
     return config, model, caching.plan_cache(config, model, data)
 
 
@@ -279,9 +282,9 @@ def test_without_room_for_pictures_training_goes_on_and_says_so(tmp_path, photos
 
 
 def test_pictures_that_are_no_files_are_not_kept_but_their_tokens_are(photos, monkeypatch):
-    find = build.build_samples
+    read = Classification.read
     monkeypatch.setattr(
-        build, "build_samples", lambda config: {k: replace(samples, paths=()) for k, samples in find(config).items()}
+        Classification, "read", lambda kind: {k: replace(samples, paths=()) for k, samples in read(kind).items()}
     )
     assert planned(photos).text == "none (no tokens: the prompt enters block 0; no pictures: they are no files)"
     assert planned(photos, LAST).text.startswith("tokens that enter block 4")

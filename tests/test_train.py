@@ -13,7 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import vpt
 from vpt import build
 from vpt.config import ConfigError, compose_config, to_config
+from vpt.data.classification import Samples
 from vpt.evaluate import EvaluateOptions, evaluate_run
+from vpt.kinds.classification import build_cross_entropy
 from vpt.models.vit import fingerprint, load_vit
 from vpt.predict import PredictOptions, predict_run
 from vpt.train import run
@@ -231,8 +233,8 @@ def test_a_run_without_a_task_file_and_a_foreign_folder_are_told_apart(tmp_path)
 
 def test_balanced_class_weights_are_inverse_frequencies_with_a_mean_of_one():
     config = to_config(compose_config(["train.class_weights=balanced"]))
-    samples = build.Samples(("a", "b"), (0, 0, 0, 1), ("1", "2", "3", "4"), lambda _: None)
-    weight = build.build_loss(config, samples).weight
+    samples = Samples(("a", "b"), (0, 0, 0, 1), ("1", "2", "3", "4"), lambda _: None)
+    weight = build_cross_entropy(config, samples).weight
     assert weight.tolist() == pytest.approx([4 / 6, 2.0])
     assert weight[torch.tensor(samples.targets)].mean().item() == pytest.approx(1.0)
 

@@ -13,6 +13,27 @@ from vpt.engine.optim import MovingAverage, warmup_cosine
 from vpt.engine.trainer import FitSettings, evaluate, fit, overfit
 
 NUM_TRAIN, BATCH = 22, 5
+EXTRA = {}  # further arguments of fit()
+
+
+class Evaluator:
+    """Metrics of the logits."""
+
+    def __init__(self):
+        self.metrics = ClassificationMetrics(3)
+
+    def reset(self):
+        self.metrics.reset()
+
+    def compute(self):
+        return self.metrics.compute()
+
+    def update(self, model, images, targets):
+        self.metrics.update(model(images).float(), targets)
+
+
+def cross_entropy(model, images, targets):
+    return {"class": nn.functional.cross_entropy(model(images).float(), targets)}
 
 
 class Separable(nn.Module):
@@ -36,24 +57,36 @@ def make_loader(num=NUM_TRAIN, batch_size=BATCH, seed=0):
     return DataLoader(TensorDataset(images, targets), batch_size=batch_size)
 
 
-def run_fit(tmp_path, model=None, train=None, val=None, lr=0.5, average=None, warmup=2, **settings):
+def run_fit(
+    tmp_path,
+    model=None,
+    train=None,
+    val=None,
+    lr=0.5,
+    average=None,
+    warmup=2,
+    losses=cross_entropy,
+    evaluator=None,
+    **settings,
+):
     model = model or Separable()
     train, val = train or make_loader(), val or make_loader(seed=1)
-    options = FitSettings(**{"epochs": 4, "log_every": 1, **settings})
+    options = FitSettings(**{"epochs": 4, "select": "top1", "log_every": 1, **settings})
     optimizer = torch.optim.SGD([{"params": model.parameters(), "lr": lr, "name": "head"}])
     with Monitor(tmp_path) as monitor:
         result = fit(
             model,
             train,
             val,
-            loss_function=nn.functional.cross_entropy,
-            metrics=ClassificationMetrics(3),
+            losses=losses,
+            evaluator=evaluator or Evaluator(),
             optimizer=optimizer,
             schedule=warmup_cosine(optimizer, num_steps=options.epochs * len(train), num_warmup_steps=warmup),
             settings=options,
             checkpoints=Checkpoints(tmp_path, dict(model.named_parameters())),
             monitor=monitor,
             average=average(model) if average else None,
+            **EXTRA,
         )
     return model, result
 
@@ -76,7 +109,7 @@ def test_the_model_ends_with_the_weights_that_val_chose(tmp_path):
     tops = [line["val/top1"] for line in lines(tmp_path) if "val/top1" in line]
     assert result.best["top1"] == max(tops)
     assert tops[result.best_epoch - 1] == max(tops)
-    assert evaluate(model, val, ClassificationMetrics(3)) == result.best
+    assert evaluate(model, val, Evaluator()) == result.best
     assert result.best_step == result.best_epoch * math.ceil(NUM_TRAIN / BATCH)
 
 
@@ -119,7 +152,7 @@ def test_val_sees_the_moving_average_and_the_best_holds_it(tmp_path):
 
     model, result = run_fit(tmp_path, val=val, epochs=1, average=average)
     assert torch.equal(model.head.weight, averages[0].average["head.weight"])
-    assert evaluate(model, val, ClassificationMetrics(3)) == result.best
+    assert evaluate(model, val, Evaluator()) == result.best
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_learning_rate(tmp_path):
@@ -135,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_learning_rate(tmp_pa
 
 def test_evaluation_is_in_eval_mode_without_gradients_and_whatever_the_batches(tmp_path):
     model = Separable().train()
-    values = [evaluate(model, make_loader(batch_size=size), ClassificationMetrics(3)) for size in (1, 7, 100)]
+    values = [evaluate(model, make_loader(batch_size=size), Evaluator()) for size in (1, 7, 100)]
     assert not any(model.modes)
     assert values[0] == pytest.approx(values[1])
     assert values[1] == pytest.approx(values[2])
@@ -172,10 +205,65 @@ def test_the_pace_memory_and_learning_rates_are_logged(tmp_path):
 
 def test_one_batch_is_learned_or_the_answer_is_none():
     batch = next(iter(make_loader()))
+    options = {"losses": cross_entropy, "evaluator": Evaluator(), "select": "top1", "goal": 1.0}
     model = Separable()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    assert overfit(model, batch, loss_function=nn.functional.cross_entropy, optimizer=optimizer) > 1
+    assert overfit(model, batch, optimizer=optimizer, **options) > 1
     assert torch.equal(model(batch[0]).argmax(1), batch[1])
     fresh = Separable()
     stuck = torch.optim.Adam(fresh.parameters(), lr=0.0)
-    assert overfit(fresh, batch, loss_function=nn.functional.cross_entropy, optimizer=stuck, max_steps=5) is None
+    assert overfit(fresh, batch, optimizer=stuck, max_steps=5, **options) is None
+
+
+def test_several_losses_train_by_their_sum_and_are_logged_apart(tmp_path):
+    def two(model, images, targets):
+        loss = cross_entropy(model, images, targets)["class"]
+        return {"class": 0.25 * loss, "box": 0.75 * loss}
+
+    one, _ = run_fit(tmp_path / "a", epochs=1)
+    both, _ = run_fit(tmp_path / "b", epochs=1, losses=two)
+    torch.testing.assert_close(both.head.weight, one.head.weight)
+    first = lines(tmp_path / "b")[0]
+    assert first["train/class_loss"] + first["train/box_loss"] == pytest.approx(first["train/loss"])
+    assert first["train/box_loss"] == pytest.approx(3 * first["train/class_loss"])
+    assert not any(tag.endswith("_loss") for tag in lines(tmp_path / "a")[0])
+
+
+def test_nan_is_worse_than_any_metric_and_needs_no_loss(tmp_path):
+    class Says(Evaluator):
+        said = iter([math.nan, 0.0, math.nan])
+
+        def compute(self):
+            return {"map": next(self.said)}
+
+    _, result = run_fit(tmp_path, epochs=3, select="map", evaluator=Says())
+    assert result.best_epoch == 2
+    assert result.best == {"map": 0.0}
+
+
+def test_targets_of_any_form_reach_losses_and_evaluator(tmp_path):
+    seen = []
+
+    def nested(batch):
+        images, targets = zip(*batch, strict=True)
+        return torch.stack(images), [{"label": target, "name": "a"} for target in targets]
+
+    def losses(model, images, targets):
+        seen.append(targets)
+        return cross_entropy(model, images, torch.stack([target["label"] for target in targets]))
+
+    class Reads(Evaluator):
+        def update(self, model, images, targets):
+            super().update(model, images, torch.stack([target["label"] for target in targets]))
+
+    loader = DataLoader(make_loader().dataset, batch_size=4, collate_fn=nested)
+    _, result = run_fit(tmp_path, train=loader, val=loader, losses=losses, evaluator=Reads(), epochs=1)
+    assert result.best["top1"] > 0
+    assert seen[0][0]["name"] == "a"
+
+
+def test_each_evaluation_on_val_is_followed_by_a_call(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setitem(EXTRA, "on_epoch", lambda epoch, step: calls.append((epoch, step)))
+    run_fit(tmp_path, epochs=2)
+    assert calls == [(1, 5), (2, 10)]

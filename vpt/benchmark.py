@@ -222,7 +222,8 @@ def _build_prompted(
     name: str, num_tokens: int | None, vit: Any, images: "Tensor", options: BenchmarkOptions
 ) -> Subject:
     """A subject that is a model of vpt, on the ViT that all of them share."""
-    from vpt.models.classification import TunedPart, create_model
+    from vpt.models.classification import TunedPart
+    from vpt.models.create import create_model
 
     kind, _, impl = name.partition("_")
     prompt: dict[str, Any] = {

@@ -2,10 +2,10 @@
 
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,38 +14,30 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from vpt.config import (
-    ClassWeights,
     Config,
     ConfigError,
-    DatasetConfig,
-    DatasetKind,
     Dtype,
     Mode,
     Precision,
     PromptName,
+    TaskName,
+    TuningName,
     first_line,
     load_config,
 )
-from vpt.data.classification import (
-    ClassificationDataset,
-    Samples,
-    check_readable,
-    fruit_root,
-    read_folder,
-    take_per_class,
-)
 from vpt.data.loaders import build_loader
-from vpt.data.tables import read_csv, read_list
-from vpt.data.torchvision import read_torchvision
-from vpt.data.transforms import EvalTransform, Preprocessing, TrainTransform
-from vpt.engine.losses import CrossEntropy
+from vpt.data.transforms import Preprocessing
 from vpt.engine.optim import MovingAverage, make_optimizer, warmup_cosine
 from vpt.engine.trainer import FitSettings, Loader
 from vpt.engine.watch import RowWatch
-from vpt.models.classification import ClassificationModel, create_model
+from vpt.models.classification import ClassificationModel
+from vpt.models.create import create_model
+from vpt.models.detection import DetectionModel
 from vpt.models.task_file import TaskMetadata, load_task, read_task
-from vpt.models.tuning import tuned_parameters
+from vpt.models.tuning import tuned_parameters, tuned_parts
 from vpt.models.vit import load_vit
+
+Model = ClassificationModel | DetectionModel
 
 DRY_BATCHES = 2
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
@@ -55,8 +47,8 @@ DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 class Data:
     """The data of a run: samples, data sets and loaders by split, and how pictures are prepared."""
 
-    samples: dict[str, Samples]
-    datasets: dict[str, ClassificationDataset]
+    samples: dict[str, Any]  # of the kind of task, as the data sets
+    datasets: dict[str, Any]
     loaders: dict[str, Loader]
     preprocessing: Preprocessing
     is_augmented: bool  # at random, so that a train picture may look different in each epoch
@@ -64,7 +56,7 @@ class Data:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, as train has them."""
-        return next(iter(self.samples.values())).classes
+        return tuple(next(iter(self.samples.values())).classes)
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -93,79 +85,72 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"device={name}: {str(error).splitlines()[0]}; use device=auto or device=cpu") from error
 
 
-def build_samples(config: DatasetConfig) -> dict[str, Samples]:
-    """Read which pictures there are, by split."""
-    root = Path(config.root or ".").expanduser()
-    split: dict[str, Any] = {"val_fraction": config.val_fraction, "seed": config.split_seed}
-    match config.kind:
-        case DatasetKind.fruit:
-            samples = read_folder(fruit_root(), **split)
-        case DatasetKind.folder:
-            samples = read_folder(root, test_fraction=config.test_fraction or 0.0, **split)
-        case DatasetKind.list:
-            lists: dict[str, Any] = {"train": config.train, "val": config.val, "test": config.test}
-            samples = read_list(root, **lists, test_fraction=config.test_fraction or 0.0, **split)
-        case DatasetKind.csv:
-            path = Path(str(config.path)).expanduser()
-            pictures_root = None if config.root is None else root
-            samples = read_csv(path, pictures_root, test_fraction=config.test_fraction or 0.0, **split)
-        case DatasetKind.torchvision:
-            if config.test_fraction is not None:
-                split["test_fraction"] = config.test_fraction
-            samples = read_torchvision(str(config.name), root, download=config.download, **split)
-    for members in samples.values():
-        check_readable(members)
-    if config.num_per_class is not None:
-        samples["train"] = take_per_class(samples["train"], config.num_per_class, config.split_seed)
-    return samples
-
-
-def build_data(config: Config, samples: Mapping[str, Samples], backbone_preprocessing: Mapping[str, Any]) -> Data:
-    """Data sets and loaders of all splits.
-
-    Args:
-        config: The run's config.
-        samples: The pictures of each split.
-        backbone_preprocessing: How the backbone wants its pictures; `augment.crop_mode` and `crop_pct` win over it.
-    """
-    overrides = {"crop_mode": config.augment.crop_mode, "crop_pct": config.augment.crop_pct}
-    preprocessing = Preprocessing.from_dict(
-        {**backbone_preprocessing, **{name: value for name, value in overrides.items() if value is not None}}
+def build_preprocessing(of_backbone: Mapping[str, Any], **overrides: Any) -> Preprocessing:
+    """How the backbone wants its pictures; overrides that are not None win."""
+    return Preprocessing.from_dict(
+        {**of_backbone, **{name: value for name, value in overrides.items() if value is not None}}
     )
-    evaluation = EvalTransform(preprocessing)
-    training = TrainTransform(preprocessing, config.augment.transforms)
+
+
+def spread(num: int, wanted: int) -> list[int]:
+    """At most `wanted` of `num` indices, evenly spread."""
+    indices: list[int] = np.linspace(0, num - 1, min(wanted, num)).astype(int).tolist()
+    return indices
+
+
+def build_loaders(
+    config: Config, datasets: Mapping[str, Any], collate: Callable[[Any], Any] | None = None
+) -> dict[str, Loader]:
+    """A loader for the data set of each split; train is shuffled."""
     num_workers = _num_workers(config.num_workers)
-    datasets, loaders = {}, {}
-    for split, members in samples.items():
-        transform = training if split == "train" else evaluation
-        datasets[split] = ClassificationDataset(members, transform, seed=config.seed)
-        loaders[split] = build_loader(
-            datasets[split],
+    return {
+        split: build_loader(
+            dataset,
             config.train.batch_size,
             shuffle=split == "train",
             seed=config.seed,
             num_workers=num_workers,
+            collate=collate,
         )
-    return Data(dict(samples), datasets, loaders, preprocessing, training.is_random)
+        for split, dataset in datasets.items()
+    }
 
 
-def build_model(config: Config, classes: tuple[str, ...]) -> ClassificationModel:
-    """The backbone with its prompt, and a head for these classes."""
-    prompt: Any = None if config.prompt.kind is PromptName.none else config.prompt.kind.value
-    model = create_model(
-        config.backbone.name,
+def build_model(config: Config, classes: tuple[str, ...], category_ids: tuple[int, ...] | None = None) -> Model:
+    """The backbone with its prompt, and a head for these classes, which the source of boxes calls `category_ids`."""
+    backbone, prompt, head = config.backbone, config.prompt, config.head
+    is_prompted = config.tuning.kind is TuningName.prompt and prompt.kind is not PromptName.none
+    options: dict[str, Any]
+    if config.task is TaskName.detection:
+        options = {
+            "task": "detection",
+            "category_ids": category_ids,
+            "head": head.name.value if head.name else "dense",
+            "taps": head.taps,
+            "channels": head.channels,
+            "strides": head.strides,
+            "num_convs": head.num_convs,
+        }
+    else:
+        options = {"head_init": head.init.value}
+    options |= {
+        "prompt": prompt.kind.value if is_prompted else None,
+        "impl": prompt.impl.value,
+        "tuning": config.tuning.kind.value,
+    }
+    model: Model = create_model(
+        backbone.name,
         num_classes=len(classes),
-        prompt=prompt,
-        num_tokens=config.prompt.num_tokens,
-        blocks=config.prompt.blocks,
-        dropout=config.prompt.dropout,
-        impl=config.prompt.impl.value,
-        pretrained=config.backbone.pretrained,
-        checkpoint=config.backbone.checkpoint,
-        img_size=config.backbone.img_size,
-        dtype=DTYPES[config.backbone.dtype],
+        num_tokens=prompt.num_tokens,
+        blocks=prompt.blocks,
+        dropout=prompt.dropout,
+        num_blocks=config.tuning.num_blocks,
+        pretrained=backbone.pretrained,
+        checkpoint=backbone.checkpoint,
+        img_size=backbone.img_size,
+        dtype=DTYPES[backbone.dtype],
         classes=classes,
-        head_init=config.head.init.value,
+        **options,
     )
     model.backbone.vit.set_grad_checkpointing(config.grad_checkpointing)
     return model
@@ -184,23 +169,13 @@ def check_compiler(device: torch.device) -> None:
         raise ConfigError(f"compile=true: {first_line(error)}; install a C++ compiler, or use compile=false") from error
 
 
-def build_loss(config: Config, train: Samples) -> CrossEntropy:
-    """Cross-entropy with label smoothing and class weights; weights have a mean of 1 over the train pictures."""
-    weight = None
-    if config.train.class_weights is ClassWeights.balanced:
-        counts = torch.bincount(torch.tensor(train.targets), minlength=len(train.classes)).clamp(min=1)
-        weight = len(train.targets) / (len(train.classes) * counts.float())
-    return CrossEntropy(weight, config.train.label_smoothing)
-
-
-def build_optimizer(config: Config, model: ClassificationModel) -> Optimizer:
-    """The optimiser, with a group for the prompt and one for the head."""
+def build_optimizer(config: Config, model: Model) -> Optimizer:
+    """The optimiser, with a group for each part that trains: prompt, neck, head, backbone."""
     optim = config.optim
     scale = config.train.batch_size * config.train.accumulation / 256 if optim.scale_lr else 1.0
-    prompt = model.backbone.prompt
+    rates = {"prompt": optim.prompt_lr, "backbone": config.tuning.lr}
     parts = {
-        "prompt": (list(prompt.parameters()) if prompt else [], optim.prompt_lr * scale),
-        "head": (list(model.head.parameters()), optim.head_lr * scale),
+        name: (parameters, rates.get(name, optim.head_lr) * scale) for name, parameters in tuned_parts(model).items()
     }
     return make_optimizer(optim.name.value, parts, weight_decay=optim.weight_decay, momentum=optim.momentum)
 
@@ -220,7 +195,7 @@ def build_average(config: Config, model: nn.Module) -> MovingAverage | None:
     return None if config.train.ema is None else MovingAverage(tuned_parameters(model), config.train.ema)
 
 
-def build_watches(model: ClassificationModel) -> list[RowWatch]:
+def build_watches(model: Model) -> list[RowWatch]:
     """What to log of the prompt: one row for each prompted block."""
     prompt = model.backbone.prompt
     return (
@@ -228,19 +203,26 @@ def build_watches(model: ClassificationModel) -> list[RowWatch]:
     )
 
 
-def build_settings(config: Config, device: torch.device) -> FitSettings:
-    """The numbers of the loop."""
+def build_settings(config: Config, device: torch.device, select: str) -> FitSettings:
+    """The numbers of the loop; `select` is the metric that chooses."""
     train = config.train
-    auto = "bf16" if device.type == "cuda" else "fp32"
     return FitSettings(
         epochs=1 if config.mode is Mode.dry else train.epochs,
+        select=select,
         accumulation=train.accumulation,
         clip_norm=train.clip_norm,
         patience=train.patience,
-        precision=auto if train.precision is Precision.auto else train.precision.value,  # type: ignore[arg-type]
+        precision=choose_precision(config, device),
         log_every=1 if config.mode is Mode.dry else train.log_every,
         max_batches=DRY_BATCHES * train.accumulation if config.mode is Mode.dry else None,
     )
+
+
+def choose_precision(config: Config, device: torch.device) -> Literal["fp32", "bf16"]:
+    """The arithmetic of the forward pass: as asked, or bf16 on a GPU of CUDA and fp32 elsewhere."""
+    if config.train.precision is Precision.auto:
+        return "bf16" if device.type == "cuda" else "fp32"
+    return "bf16" if config.train.precision is Precision.bf16 else "fp32"
 
 
 def make_run_dir(root: str, name: str) -> Path:
@@ -266,7 +248,7 @@ class TrainedRun:
     """A finished run, ready to use: its config, its model in eval mode and how pictures are prepared."""
 
     config: Config
-    model: ClassificationModel
+    model: Model
     metadata: TaskMetadata
 
     @property

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from vpt import __version__
-from vpt.build import Data, build_data, build_settings
+from vpt.build import Data, Model, choose_precision
 from vpt.config import CacheName, Config, ConfigError, Mode
 from vpt.data.cache import cache_pictures, decoded_sizes, num_bytes
 from vpt.data.loaders import build_loader
@@ -35,6 +35,7 @@ from vpt.data.tokens import TokenDataset, TokenFolder, content_sha256
 from vpt.engine.console import Progress
 from vpt.engine.trainer import Loader, autocast
 from vpt.files import tensors_sha256
+from vpt.kinds.kind import kind_of
 from vpt.models.classification import ClassificationModel, TunedPart
 
 FORMAT_VERSION = 1  # raise it when the same key would give other tokens
@@ -80,7 +81,7 @@ class FitInputs:
     note: str | None = None
 
 
-def plan_cache(config: Config, model: ClassificationModel, data: Data) -> CachePlan:
+def plan_cache(config: Config, model: Model, data: Data) -> CachePlan:
     """Choose what a run keeps; nothing is decoded and no tokens are computed yet.
 
     Args:
@@ -101,11 +102,11 @@ def plan_cache(config: Config, model: ClassificationModel, data: Data) -> CacheP
     return CachePlan(data, tokens, _describe(config, model, data, tokens))
 
 
-def build_fit_inputs(config: Config, model: ClassificationModel, plan: CachePlan) -> FitInputs:
+def build_fit_inputs(config: Config, model: Model, plan: CachePlan) -> FitInputs:
     """The module and the loaders of fit(); tokens, if the plan is to keep them, are computed here or found on disk."""
     data, spec = plan.data, plan.tokens
     tokens, note = ({}, None) if spec is None else _keep_tokens(config, model, data, spec)
-    if spec is None or not tokens:
+    if spec is None or not tokens or not isinstance(model, ClassificationModel):
         return FitInputs(model, data.loaders["train"], data.loaders["val"], note)
     loaders = {
         split: build_loader(
@@ -152,7 +153,7 @@ def _free_in_group(folder: Path) -> float:
 # The plan.
 
 
-def _plan_auto(config: Config, model: ClassificationModel, data: Data) -> CachePlan:
+def _plan_auto(config: Config, model: Model, data: Data) -> CachePlan:
     """Tokens in memory if they can be kept and fit, otherwise decoded pictures if they fit."""
     limit = _limit(config)
     refusal = _why_no_tokens(model, data)
@@ -179,11 +180,11 @@ def _plan_pictures(config: Config, data: Data, limit: float, why_no_tokens: str)
             samples[split] = cache_pictures(samples[split], sizes)
         except OSError as error:
             return CachePlan(data, None, f"none ({why_no_tokens}; no pictures: {gettempdir()}: {error})")
-    cached = build_data(config, samples, data.preprocessing.to_dict())
+    cached = kind_of(config).build_data(samples, data.preprocessing.to_dict())
     return CachePlan(cached, None, f"pictures, {_size(total)}, decoded once ({why_no_tokens})")
 
 
-def _asked_tokens(config: Config, model: ClassificationModel, data: Data) -> TokenSpec:
+def _asked_tokens(config: Config, model: Model, data: Data) -> TokenSpec:
     """The tokens that `cache=ram` or `cache=disk` asks for, or the reason why not."""
     asked = f"cache={config.cache.value}"
     refusal = _why_no_tokens(model, data)
@@ -201,8 +202,12 @@ def _asked_tokens(config: Config, model: ClassificationModel, data: Data) -> Tok
     return tokens
 
 
-def _why_no_tokens(model: ClassificationModel, data: Data) -> tuple[str, str] | None:
+def _why_no_tokens(model: Model, data: Data) -> tuple[str, str] | None:
     """None if tokens are the same in every epoch and spare work; otherwise why not, and what they need."""
+    if not isinstance(model, ClassificationModel):
+        return "a pyramid looks at several blocks", "a task of classification"
+    if any(parameter.requires_grad for parameter in model.backbone.vit.parameters()):
+        return "the backbone trains", "tuning=prompt or tuning=linear"
     if data.is_augmented:
         return "augmentation is random", "augment=none"
     prompt = model.backbone.prompt
@@ -212,14 +217,14 @@ def _why_no_tokens(model: ClassificationModel, data: Data) -> tuple[str, str] | 
 
 
 @torch.no_grad()
-def _probe(config: Config, model: ClassificationModel, data: Data) -> TokenSpec:
+def _probe(config: Config, model: Model, data: Data) -> TokenSpec:
     device = next(model.parameters()).device
-    with autocast(device, build_settings(config, device).precision):
+    with autocast(device, choose_precision(config, device)):
         tokens, position = model.backbone.forward_frozen(torch.zeros(1, 3, *data.preprocessing.size, device=device))
     return TokenSpec(tuple(tokens.shape[1:]), tokens.dtype, position)
 
 
-def _describe(config: Config, model: ClassificationModel, data: Data, tokens: TokenSpec) -> str:
+def _describe(config: Config, model: Model, data: Data, tokens: TokenSpec) -> str:
     prompt = model.backbone.prompt
     what = "features" if prompt is None else f"tokens that enter block {prompt.blocks[0]}"
     where = f"in {_folder(config)}" if config.cache is CacheName.disk else "in memory"
@@ -247,9 +252,7 @@ def _size(num_bytes: float) -> str:
 # Tokens.
 
 
-def _keep_tokens(
-    config: Config, model: ClassificationModel, data: Data, spec: TokenSpec
-) -> tuple[dict[str, Tensor], str | None]:
+def _keep_tokens(config: Config, model: Model, data: Data, spec: TokenSpec) -> tuple[dict[str, Tensor], str | None]:
     """The tokens of each split, and a line when they are not where they should be; none if they are nowhere."""
     note = None
     if config.cache is CacheName.disk:
@@ -263,7 +266,7 @@ def _keep_tokens(
     return {split: _in_memory(config, model, data, spec, split) for split in SPLITS}, note
 
 
-def _in_memory(config: Config, model: ClassificationModel, data: Data, spec: TokenSpec, split: str) -> Tensor:
+def _in_memory(config: Config, model: Model, data: Data, spec: TokenSpec, split: str) -> Tensor:
     tokens, start = torch.empty(len(data.samples[split]), *spec.shape, dtype=spec.dtype), 0
     for part in _compute(config, model, data, split):
         tokens[start : start + len(part)] = part
@@ -271,7 +274,7 @@ def _in_memory(config: Config, model: ClassificationModel, data: Data, spec: Tok
     return tokens
 
 
-def _on_disk(config: Config, model: ClassificationModel, data: Data, spec: TokenSpec) -> dict[str, Tensor]:
+def _on_disk(config: Config, model: Model, data: Data, spec: TokenSpec) -> dict[str, Tensor]:
     """Tokens out of the folder; what it does not hold is computed and written first."""
     folder = TokenFolder(_folder(config), config.cache_gb * 1e9)
     common = _describe_run(config, model, data, spec)
@@ -290,7 +293,7 @@ def _on_disk(config: Config, model: ClassificationModel, data: Data, spec: Token
     return tokens
 
 
-def _describe_run(config: Config, model: ClassificationModel, data: Data, spec: TokenSpec) -> dict[str, Any]:
+def _describe_run(config: Config, model: Model, data: Data, spec: TokenSpec) -> dict[str, Any]:
     """Everything but the pictures that decides the bits of tokens."""
     vit, prompt = model.backbone.vit, model.backbone.prompt
     device = next(model.parameters()).device
@@ -305,21 +308,21 @@ def _describe_run(config: Config, model: ClassificationModel, data: Data, spec: 
         "tokens": [spec.shape, str(spec.dtype)],
         "preprocessing": data.preprocessing.to_dict(),
         "batch_size": config.train.batch_size,
-        "precision": [build_settings(config, device).precision, torch.get_float32_matmul_precision()],
+        "precision": [choose_precision(config, device), torch.get_float32_matmul_precision()],
         "deterministic": config.deterministic,
         "device": [device.type, processor, torch.get_num_threads()],
     }
 
 
 @torch.no_grad()
-def _compute(config: Config, model: ClassificationModel, data: Data, split: str) -> Iterator[Tensor]:
+def _compute(config: Config, model: Model, data: Data, split: str) -> Iterator[Tensor]:
     """Tokens (B, N, D) of the pictures of a split, in order, on the CPU.
 
     Batches are those of evaluation. The last one of train, whose order changes with the epoch, is filled up with
     pictures of the one before, as nearly all batches of training are full.
     """
     device = next(model.parameters()).device
-    precision = build_settings(config, device).precision
+    precision = choose_precision(config, device)
     loader = build_loader(
         data.datasets[split], config.train.batch_size, shuffle=False, num_workers=data.loaders[split].num_workers
     )

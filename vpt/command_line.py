@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast, get_args
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -65,7 +65,7 @@ def parse_options(schema: type[OptionsT], arguments: Sequence[str], usage: str) 
         key, equals, text = word.partition("=")
         if not equals or key not in types:
             raise ConfigError(f"{word}: not an option of the form key=value{did_you_mean(key, list(types))}")
-        values[key] = _to_number(key, text) if types[key] is int else text
+        values[key] = _parse(key, text, types[key])
     for entry in fields(cast(Any, schema)):
         if entry.default is MISSING and entry.name not in values:
             raise ConfigError(f"{entry.name} is needed: type {entry.name}=...")
@@ -99,11 +99,14 @@ def _quote_path(word: str) -> str:
     return f"{key}='{escaped}'"
 
 
-def _to_number(key: str, text: str) -> int:
+def _parse(key: str, text: str, type_: Any) -> Any:
+    """The value of an option, whose type is str, int or float, or one of these and None."""
+    allowed = get_args(type_) or (type_,)
     try:
-        return int(text)
+        return int(text) if int in allowed else float(text) if float in allowed else text
     except ValueError as error:
-        raise ConfigError(f"{key}={text}: must be a whole number") from error
+        what = "a whole number" if int in allowed else "a number"
+        raise ConfigError(f"{key}={text}: must be {what}") from error
 
 
 def _check_key(override: Override, config_dir: Path | None) -> None:

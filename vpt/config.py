@@ -35,17 +35,56 @@ class PromptImplName(StrEnum):
     concat = "concat"
 
 
+class TuningName(StrEnum):
+    """What trains of the backbone and its prompt, beside the head."""
+
+    prompt = "prompt"
+    linear = "linear"
+    bias = "bias"
+    partial = "partial"
+    full = "full"
+
+
+class TaskName(StrEnum):
+    """Kinds of task."""
+
+    classification = "classification"
+    detection = "detection"
+
+
+class HeadName(StrEnum):
+    """Heads; the first is for classification, the others are for detection."""
+
+    linear = "linear"
+    dense = "dense"
+    retinanet = "retinanet"
+    fasterrcnn = "fasterrcnn"
+
+
 class DatasetKind(StrEnum):
-    """Readers of classification data."""
+    """Readers of data; the last two read boxes."""
 
     fruit = "fruit"
     folder = "folder"
     list = "list"
     csv = "csv"
     torchvision = "torchvision"
+    boxes = "boxes"
+    trees = "trees"
 
 
+class BoxForm(StrEnum):
+    """Forms of files with boxes; auto looks which of them is there."""
+
+    auto = "auto"
+    coco = "coco"
+    yolo = "yolo"
+    voc = "voc"
+
+
+TASK_OF = {DatasetKind.boxes: TaskName.detection, DatasetKind.trees: TaskName.detection}  # all others: classification
 NEEDED_KEYS = {
+    DatasetKind.boxes: ("root", "PATH"),
     DatasetKind.folder: ("root", "PATH"),
     DatasetKind.list: ("root", "PATH"),
     DatasetKind.csv: ("path", "FILE"),
@@ -135,9 +174,27 @@ class PromptConfig:
 
 @dataclass
 class HeadConfig:
-    """The classifier on the features."""
+    """From features to logits (linear: `init`), or from feature maps to boxes (the others: all other keys).
 
+    Without a name it is linear for classes and dense for boxes.
+    """
+
+    name: HeadName | None = None
     init: HeadInitName = HeadInitName.zero
+    taps: Any = "quarters"
+    channels: int = number(128, low=8, high=4096)
+    strides: list[int] | None = None
+    num_convs: int | None = number(None, low=1, high=16)
+
+
+@dataclass
+class TuningConfig:
+    """What trains, beside the head; `title` is its name in that of a run."""
+
+    kind: TuningName = TuningName.prompt
+    num_blocks: int = number(1, low=1)
+    lr: float = number(1e-4, above=0)
+    title: str = MISSING
 
 
 @dataclass
@@ -146,6 +203,9 @@ class DatasetConfig:
 
     kind: DatasetKind = MISSING
     title: str = MISSING
+    form: BoxForm = BoxForm.auto
+    annotations: Any = None  # split -> file
+    strict: bool = False
     root: str | None = None
     path: str | None = None
     name: str | None = None
@@ -166,6 +226,7 @@ class AugmentConfig:
     transforms: list[Any] = field(default_factory=list)
     crop_mode: str | None = None
     crop_pct: float | None = number(None, above=0, high=1)
+    min_visibility: float = number(0.2, low=0, high=0.99)
 
 
 @dataclass
@@ -211,6 +272,7 @@ class Config:
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -227,6 +289,11 @@ class Config:
     cache: CacheName = CacheName.auto
     cache_gb: float = number(4.0, above=0)
     cache_dir: str | None = None
+
+    @property
+    def task(self) -> TaskName:
+        """The kind of task, as the data have it."""
+        return TASK_OF.get(self.dataset.kind, TaskName.classification)
 
 
 class ConfigError(ValueError):
@@ -277,6 +344,7 @@ def to_config(composed: DictConfig) -> Config:
         raise ConfigError(explain(error)) from error
     check_ranges(config)
     _check_dataset(config.dataset)
+    _check_task(config)
     if "/" in config.run.name or config.run.name in ("", ".", ".."):
         raise ConfigError(f"run.name={config.run.name}: must be the name of a folder; run.root says where it lies")
     return config
@@ -315,6 +383,25 @@ def _check_dataset(dataset: DatasetConfig) -> None:
     key, example = NEEDED_KEYS.get(dataset.kind, (None, ""))
     if key is not None and getattr(dataset, key) is None:
         raise ConfigError(f"dataset.{key} is needed by dataset={dataset.kind.value}: type dataset.{key}={example}")
+
+
+def _check_task(config: Config) -> None:
+    """Head and data must be of one kind of task, and what is for classes only must not be said of boxes."""
+    finds_boxes = config.head.name not in (None, HeadName.linear)
+    data, has_boxes = f"dataset={config.dataset.kind.value}", config.task is TaskName.detection
+    if has_boxes and config.head.name is HeadName.linear:
+        raise ConfigError(f"head=linear finds classes, and {data} has boxes: type head=dense, or leave head out")
+    if finds_boxes and not has_boxes:
+        raise ConfigError(
+            f"head={config.head.name} finds boxes, and {data} has none: type dataset=boxes, or head=linear"
+        )
+    if not has_boxes:
+        return
+    defaults = Config(dataset=DatasetConfig(kind=config.dataset.kind))
+    for section, key in (("dataset", "num_per_class"), ("train", "class_weights"), ("train", "label_smoothing")):
+        value = getattr(getattr(config, section), key)
+        if value != getattr(getattr(defaults, section), key):
+            raise ConfigError(f"{section}.{key}={value}: is for classification; leave it out, since dataset has boxes")
 
 
 def explain(error: Exception) -> str:

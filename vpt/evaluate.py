@@ -44,27 +44,27 @@ def main() -> None:
 def evaluate_run(options: EvaluateOptions) -> dict[str, float]:
     """Evaluate a run on a split, print a table of the metrics and of the recall of each class, return the metrics."""
     from vpt import build, report
-    from vpt.data.classification import ClassificationDataset
-    from vpt.data.loaders import build_loader
-    from vpt.data.transforms import EvalTransform
-    from vpt.engine.metrics import ClassificationMetrics
     from vpt.engine.trainer import evaluate
     from vpt.files import write_json
+    from vpt.kinds.kind import kind_of
 
     run = build.load_run(Path(options.run).expanduser(), checkpoint=options.checkpoint, device=options.device)
-    run.config.dataset.root = options.root or run.config.dataset.root
-    precision = build.build_settings(run.config, next(run.model.parameters()).device).precision
-    samples = build.build_samples(run.config.dataset)
+    config = run.config
+    config.dataset.root = options.root or config.dataset.root
+    config.train.batch_size, config.num_workers = options.batch_size, options.num_workers
+    config.augment.transforms = []  # train is evaluated as the others are
+    kind = kind_of(config)
+    samples = kind.read()
     if options.split not in samples:
         raise ConfigError(f"split={options.split}: this data set has {', '.join(samples)}")
     if samples[options.split].classes != run.model.classes:
         raise ConfigError(f"run={options.run}: the classes of the data are not those of the task file")
-    dataset = ClassificationDataset(samples[options.split], EvalTransform(run.preprocessing))
-    loader = build_loader(dataset, options.batch_size, shuffle=False, num_workers=options.num_workers)
-    metrics = ClassificationMetrics(run.model.num_classes)
-    values = evaluate(run.model, loader, metrics, precision=precision, description=options.split)
+    data = kind.build_data(samples, run.metadata.preprocessing)
+    evaluator = kind.evaluator(data, options.split)
+    precision = build.choose_precision(config, next(run.model.parameters()).device)
+    values = evaluate(run.model, data.loaders[options.split], evaluator, precision=precision, description=options.split)
     print(report.result_table({options.split: values}))
-    print(report.class_table(metrics, samples[options.split].classes))
+    print(kind.class_table(evaluator, data, options.split))
     if options.output is not None:
         write_json(Path(options.output), {"run": options.run, "split": options.split, "metrics": values})
     return values

@@ -13,9 +13,9 @@ from vpt.command_line import check_command_line, fail, quote_paths, tell
 from vpt.config import Config, ConfigError, Mode, config_folder, register_schema, to_config
 
 if TYPE_CHECKING:
-    from vpt.build import Data
+    from vpt.build import Data, Model
     from vpt.caching import CachePlan
-    from vpt.models.classification import ClassificationModel
+    from vpt.kinds.kind import Kind
 
 NOT_FINITE = 3
 INTERRUPTED = 130
@@ -72,34 +72,42 @@ def run(config: Config, config_text: str) -> Path | None:
     """
     from vpt import build, report
     from vpt.caching import plan_cache
+    from vpt.kinds.kind import kind_of
     from vpt.models.vit import preprocessing_of
 
     build.seed_everything(config.seed, config.deterministic)
     device = build.pick_device(config.device)
     if config.compile:
         build.check_compiler(device)
-    samples = build.build_samples(config.dataset)
-    model = build.build_model(config, samples["train"].classes).to(device)
-    plan = plan_cache(config, model, build.build_data(config, samples, preprocessing_of(model.backbone.vit)))
-    summary = report.summarise(model, plan.data, config, plan.text)
+    kind = kind_of(config)
+    samples = kind.read()
+    train = samples["train"]
+    model = build.build_model(config, train.classes, getattr(train, "category_ids", None)).to(device)
+    plan = plan_cache(config, model, kind.build_data(samples, preprocessing_of(model.backbone.vit)))
+    summary = report.summarise(model, plan.data, config, kind.describe(samples), plan.text)
     print(summary, flush=True)
     if config.mode is Mode.overfit:
-        _overfit(config, model, plan.data)
+        _overfit(config, kind, model, plan.data)
         return None
     suffix = "_dry" if config.mode is Mode.dry else ""
     run_dir = build.make_run_dir(config.run.root, config.run.name + suffix)
     print(f"{'run':<10} {run_dir} (tensorboard --logdir {config.run.root})", flush=True)
-    _train(config, config_text, model, plan, run_dir, summary)
+    _train(config, kind, config_text, model, plan, run_dir, summary)
     return run_dir
 
 
 def _train(
-    config: Config, config_text: str, model: "ClassificationModel", plan: "CachePlan", run_dir: Path, summary: str
+    config: Config,
+    kind: "Kind",
+    config_text: str,
+    model: "Model",
+    plan: "CachePlan",
+    run_dir: Path,
+    summary: str,
 ) -> None:
     from vpt import build, report
     from vpt.caching import build_fit_inputs
     from vpt.engine.checkpoint import Checkpoints
-    from vpt.engine.metrics import ClassificationMetrics
     from vpt.engine.monitor import Monitor
     from vpt.engine.trainer import evaluate, fit
     from vpt.files import write_bytes, write_json
@@ -108,12 +116,13 @@ def _train(
 
     data = plan.data
     task, preprocessing = run_dir / "task.safetensors", data.preprocessing.to_dict()
-    settings = build.build_settings(config, next(model.parameters()).device)
+    settings = build.build_settings(config, next(model.parameters()).device, kind.select)
     optimizer = build.build_optimizer(config, model)
-    metrics = ClassificationMetrics(model.num_classes)
+    evaluator = kind.evaluator(data, "val")
     write_bytes(run_dir / "config.yaml", config_text.encode())
-    with Monitor(run_dir) as monitor:
-        report.log_start(monitor, data, config_text, summary)
+    with Monitor(run_dir, layout=kind.charts) as monitor:
+        report.log_start(monitor, config_text, summary)
+        kind.log_start(monitor, data)
         inputs = build_fit_inputs(config, model, plan)
         if inputs.note is not None:
             print(inputs.note, flush=True)
@@ -123,8 +132,8 @@ def _train(
             inputs.model,
             inputs.train_loader,
             inputs.val_loader,
-            loss_function=build.build_loss(config, data.samples["train"]).to(next(model.parameters()).device),
-            metrics=metrics,
+            losses=kind.losses(data),
+            evaluator=evaluator,
             optimizer=optimizer,
             schedule=build.build_schedule(config, optimizer, len(data.loaders["train"])),
             settings=settings,
@@ -133,32 +142,40 @@ def _train(
             average=build.build_average(config, model),
             watches=build.build_watches(model),
             on_best=lambda val: save_task(model, task, preprocessing=preprocessing, metrics={"val": val}),
+            on_epoch=lambda epoch, step: kind.log_epoch(monitor, data, evaluator, epoch, step),
         )
         reading: dict[str, Any] = {"precision": settings.precision, "max_batches": settings.max_batches}
-        found = {"val": evaluate(model, data.loaders["val"], metrics, **reading)}
+        found = {"val": evaluate(model, data.loaders["val"], evaluator, **reading)}
+        kind.log_end(monitor, data, evaluator, result)
         if "test" in data.loaders:
-            test_metrics = ClassificationMetrics(model.num_classes)
-            found["test"] = evaluate(model, data.loaders["test"], test_metrics, description="test", **reading)
-        report.log_end(monitor, data, metrics, result, asdict(config), found.get("test", {}))
+            of_test = kind.evaluator(data, "test")
+            found["test"] = evaluate(model, data.loaders["test"], of_test, description="test", **reading)
+        report.log_hparams(monitor, config, result, found.get("test", {}))
     save_task(model, task, preprocessing=preprocessing, metrics=found)
     numbers = {name: value for name, value in asdict(result).items() if name != "best"}  # it is the val of metrics
     write_json(run_dir / "result.json", {**numbers, "metrics": found})
     print(report.describe_result(result, found, task))
 
 
-def _overfit(config: Config, model: "ClassificationModel", data: "Data") -> None:
+def _overfit(config: Config, kind: "Kind", model: "Model", data: "Data") -> None:
     from vpt import build
     from vpt.engine.trainer import overfit
 
     if config.compile:
         model.compile()
     batch = next(iter(data.loaders["train"]))
-    loss_function = build.build_loss(config, data.samples["train"]).to(next(model.parameters()).device)
-    optimizer = build.build_optimizer(config, model)
-    steps = overfit(model, batch, loss_function=loss_function, optimizer=optimizer)
+    steps = overfit(
+        model,
+        batch,
+        losses=kind.losses(data),
+        evaluator=kind.evaluator(data, None),
+        select=kind.select,
+        goal=kind.goal,
+        optimizer=build.build_optimizer(config, model),
+    )
     if steps is None:
         raise NotLearnedError("one batch was not learned: raise optim.prompt_lr or optim.head_lr, or look at the data")
-    print(f"learned {len(batch[1])} pictures in {steps} steps")
+    print(f"learned {len(batch[0])} pictures in {steps} steps")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class DetectionSamples:
         boxes: Corners x1, y1, x2, y2 for each picture, (n, 4) float32; read-only, as the next two.
         labels: A number in [0, K) for each box, (n,) int64.
         crowd: Whether loss and matching ignore a box, (n,) bool.
+        reader: Gives the picture of an index, such as one that remembers it; None reads the file.
     """
 
     classes: tuple[str, ...]
@@ -62,6 +63,7 @@ class DetectionSamples:
     boxes: tuple[NDArray[np.float32], ...] = field(repr=False)
     labels: tuple[NDArray[np.int64], ...] = field(repr=False)
     crowd: tuple[NDArray[np.bool_], ...] = field(repr=False)
+    reader: Callable[[int], Image.Image] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         assert len(self.classes) == len(self.category_ids)
@@ -79,6 +81,8 @@ class DetectionSamples:
         Raises:
             ImageError: It cannot be read, or is not of the size that its boxes were checked for.
         """
+        if self.reader is not None:
+            return self.reader(index)
         path, size = self.paths[index], self.sizes[index]
         image = read_image(path)
         if (image.height, image.width) != size:
@@ -90,6 +94,7 @@ class DetectionSamples:
 
     def take(self, indices: Sequence[int]) -> "DetectionSamples":
         """The samples at these indices, in this order."""
+        assert self.reader is None  # it counts as these samples do
         taken: dict[str, Any] = {key: tuple(getattr(self, key)[i] for i in indices) for key in _BY_PICTURE}
         return replace(self, **taken)
 
@@ -246,8 +251,12 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """A line for each split, and one for each kind of finding."""
+        return [f"{split}: {content}" for split, content in self.splits.items()] + self.findings()
+
+    def findings(self) -> list[str]:
+        """A line for each kind of finding."""
         found = [(finding, *finding.value) for finding in Finding if self.counts[finding]]
-        return [f"{split}: {content}" for split, content in self.splits.items()] + [
+        return [
             f"{what}: {self.counts[finding]:,}, {fate}; first {self.first[finding]}" for finding, what, fate in found
         ]
 

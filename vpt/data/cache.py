@@ -8,16 +8,18 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.reduction import DupFd
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from vpt.data.boxes import DetectionSamples
 from vpt.data.classification import Samples
 from vpt.data.images import check_image
 from vpt.files import reserve
 
 Size = tuple[int, int]  # width, height in pixels
+SamplesT = TypeVar("SamplesT", Samples, DetectionSamples)
 
 # What the flag of a picture says of its pixels.
 MISSING, AS_IN_HEADER, TURNED = 0, 1, 2
@@ -75,16 +77,16 @@ class PictureCache:
         self._pixels, self._flags = buffer[:end], buffer[end:]
 
 
-def cache_pictures(samples: Samples, sizes: Sequence[Size]) -> Samples:
+def cache_pictures(samples: SamplesT, sizes: Sequence[Size]) -> SamplesT:
     """The same samples behind a `PictureCache`; `sizes` are what `decoded_sizes` says.
 
     Raises:
         OSError: The temporary folder has no room.
     """
-    return replace(samples, reader=PictureCache(samples.reader, sizes))
+    return replace(samples, reader=PictureCache(samples.read, sizes))
 
 
-def decoded_sizes(samples: Samples, max_bytes: float) -> list[Size] | None:
+def decoded_sizes(samples: Samples | DetectionSamples, max_bytes: float) -> list[Size] | None:
     """Width and height of all pictures by their headers; None as soon as their pixels are more than `max_bytes`.
 
     Args:

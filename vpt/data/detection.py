@@ -69,6 +69,16 @@ def read_detection(
     )
 
 
+def trees_root() -> Path:
+    """The folder of the aerial pictures of trees that ship in the package, for `read_coco`.
+
+    Example:
+        >>> sorted(read_coco(trees_root()))
+        ['test', 'train', 'val']
+    """
+    return Path(__file__).parent / "trees"
+
+
 def find_forms(root: str | Path) -> list[str]:
     """Which of the forms coco, yolo and voc a folder seems to have, by the names of its files.
 

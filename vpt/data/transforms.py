@@ -33,7 +33,7 @@ INTERPOLATIONS = {
     "hamming": Image.Resampling.HAMMING,
     "lanczos": Image.Resampling.LANCZOS,
 }
-CROP_MODES = ("center", "squash")
+CROP_MODES = ("center", "squash", "letterbox")
 MAX_SIZE = 4096  # pixels; a preprocessing may come from a stranger's task file
 MIN_CROP_PCT = 0.1
 
@@ -56,7 +56,8 @@ class Preprocessing:
         std: Three positive floats.
         interpolation: One of nearest, bilinear, bicubic, box, hamming, lanczos.
         crop_pct: The part of the resized picture's side that the centre crop keeps, in [0.1, 1].
-        crop_mode: "center" resizes the short side and keeps the aspect ratio; "squash" resizes both sides.
+        crop_mode: "center" resizes the short side and keeps the aspect ratio; "squash" resizes both sides; "letterbox"
+            keeps all of the picture and its aspect ratio, as detection does, see `letterbox`.
 
     Raises:
         ValueError: A value is out of range.
@@ -138,6 +139,8 @@ class EvalTransform:
 
 def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """Resize so that the centre crop keeps `crop_pct` of the side, then crop to `size`; antialiased."""
+    if preprocessing.crop_mode == "letterbox":
+        return letterbox(image, NO_BOXES, preprocessing)[0]
     height, width = preprocessing.size
     resized = _resized_size(image.height, image.width, preprocessing)
     image = image.resize(resized[::-1], INTERPOLATIONS[preprocessing.interpolation])

@@ -29,6 +29,13 @@ OVERVIEW: Mapping[str, Sequence[str]] = {
 }
 """The charts of the page "overview" under Custom Scalars: title -> regular expressions of the tags that it shows."""
 
+DETECTION_OVERVIEW: Mapping[str, Sequence[str]] = {
+    "loss": ["^train/loss$", "^val/loss$"],
+    "losses apart": ["^train/.*_loss$"],
+    "mean average precision": ["^val/map$", "^val/map50$", "^val/map75$"],
+    **{title: tags for title, tags in OVERVIEW.items() if title not in ("loss", "accuracy")},
+}
+
 
 class Monitor:
     """Writes scalars, pictures, text and hyperparameters of one run; in a run of many processes, the first makes one.

@@ -1,10 +1,12 @@
 """fit() and evaluate(): the loop, on one screen. It knows modules, loaders and numbers, neither prompts nor data sets.
 
-A loader gives batches `(images, targets)`; its sampler, when it has a `set_epoch`, is told the epoch.
+A loader gives batches `(images, targets)`; its sampler, when it has a `set_epoch`, is told the epoch. What a kind of
+task makes of a batch is given to the loop: a function to its losses, and an evaluator for its metrics.
 """
 
 import contextlib
 import itertools
+import math
 import resource
 import sys
 import time
@@ -24,22 +26,24 @@ from vpt.engine.monitor import Monitor
 from vpt.engine.optim import MovingAverage
 from vpt.engine.watch import RowWatch
 
-Batch = tuple[Tensor, Tensor]
+OVERFIT_EVERY = 5  # steps between two looks at the metric
+
+Batch = tuple[Tensor, Any]  # images (B, ...), and targets as the kind of task has them
 Loader = DataLoader[Any]  # its batches are Batch, whatever its data set gives
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+Losses = Callable[[nn.Module, Tensor, Any], Mapping[str, Tensor]]  # (model, images, targets) -> means over the batch
 
 
-class Metrics(Protocol):
-    """What evaluate() asks of an accumulator of metrics."""
+class Evaluator(Protocol):
+    """What evaluate() asks of an evaluation: it runs the model on batches, and says what all of them come to."""
 
     def reset(self) -> None:
         """Forget everything."""
 
-    def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Add a batch."""
+    def update(self, model: nn.Module, images: Tensor, targets: Any) -> None:
+        """Run the model on a batch, and add what it gives."""
 
     def compute(self) -> dict[str, float]:
-        """The metrics of all that was added, "loss" among them."""
+        """The metrics of all that was added, "loss" among them where the model has one in evaluation."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class FitSettings:
 
     Args:
         epochs: Passes over train.
-        select: The val metric that chooses the best epoch, higher is better; of equal ones the lower loss wins.
+        select: The val metric that chooses the best epoch, higher is better, nan is the worst; of equal ones the lower
+            loss wins.
         accumulation: Batches in an optimiser step.
         clip_norm: Largest norm of the gradient of all tuned parameters; None does not clip.
         patience: Epochs without a better val metric before training stops; None never stops.
@@ -58,7 +63,7 @@ class FitSettings:
     """
 
     epochs: int
-    select: str = "top1"
+    select: str
     accumulation: int = 1
     clip_norm: float | None = None
     patience: int | None = None
@@ -84,8 +89,8 @@ def fit(
     train_loader: Loader,
     val_loader: Loader,
     *,
-    loss_function: LossFunction,
-    metrics: Metrics,
+    losses: Losses,
+    evaluator: Evaluator,
     optimizer: Optimizer,
     schedule: LRScheduler,
     settings: FitSettings,
@@ -94,15 +99,16 @@ def fit(
     average: MovingAverage | None = None,
     watches: Sequence[RowWatch] = (),
     on_best: Callable[[dict[str, float]], object] = lambda values: None,
+    on_epoch: Callable[[int, int], object] = lambda epoch, step: None,
 ) -> FitResult:
     """Train, evaluate on val after each epoch, keep the last and the best; the model ends with the weights of the best.
 
     Args:
-        model: Computes logits from images; on the device that the batches are moved to.
+        model: On the device that the batches are moved to.
         train_loader: Batches of train, in a new order each epoch.
         val_loader: Batches of val; they choose.
-        loss_function: (logits, targets) -> a scalar, the mean over the batch.
-        metrics: The accumulator for val.
+        losses: (model, images, targets) -> scalars by name, means over the batch; their sum trains.
+        evaluator: The evaluation on val.
         optimizer: Steps the tuned parameters.
         schedule: Advanced once an optimiser step.
         settings: Numbers of the loop.
@@ -111,17 +117,18 @@ def fit(
         average: Moving average of the tuned parameters; when given, val sees it and `best` holds it.
         watches: Parameters whose rows are logged.
         on_best: Called with the val metrics at each new best epoch, while the model has the weights of it.
+        on_epoch: Called with epoch (from 1) and step after each evaluation on val.
 
     Raises:
         FloatingPointError: The loss is not finite; nothing of that epoch is saved.
     """
-    stepper = _Stepper(model, loss_function, optimizer, schedule, settings, monitor, average, watches)
+    stepper = _Stepper(model, losses, optimizer, schedule, settings, monitor, average, watches)
     result, start = FitResult(), time.monotonic()
     for epoch in range(1, settings.epochs + 1):
         result.epochs, result.steps = epoch, stepper.run_epoch(train_loader, epoch)
         with average.swapped_in() if average else contextlib.nullcontext():
             values = evaluate(
-                model, val_loader, metrics, precision=settings.precision, max_batches=settings.max_batches
+                model, val_loader, evaluator, precision=settings.precision, max_batches=settings.max_batches
             )
             is_best = not result.best or _rank(values, settings.select) > _rank(result.best, settings.select)
             if is_best:
@@ -130,7 +137,9 @@ def fit(
                 on_best(values)
         checkpoints.save("last", {"epoch": epoch, "step": result.steps})
         monitor.scalars({f"val/{name}": value for name, value in values.items()}, result.steps)
-        line = f"val loss {values['loss']:.4f}, {settings.select} {percent(values[settings.select])}"
+        on_epoch(epoch, result.steps)
+        loss = f"loss {values['loss']:.4f}, " if "loss" in values else ""
+        line = f"val {loss}{settings.select} {percent(values[settings.select])}"
         print(f"epoch {epoch}/{settings.epochs}: {line}{' *' if is_best else ''}", flush=True)
         if settings.patience is not None and epoch - result.best_epoch >= settings.patience:
             print(f"no better val {settings.select} for {settings.patience} epochs: stopping")
@@ -143,7 +152,7 @@ def fit(
 def evaluate(
     model: nn.Module,
     loader: Loader,
-    metrics: Metrics,
+    evaluator: Evaluator,
     *,
     precision: Literal["fp32", "bf16"] = "fp32",
     max_batches: int | None = None,
@@ -152,55 +161,56 @@ def evaluate(
     """Metrics of a model over all batches of a loader, in eval mode and without gradients.
 
     Args:
-        model: Computes logits from images.
+        model: Computes what the evaluator asks of it.
         loader: Batches, in a fixed order.
-        metrics: The accumulator; reset first.
+        evaluator: Is reset first.
         precision: "bf16" computes the forward pass under autocast.
         max_batches: Batches to take; None takes all.
         description: Shows progress under this name; None shows none.
     """
     device = next(model.parameters()).device
-    metrics.reset()
+    evaluator.reset()
     model.eval()
     batches = itertools.islice(loader, max_batches)
-    with torch.inference_mode(), autocast(device, precision):
-        if description is None:
-            for images, targets in batches:
-                metrics.update(model(images.to(device, non_blocking=True)).float(), targets)
-        else:
-            with Progress(total=_num_batches(loader, max_batches), description=description) as progress:
-                for images, targets in batches:
-                    metrics.update(model(images.to(device, non_blocking=True)).float(), targets)
-                    progress.advance(len(images))
-    return metrics.compute()
+    shown = (
+        contextlib.nullcontext() if description is None else Progress(_num_batches(loader, max_batches), description)
+    )
+    with torch.inference_mode(), autocast(device, precision), shown as progress:
+        for images, targets in batches:
+            evaluator.update(model, *_move((images, targets), device))
+            if progress is not None:
+                progress.advance(len(images))
+    return evaluator.compute()
 
 
 def overfit(
     model: nn.Module,
     batch: Batch,
     *,
-    loss_function: LossFunction,
+    losses: Losses,
+    evaluator: Evaluator,
+    select: str,
+    goal: float,
     optimizer: Optimizer,
     max_steps: int = 300,
 ) -> int | None:
-    """Train on one batch until every picture of it is classified right; return the steps, None if it never is.
+    """Train on one batch until a metric of it reaches its goal; return the steps, None if it never does.
 
     A model, its gradients and its optimiser that cannot do this are broken.
     """
     device = next(model.parameters()).device
-    images, targets = (part.to(device) for part in batch)
-    model.train()
+    images, targets = _move(batch, device)
     for step in range(1, max_steps + 1):
-        logits = model(images)
-        loss = loss_function(logits, targets)
-        right = (logits.argmax(1) == targets).float().mean().item()
-        if step % 10 == 1:
-            print(f"step {step}: loss {loss.item():.4f}, top1 {percent(right)}")
-        if right == 1:
-            return step
+        model.train()
+        loss = _total(losses(model, images, targets))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
+        if step % OVERFIT_EVERY == 0 or step == max_steps:
+            reached = evaluate(model, [batch], evaluator)[select]  # type: ignore[arg-type]  # a list is a loader, too
+            print(f"step {step}: loss {loss.item():.4f}, {select} {percent(reached)}", flush=True)
+            if reached >= goal:
+                return step
     return None
 
 
@@ -210,7 +220,7 @@ class _Stepper:
     def __init__(
         self,
         model: nn.Module,
-        loss_function: LossFunction,
+        losses: Losses,
         optimizer: Optimizer,
         schedule: LRScheduler,
         settings: FitSettings,
@@ -218,7 +228,7 @@ class _Stepper:
         average: MovingAverage | None,
         watches: Sequence[RowWatch],
     ) -> None:
-        self.model, self.loss_function, self.optimizer, self.schedule = model, loss_function, optimizer, schedule
+        self.model, self.losses, self.optimizer, self.schedule = model, losses, optimizer, schedule
         self.settings, self.monitor, self.average, self.watches = settings, monitor, average, watches
         self.device = next(model.parameters()).device
         self.tuned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -233,29 +243,32 @@ class _Stepper:
         with Progress(total=num_batches, description=f"epoch {epoch}/{self.settings.epochs}") as progress:
             batches = pace.timed(itertools.islice(loader, num_batches))
             for group in _groups(batches, self.settings.accumulation):
-                loss = self._backward(group, progress)
+                losses = self._backward(group, progress)
                 rates = self._rates()
                 logged = self._step()
-                pace.num_images += sum(len(targets) for _, targets in group)
+                pace.num_images += sum(len(images) for images, _ in group)
                 if logged:
-                    self._check_finite(loss, epoch, rates)
-                    self.monitor.scalars({"train/loss": loss, **rates, **pace.measured(), **logged}, self.num_steps)
-        self._check_finite(loss, epoch, rates)
+                    self._check_finite(losses["train/loss"], epoch, rates)
+                    self.monitor.scalars({**losses, **rates, **pace.measured(), **logged}, self.num_steps)
+        self._check_finite(losses["train/loss"], epoch, rates)
         return self.num_steps
 
-    def _backward(self, group: Sequence[Batch], progress: Progress) -> Tensor:
-        """Gradients of the mean loss over all pictures of the group; returns that loss."""
-        num_images = sum(len(targets) for _, targets in group)
-        loss = torch.zeros((), device=self.device)
-        for images, targets in group:
-            images, targets = (part.to(self.device, non_blocking=True) for part in (images, targets))
+    def _backward(self, group: Sequence[Batch], progress: Progress) -> dict[str, Tensor]:
+        """Gradients of the mean loss over all pictures of the group; that loss, and its parts if there are several."""
+        num_images = sum(len(images) for images, _ in group)
+        sums: dict[str, Tensor] = {}
+        for batch in group:
+            images, targets = _move(batch, self.device)
             with autocast(self.device, self.settings.precision):
-                logits = self.model(images)
-            part = self.loss_function(logits.float(), targets) * (len(targets) / num_images)
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += part.detach()
-            progress.advance(len(targets), loss=loss)
-        return loss
+                losses = self.losses(self.model, images, targets)
+            share = len(images) / num_images
+            _total(losses).mul(share).backward()
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0) + loss.detach() * share
+            total = _total(sums)
+            progress.advance(len(images), loss=total)
+        parts = {f"train/{name}_loss": loss for name, loss in sums.items()} if len(sums) > 1 else {}
+        return {"train/loss": total, **parts}
 
     def _step(self) -> dict[str, SupportsFloat]:
         """Clip and step; returns the gradient's norm and what the watches saw, if this step is to be logged."""
@@ -324,7 +337,24 @@ def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def _rank(values: dict[str, float], select: str) -> tuple[float, float]:
-    return values[select], -values["loss"]
+    loss = values.get("loss", math.nan)
+    return tuple(-math.inf if math.isnan(value) else value for value in (values[select], -loss))  # type: ignore[return-value]
+
+
+def _total(losses: Mapping[str, Tensor]) -> Any:  # torch does not type backward()
+    return torch.stack(list(losses.values())).sum()
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    """Tensors on the device, in tuples, lists and dicts as they were."""
+    match value:
+        case Tensor():
+            return value.to(device, non_blocking=True)
+        case dict():
+            return {key: _move(part, device) for key, part in value.items()}
+        case tuple() | list():
+            return type(value)(_move(part, device) for part in value)
+    return value
 
 
 def _num_batches(loader: Loader, max_batches: int | None) -> int:

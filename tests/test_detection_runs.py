@@ -1,0 +1,262 @@
+"""A whole run on boxes, from a folder to predictions, in this process."""
+
+import csv
+import json
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from pycocotools.coco import COCO
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import vpt
+from vpt import build
+from vpt.config import ConfigError, compose_config, to_config
+from vpt.evaluate import EvaluateOptions, evaluate_run
+from vpt.models.vit import fingerprint, load_vit
+from vpt.predict import PredictOptions, predict_run
+from vpt.train import run
+
+SMALL = [
+    "augment=none",
+    "head.channels=32",
+    "head.num_convs=1",
+    "train.epochs=2",
+    "train.batch_size=4",
+    "train.log_every=1",
+    "num_workers=0",
+    "prompt.num_tokens=3",
+    "device=cpu",
+]
+
+
+def train(root, boxes, *overrides):
+    composed = compose_config(
+        ["dataset=boxes", f"dataset.root={boxes}", f"run.root={root}", "run.name=squares", *SMALL, *overrides]
+    )
+    return run(to_config(composed), OmegaConf.to_yaml(composed, resolve=True))
+
+
+def pixels_of(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture).astype(int)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, boxes):
+    """The folder of a run that has learned something."""
+    return train(tmp_path_factory.mktemp("runs"), boxes, "train.epochs=30", "optim.head_lr=5e-3")
+
+
+@pytest.fixture(scope="module")
+def result(finished):
+    return json.loads((finished / "result.json").read_text())
+
+
+def test_a_run_finds_boxes_and_keeps_what_val_chose(finished, result):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    chosen = [line["val/map"] for line in lines if "val/map" in line]
+    assert result["metrics"]["val"]["map"] == max(chosen) == chosen[result["best_epoch"] - 1]
+    assert result["metrics"]["test"]["map50"] > 0.5
+    metadata = vpt.read_task(finished / "task.safetensors")
+    assert metadata.kind == "detection"
+    assert metadata.classes == ["red box", "blue box"]
+    assert metadata.category_ids == [3, 17]
+    assert metadata.preprocessing["crop_mode"] == "letterbox"
+    assert metadata.metrics["test"]["map"] == result["metrics"]["test"]["map"]
+
+
+def test_tensorboard_has_the_losses_apart_and_the_pictures_of_boxes(finished, result):
+    events = EventAccumulator(str(finished), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    expected = {"train/loss", "train/class_loss", "train/box_loss", "lr/prompt", "lr/neck", "lr/head"}
+    expected |= {"val/map", "val/map50", "val/map75", "val/map_small", "val/ar100", "val/loss_class", "val/loss_box"}
+    expected |= {"val_map/red box", "val_map/blue box", "best/val_map", "best/test_map50"}
+    expected |= {f"prompt_{kind}/block_{block:02d}" for kind in ("norm", "grad_norm") for block in range(5)}
+    assert expected <= set(tags["scalars"])
+    pictures = {"train/augmented", "val/found", "val/precision_recall", "val/confusion", "val/worst"}
+    assert set(tags["images"]) == pictures
+    assert [event.step for event in events.Images("val/found")] == [4, 24, 48, 72, 96, 120]
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert b"losses apart" in layout
+    total = [event.value for event in events.Scalars("train/loss")]
+    parts = [[event.value for event in events.Scalars(f"train/{name}_loss")] for name in ("class", "box")]
+    assert np.sum(parts, axis=0) == pytest.approx(total, rel=1e-5)
+
+
+def test_the_task_file_gives_the_test_metrics_again_and_a_table_of_classes(finished, result, tmp_path, capsys):
+    trained = build.load_run(finished, device="cpu")
+    assert isinstance(trained.model, vpt.DetectionModel)
+    assert trained.model.category_ids == (3, 17)
+    assert fingerprint(trained.model.backbone.vit) == fingerprint(load_vit("vit_nano_patch8_64"))
+    options = {"run": str(finished), "device": "cpu", "batch_size": 4}
+    assert evaluate_run(EvaluateOptions(**options)) == pytest.approx(result["metrics"]["test"], nan_ok=True)
+    out = capsys.readouterr().out
+    assert "map50" in out
+    assert "blue box" in out
+
+
+def test_boxes_are_written_as_csv_coco_and_yolo_in_pixels_of_the_pictures(finished, boxes, tmp_path):
+    options = {"run": str(finished), "input": str(boxes / "test"), "device": "cpu", "batch_size": 2}
+    for output in ("found.csv", "found.json", "found"):
+        assert predict_run(PredictOptions(**options, output=str(tmp_path / output))) == []
+    rows = list(csv.DictReader((tmp_path / "found.csv").read_text().splitlines()))
+    results = json.loads((tmp_path / "found.json").read_text())
+    yolo = {path.stem: path.read_text().splitlines() for path in (tmp_path / "found").glob("*.txt")}
+    assert len(rows) == len(results) == sum(map(len, yolo.values())) > 0
+    assert {row["class"] for row in rows} <= {"red box", "blue box"}
+    assert {row["category_id"] for row in results} <= {3, 17}
+    assert {row["file_name"] for row in results} <= {f"{i}.png" for i in range(1, 6)}
+    truth = COCO(str(boxes / "test" / "_annotations.coco.json"))
+    num_hit = 0
+    for row in rows:
+        corners = np.array([float(row[key]) for key in ("x1", "y1", "x2", "y2")])
+        height, width, _ = pixels_of(boxes / "test" / row["path"]).shape
+        assert (corners >= 0).all()
+        assert (corners <= [width, height, width, height]).all()
+        for annotation in truth.imgToAnns[100 + int(row["path"].removesuffix(".png"))]:
+            x, y, width, height = annotation["bbox"]
+            num_hit += np.abs(corners - [x, y, x + width, y + height]).max() < 10
+    assert num_hit >= 4
+
+
+def test_options_choose_boxes_and_pictures_are_drawn(finished, boxes, tmp_path):
+    options = {"run": str(finished), "input": str(boxes / "test"), "device": "cpu"}
+
+    def found(**more):
+        predict_run(PredictOptions(**options, output=str(tmp_path / "f.csv"), **more))
+        return list(csv.DictReader((tmp_path / "f.csv").read_text().splitlines()))
+
+    many = found(min_score=0.06, pictures=str(tmp_path / "drawn"))
+    assert all(float(row["score"]) > 0.06 for row in many)
+    assert len(found(min_score=0.3)) < len(many)
+    assert {row["class"] for row in found(min_score=0.06, classes="blue box")} == {"blue box"}
+    one_each = found(min_score=0.06, max_detections=1)
+    assert len({row["path"] for row in one_each}) == len(one_each)
+    assert len(found(min_score=0.06, max_overlap=0.05)) < len(many)
+    drawn = sorted((tmp_path / "drawn").iterdir())
+    assert [path.name for path in drawn] == [f"{i}.jpg" for i in range(1, 6)]
+    before, after = (pixels_of(path) for path in (boxes / "test" / "1.png", drawn[0]))
+    assert before.shape == after.shape
+    assert np.abs(before - after).max() > 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 3}, "top_k: is not for a task of detection"),
+        ({"classes": "red bx"}, "no class red bx; did you mean red box"),
+        ({"output": "found.txt"}, r"output=found\.txt: must end in \.csv or \.json, or be a folder"),
+    ],
+)
+def test_wrong_options_of_predict_are_refused_by_name(finished, boxes, tmp_path, changes, message):
+    right = {"run": str(finished), "input": str(boxes / "test"), "output": str(tmp_path / "p.csv"), "device": "cpu"}
+    with pytest.raises(ConfigError, match=message):
+        predict_run(PredictOptions(**{**right, **changes}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_boxes_are_refused_for_classes(tmp_path, photos, boxes):
+    composed = compose_config(
+        ["dataset=folder", f"dataset.root={photos}", f"run.root={tmp_path}", "run.name=a", "mode=dry", *SMALL[1:]]
+    )
+    run_dir = run(to_config(composed), OmegaConf.to_yaml(composed, resolve=True))
+    with pytest.raises(ConfigError, match="min_score: is not for a task of classification"):
+        predict_run(PredictOptions(str(run_dir), str(photos), str(tmp_path / "p.csv"), min_score=0.5))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["tuning=linear"],
+        ["prompt=shallow", "augment=aerial"],
+        ["prompt=none", "head.taps=last", "augment=standard"],
+        ["prompt.blocks=last:2", "prompt.dropout=0.1", "augment=boxes", "head.strides=[4,8,16,32]"],
+        ["tuning=bias", "train.ema=0.9", "train.accumulation=2"],
+        ["tuning=partial", "optim=vpt_paper", "train.precision=bf16"],
+        ["tuning=full", "head.taps=[1,4]", "backbone.img_size=96"],
+        ["head=retinanet", "head.channels=32", "num_workers=1"],
+        ["head=fasterrcnn", "head.channels=32", "cache=off"],
+        ["backbone.dtype=bf16", "grad_checkpointing=true"],
+    ],
+    ids=" ".join,
+)
+def test_every_choice_trains_and_its_task_can_be_used(tmp_path, boxes, overrides):
+    run_dir = train(tmp_path, boxes, "mode=dry", *overrides)
+    trained = build.load_run(run_dir)
+    found = trained.model(torch.zeros(1, 3, *trained.preprocessing.size))
+    assert sorted(found[0]) == ["boxes", "labels", "scores"]
+    assert evaluate_run(EvaluateOptions(str(run_dir), device="cpu"))["map"] >= 0
+
+
+def test_the_same_seed_gives_the_same_run_with_and_without_workers_and_cache(tmp_path, boxes):
+    one = train(tmp_path / "a", boxes, "augment=boxes")
+    two = train(tmp_path / "b", boxes, "augment=boxes", "num_workers=2", "cache=off")
+    assert (one / "best/tuned.safetensors").read_bytes() == (two / "best/tuned.safetensors").read_bytes()
+    three = train(tmp_path / "c", boxes, "augment=boxes", "seed=1")
+    assert (one / "best/tuned.safetensors").read_bytes() != (three / "best/tuned.safetensors").read_bytes()
+
+
+def test_overfit_finds_the_boxes_of_one_batch(tmp_path, boxes, capsys):
+    assert train(tmp_path, boxes, "mode=overfit", "optim.head_lr=5e-3", "train.batch_size=2") is None
+    assert "learned 2 pictures in" in capsys.readouterr().out
+
+
+def test_the_summary_says_what_trains_and_what_is_wrong_with_the_boxes(tmp_path, boxes, capsys):
+    copy = tmp_path / "boxes"
+    shutil.copytree(boxes, copy)
+    path = copy / "train" / "_annotations.coco.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"] = [5, 5, 0.2, 30]
+    content["annotations"][1]["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    train(tmp_path / "runs", copy, "mode=dry")
+    out = capsys.readouterr().out
+    assert "data       boxes: 2 classes; pictures (boxes): train 16 (23), val 4 (6), test 5 (8)\n" in out
+    assert "boxes with a side below 1 px: 1, dropped; first " in out
+    assert "boxes of crowds or difficult objects: 1, kept" in out
+    assert "prompt 2,880 + neck " in out
+    with pytest.raises(ValueError, match=r"_annotations\.coco\.json.*boxes with a side below 1 px \(1\)"):
+        train(tmp_path / "runs", copy, "mode=dry", "dataset.strict=true")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dataset=boxes", "dataset.root=a", "head=linear"], "head=linear finds classes, and dataset=boxes has boxes"),
+        (["head=dense"], "head=dense finds boxes, and dataset=fruit has none: type dataset=boxes"),
+        (["dataset=boxes"], r"dataset\.root is needed by dataset=boxes"),
+        (["dataset=trees", "train.label_smoothing=0.1"], r"train\.label_smoothing=0\.1: is for classification"),
+        (["dataset=trees", "dataset.num_per_class=3"], r"dataset\.num_per_class=3: is for classification"),
+    ],
+)
+def test_heads_and_data_of_different_kinds_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        to_config(compose_config(overrides))
+
+
+def test_files_of_other_names_are_given_by_split(tmp_path, boxes):
+    copy = tmp_path / "boxes"
+    shutil.copytree(boxes, copy)
+    for split in ("train", "val"):
+        (copy / split / "_annotations.coco.json").rename(copy / split / "mine.json")
+    shutil.rmtree(copy / "test")
+    run_dir = train(
+        tmp_path / "runs", copy, "mode=dry", "dataset.annotations={train:train/mine.json,val:val/mine.json}"
+    )
+    assert set(json.loads((run_dir / "result.json").read_text())["metrics"]) == {"val"}
+
+
+def test_a_compiled_model_is_trained_with_the_same_result(tmp_path, boxes, monkeypatch):
+    plain = train(tmp_path, boxes)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # all but the code itself
+    compiled = train(tmp_path, boxes, "compile=true")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+    one, two = (json.loads((path / "result.json").read_text())["metrics"]["val"]["loss"] for path in (plain, compiled))
+    assert two == pytest.approx(one, rel=1e-3)
