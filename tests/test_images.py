@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
-from vpt.data.images import EXTENSIONS, FORMATS, ImageError, check_image, find_images, read_image
+from vpt.data.images import EXTENSIONS, FORMATS, ImageError, check_image, find_images, read_header, read_image
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 ORIENTATION = 0x0112
@@ -183,6 +183,30 @@ def test_a_check_reads_the_header_and_nothing_else(picture, tmp_path):
         check_image(tmp_path / "empty.png")
     (tmp_path / "small_bomb.png").write_bytes(png_bomb(100, 100))
     check_image(tmp_path / "small_bomb.png")  # that its pixels are missing is seen when it is read
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_header_tells_the_upright_and_the_stored_size(suffix, orientation, tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (6, 4)).save(tmp_path / f"a.{suffix}", exif=exif)
+    upright, stored, number = read_header(tmp_path / f"a.{suffix}")
+    image = read_image(tmp_path / f"a.{suffix}")
+    assert upright == (image.height, image.width)
+    assert stored == (4, 6)
+    assert number == (orientation if upright != stored else 1)
+
+
+def test_a_header_that_cannot_be_used_is_refused_by_name(tmp_path):
+    with pytest.raises(ImageError, match=r"none\.png: no such file"):
+        read_header(tmp_path / "none.png")
+    (tmp_path / "bomb.png").write_bytes(png_bomb(8_000, 8_000))
+    with pytest.raises(ImageError, match=r"bomb\.png: 64,000,000 pixels are more than the 50,000,000 allowed"):
+        read_header(tmp_path / "bomb.png")
+    Image.new("RGB", (6, 4)).save(tmp_path / "exif.png", exif=b"Exif\x00\x00nothing")
+    with pytest.raises(ImageError, match=r"exif\.png: broken picture \("):
+        read_header(tmp_path / "exif.png")
 
 
 def test_links_in_a_circle_do_not_multiply_pictures(picture, tmp_path):

@@ -1,29 +1,30 @@
 """Pictures with boxes: samples, their data set, and the checks that every file of labels goes through.
 
-A reader (`detection.py`) describes each picture as a `SourcePicture`, without a judgement of its own. `make_samples`
-looks at the picture file, brings the boxes into pixels of the upright picture, repairs or drops what is wrong, and
-tells a `DataReport`.
+A reader (`coco.py`, `yolo.py`, `voc.py`) describes each picture as a `SourcePicture`, without a judgement of its own.
+`make_samples` looks at the picture file, brings the boxes into pixels of the upright picture, repairs or drops what is
+wrong, and tells a `DataReport`.
 
 Shapes: B batch, S side of the input, H, W pixels, n boxes of a picture, K classes.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vpt.data.classification import SPLITS, stratified_split
-from vpt.data.images import FORMATS, ImageError, check_image, read_image
+from vpt.data.classification import SPLIT_OF, SPLITS, stratified_split
+from vpt.data.images import ImageError, read_header, read_image
 from vpt.data.loaders import stable_seed
 
 MIN_SIDE = 1.0  # pixels
@@ -32,6 +33,7 @@ ROUNDING = 0.5  # pixels; a box that leaves its picture by no more is clipped wi
 Corners = tuple[float, float, float, float]  # x1, y1, x2, y2
 Size = tuple[int, int]  # height, width in pixels
 Target = dict[str, Tensor]
+Value = TypeVar("Value")
 BoxTransform = Callable[
     [Image.Image, NDArray[np.float32], int], tuple[Tensor, NDArray[np.float32], NDArray[np.int64]]
 ]  # (RGB picture, boxes, seed) -> image, the boxes that stay, their indices
@@ -159,15 +161,13 @@ class SourceBox:
 
     Args:
         corners: x1, y1, x2, y2, unchecked.
-        label: The number of its class; None if the class is not known.
-        given: How the file writes the class.
+        category: The id of its class or its name, whichever the file has.
         where: The file and the place in it.
         crowd: To be ignored by loss and matching.
     """
 
     corners: Corners
-    label: int | None
-    given: str
+    category: int | str
     where: str
     crowd: bool = False
 
@@ -183,7 +183,7 @@ class SourcePicture:
         where: What names the picture, for an error.
         boxes: Its boxes.
         unit: What their numbers count.
-        size: Height and width that the file declares, if it does.
+        size: Height and width as the file declares them, unchecked, if it does.
     """
 
     path: Path
@@ -192,7 +192,7 @@ class SourcePicture:
     where: str
     boxes: Sequence[SourceBox]
     unit: Unit = Unit.PIXELS
-    size: Size | None = None
+    size: tuple[object, object] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -274,19 +274,39 @@ class DataReport:
             )
 
 
+class Reading(TypedDict, total=False):
+    """What every reader understands, by keyword, see `make_samples`."""
+
+    val_fraction: float
+    test_fraction: float
+    seed: int
+    strict: bool
+    report: DataReport | None
+
+
 def make_samples(
-    classes: Sequence[str],
-    category_ids: Sequence[int],
+    categories: Mapping[int, str],
     pictures: Mapping[str, Iterable[SourcePicture]],
-    val_fraction: float,
-    test_fraction: float,
-    seed: int,
-    strict: bool,
-    report: DataReport,
+    strays: Iterable[str] = (),
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.0,
+    seed: int = 0,
+    strict: bool = False,
+    report: DataReport | None = None,
 ) -> dict[str, DetectionSamples]:
     """Check the pictures of all splits, and split test and val off train where they are missing.
 
-    Both fractions are parts of the train that is given. Who is held out depends on names and seed only.
+    Who is held out depends on names and seed only.
+
+    Args:
+        categories: The name of each class by its id, in the order of the labels.
+        pictures: The pictures of each split; one of them is train.
+        strays: Where there are labels of pictures that are not there.
+        val_fraction: Part of the given train that becomes val if there is none.
+        test_fraction: Part of the given train that becomes test if there is none.
+        seed: Decides what is split off.
+        strict: Refuse data in which anything is wrong; otherwise it is repaired or dropped, and counted.
+        report: Is told what was found; give a new one.
 
     Raises:
         ValueError: A split without a picture, train without a box, a picture that is there twice, or a wrong fraction;
@@ -296,7 +316,10 @@ def make_samples(
         raise ValueError(
             f"dataset.val_fraction={val_fraction}, test_fraction={test_fraction}; allowed: 0 or more, together under 1"
         )
-    result = _check_splits(classes, category_ids, pictures, report)
+    report = report or DataReport()
+    for where in strays:
+        report.add(Finding.STRAY, where)
+    result = _check_splits(categories, pictures, report)
     if strict:
         report.refuse_errors()
     rest = 1.0
@@ -311,16 +334,14 @@ def make_samples(
     result = {split: result[split] for split in SPLITS if split in result}
     for split, samples in result.items():
         num_boxes = sum(map(len, samples.boxes))
-        report.splits[split] = f"{len(samples):,} pictures, {num_boxes:,} boxes, {len(classes)} classes"
+        report.splits[split] = f"{len(samples):,} pictures, {num_boxes:,} boxes, {len(categories)} classes"
     return result
 
 
 def _check_splits(
-    classes: Sequence[str],
-    category_ids: Sequence[int],
-    pictures: Mapping[str, Iterable[SourcePicture]],
-    report: DataReport,
+    categories: Mapping[int, str], pictures: Mapping[str, Iterable[SourcePicture]], report: DataReport
 ) -> dict[str, DetectionSamples]:
+    labels = {key: label for label, category in enumerate(categories.items()) for key in category}
     seen: dict[Path, SourcePicture] = {}
     splits = {}
     for split, members in pictures.items():
@@ -331,14 +352,14 @@ def _check_splits(
                 raise ValueError(
                     f"{picture.where}: {picture.name} is there twice, first at {other.where}; keep one of them"
                 )
-            checked = check_picture(picture, report)
+            checked = check_picture(picture, labels, report)
             if checked is not None:
                 rows.append((picture, checked))
         if not rows:
             raise ValueError(f"{split} has no picture that can be used; {_found(report)}")
         splits[split] = DetectionSamples(
-            classes=tuple(classes),
-            category_ids=tuple(category_ids),
+            classes=tuple(categories.values()),
+            category_ids=tuple(categories),
             names=tuple(picture.name for picture, _ in rows),
             paths=tuple(picture.path for picture, _ in rows),
             sizes=tuple(checked.size for _, checked in rows),
@@ -356,25 +377,25 @@ def _found(report: DataReport) -> str:
     return "; ".join(report.lines()) or "no picture is listed"
 
 
-def check_picture(picture: SourcePicture, report: DataReport) -> CheckedPicture | None:
+def check_picture(picture: SourcePicture, labels: Mapping[int | str, int], report: DataReport) -> CheckedPicture | None:
     """Look at the header of a picture, and at all of its boxes; None if the picture cannot be used.
 
     A picture that EXIF turns by 90 degrees takes its boxes along if the declared size is that of the picture as it is
     stored. If it is the upright one's, if the two are equal, or if none is declared, the boxes are upright already.
     """
     try:
-        upright, stored, orientation = _read_header(picture.path)
+        upright, stored, orientation = read_header(picture.path)
     except ImageError as error:
         finding = Finding.UNREADABLE if picture.path.is_file() else Finding.MISSING
         report.add(finding, f"{picture.where}: {error}")
         return None
-    declared = picture.size or upright
+    declared = _declared_size(*picture.size) or upright
     lies_on_side = declared == stored != upright
     if lies_on_side:
         report.add(Finding.TURNED, str(picture.path))
     elif declared != upright:
         report.add(Finding.SIZE, f"{picture.where}: {_by(declared)} declared, {picture.path} has {_by(upright)}")
-    boxes = list(_check_boxes(picture, upright, orientation if lies_on_side else 1, report))
+    boxes = list(_check_boxes(picture, labels, upright, orientation if lies_on_side else 1, report))
     if not boxes:
         report.add(Finding.BACKGROUND, str(picture.path))
     return CheckedPicture(
@@ -385,19 +406,29 @@ def check_picture(picture: SourcePicture, report: DataReport) -> CheckedPicture 
     )
 
 
+def _declared_size(height: object, width: object) -> Size | None:
+    """Height and width; None if they are missing or no size, such as the 0 that some tools write."""
+    try:
+        numbers = float(str(height)), float(str(width))
+    except ValueError:
+        return None
+    return (int(numbers[0]), int(numbers[1])) if all(isfinite(number) and number >= 1 for number in numbers) else None
+
+
 def _check_boxes(
-    picture: SourcePicture, size: Size, orientation: int, report: DataReport
+    picture: SourcePicture, labels: Mapping[int | str, int], size: Size, orientation: int, report: DataReport
 ) -> Iterator[tuple[Corners, int, bool]]:
     """Corners, label and crowd of each box that stays; of equal ones the first."""
     seen = set()
     for box in picture.boxes:
-        if box.label is None:
-            report.add(Finding.UNKNOWN, f"{_where(box, picture)}, class {box.given}")
+        label = labels.get(box.category)
+        if label is None:
+            report.add(Finding.UNKNOWN, f"{_where(box, picture)}, class {box.category}")
             continue
         corners = _check_corners(box, picture, size, orientation, report)
         if corners is None:
             continue
-        row = (corners, box.label, box.crowd)
+        row = (corners, label, box.crowd)
         if row in seen:
             report.add(Finding.DUPLICATE, _where(box, picture))
             continue
@@ -471,25 +502,79 @@ def _turn_upright(corners: Corners, size: Size, orientation: int) -> Corners:
             return corners
 
 
-def _read_header(path: Path) -> tuple[Size, Size, int]:
-    """Height and width of the upright picture and of the stored one, and EXIF's number of how it lies.
-
-    Raises:
-        ImageError: What `check_image` refuses, or broken EXIF data.
-    """
-    check_image(path)
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            # Pillow's own method for PNG would decode the picture, for the rare EXIF data that follow it.
-            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-            is_upright = image.format == "TIFF"  # Pillow turns the size of a TIFF when it opens it
-            size = image.height, image.width
-    except Exception as error:  # Pillow raises almost anything on broken EXIF data
-        raise ImageError(f"{path}: broken picture ({error})") from error
-    if orientation not in (5, 6, 7, 8):
-        return size, size, 1
-    return (size, size[::-1], orientation) if is_upright else (size[::-1], size, orientation)
-
-
 def _by(size: Size) -> str:
     return f"{size[1]} x {size[0]}"
+
+
+# What the readers share.
+
+
+def by_split(entries: Iterable[tuple[str, Value]], where: str) -> dict[str, Value]:
+    """Values by split, of those whose name is one of a split.
+
+    Raises:
+        ValueError: A split is there twice, as val and valid; `where` says in what.
+    """
+    found: dict[str, tuple[str, Value]] = {}
+    for name, value in entries:
+        split = SPLIT_OF.get(name.lower())
+        if split in found:
+            raise ValueError(f"{where} has {split} twice, {found[split][0]} and {name}; keep one of them")
+        if split is not None:
+            found[split] = name, value
+    return {split: found[split][1] for split in SPLITS if split in found}
+
+
+def need_train(root: Path, splits: Mapping[str, object], layout: str) -> None:
+    """Refuse splits without train.
+
+    Raises:
+        ValueError: There is no train; names the layout that was looked for.
+    """
+    if "train" not in splits:
+        found = f"{', '.join(splits)} but no train" if splits else "nothing"
+        raise ValueError(f"{root}: {found} found; looked for {layout}")
+
+
+def refuse_twins(classes: Sequence[str], where: str) -> None:
+    """Refuse two classes of one name.
+
+    Raises:
+        ValueError: There are two; `where` names the file.
+    """
+    twins = sorted({name for name in classes if classes.count(name) > 1})
+    if twins:
+        raise ValueError(f"{where}: two classes are called {twins[0]!r}; rename one of them")
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        ValueError: There is no such file, or it is no UTF-8.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def inside(root: Path, path: Path) -> Path | None:
+    """The path without its dots; None if it leaves the root."""
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would also follow links)
+    base = os.path.abspath(root)  # noqa: PTH100
+    return root / absolute.relative_to(base) if absolute.is_relative_to(base) else None
+
+
+def need_inside(root: Path, path: Path, where: str) -> Path:
+    """The path without its dots.
+
+    Raises:
+        ValueError: It leaves the root; `where` names the file and the place in it.
+    """
+    found = inside(root, path)
+    if found is None:
+        raise ValueError(f"{where}: {path} is outside of {root}; write paths that stay inside dataset.root")
+    return found

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 50_000_000
 
@@ -56,6 +56,24 @@ def check_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, in
     """
     with _opened(path, max_pixels) as image:
         return image.size
+
+
+def read_header(path: str | Path) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Height and width of the upright picture and of the stored one, and EXIF's number of how it lies.
+
+    The number is 1 unless the picture is stored on its side, which makes it 5, 6, 7 or 8.
+
+    Raises:
+        ImageError: What `check_image` refuses, or broken EXIF data.
+    """
+    with _opened(path, MAX_PIXELS) as image:
+        # Pillow's own method for PNG would decode the picture, for the rare EXIF data that follow it.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        is_upright = image.format == "TIFF"  # Pillow turns the size of a TIFF when it opens it
+        size = image.height, image.width
+    if orientation not in (5, 6, 7, 8):
+        return size, size, 1
+    return (size, size[::-1], orientation) if is_upright else (size[::-1], size, orientation)
 
 
 def find_images(path: str | Path) -> list[Path]:

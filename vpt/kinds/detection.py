@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from vpt.build import Data, build_loaders, build_preprocessing, spread
 from vpt.config import Config, DatasetKind
 from vpt.data.boxes import DataReport, DetectionDataset, DetectionSamples, collate_detection
-from vpt.data.detection import read_coco, read_detection, trees_root
+from vpt.data.coco import read_coco
+from vpt.data.detection import read_detection, trees_root
 from vpt.data.transforms import (
     DetectionEvalTransform,
     DetectionTrainTransform,

@@ -1,0 +1,166 @@
+from pathlib import Path
+
+import pytest
+
+from tests.test_detection_data import TRUTH, draw, write, write_yolo
+from vpt.data.boxes import DataReport, DetectionSamples, Finding
+from vpt.data.yolo import read_yolo
+
+
+def read_lines(root: Path, text: str, keys: str = "", **options) -> tuple[DetectionSamples, DataReport]:
+    """Train of one picture, 64 x 32, with these labels."""
+    write_yolo(root, {"train": TRUTH["train"]})
+    write(root / "data.yaml", f"train: images/train\nnames: [cat, dog]\n{keys}")
+    write(root / "labels" / "train" / "c.txt", "0 0.5 0.5 0.5 0.5\n")
+    write(root / "labels" / "train" / "a.txt", text)
+    report = DataReport()
+    return read_yolo(root, val_fraction=0, report=report, **options)["train"], report
+
+
+@pytest.mark.parametrize(
+    ("text", "keys", "box"),
+    [
+        ("1 0.5 0.5 0.25 0.5", "", [24, 8, 40, 24]),
+        ("\n1.0  0.5 0.5 0.25\t0.5 \r\n\n", "", [24, 8, 40, 24]),
+        ("1 0.25 0.5 0.5 0.25 0.75 0.75", "", [16, 8, 48, 24]),
+        ("1 0.25 0.25 0.75 0.25 0.75 0.75 0.25 0.75", "", [16, 8, 48, 24]),
+        ("1 0.5 0.5 0.25 0.5 0.9 0.9 2 0.1 0.1 1", "kpt_shape: [2, 3]", [24, 8, 40, 24]),
+        ("1 0.5 0.5 1.0000001 1.0000001", "", [0, 0, 64, 32]),
+    ],
+)
+def test_a_line_is_a_box_a_polygon_or_a_pose(text, keys, box, tmp_path):
+    train, _ = read_lines(tmp_path, text, keys, strict=True)
+    assert train.boxes[0].tolist() == [box]
+    assert train.labels[0].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("line", "finding"),
+    [
+        ("2 0.5 0.5 0.25 0.5", Finding.UNKNOWN),
+        ("-1 0.5 0.5 0.25 0.5", Finding.UNKNOWN),
+        ("1 nan 0.5 0.25 0.5", Finding.NOT_FINITE),
+        ("1 0.1 0.1 0.5 nan 0.9 0.9", Finding.NOT_FINITE),
+        ("1 0.5 0.5 0.01 0.5", Finding.SMALL),
+        ("1 0.5 0.5 -0.25 0.5", Finding.SWAPPED),
+        ("1 1.5 0.5 0.25 0.5", Finding.OUTSIDE),
+        ("1 0.9 0.5 0.5 0.5", Finding.CLIPPED),
+    ],
+)
+def test_a_wrong_line_is_counted_with_its_number(line, finding, tmp_path):
+    _, report = read_lines(tmp_path, f"0 0.5 0.5 0.5 0.5\n{line}\n")
+    assert report.counts == {finding: 1}
+    assert "labels/train/a.txt, line 2: box (" in report.first[finding]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["1 0.5 0.5 0.25", "1", "cat 0.5 0.5 0.25 0.5", "1.5 0.5 0.5 0.25 0.5", "1 0.5 0.5 0.25 0.5 0.9", "nan 1 1 1 1"],
+)
+def test_a_line_that_is_no_box_is_refused_with_its_number(line, tmp_path):
+    with pytest.raises(ValueError, match=r"a\.txt, line 2: '.*'; expected `class cx cy w h`"):
+        read_lines(tmp_path, f"0 0.5 0.5 0.5 0.5\n{line}\n")
+
+
+def test_labels_without_a_picture_are_counted_and_a_list_of_classes_is_none(tmp_path):
+    write_yolo(tmp_path)
+    write(tmp_path / "labels" / "train" / "z.txt", "0 0.5 0.5 0.5 0.5")
+    write(tmp_path / "labels" / "train" / "classes.txt", "cat\ndog\n")
+    report = DataReport()
+    read_yolo(tmp_path, report=report)
+    assert report.counts[Finding.STRAY] == 1
+    assert report.first[Finding.STRAY].endswith("labels/train/z.txt")
+    with pytest.raises(ValueError, match=r"z\.txt is the first of: labels of pictures that are not there \(1\)"):
+        read_yolo(tmp_path, strict=True)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        "path: /home/somebody/data\ntrain: images/train\nval: images/val\n",
+        "path: ../datasets/mine\ntrain: images/train\nval: images/val\n",
+        "path: images\ntrain: train\nvalidation: val\n",
+        "train: ../images/train\nval: ../images/val\ntest:\n",
+        "train: ./images/train/\nval: [images/val]\n",
+        "train: lists/train.txt\nval: images/val\n",
+    ],
+)
+def test_entries_are_folders_or_lists_wherever_they_start(entries, tmp_path):
+    write_yolo(tmp_path)
+    write(tmp_path / "lists" / "train.txt", "./images/train/a.png\n../images/train/b.png\n\nimages\\train\\c.png\n")
+    write(tmp_path / "data.yaml", f"{entries}names:\n  0: cat\n  1: dog\n")
+    splits = read_yolo(tmp_path, strict=True)
+    assert splits["train"].names == ("images/train/a.png", "images/train/b.png", "images/train/c.png")
+    assert [len(boxes) for boxes in splits["train"].boxes] == [2, 1, 0]
+    assert splits["val"].names == ("images/val/d.png",)
+    assert list(splits) == ["train", "val"]
+
+
+def test_labels_lie_beside_pictures_that_are_in_no_folder_images(tmp_path):
+    draw(tmp_path / "photos" / "a.png", (64, 32))
+    write(tmp_path / "photos" / "a.txt", "0 0.5 0.5 0.5 0.5")
+    write(tmp_path / "data.yml", "train: photos\nnames: [cat]\n")
+    assert len(read_yolo(tmp_path, val_fraction=0)["train"].boxes[0]) == 1
+
+
+def test_the_last_folder_called_images_is_that_of_the_labels(tmp_path):
+    draw(tmp_path / "images" / "images" / "x" / "a.png", (64, 32))
+    write(tmp_path / "images" / "labels" / "x" / "a.txt", "0 0.5 0.5 0.5 0.5")
+    write(tmp_path / "data.yaml", "train: images\nnames: [cat]\n")
+    assert len(read_yolo(tmp_path, val_fraction=0)["train"].boxes[0]) == 1
+
+
+def test_a_listed_picture_that_is_not_there_is_counted(tmp_path):
+    write_yolo(tmp_path)
+    write(tmp_path / "train.txt", "images/train/a.png\nimages/train/none.png\n")
+    write(tmp_path / "data.yaml", "train: train.txt\nval: images/val\nnames: [cat, dog]\n")
+    report = DataReport()
+    assert len(read_yolo(tmp_path, report=report)["train"]) == 1
+    assert "none.png: no such file" in report.first[Finding.MISSING]
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{last}'] * 9)}]\n" for last, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: images/none\nnames: [cat, dog]", r"data\.yaml, train: there is no 'images/none' in .*; correct"),
+        ("train: /etc\nnames: [cat, dog]", r"data\.yaml, train: there is no '/etc' in"),
+        ("train: 3\nnames: [cat, dog]", r"data\.yaml, train is of type int; expected a folder"),
+        ("train: [[images/train]]\nnames: [cat, dog]", r"data\.yaml, train is of type list; expected a folder"),
+        ("train: images/train", r"data\.yaml: names is no list of classes"),
+        ("train: images/train\nnames: []", r"data\.yaml: names is no list of classes"),
+        ("train: images/train\nnames: {0: cat, 2: dog}", r"data\.yaml: the keys of names are not 0, 1, 2"),
+        (
+            "train: images/train\nnames: [cat, no]",
+            r"data\.yaml: the name of class 1 is of type bool; write it in quotes",
+        ),
+        ("train: images/train\nnames: [cat, cat]", r"data\.yaml, names: two classes are called 'cat'"),
+        ("train: images/train\nnc: 3\nnames: [cat, dog]", r"data\.yaml: nc is not 2, the number of names"),
+        ("val: x\nvalid: y\ntrain: z\nnames: [cat]", r"data\.yaml has val twice, val and valid; keep one"),
+        ("names: [", r"data\.yaml is no YAML \("),
+        ("names: " + "[" * 3_000, r"data\.yaml is no YAML \("),
+        ("x: " + "9" * 5000, r"data\.yaml is no YAML \("),
+        ("- cat", r"data\.yaml is of type list; expected the keys"),
+        ("!!python/object/apply:os.system ['false']", r"data\.yaml is no YAML \(could not determine a constructor"),
+        (f"{BOMB}train: *i\nnames: *i", r"data\.yaml: the name of class 0 is of type list"),
+        (f"{BOMB}path: *i\ntrain: *i\nnames: [x]", r"data\.yaml, train is of type list"),
+    ],
+)
+def test_a_wrong_data_yaml_is_refused(text, message, tmp_path):
+    write_yolo(tmp_path)
+    write(tmp_path / "data.yaml", text)
+    with pytest.raises(ValueError, match=message):
+        read_yolo(tmp_path)
+
+
+def test_a_list_that_leaves_the_root_is_refused(tmp_path):
+    write_yolo(tmp_path / "data")
+    draw(tmp_path / "secret.png", (8, 8))
+    write(tmp_path / "data" / "train.txt", "images/train/a.png\n../secret.png\n")
+    write(tmp_path / "data" / "data.yaml", "train: train.txt\nnames: [cat, dog]\n")
+    with pytest.raises(ValueError, match=r"train\.txt, line 2: .*secret\.png is outside of .*data; write paths"):
+        read_yolo(tmp_path / "data")
