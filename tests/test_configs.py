@@ -1,6 +1,8 @@
 """Every shipped config composes, fits the schema, and its model can be built."""
 
 import re
+import tomllib
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,6 +11,7 @@ import torch
 from vpt import build
 from vpt.config import TaskName, compose_config, config_folder, group_choices, to_config
 
+ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = group_choices("experiment")
 GROUPS = ("augment", "backbone", "dataset", "head", "optim", "prompt", "tuning")
 FILES = [(group, choice) for group in GROUPS for choice in group_choices(group)]
@@ -61,3 +64,11 @@ def test_no_config_names_something_to_instantiate_and_no_experiment_stands_in_th
     for path in config_folder().rglob("*.yaml"):
         assert "_target_" not in path.read_text()
     assert not re.search(r"^\s*-\s*(optional )?experiment:", (config_folder() / "train.yaml").read_text(), re.MULTILINE)
+
+
+def test_every_package_and_every_folder_of_data_is_in_the_wheel():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("vpt/**/__init__.py")}
+    assert set(setuptools["packages"]) == packages | {"vpt.conf"}
+    folders = {path.name for path in (ROOT / "vpt" / "data").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert set(setuptools["package-data"]["vpt.data"]) == {f"{name}/**/*" for name in folders}

@@ -21,10 +21,10 @@ PromptImpl = Literal["auto", "concat"]
 
 
 class PromptedViT(nn.Module):
-    """A frozen timm ViT that carries a prompt; the prompt is all that trains.
+    """A frozen timm ViT that carries a prompt; the prompt is all that trains, unless `tune` says more.
 
     The ViT is held, not copied: its parameters lose `requires_grad`, it stays in eval mode (no dropout, no drop path)
-    also while the prompt trains, and the same object may be held by several prompted backbones. With `prompt=None`
+    also while something trains, and the same object may be held by several prompted backbones. With `prompt=None`
     the results are those of the ViT, bit for bit.
 
     Args:
