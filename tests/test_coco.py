@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from tests.test_detection_data import TRUTH, coco_content, draw, edit_json, write, write_coco, write_roboflow
-from vpt.data.boxes import DataReport, Finding
 from vpt.data.coco import read_coco
+from vpt.data.sources import DataReport, Finding
 
 
 def test_files_given_by_split_are_read_and_pictures_found_below_the_root(tmp_path):

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpt.data.boxes import DataReport, Finding
 from vpt.data.coco import read_coco
 from vpt.data.detection import find_forms, read_detection
+from vpt.data.sources import DataReport, Finding
 from vpt.data.voc import read_voc
 from vpt.data.yolo import read_yolo
 

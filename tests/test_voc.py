@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from tests.test_detection_data import CLASSES, TRUTH, voc_xml, write, write_voc
-from vpt.data.boxes import DataReport, DetectionSamples, Finding
+from vpt.data.boxes import DetectionSamples
+from vpt.data.sources import DataReport, Finding
 from vpt.data.voc import read_voc
 
 

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from tests.test_detection_data import TRUTH, draw, write, write_yolo
-from vpt.data.boxes import DataReport, DetectionSamples, Finding
+from vpt.data.boxes import DetectionSamples
+from vpt.data.sources import DataReport, Finding
 from vpt.data.yolo import read_yolo
 
 

@@ -7,8 +7,9 @@ from math import inf
 from pathlib import Path
 from typing import Any, Unpack
 
-from vpt.data.boxes import (
-    DetectionSamples,
+from vpt.data.boxes import DetectionSamples
+from vpt.data.classification import SPLIT_OF, SPLITS
+from vpt.data.sources import (
     Reading,
     SourceBox,
     SourcePicture,
@@ -19,7 +20,6 @@ from vpt.data.boxes import (
     read_text,
     refuse_twins,
 )
-from vpt.data.classification import SPLIT_OF, SPLITS
 
 COCO_LAYOUT = "annotations/instances_train*.json (also val, test), or train/_annotations.coco.json (also val/, test/)"
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, Unpack
 
-from vpt.data.boxes import DetectionSamples, Reading
+from vpt.data.boxes import DetectionSamples
 from vpt.data.coco import COCO_LAYOUT, find_json, read_coco
+from vpt.data.sources import Reading
 from vpt.data.voc import VOC_LAYOUT, find_xml, read_voc
 from vpt.data.yolo import YOLO_LAYOUT, find_yaml, read_yolo
 

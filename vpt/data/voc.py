@@ -5,18 +5,9 @@ from pathlib import Path
 from typing import Unpack
 from xml.etree import ElementTree
 
-from vpt.data.boxes import (
-    DetectionSamples,
-    Reading,
-    SourceBox,
-    SourcePicture,
-    Unit,
-    by_split,
-    make_samples,
-    need_train,
-    read_text,
-)
+from vpt.data.boxes import DetectionSamples
 from vpt.data.images import EXTENSIONS, find_images
+from vpt.data.sources import Reading, SourceBox, SourcePicture, Unit, by_split, make_samples, need_train, read_text
 
 VOC_LAYOUT = "Annotations/*.xml and JPEGImages/, with or without ImageSets/Main/train.txt (also val, test, trainval)"
 

@@ -8,8 +8,9 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from vpt.data.boxes import (
-    DetectionSamples,
+from vpt.data.boxes import DetectionSamples
+from vpt.data.images import find_images
+from vpt.data.sources import (
     Reading,
     SourceBox,
     SourcePicture,
@@ -22,7 +23,6 @@ from vpt.data.boxes import (
     read_text,
     refuse_twins,
 )
-from vpt.data.images import find_images
 
 YOLO_LAYOUT = "data.yaml (or data.yml, dataset.yaml) with the keys train, val, test and names"
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml")

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from vpt.build import Data, build_loaders, build_preprocessing, spread
 from vpt.config import Config, DatasetKind
-from vpt.data.boxes import DataReport, DetectionDataset, DetectionSamples, collate_detection
+from vpt.data.boxes import DetectionDataset, DetectionSamples, collate_detection
 from vpt.data.coco import read_coco
 from vpt.data.detection import read_detection, trees_root
+from vpt.data.sources import DataReport
 from vpt.data.transforms import (
     DetectionEvalTransform,
     DetectionTrainTransform,
