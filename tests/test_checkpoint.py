@@ -25,3 +25,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         Checkpoints(tmp_path, {"v": nn.Parameter(torch.zeros(3))}).restore("best")
     with pytest.raises(FileNotFoundError):
         Checkpoints(tmp_path, {}).restore("last")
+
+
+def test_a_checkpoint_of_our_own_may_be_of_any_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("vpt.files.MAX_BYTES", 10)
+    checkpoints = Checkpoints(tmp_path, {"w": nn.Parameter(torch.ones(300))})
+    checkpoints.save("best", {"epoch": 1})
+    assert checkpoints.restore("best") == {"epoch": 1}

@@ -141,3 +141,12 @@ def test_a_new_head_says_one_percent_for_each_class_and_towers_are_shared_by_the
     assert sum(p.numel() for p in DenseHead(64, 3, (8, 16)).parameters()) == pytest.approx(
         sum(p.numel() for p in DenseHead(64, 3, (8, 16, 32)).parameters()), abs=1
     )
+
+
+def test_with_more_boxes_than_points_no_box_takes_the_point_of_another():
+    points = torch.tensor([[4.0, 4.0], [12.0, 4.0]])
+    targets = torch.tensor([[0.0, 0, 1, 1], [14.0, 0, 15, 1], [6.0, 6, 7, 7]])
+    found = assign(
+        points, torch.full((2, 1), 0.5), targets[:2] + 2, targets, torch.zeros(3, dtype=torch.long), torch.zeros(3) > 0
+    )
+    assert found.box.tolist() == [0, 1]

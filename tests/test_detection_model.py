@@ -204,7 +204,7 @@ def test_levels_have_the_strides_that_are_nearest_to_8_16_and_32(patch, strides)
 
 
 def test_a_stride_that_cannot_be_reached_is_refused():
-    with pytest.raises(ValueError, match="stride 12 cannot be reached from patches of 8 px"):
+    with pytest.raises(ValueError, match=r"head\.strides: 12 cannot be reached from patches of 8 px"):
         make_model(strides=(8, 12))
 
 
@@ -287,3 +287,34 @@ def test_two_pictures_are_learned_by_the_heads_of_torchvision(head):
                 best = found["boxes"][found["labels"] == label][:1]
                 assert box_iou(box[None], best).item() > 0.7
     assert any(0 in target["labels"] for target in targets)
+
+
+@pytest.mark.parametrize("head", sorted(HEADS))
+def test_boxes_end_where_the_picture_in_an_image_ends(head):
+    torch.manual_seed(0)
+    model = make_model(head=head).eval()
+    model.selection = Selection(min_score=0.0, max_overlap=1.0, max_detections=10_000)
+    images = torch.randn(2, 3, 64, 64)
+    whole, part = model(images), model(images, sizes=[(64, 64), (20, 64)])
+    assert (whole[1]["boxes"][:, 3] > 20).any()
+    torch.testing.assert_close(part[0], whole[0])
+    assert (part[1]["boxes"][:, 3] <= 20).all()
+    for found in (*whole, *part):
+        assert (found["boxes"][:, 2:] > found["boxes"][:, :2]).all()
+        assert len(found["boxes"]) > 0
+    _, losses = model.detect_with_losses(images, make_targets([[1, 1, 9, 9]], []), [(64, 64), (20, 64)])
+    assert set(losses) == (set() if head == "fasterrcnn" else {"class", "box"})
+
+
+def test_images_that_are_no_whole_cells_of_the_largest_stride_are_refused():
+    with pytest.raises(ValueError, match=r"72 x 72 px are not whole cells of 32 px.*backbone\.img_size=64 or 96"):
+        DetectionModel(PromptedViT(make_tiny_vit(img_size=72)), num_classes=1, channels=32)
+    free = DetectionModel(PromptedViT(make_tiny_vit(dynamic_img_size=True)), num_classes=1, channels=32).eval()
+    assert len(free(torch.zeros(1, 3, 32, 64))) == 1
+    with pytest.raises(ValueError, match="40 x 64 px are not whole cells"):
+        free(torch.zeros(1, 3, 40, 64))
+
+
+def test_a_tap_that_is_no_block_is_refused_by_its_key():
+    with pytest.raises(ValueError, match=r"head\.taps=\[99\]: the backbone has blocks 0 to 2"):
+        make_model(taps=[99])

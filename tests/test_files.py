@@ -1,10 +1,11 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from vpt.files import read_tensors, write_bytes, write_tensors
+from vpt.files import read_tensors, write_bytes, write_json, write_tensors
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2], dtype=torch.int64)}
 
@@ -65,3 +66,19 @@ def test_a_safetensors_file_of_another_program_is_refused(tmp_path):
     save_file(TENSORS, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not one of vpt"):
         read_tensors(tmp_path / "other.safetensors")
+
+
+def test_numbers_that_json_does_not_have_become_null(tmp_path):
+    values = {"map": math.nan, "all": [1.0, math.inf, {"deep": (-math.inf, 2)}], "name": "nan"}
+    plain = {"map": None, "all": [1.0, None, {"deep": [None, 2]}], "name": "nan"}
+    write_json(tmp_path / "a.json", values)
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == plain
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, values)
+    assert read_tensors(tmp_path / "a.safetensors")[1] == plain
+
+
+def test_a_file_may_be_as_large_as_its_reader_allows(tmp_path):
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(100)}, {})
+    with pytest.raises(ValueError, match="larger than 100 bytes"):
+        read_tensors(tmp_path / "a.safetensors", max_bytes=100)
+    assert read_tensors(tmp_path / "a.safetensors", max_bytes=math.inf)[0]["x"].shape == (100,)

@@ -63,7 +63,7 @@ def test_anchors_of_a_wide_image_lie_row_by_row():
 def test_detections_are_cut_to_the_height_and_the_width_of_a_wide_image(kind):
     head = make_head(kind).eval()
     levels = [torch.randn(2, 16, 64 // stride, 128 // stride) for stride in STRIDES]
-    found = head.detect(levels, (64, 128), Selection(min_score=0.001, max_detections=10_000))
+    found = head.detect(levels, [(64, 128)] * len(levels[0]), Selection(min_score=0.001, max_detections=10_000))
     x2, y2 = torch.cat([one["boxes"][:, 2:] for one in found]).unbind(dim=1)
     assert (x2.max(), y2.max()) == (128, 64)
 
@@ -129,7 +129,9 @@ def test_retinanet_gives_the_boxes_that_its_anchors_and_offsets_say():
     towers = head.retinanet.head.classification_head
     torch.nn.init.zeros_(head.retinanet.head.regression_head.bbox_reg.weight)
     towers.cls_logits.weight.data[0] *= 300  # class 0 of the first anchor of each cell, and no other
-    found = head.detect(levels, (64, 64), Selection(min_score=0.02, max_overlap=1.0, max_detections=1000))[0]
+    found = head.detect(
+        levels, [(64, 64)] * len(levels[0]), Selection(min_score=0.02, max_overlap=1.0, max_detections=1000)
+    )[0]
     logits = head.retinanet.head(levels)["cls_logits"][0, :, 0]
     anchors = torch.cat(head.retinanet.anchor_generator.of_levels(levels))
     order = [i for i in logits.argsort(descending=True).tolist() if logits[i].sigmoid() > 0.02]
@@ -195,7 +197,7 @@ def test_faster_rcnn_learns_labels_one_higher_and_gives_them_back_as_they_came(m
     torch.nn.init.zeros_(head.roi_heads.box_predictor.cls_score.weight)
     head.roi_heads.box_predictor.cls_score.bias.data = torch.tensor([0.0, 2.0, 0.0, 1.0])
     shares = torch.tensor([0.0, 2.0, 0.0, 1.0]).softmax(dim=0)
-    found = head.eval().detect(levels, (64, 64), Selection(min_score=0.2))
+    found = head.eval().detect(levels, [(64, 64)] * len(levels[0]), Selection(min_score=0.2))
     for one in found:
         assert set(one["labels"].tolist()) == {0, 2}
         torch.testing.assert_close(one["scores"], shares[1 + one["labels"]])
@@ -254,7 +256,9 @@ def test_losses_are_computed_in_float32_under_autocast(kind):
     torch.manual_seed(3)
     with torch.autocast("cpu", torch.bfloat16):
         losses = head.losses([level.bfloat16() for level in levels], (64, 64), targets)
-        found = head.eval().detect([level.bfloat16() for level in levels], (64, 64), Selection(min_score=0.001))
+        found = head.eval().detect(
+            [level.bfloat16() for level in levels], [(64, 64)] * len(levels[0]), Selection(min_score=0.001)
+        )
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     assert {one["boxes"].dtype for one in found} == {torch.float32}
     assert all(losses[name].item() == pytest.approx(plain[name].item(), rel=0.05) for name in plain)
@@ -263,6 +267,6 @@ def test_losses_are_computed_in_float32_under_autocast(kind):
 def test_an_image_in_which_nothing_is_likely_has_no_detections():
     for kind in KINDS:
         head = make_head(kind).eval()
-        for one in head.detect(levels_of(), (64, 64), Selection(min_score=0.99)):
+        for one in head.detect(levels_of(), [(64, 64)] * len(levels_of()[0]), Selection(min_score=0.99)):
             assert one["boxes"].shape == (0, 4)
             assert (len(one["scores"]), len(one["labels"])) == (0, 0)

@@ -234,6 +234,8 @@ def make_run_dir(root: str, name: str) -> Path:
             return path
         except FileExistsError:
             continue
+        except OSError as error:
+            raise ConfigError(f"run.root={root}: {error.strerror}; choose a folder that can be written to") from error
     raise ConfigError(f"run.root={root}: holds ten thousand runs of the name {name}; choose another run.name")
 
 

@@ -83,6 +83,14 @@ class BoxForm(StrEnum):
 
 
 TASK_OF = {DatasetKind.boxes: TaskName.detection, DatasetKind.trees: TaskName.detection}  # all others: classification
+ONLY_CLASSES = [
+    *(("dataset", "num_per_class"), ("train", "class_weights"), ("train", "label_smoothing")),
+    *(("augment", "crop_mode"), ("augment", "crop_pct")),
+]
+ONLY_BOXES = [
+    *(("head", "taps"), ("head", "channels"), ("head", "strides"), ("head", "num_convs")),
+    *(("dataset", "annotations"), ("dataset", "strict"), ("dataset", "form")),
+]
 NEEDED_KEYS = {
     DatasetKind.boxes: ("root", "PATH"),
     DatasetKind.folder: ("root", "PATH"),
@@ -180,6 +188,7 @@ class HeadConfig:
     """
 
     name: HeadName | None = None
+    title: str = ""
     init: HeadInitName = HeadInitName.zero
     taps: Any = "quarters"
     channels: int = number(128, low=8, high=4096)
@@ -386,7 +395,7 @@ def _check_dataset(dataset: DatasetConfig) -> None:
 
 
 def _check_task(config: Config) -> None:
-    """Head and data must be of one kind of task, and what is for classes only must not be said of boxes."""
+    """Head and data must be of one kind of task, and what is for one kind only must not be said of the other."""
     finds_boxes = config.head.name not in (None, HeadName.linear)
     data, has_boxes = f"dataset={config.dataset.kind.value}", config.task is TaskName.detection
     if has_boxes and config.head.name is HeadName.linear:
@@ -395,13 +404,12 @@ def _check_task(config: Config) -> None:
         raise ConfigError(
             f"head={config.head.name} finds boxes, and {data} has none: type dataset=boxes, or head=linear"
         )
-    if not has_boxes:
-        return
     defaults = Config(dataset=DatasetConfig(kind=config.dataset.kind))
-    for section, key in (("dataset", "num_per_class"), ("train", "class_weights"), ("train", "label_smoothing")):
+    for section, key in ONLY_CLASSES if has_boxes else ONLY_BOXES:
         value = getattr(getattr(config, section), key)
         if value != getattr(getattr(defaults, section), key):
-            raise ConfigError(f"{section}.{key}={value}: is for classification; leave it out, since dataset has boxes")
+            other = "classification" if has_boxes else "detection"
+            raise ConfigError(f"{section}.{key}={value} is for {other}, and {data} is not: leave it out")
 
 
 def explain(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -63,8 +64,8 @@ def reserve(handle: int, num_bytes: int) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a mapping as indented JSON."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write a mapping as indented JSON; nan and inf become null."""
+    write_bytes(path, (json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -73,15 +74,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Args:
         path: Where to; the folder is made when it is missing.
         tensors: Any shapes and dtypes; copied to the CPU.
-        metadata: Plain JSON values, stored under the safetensors metadata key "vpt".
+        metadata: Plain JSON values, stored under the safetensors metadata key "vpt"; nan and inf become null.
     """
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    described = json.dumps({**metadata, "sha256": tensors_sha256(tensors)}, ensure_ascii=False)
+    described = json.dumps(
+        {**_finite(metadata), "sha256": tensors_sha256(tensors)}, ensure_ascii=False, allow_nan=False
+    )
     write_bytes(path, save(tensors, {"vpt": described}))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path, max_bytes: float = MAX_BYTES) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote: the tensors, on the CPU, and the metadata.
+
+    Args:
+        path: The file.
+        max_bytes: What a stranger's file may have; math.inf for one of our own.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -89,8 +96,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path}: larger than {MAX_BYTES} bytes, not a file of vpt")
+    if path.stat().st_size > max_bytes:
+        raise ValueError(f"{path}: larger than {max_bytes} bytes, not a file of vpt")
     try:
         with safe_open(path, framework="pt") as file:
             described = (file.metadata() or {}).get("vpt")
@@ -125,6 +132,18 @@ def _parse_metadata(path: Path, described: str) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise ValueError(f"{path}: its 'vpt' metadata is not a JSON object")
     return metadata
+
+
+def _finite(value: Any) -> Any:
+    """The same plain values, with null for numbers that JSON does not have."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(part) for key, part in value.items()}
+        case list() | tuple():
+            return [_finite(part) for part in value]
+    return value
 
 
 def _umask() -> int:

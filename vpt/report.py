@@ -35,7 +35,7 @@ def summarise(model: Model, data: Data, config: Config, described: Sequence[str]
     parts = {"prompt": count.prompt, "neck": count.neck, "head": count.head, "backbone": count.backbone_tuned}
     tuned = " + ".join(f"{name} {num:,}" for name, num in parts.items() if num)
     frozen = "frozen" if not count.backbone_tuned else f"{config.tuning.kind.value} tuned"
-    no_prompt = "none (linear probe)" if not count.backbone_tuned else "none"
+    no_prompt = "none" if count.backbone_tuned else "none (linear probe)" if not count.neck else "none (head only)"
     rows = [
         ["backbone", f"{model.backbone.name}, {count.backbone:,} parameters, {frozen}{held}, {height} x {width} px"],
         ["prompt", no_prompt if prompt is None else prompt.extra_repr()],

@@ -153,7 +153,7 @@ def _train(
         report.log_hparams(monitor, config, result, found.get("test", {}))
     save_task(model, task, preprocessing=preprocessing, metrics=found)
     numbers = {name: value for name, value in asdict(result).items() if name != "best"}  # it is the val of metrics
-    write_json(run_dir / "result.json", {**numbers, "metrics": found})
+    write_json(run_dir / "result.json", {"mode": config.mode.value, **numbers, "metrics": found})
     print(report.describe_result(result, found, task))
 
 

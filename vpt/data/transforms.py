@@ -358,6 +358,11 @@ def unletterbox(boxes: Boxes, size: tuple[int, int], preprocessing: Preprocessin
     return boxes.clip(0, np.array([width, height, width, height], dtype=np.float32))
 
 
+def letterboxed_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Height and width that a picture of this height and width has in the input; the rest of the input is fill."""
+    return _fitted_size(*size, *preprocessing.size)
+
+
 class DetectionEvalTransform:
     """Letterbox and normalise: the same square for every picture, in training, evaluation and use.
 

@@ -1,5 +1,6 @@
 """Checkpoints: `last/` and `best/` of a run folder, each with the tuned parameters and what is known of them."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Checkpoints:
             FileNotFoundError: It was not written.
             ValueError: It is damaged or of another model.
         """
-        tensors, metadata = read_tensors(self.path(which))
+        tensors, metadata = read_tensors(self.path(which), max_bytes=math.inf)
         if set(tensors) != set(self.parameters):
             raise ValueError(f"{self.path(which)}: holds {sorted(tensors)}, the model tunes {sorted(self.parameters)}")
         for name, parameter in self.parameters.items():

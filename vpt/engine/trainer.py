@@ -107,7 +107,8 @@ def fit(
         model: On the device that the batches are moved to.
         train_loader: Batches of train, in a new order each epoch.
         val_loader: Batches of val; they choose.
-        losses: (model, images, targets) -> scalars by name, means over the batch; their sum trains.
+        losses: (model, images, targets) -> scalars by name, means over the batch; their sum trains. Where the mean is
+            over something else than pictures, such as boxes, accumulated batches are not quite one large batch.
         evaluator: The evaluation on val.
         optimizer: Steps the tuned parameters.
         schedule: Advanced once an optimiser step.
@@ -254,7 +255,7 @@ class _Stepper:
         return self.num_steps
 
     def _backward(self, group: Sequence[Batch], progress: Progress) -> dict[str, Tensor]:
-        """Gradients of the mean loss over all pictures of the group; that loss, and its parts if there are several."""
+        """Gradients of the mean loss of the group's batches, weighed by pictures; it and its parts if several."""
         num_images = sum(len(images) for images, _ in group)
         sums: dict[str, Tensor] = {}
         for batch in group:
@@ -287,14 +288,14 @@ class _Stepper:
 
     def _rates(self) -> dict[str, float]:
         groups = self.optimizer.param_groups
-        return {f"lr/{group['name']}": group["lr"] for group in groups if not group["name"].endswith("_bias")}
+        return {f"lr/{group['name'].removesuffix('_bias')}": group["lr"] for group in groups}
 
     def _check_finite(self, loss: Tensor, epoch: int, rates: Mapping[str, float]) -> None:
         if not bool(torch.isfinite(loss)):
             described = ", ".join(f"{name} {value:.2g}" for name, value in rates.items())
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.num_steps}, epoch {epoch} ({described}); "
-                "lower optim.prompt_lr and optim.head_lr, or check the data"
+                "lower optim.prompt_lr, optim.head_lr or tuning.lr, or check the data"
             )
 
 

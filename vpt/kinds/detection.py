@@ -19,6 +19,7 @@ from vpt.data.transforms import (
     DetectionTrainTransform,
     Preprocessing,
     denormalise,
+    letterboxed_size,
     unletterbox,
 )
 from vpt.engine.box_pictures import draw_boxes, precision_recall_picture, truth_and_found_page
@@ -31,7 +32,6 @@ from vpt.engine.trainer import FitResult, Losses
 NUM_GRID_PICTURES = 16
 NUM_PAGE_PICTURES = 8
 NUM_PAGES = 5  # in a run
-SHOWN_SCORE = 0.25
 
 Found = dict[str, Tensor]
 
@@ -58,7 +58,7 @@ class BoxEvaluator:
     def update(self, model: nn.Module, images: Tensor, targets: Sequence[dict[str, Tensor]]) -> None:
         """Detect on a batch, and add what is found and what it costs."""
         detect_with_losses: Any = model.detect_with_losses
-        detections, losses = detect_with_losses(images, targets)
+        detections, losses = detect_with_losses(images, targets, self._sizes(targets))
         self.metrics.add_losses({name: float(loss) for name, loss in losses.items()}, len(images))
         if self.samples is None:
             self.metrics.update(detections, targets)
@@ -67,6 +67,13 @@ class BoxEvaluator:
             index = int(target["image_index"])
             self.found[index] = to_original(detection, self.samples.sizes[index], self.preprocessing)
             self.metrics.update([self.found[index]], [true_boxes(self.samples, index)])
+
+    def _sizes(self, targets: Sequence[dict[str, Tensor]]) -> list[tuple[int, int]] | None:
+        """Where the picture ends in each input."""
+        if self.samples is None:
+            return None
+        sizes = [self.samples.sizes[int(target["image_index"])] for target in targets]
+        return [letterboxed_size(size, self.preprocessing) for size in sizes]
 
     def compute(self) -> dict[str, float]:
         """The COCO numbers, and losses where the head has them in evaluation."""
@@ -97,7 +104,19 @@ class Detection:
         self.report = DataReport()
 
     def read(self) -> dict[str, DetectionSamples]:
-        """Read and check pictures and boxes, by split."""
+        """Read and check pictures and boxes, by split.
+
+        Raises:
+            ValueError: What a reader refuses, or there is no box in val, so that no epoch could be chosen.
+        """
+        samples = self._read_all()
+        if not any((~crowd).any() for crowd in samples["val"].crowd):
+            raise ValueError(
+                "val has no box, so that no epoch could be chosen; add boxes, or leave val out, and train gives some"
+            )
+        return samples
+
+    def _read_all(self) -> dict[str, DetectionSamples]:
         config = self.config.dataset
         reading: dict[str, Any] = {
             "val_fraction": config.val_fraction,
@@ -144,7 +163,9 @@ class Detection:
     def class_table(self, evaluator: BoxEvaluator, data: Data, split: str) -> str:
         """The average precision of each class, the score of its best F1, and the number of its boxes."""
         metrics = evaluator.metrics
-        counts = np.bincount(np.concatenate(data.samples[split].labels), minlength=len(data.classes))
+        of_split: DetectionSamples = data.samples[split]
+        labels = [labels[~crowd] for labels, crowd in zip(of_split.labels, of_split.crowd, strict=True)]
+        counts = np.bincount(np.concatenate(labels), minlength=len(data.classes))
         columns = metrics.per_class(), metrics.precision_curves().mean(axis=1), metrics.best_thresholds(), counts
         rows = [
             [name, percent(precision), percent(precision50), "-" if score != score else f"{score:.2f}", f"{num:,}"]
@@ -190,5 +211,4 @@ class Detection:
             [evaluator.found[index] for index in indices],
             data.classes,
             captions=[Path(samples.names[index]).name for index in indices],
-            min_score=SHOWN_SCORE,
         )

@@ -20,6 +20,7 @@ PRIOR = 0.01  # probability of each class at the start, as in focal loss
 MAX_LOG_SIDE = 7.0  # exp of it times the stride is larger than any picture
 NUM_CANDIDATES = 10
 SCORE_POWER, OVERLAP_POWER = 0.5, 4.0
+MAX_COMPARED = 3000  # boxes of an image that go into non-maximum suppression, which takes the square of them
 
 
 @dataclass(frozen=True)
@@ -133,12 +134,12 @@ class DenseHead(nn.Module):
         return dense_losses(self.points(levels), logits, boxes, targets)
 
     def detect(
-        self, levels: Sequence[Tensor], image_size: tuple[int, int], selection: Selection
+        self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], selection: Selection
     ) -> list[dict[str, Tensor]]:
-        """For each image "boxes" (n, 4) in pixels, "scores" (n,) and "labels" (n,), the best first."""
+        """For each image of such a size "boxes" (n, 4) in pixels, "scores" (n,) and "labels" (n,), the best first."""
         logits, boxes = self(levels)
         scores = selection.only(logits.float()).sigmoid()
-        return [_select(*pair, image_size, selection) for pair in zip(scores, boxes, strict=True)]
+        return [_select(*of_image, selection) for of_image in zip(scores, boxes, sizes, strict=True)]
 
     def points(self, levels: Sequence[Tensor]) -> Tensor:
         """The points of all levels, (A, 2) as x, y in pixels."""
@@ -196,6 +197,8 @@ def assign(points: Tensor, scores: Tensor, boxes: Tensor, targets: Tensor, label
     assigned = torch.where(best.values >= 0, best.indices, assigned)
     distance = torch.cdist(points, (true[:, :2] + true[:, 2:]) / 2)
     for box in (torch.bincount(assigned[assigned >= 0], minlength=len(true)) == 0).nonzero()[:, 0].tolist():
+        if (assigned >= 0).all():  # more boxes than points
+            break
         free = torch.where(assigned < 0, distance[:, box], math.inf)
         assigned[free.argmin()] = box
     taken = assigned >= 0
@@ -231,11 +234,13 @@ def dense_losses(
         return {"class": class_sum / max(1, num_given), "box": box_sum / max(1, num_given)}
 
 
-def _select(scores: Tensor, boxes: Tensor, image_size: tuple[int, int], selection: Selection) -> dict[str, Tensor]:
-    """The detections among the scores (A, K) and boxes (A, 4) of an image, cut to the image."""
-    points, labels = (scores > selection.min_score).nonzero(as_tuple=True)
-    scores = scores[points, labels]
-    boxes = clip_boxes_to_image(boxes[points], image_size)
+def _select(scores: Tensor, boxes: Tensor, size: tuple[int, int], selection: Selection) -> dict[str, Tensor]:
+    """The detections among the scores (A, K) and boxes (A, 4) of an image of this height and width, cut to it."""
+    boxes = clip_boxes_to_image(boxes, size)
+    is_inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1, keepdim=True)
+    points, labels = ((scores > selection.min_score) & is_inside).nonzero(as_tuple=True)
+    scores, best = scores[points, labels].topk(min(MAX_COMPARED, len(points)))
+    boxes, labels = boxes[points[best]], labels[best]
     kept = batched_nms(boxes, scores, labels, selection.max_overlap)[: selection.max_detections]
     return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
 

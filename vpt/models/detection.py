@@ -23,6 +23,7 @@ from vpt.models.torchvision_heads import FasterRCNNHead, RetinaNetHead
 STRIDES = (8, 16, 32)
 Targets = Sequence[dict[str, Tensor]]
 Detections = list[dict[str, Tensor]]
+Sizes = Sequence[tuple[int, int]]  # of each image: height, width
 
 DetectionHead = DenseHead | RetinaNetHead | FasterRCNNHead
 HEADS: dict[str, type[DetectionHead]] = {
@@ -92,8 +93,14 @@ class DetectionModel(nn.Module):
         self.taps = resolve_taps(taps, backbone.depth)
         stride = backbone.stride
         self.pyramid = FeaturePyramid(
-            backbone.embed_dim, len(self.taps), stride, channels, strides or default_strides(stride)
+            backbone.embed_dim,
+            len(self.taps),
+            stride,
+            channels,
+            default_strides(stride) if strides is None else strides,
         )
+        if backbone.vit.patch_embed.strict_img_size:
+            self._check_size(backbone.vit.patch_embed.img_size)
         options = {} if num_convs is None else {"num_convs": num_convs}
         self.head = HEADS[head](channels, num_classes, self.pyramid.strides, **options)
         self.head_name = head
@@ -126,24 +133,32 @@ class DetectionModel(nn.Module):
             raise ValueError(f"labels must be 0 to {self.num_classes - 1}, got {selection.labels}")
         self._selection = selection
 
-    def forward(self, images: Tensor, targets: Targets | None = None) -> Any:
+    def forward(self, images: Tensor, targets: Targets | None = None, sizes: Sizes | None = None) -> Any:
         """Losses by name in train mode, detections in eval mode; images (B, 3, H, W) as the backbone wants them.
 
         Args:
             images: Normalised; H and W are multiples of the largest stride.
             targets: For each image "boxes" (G, 4) in pixels, "labels" (G,) and, if there are crowds, "crowd" (G,) bool.
+            sizes: In eval mode, height and width of what is picture in each image, at its upper left; boxes end there.
 
         Raises:
-            ValueError: There are no targets in train mode.
+            ValueError: There are no targets in train mode, or H and W are no such multiples.
         """
         if not self.training:
-            return self.head.detect(self.levels(images), _size(images), self.selection)
+            return self.head.detect(self.levels(images), sizes or [_size(images)] * len(images), self.selection)
         if targets is None:
             raise ValueError("a detection model in train mode needs targets; call model.eval() to detect")
         return self.head.losses(self.levels(images), _size(images), targets)
 
-    def detect_with_losses(self, images: Tensor, targets: Targets) -> tuple[Detections, dict[str, Tensor]]:
+    def detect_with_losses(
+        self, images: Tensor, targets: Targets, sizes: Sizes | None = None
+    ) -> tuple[Detections, dict[str, Tensor]]:
         """Detections and losses of the same images in eval mode, for one pass through the backbone and the pyramid.
+
+        Args:
+            images: As `forward` takes them, like the next two.
+            targets: For each image.
+            sizes: For each image.
 
         Raises:
             ValueError: The model is in train mode.
@@ -151,7 +166,8 @@ class DetectionModel(nn.Module):
         if self.training:
             raise ValueError("detect_with_losses is for evaluation; call model.eval() first")
         levels, size = self.levels(images), _size(images)
-        return self.head.detect(levels, size, self.selection), self.head.losses(levels, size, targets)
+        found = self.head.detect(levels, sizes or [size] * len(images), self.selection)
+        return found, self.head.losses(levels, size, targets)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Let torch compile backbone and pyramid; what depends on the number of boxes stays as it is."""
@@ -159,8 +175,19 @@ class DetectionModel(nn.Module):
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """Levels (B, C, H/S, W/S) of the pyramid, which is all that a head sees of images (B, 3, H, W)."""
+        self._check_size(_size(images))
         levels: list[Tensor] = self.pyramid(self.backbone.feature_maps(images, self.taps))
         return levels
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        """Levels must cover all of an image."""
+        stride = max(self.pyramid.strides)
+        if any(side % stride for side in size):
+            lower, higher = size[0] // stride * stride, (size[0] // stride + 1) * stride
+            raise ValueError(
+                f"images of {size[0]} x {size[1]} px are not whole cells of {stride} px, the largest stride; "
+                f"use backbone.img_size={lower or higher} or {higher + (0 if lower else stride)}"
+            )
 
 
 def _size(images: Tensor) -> tuple[int, int]:
@@ -177,7 +204,7 @@ def resolve_taps(taps: Blocks, depth: int) -> tuple[int, ...]:
     """
     if taps == "quarters":
         return tuple(sorted({max(1, quarter * depth // 4) - 1 for quarter in (1, 2, 3, 4)}))
-    return resolve_blocks("last:1" if taps == "last" else taps, depth)
+    return resolve_blocks("last:1" if taps == "last" else taps, depth, key="head.taps")
 
 
 def default_strides(patch_size: int) -> tuple[int, ...]:
@@ -245,5 +272,7 @@ def _level(channels: int, patch_size: int, stride: int) -> nn.Sequential:
         layers.append(nn.MaxPool2d(2))
         reached *= 2
     if reached != stride:
-        raise ValueError(f"stride {stride} cannot be reached from patches of {patch_size} px by doubling or halving")
+        raise ValueError(
+            f"head.strides: {stride} cannot be reached from patches of {patch_size} px by doubling or halving"
+        )
     return nn.Sequential(*layers, *conv_norm(channels))

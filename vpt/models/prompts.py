@@ -112,12 +112,13 @@ class VisualPrompt(nn.Module):
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
-def resolve_blocks(blocks: Blocks, depth: int) -> tuple[int, ...]:
+def resolve_blocks(blocks: Blocks, depth: int, key: str = "prompt.blocks") -> tuple[int, ...]:
     """Block indices from their description.
 
     Args:
         blocks: "all", "first:k", "last:k", or indices (negative ones count from the end).
         depth: Number of blocks of the backbone.
+        key: The key of the config that holds the description, for an error.
 
     Raises:
         ValueError: Not such a description, or a block that the backbone does not have.
@@ -130,20 +131,18 @@ def resolve_blocks(blocks: Blocks, depth: int) -> tuple[int, ...]:
     """
     is_list = isinstance(blocks, Sequence) and all(type(block) is int for block in blocks)
     if not isinstance(blocks, str) and not is_list:
-        raise ValueError(f"prompt.blocks must be all, first:k, last:k or a list of indices, got {blocks!r}")
+        raise ValueError(f"{key} must be all, first:k, last:k or a list of indices, got {blocks!r}")
     if isinstance(blocks, str):
         match = re.fullmatch(r"all|(first|last):(\d+)", blocks)
         if match is None:
-            raise ValueError(f"prompt.blocks must be all, first:k, last:k or a list of indices, got {blocks!r}")
+            raise ValueError(f"{key} must be all, first:k, last:k or a list of indices, got {blocks!r}")
         num = int(match[2] or depth)
         if not 1 <= num <= depth:
-            raise ValueError(f"prompt.blocks={blocks}: the backbone has {depth} blocks, so k is from 1 to {depth}")
+            raise ValueError(f"{key}={blocks}: the backbone has {depth} blocks, so k is from 1 to {depth}")
         return tuple(range(depth - num, depth)) if match[1] == "last" else tuple(range(num))
     outside = [block for block in blocks if not -depth <= block < depth]
     if outside or not blocks or len({block % depth for block in blocks}) < len(blocks):
-        raise ValueError(
-            f"prompt.blocks={list(blocks)}: the backbone has blocks 0 to {depth - 1}; name some, each once"
-        )
+        raise ValueError(f"{key}={list(blocks)}: the backbone has blocks 0 to {depth - 1}; name some, each once")
     return tuple(sorted({block % depth for block in blocks}))
 
 

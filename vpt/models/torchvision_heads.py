@@ -57,7 +57,7 @@ class RetinaNetHead(nn.Module):
 
     Example:
         >>> head = RetinaNetHead(32, num_classes=3, strides=(8, 16)).eval()
-        >>> found = head.detect([torch.zeros(1, 32, 8, 8), torch.zeros(1, 32, 4, 4)], (64, 64), Selection())
+        >>> found = head.detect([torch.zeros(1, 32, 8, 8), torch.zeros(1, 32, 4, 4)], [(64, 64)], Selection())
         >>> sorted(found[0])
         ['boxes', 'labels', 'scores']
     """
@@ -91,17 +91,16 @@ class RetinaNetHead(nn.Module):
         return {"class": found["classification"], "box": found["bbox_regression"]}
 
     def detect(
-        self, levels: Sequence[Tensor], image_size: tuple[int, int], selection: Selection
+        self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], selection: Selection
     ) -> list[dict[str, Tensor]]:
-        """For each image "boxes" (n, 4) in pixels, "scores" (n,) and "labels" (n,), the best first."""
+        """For each image of such a size "boxes" (n, 4) in pixels, "scores" (n,) and "labels" (n,), the best first."""
         said = self._said(levels)
         said["cls_logits"] = selection.only(said["cls_logits"])
         anchors = self.retinanet.anchor_generator.of_levels(levels)
         nums = [len(some) for some in anchors]
         by_level = {name: torch.split(one, nums, dim=1) for name, one in said.items()}
         _select_by(self.retinanet, selection)
-        num_images = len(levels[0])
-        found = self.retinanet.postprocess_detections(by_level, [anchors] * num_images, [image_size] * num_images)
+        found = self.retinanet.postprocess_detections(by_level, [anchors] * len(sizes), list(sizes))
         # Boxes beside the image have been cut to nothing, and are still there.
         return [_best(one, (one["boxes"][:, 2:] > one["boxes"][:, :2]).all(dim=1), selection) for one in found]
 
@@ -146,7 +145,7 @@ class FasterRCNNHead(nn.Module):
 
     Example:
         >>> head = FasterRCNNHead(32, num_classes=3, strides=(8, 16)).eval()
-        >>> found = head.detect([torch.zeros(1, 32, 8, 8), torch.zeros(1, 32, 4, 4)], (64, 64), Selection())
+        >>> found = head.detect([torch.zeros(1, 32, 8, 8), torch.zeros(1, 32, 4, 4)], [(64, 64)], Selection())
         >>> sorted(found[0])
         ['boxes', 'labels', 'scores']
     """
@@ -182,7 +181,7 @@ class FasterRCNNHead(nn.Module):
             return {}
         kept = [without_crowds(target) for target in targets]
         wanted = [{"boxes": target["boxes"].float(), "labels": target["labels"] + 1} for target in kept]
-        _, found = self._run(levels, image_size, wanted)
+        _, found = self._run(levels, [image_size] * len(wanted), wanted)
         names = {
             "rpn_class": "loss_objectness",
             "rpn_box": "loss_rpn_box_reg",
@@ -192,25 +191,24 @@ class FasterRCNNHead(nn.Module):
         return {ours: found[theirs] for ours, theirs in names.items()}
 
     def detect(
-        self, levels: Sequence[Tensor], image_size: tuple[int, int], selection: Selection
+        self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], selection: Selection
     ) -> list[dict[str, Tensor]]:
-        """For each image "boxes" (n, 4) in pixels, "scores" (n,) and "labels" (n,), the best first; in eval mode."""
+        """For each image of such a size "boxes" (n, 4) in pixels, "scores" (n,) and "labels" (n,), the best first."""
         _select_by(self.roi_heads, selection)
-        found, _ = self._run(levels, image_size, None)
+        found, _ = self._run(levels, sizes, None)
         wanted = range(self.num_classes) if selection.labels is None else selection.labels
         for one in found:
             one["labels"] = one["labels"] - 1
         return [_best(one, torch.isin(one["labels"], one["labels"].new_tensor(wanted)), selection) for one in found]
 
     def _run(
-        self, levels: Sequence[Tensor], image_size: tuple[int, int], targets: list[dict[str, Tensor]] | None
+        self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], targets: list[dict[str, Tensor]] | None
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Detections in eval mode, losses in train mode; both with the labels and the names of torchvision."""
-        sizes = [image_size] * len(levels[0])
         with torch.autocast(levels[0].device.type, enabled=False):
             maps = {str(index): level.float() for index, level in enumerate(levels)}
-            proposals, rpn_losses = self.rpn(ImageList(maps["0"], sizes), maps, targets)
-            found, roi_losses = self.roi_heads(maps, proposals, sizes, targets)
+            proposals, rpn_losses = self.rpn(ImageList(maps["0"], list(sizes)), maps, targets)
+            found, roi_losses = self.roi_heads(maps, proposals, list(sizes), targets)
         return found, rpn_losses | roi_losses
 
 
