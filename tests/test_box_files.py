@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from vpt.data.box_files import FoundBoxes, coco_image_ids, to_coco, to_csv, to_yolo
+from vpt.data.box_files import FoundBoxes, coco_image_ids, file_names, to_coco, to_csv, to_yolo
 from vpt.data.detection import read_yolo
 from vpt.engine.detection_metrics import DetectionMetrics
 
@@ -139,24 +139,18 @@ def test_pycocotools_reads_coco_results_and_measures_the_same(tmp_path):
     assert measured == pytest.approx(stats.tolist(), abs=1e-9, nan_ok=True)
 
 
-def test_yolo_has_a_file_for_each_picture_and_a_line_for_each_box():
-    texts = to_yolo([TWO, NONE])
-    assert texts["b/y.txt"] == ""
-    first, second = texts["a/x.txt"].splitlines()
+def test_yolo_has_a_line_for_each_box():
+    assert to_yolo(NONE) == ""
+    first, second = to_yolo(TWO).splitlines()
     assert second == "1 0.50000000 0.50000000 1.00000000 1.00000000 0.25"
     numbers = [float(word) for word in first.split()]
     assert numbers == pytest.approx([2, 15.75 / 640, 21 / 480, 29.5 / 640, 38 / 480, 0.9], abs=1e-8)
 
 
-def test_yolo_files_of_pictures_that_differ_in_folder_or_ending_have_names_of_their_own():
+@pytest.mark.parametrize("ending", [".txt", ".jpg"])
+def test_files_of_pictures_that_differ_in_folder_or_ending_have_names_of_their_own(ending):
     paths = ["a/x.jpg", "b/x.jpg", "b/x.png", "x.y.jpg", "x.jpg"]
-    assert list(to_yolo([found_in(path) for path in paths])) == [
-        "a/x.txt",
-        "b/x.jpg.txt",
-        "b/x.png.txt",
-        "x.y.txt",
-        "x.txt",
-    ]
+    assert file_names(paths, ending) == [f"{stem}{ending}" for stem in ("a/x", "b/x.jpg", "b/x.png", "x.y", "x")]
 
 
 @pytest.mark.parametrize(
@@ -164,13 +158,16 @@ def test_yolo_files_of_pictures_that_differ_in_folder_or_ending_have_names_of_th
     [
         (["/pictures/x.jpg"], "must be relative"),
         (["a/../../x.jpg"], "must be relative"),
-        (["x.jpg", "x.jpg"], "x.jpg: there twice"),
-        (["x.jpg", "x.png", "x.jpg.bmp"], "another picture's labels have the name x.jpg.txt"),
+        (["x.jpg", "x.jpg"], r"x\.jpg: its file would be x\.jpg\.txt, which is that of x\.jpg; rename"),
+        (
+            ["x.jpg", "x.png", "x.jpg.bmp"],
+            r"x\.jpg\.bmp: its file would be x\.jpg\.txt, which is that of x\.jpg; rename",
+        ),
     ],
 )
-def test_yolo_files_that_would_be_written_elsewhere_or_over_each_other_are_refused(paths, message):
+def test_files_that_would_be_written_elsewhere_or_over_each_other_are_refused(paths, message):
     with pytest.raises(ValueError, match=message):
-        to_yolo([found_in(path) for path in paths])
+        file_names(paths, ".txt")
 
 
 def test_yolo_files_without_their_scores_are_read_back_as_the_same_boxes(tmp_path):
@@ -182,14 +179,14 @@ def test_yolo_files_without_their_scores_are_read_back_as_the_same_boxes(tmp_pat
         (tmp_path / "labels").mkdir(exist_ok=True)
         Image.new("RGB", size[::-1]).save(tmp_path / "images" / f"{i}.png")
     (tmp_path / "data.yaml").write_text("train: images\nnames: [a, b, c]\n")
-    for name, text in to_yolo(found).items():
-        lines = [line.rsplit(" ", 1)[0] + "\n" for line in text.splitlines()]
-        (tmp_path / "labels" / name).write_text("".join(lines))
+    for i, picture in enumerate(found):
+        lines = [line.rsplit(" ", 1)[0] + "\n" for line in to_yolo(picture).splitlines()]
+        (tmp_path / "labels" / f"{i}.txt").write_text("".join(lines))
     samples = read_yolo(tmp_path, val_fraction=0)["train"]
     assert samples.names == ("images/0.png", "images/1.png")
     for i in range(2):
         assert samples.boxes[i] == pytest.approx(found[i].boxes, abs=1e-3)
         assert samples.labels[i].tolist() == found[i].labels.tolist()
-    (tmp_path / "labels" / "0.txt").write_text(to_yolo(found)["0.txt"])
+    (tmp_path / "labels" / "0.txt").write_text(to_yolo(found[0]))
     with pytest.raises(ValueError, match="expected `class cx cy w h`"):
         read_yolo(tmp_path, val_fraction=0)

@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpt.command_line import fail, parse_options, tell
+from vpt.command_line import INTERRUPTED, fail, parse_options, tell
 from vpt.config import ConfigError, did_you_mean, number
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-INTERRUPTED = 130
 INSTALL = 'uv pip install -p .venv -e ".[benchmark]" -c constraints.txt'
 
 SUBJECTS = {

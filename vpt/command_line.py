@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from vpt.config import (
     to_config,
 )
 
+INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
 OptionsT = TypeVar("OptionsT")
 PATH_KEYS = ("dataset.root", "dataset.path", "backbone.checkpoint", "run.root", "run.name", "cache_dir")
 
@@ -74,6 +76,35 @@ def parse_options(schema: type[OptionsT], arguments: Sequence[str], usage: str) 
     return options
 
 
+def check_file(option: str, path: Path, endings: Sequence[str]) -> None:
+    """Make sure, before the work, that its result can be written to the file of an option.
+
+    Args:
+        option: Its name.
+        path: Its value.
+        endings: What a file may end in, as ".csv"; capitals are as good.
+
+    Raises:
+        ConfigError: The ending is another one, there is a folder of this name, or its folder cannot be written to.
+    """
+    if path.suffix.lower() not in endings:
+        raise ConfigError(f"{option}={path}: must end in {' or '.join(endings)}")
+    if path.is_dir():
+        raise ConfigError(f"{option}={path}: is a folder; name a file, such as {option}={path / ('new' + endings[0])}")
+    _check_writable(option, path, path.absolute().parent)
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Make sure, before the work, that files can be written to the folder of an option, which need not be there yet.
+
+    Raises:
+        ConfigError: There is a file of this name, or the folder cannot be written to.
+    """
+    if path.is_file():
+        raise ConfigError(f"{option}={path}: is a file; name a folder")
+    _check_writable(option, path, path.absolute())
+
+
 def quote_paths(arguments: Sequence[str]) -> list[str]:
     """The arguments, with quotes around paths that Hydra's grammar would stumble over (spaces are fine, `~` is not)."""
     return [_quote_path(word) for word in arguments]
@@ -88,6 +119,16 @@ def tell(error: BaseException, code: int = 2) -> int:
 def fail(error: Exception, code: int = 2) -> NoReturn:
     """Print one error as a user should see it, and exit."""
     sys.exit(tell(error, code))
+
+
+def _check_writable(option: str, path: Path, folder: Path) -> None:
+    """Try to write to a folder, or to that in which it would be made."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{option}={path}: cannot write to {there} ({error.strerror}); name another place") from error
 
 
 def _quote_path(word: str) -> str:

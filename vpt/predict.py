@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vpt.command_line import fail, parse_options
+from vpt.command_line import INTERRUPTED, fail, parse_options, tell
 from vpt.config import ConfigError, number
 
 if TYPE_CHECKING:
@@ -27,12 +27,15 @@ USAGE = """python -m vpt.predict: classes of pictures, or boxes in them, by the 
 Classification:
   top_k=5              classes for each picture, most probable first
 Detection:
-  pictures=FOLDER      the pictures with their boxes drawn on them go there, too
+  pictures=FOLDER      the pictures with their boxes drawn on them go there, too, as .jpg
   min_score=0.25       least score of a box
   max_overlap=0.6      two boxes of a class that overlap more (IoU) are one
   max_detections=100   most boxes in a picture
-  classes=NAME,NAME    only these; all without
+  classes=NAME,NAME    only these; all without; a name with a comma stands in quotes: classes='"NAME, TOO",NAME'
 
+The image_id of COCO results is the number that a picture's file is called by, as 000139.jpg is, if all are; else
+pictures are counted 1, 2, ... Beside it stands the file_name, below the folder of the input.
+No picture of the input and no YOLO text file that is there already is overwritten; other files are.
 Pictures that cannot be read are listed and skipped; the exit code is then 1.
 Example: python -m vpt.predict run=runs/quickstart input=photos output=preds.csv"""
 
@@ -46,8 +49,8 @@ class PredictOptions:
     output: str
     top_k: int | None = number(None, low=1)
     pictures: str | None = None
-    min_score: float | None = number(None, low=0, high=1)
-    max_overlap: float | None = number(None, low=0, high=1)
+    min_score: float | None = number(None, low=0, high=0.999)  # no score is above 1
+    max_overlap: float | None = number(None, above=0, high=1)
     max_detections: int | None = number(None, low=1)
     classes: str | None = None
     checkpoint: str | None = None
@@ -59,6 +62,9 @@ def main() -> None:
     """Read the options, predict, write the file."""
     try:
         unreadable = predict_run(parse_options(PredictOptions, sys.argv[1:], USAGE))
+    except KeyboardInterrupt:
+        what = "interrupted; .csv and .json are written at the end only, drawn pictures and YOLO text files so far stay"
+        fail(RuntimeError(what), INTERRUPTED)
     except (ValueError, TypeError, OSError) as error:
         fail(error)
     if unreadable:
@@ -66,7 +72,7 @@ def main() -> None:
 
 
 def predict_run(options: PredictOptions) -> list[str]:
-    """Predict all pictures of the input and write them; return one line for each picture that cannot be read."""
+    """Predict all pictures of the input and write what is found; return a line for each that cannot be read."""
     from vpt import build
     from vpt.data.images import EXTENSIONS, find_images
     from vpt.engine.console import Progress
@@ -77,7 +83,7 @@ def predict_run(options: PredictOptions) -> list[str]:
     if not paths:
         raise ConfigError(f"input={options.input}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
     run = build.load_run(Path(options.run).expanduser(), checkpoint=options.checkpoint, device=options.device)
-    predictions = predictions_of(run, options, root)
+    predictions = predictions_of(run, options, root, paths)
     unreadable: list[str] = []
     with Progress(total=-(-len(paths) // options.batch_size), description="predict") as progress:
         for chunk, pictures, errors in _batches(paths, options.batch_size):
@@ -85,9 +91,15 @@ def predict_run(options: PredictOptions) -> list[str]:
             if chunk:
                 predictions.add(chunk, pictures)
             progress.advance(len(chunk))
-    print(f"{len(paths) - len(unreadable)} pictures predicted, {predictions.write()} written")
+    num_read = len(paths) - len(unreadable)
+    if num_read:
+        print(f"{num_read} pictures predicted, {predictions.write()} written")
     for line in unreadable:
         print(f"skipped: {line}", file=sys.stderr)
+    if not num_read:
+        tell(
+            ConfigError(f"input={options.input}: none of its pictures can be read ({len(paths)}); nothing was written")
+        )
     return unreadable
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from vpt.command_line import check_command_line, fail, quote_paths, tell
+from vpt.command_line import INTERRUPTED, check_command_line, fail, quote_paths, tell
 from vpt.config import Config, ConfigError, Mode, config_folder, register_schema, to_config
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from vpt.kinds.kind import Kind
 
 NOT_FINITE = 3
-INTERRUPTED = 130
 NOT_LEARNED = 1
 
 

@@ -25,7 +25,7 @@ class FoundBoxes:
     """What was found in one picture.
 
     Args:
-        path: The picture file; relative to the folder of all pictures if YOLO text files are to be written.
+        path: The picture file.
         size: Height and width of the upright picture.
         image_id: What its data set calls the picture, such as a COCO image id; None if it has no number.
         boxes: Corners x1, y1, x2, y2 in pixels of the upright picture, (n, 4) float32.
@@ -120,29 +120,45 @@ def coco_image_ids(found: Sequence[FoundBoxes]) -> list[int]:
     return list(range(1, len(found) + 1))
 
 
-def to_yolo(found: Sequence[FoundBoxes]) -> dict[str, str]:
-    """YOLO text files, by name: a line `class cx cy w h score` for each box.
+def to_yolo(found: FoundBoxes) -> str:
+    """The YOLO text file of a picture: a line `class cx cy w h score` for each box, so an empty one without boxes.
 
-    Centre, width and height are fractions of the upright picture's sides. A file is called as its picture, in the same
-    sub-folder, with .txt for the ending, or after it where two pictures differ in nothing else. A picture without boxes
-    has an empty file. The score makes six columns; labels for training have five.
+    Centre, width and height are fractions of the upright picture's sides. The score makes six columns; labels for
+    training have five.
+    """
+    return "".join(_yolo_line(found.size, *row) for row in found.rows())
+
+
+def file_names(paths: Sequence[str], ending: str) -> list[str]:
+    """Names of files that belong to pictures, one for each, in the same sub-folders.
+
+    A file is called as its picture, with another ending, or with both endings where two pictures differ in nothing
+    else.
+
+    Args:
+        paths: The pictures, relative to the folder of all.
+        ending: Of the files, as ".txt".
 
     Raises:
         ValueError: If a path is absolute or leaves its folder, or is there twice.
+
+    Example:
+        >>> file_names(["a/x.jpg", "y.jpg", "y.png"], ".txt")
+        ['a/x.txt', 'y.jpg.txt', 'y.png.txt']
     """
-    paths = [PurePosixPath(PurePath(picture.path).as_posix()) for picture in found]
-    for path in paths:
-        if PurePath(path).is_absolute() or ".." in path.parts:
-            raise ValueError(f"{path}: a path must be relative, and stay in the folder of all pictures")
-    counts = Counter(path.with_suffix(".txt") for path in paths)
-    texts = {}
-    for path, picture in zip(paths, found, strict=True):
-        short = path.with_suffix(".txt")
-        name = str(short if counts[short] == 1 else path.with_name(f"{path.name}.txt"))
-        if name in texts:
-            raise ValueError(f"{path}: there twice, or another picture's labels have the name {name}; rename it")
-        texts[name] = "".join(_yolo_line(picture.size, *row) for row in picture.rows())
-    return texts
+    pictures = [PurePosixPath(PurePath(path).as_posix()) for path in paths]
+    for picture in pictures:
+        if PurePath(picture).is_absolute() or ".." in picture.parts:
+            raise ValueError(f"{picture}: a path must be relative, and stay in the folder of all pictures")
+    counts = Counter(picture.with_suffix(ending) for picture in pictures)
+    names: dict[str, PurePosixPath] = {}
+    for picture in pictures:
+        short = picture.with_suffix(ending)
+        name = str(short if counts[short] == 1 else picture.with_name(f"{picture.name}{ending}"))
+        if name in names:
+            raise ValueError(f"{picture}: its file would be {name}, which is that of {names[name]}; rename one of them")
+        names[name] = picture
+    return list(names)
 
 
 def _yolo_line(size: Size, label: int, score: float, box: Sequence[float]) -> str:
