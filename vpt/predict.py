@@ -1,5 +1,6 @@
 """python -m vpt.predict run=RUN input=PATH output=FILE: the classes of pictures, or the boxes in them."""
 
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +14,17 @@ from vpt.config import ConfigError, number
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from vpt.data.video import Video
+
+    Batches = Iterator[tuple[list[Path], list[Image], list[str]]]  # paths, pictures, what is wrong with the others
 
 UNREADABLE = 1
 
 USAGE = """python -m vpt.predict: classes of pictures, or boxes in them, by the task of a trained run.
 
   run=FOLDER           a run folder, such as runs/quickstart
-  input=PATH           a picture, or a folder that is searched for pictures, below it too
+  input=PATH           a picture, a folder that is searched for pictures, below it too, or a video
+  every=1              of a video every n-th frame, as the picture VIDEO/000012.jpg
   output=FILE          .csv or .json; for boxes .json is COCO results, and a folder gets YOLO text files
   checkpoint=FILE      weights of the backbone, when they have moved
   batch_size=32  device=auto
@@ -47,6 +52,7 @@ class PredictOptions:
     run: str
     input: str
     output: str
+    every: int | None = number(None, low=1)
     top_k: int | None = number(None, low=1)
     pictures: str | None = None
     min_score: float | None = number(None, low=0, high=0.999)  # no score is above 1
@@ -74,19 +80,16 @@ def main() -> None:
 def predict_run(options: PredictOptions) -> list[str]:
     """Predict all pictures of the input and write what is found; return a line for each that cannot be read."""
     from vpt import build
-    from vpt.data.images import EXTENSIONS, find_images
     from vpt.engine.console import Progress
     from vpt.predictions import predictions_of
 
     root = Path(options.input).expanduser()
-    paths = find_images(root)
-    if not paths:
-        raise ConfigError(f"input={options.input}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
+    paths, batches = _find(root, options)
     run = build.load_run(Path(options.run).expanduser(), checkpoint=options.checkpoint, device=options.device)
     predictions = predictions_of(run, options, root, paths)
     unreadable: list[str] = []
     with Progress(total=-(-len(paths) // options.batch_size), description="predict") as progress:
-        for chunk, pictures, errors in _batches(paths, options.batch_size):
+        for chunk, pictures, errors in batches:
             unreadable += errors
             if chunk:
                 predictions.add(chunk, pictures)
@@ -103,7 +106,30 @@ def predict_run(options: PredictOptions) -> list[str]:
     return unreadable
 
 
-def _batches(paths: Sequence[Path], size: int) -> Iterator[tuple[list[Path], list["Image"], list[str]]]:
+def _find(root: Path, options: PredictOptions) -> tuple[list[Path], "Batches"]:
+    """The pictures of the input, or the frames of a video: their paths, and batches of them."""
+    from vpt.data import video
+    from vpt.data.images import EXTENSIONS, find_images
+
+    if root.suffix.lower() in video.EXTENSIONS and not root.is_dir():
+        clip = video.Video(root, options.every or 1)
+        return clip.names, _frames(clip, options.batch_size)
+    if options.every is not None:
+        raise ConfigError(f"every={options.every} is for a video, and input={options.input} is none: leave it out")
+    paths = find_images(root)
+    if not paths:
+        raise ConfigError(f"input={options.input}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
+    return paths, _batches(paths, options.batch_size)
+
+
+def _frames(clip: "Video", size: int) -> "Batches":
+    """The frames of a video, batch by batch; none is unreadable."""
+    pairs = zip(clip.names, clip.frames(), strict=True)
+    while batch := list(itertools.islice(pairs, size)):
+        yield [path for path, _ in batch], [frame for _, frame in batch], []
+
+
+def _batches(paths: Sequence[Path], size: int) -> "Batches":
     """Readable pictures, and what is wrong with the others, batch by batch."""
     from vpt.data.images import ImageError, read_image
 

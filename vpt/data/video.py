@@ -1,0 +1,73 @@
+"""Frames of a video, as pictures; read by OpenCV, which albumentations brings along."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vpt.data.images import ImageError
+
+EXTENSIONS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"})
+
+
+class Video:
+    """Every n-th frame of a video file, in order.
+
+    Args:
+        path: The file.
+        every: Take frames 0, n, 2n, ...
+
+    Raises:
+        ImageError: The file cannot be read as a video.
+    """
+
+    def __init__(self, path: Path, every: int = 1) -> None:
+        self.path, self.every = path, every
+        with _opened(path) as capture:
+            num_frames = 0
+            while capture.grab():  # what the header says is wrong in many files
+                num_frames += 1
+        if num_frames == 0:
+            raise ImageError(f"{path}: no frame can be read; convert it to H.264 in .mp4")
+        self.numbers = range(0, num_frames, every)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def names(self) -> list[Path]:
+        """A path for each frame, as if the video were a folder: `clip.mp4/000012.jpg`."""
+        return [self.path / f"{number:06d}.jpg" for number in self.numbers]
+
+    def frames(self) -> Iterator[Image.Image]:
+        """The frames, mode RGB.
+
+        Raises:
+            ImageError: A frame that was there has gone, as the file was changed meanwhile.
+        """
+        import cv2
+
+        with _opened(self.path) as capture:
+            for number in range(self.numbers[-1] + 1):
+                is_there = capture.grab()
+                if number % self.every == 0:
+                    is_there, pixels = capture.retrieve()
+                    if not is_there:
+                        raise ImageError(f"{self.path}: frame {number} cannot be read; was the file changed meanwhile?")
+                    yield Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An open capture of OpenCV, closed at the end."""
+    import cv2
+
+    if not path.is_file():
+        raise ImageError(f"{path}: no such file")
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)  # the backend that does not take a name for a pattern
+    try:
+        yield capture
+    finally:
+        capture.release()
