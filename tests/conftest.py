@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
+
+from vpt.config import compose_config, to_config
+from vpt.train import run
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
 TINY_VITS = {
@@ -50,6 +54,12 @@ def photos(tmp_path_factory):
                 pixels[..., 2 - channel] += 120
                 Image.fromarray(pixels).save(root / split / name / f"{i}.png")
     return root
+
+
+def train_with(*overrides):
+    """One training run as the command does it, in this process; returns its folder, None for mode=overfit."""
+    composed = compose_config(overrides)
+    return run(to_config(composed), OmegaConf.to_yaml(composed, resolve=True))
 
 
 @pytest.fixture

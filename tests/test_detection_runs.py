@@ -9,18 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from pycocotools.coco import COCO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vpt
+from tests.conftest import train_with
 from vpt import build
 from vpt.config import ConfigError, compose_config, to_config
 from vpt.evaluate import EvaluateOptions, evaluate_run
 from vpt.models.vit import fingerprint, load_vit
 from vpt.predict import PredictOptions, predict_run
-from vpt.train import run
 
 SMALL = [
     "augment=none",
@@ -36,10 +35,9 @@ SMALL = [
 
 
 def train(root, boxes, *overrides):
-    composed = compose_config(
-        ["dataset=boxes", f"dataset.root={boxes}", f"run.root={root}", "run.name=squares", *SMALL, *overrides]
+    return train_with(
+        "dataset=boxes", f"dataset.root={boxes}", f"run.root={root}", "run.name=squares", *SMALL, *overrides
     )
-    return run(to_config(composed), OmegaConf.to_yaml(composed, resolve=True))
 
 
 def pixels_of(path):
@@ -165,10 +163,9 @@ def test_wrong_options_of_predict_are_refused_by_name(finished, boxes, tmp_path,
 
 
 def test_options_of_boxes_are_refused_for_classes(tmp_path, photos, boxes):
-    composed = compose_config(
-        ["dataset=folder", f"dataset.root={photos}", f"run.root={tmp_path}", "run.name=a", "mode=dry", *SMALL[3:]]
+    run_dir = train_with(
+        "dataset=folder", f"dataset.root={photos}", f"run.root={tmp_path}", "run.name=a", "mode=dry", *SMALL[3:]
     )
-    run_dir = run(to_config(composed), OmegaConf.to_yaml(composed, resolve=True))
     with pytest.raises(ConfigError, match="min_score: is not for a task of classification"):
         predict_run(PredictOptions(str(run_dir), str(photos), str(tmp_path / "p.csv"), min_score=0.5))
 

@@ -9,31 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
 import vpt.engine.trainer
 import vpt.evaluate
 import vpt.predict
 import vpt.predictions
+from tests.conftest import train_with
 from vpt import build
 from vpt.command_line import INTERRUPTED, parse_options
-from vpt.config import ConfigError, compose_config, to_config
+from vpt.config import ConfigError
 from vpt.data.images import read_image
 from vpt.data.transforms import EvalTransform, letterboxed_size
 from vpt.evaluate import EvaluateOptions, evaluate_run
 from vpt.models.detection import Selection
 from vpt.predict import USAGE, PredictOptions, predict_run
 from vpt.predictions import BoxPredictions
-from vpt.train import run
 
 SMALL = ["mode=dry", "num_workers=0", "augment=none", "train.batch_size=4", "prompt.num_tokens=2", "device=cpu"]
 EVERY_BOX = {"min_score": 0.0, "max_overlap": 1.0}  # the models have learned nothing
 
 
 def train(root, *overrides):
-    composed = compose_config([f"run.root={root}", "run.name=a", *SMALL, *overrides])
-    return run(to_config(composed), OmegaConf.to_yaml(composed, resolve=True))
+    return train_with(f"run.root={root}", "run.name=a", *SMALL, *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vpt
+from tests.conftest import train_with
 from vpt import build
 from vpt.config import ConfigError, compose_config, to_config
 from vpt.data.classification import Samples
@@ -18,7 +18,6 @@ from vpt.evaluate import EvaluateOptions, evaluate_run
 from vpt.kinds.classification import build_cross_entropy
 from vpt.models.vit import fingerprint, load_vit
 from vpt.predict import PredictOptions, predict_run
-from vpt.train import run
 
 SMALL = [
     "train.epochs=2",
@@ -31,10 +30,9 @@ SMALL = [
 
 
 def train(root, photos, *overrides):
-    composed = compose_config(
-        ["dataset=folder", f"dataset.root={photos}", f"run.root={root}", "run.name=colours", *SMALL, *overrides]
+    return train_with(
+        "dataset=folder", f"dataset.root={photos}", f"run.root={root}", "run.name=colours", *SMALL, *overrides
     )
-    return run(to_config(composed), OmegaConf.to_yaml(composed, resolve=True))
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,13 @@ import csv
 import cv2
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 from PIL import Image
 
-from vpt.config import ConfigError, compose_config, to_config
+from tests.conftest import train_with
+from vpt.config import ConfigError
 from vpt.data.images import ImageError
 from vpt.data.video import Video
 from vpt.predict import PredictOptions, predict_run
-from vpt.train import run
 
 
 @pytest.fixture(params=[("clip.avi", "MJPG"), ("clip.MP4", "mp4v")], ids=lambda pair: pair[1])
@@ -62,8 +61,7 @@ def test_what_is_no_video_is_refused_by_name(tmp_path):
 
 def test_boxes_in_a_video_are_written_and_drawn_frame_by_frame(tmp_path, boxes, clip):
     small = ["head.channels=16", "mode=dry", "num_workers=0", "device=cpu", "train.batch_size=2"]
-    composed = compose_config(["dataset=boxes", f"dataset.root={boxes}", f"run.root={tmp_path}", "run.name=a", *small])
-    run_dir = run(to_config(composed), OmegaConf.to_yaml(composed, resolve=True))
+    run_dir = train_with("dataset=boxes", f"dataset.root={boxes}", f"run.root={tmp_path}", "run.name=a", *small)
     options = {"run": str(run_dir), "input": str(clip), "device": "cpu", "batch_size": 2, "min_score": 0.0}
     output, drawn = tmp_path / "found.csv", tmp_path / "drawn"
     assert predict_run(PredictOptions(**options, output=str(output), pictures=str(drawn), every=3)) == []
