@@ -1,7 +1,19 @@
+import json
+
 import pytest
 
 from vpt.command_line import check_command_line, parse_options, quote_paths
-from vpt.config import Config, ConfigError, Mode, PromptName, compose_config, load_config, schema_keys, to_config
+from vpt.config import (
+    Config,
+    ConfigError,
+    Mode,
+    PromptName,
+    compose_config,
+    load_config,
+    recipe,
+    schema_keys,
+    to_config,
+)
 from vpt.predict import USAGE, PredictOptions
 
 
@@ -152,3 +164,19 @@ def test_a_value_that_yaml_reads_otherwise_is_refused_with_the_choices(tmp_path)
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ncache: off\n")
     with pytest.raises(ConfigError, match=r"^cache: .*Invalid value 'False', expected one of \[auto, off, ram, disk\]"):
         compose_config(["+experiment=mine"], tmp_path)
+
+
+def test_a_recipe_has_what_decides_the_result_and_tells_nothing_of_the_disk():
+    overrides = [
+        "dataset=folder",
+        "dataset.root=/home/me/flowers",
+        "backbone.checkpoint=/data/vit.safetensors",
+        "seed=3",
+    ]
+    told = recipe(to_config(compose_config(overrides)))
+    assert told["dataset"]["root"] == "flowers"
+    assert told["backbone"]["checkpoint"] == "vit.safetensors"
+    assert told["seed"] == 3
+    assert told["optim"]["prompt_lr"] == 0.01
+    assert not {"run", "num_workers", "cache"} & told.keys()
+    assert "/home" not in json.dumps(told)

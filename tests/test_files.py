@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from vpt.files import read_tensors, write_bytes, write_json, write_tensors
 
@@ -82,3 +83,40 @@ def test_a_file_may_be_as_large_as_its_reader_allows(tmp_path):
     with pytest.raises(ValueError, match="larger than 100 bytes"):
         read_tensors(tmp_path / "a.safetensors", max_bytes=100)
     assert read_tensors(tmp_path / "a.safetensors", max_bytes=math.inf)[0]["x"].shape == (100,)
+
+
+def test_a_bit_flipped_in_the_metadata_is_noticed(tmp_path):
+    path = tmp_path / "task.safetensors"
+    write_tensors(path, TENSORS, {"classes": ["cat", "dog"]})
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"dog", b"dof"))
+    with pytest.raises(ValueError, match=r"task\.safetensors: damaged or edited"):
+        read_tensors(path)
+
+
+def test_the_same_content_is_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_tensors(tmp_path / name, TENSORS, {"classes": ["cat", "dog"]})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": 1, "a": 2}', "[1]", "[" * 100_000])
+def test_metadata_that_is_no_plain_object_of_json_is_refused(tmp_path, text):
+    path = tmp_path / "task.safetensors"
+    path.write_bytes(save(TENSORS, {"vpt": text}))
+    with pytest.raises(ValueError, match="its 'vpt' metadata is not"):
+        read_tensors(path)
+
+
+def test_a_header_that_claims_to_be_huge_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "task.safetensors"
+    path.write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="its header is larger than"):
+        read_tensors(path)
+
+
+def test_tensors_of_other_kinds_of_numbers_are_refused(tmp_path):
+    path = tmp_path / "task.safetensors"
+    path.write_bytes(save({"a": torch.zeros(2, dtype=torch.complex64)}, {"vpt": "{}"}))
+    with pytest.raises(ValueError, match=r"task\.safetensors: a is torch\.complex64, which no file of vpt has"):
+        read_tensors(path)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save, save_file
 
 import vpt
 from tests.conftest import make_tiny_vit
-from vpt.files import read_tensors, tensors_sha256, write_tensors
+from vpt.files import UNSEALED, read_tensors, sha256_of, write_tensors
 from vpt.models.detection import DetectionModel
 from vpt.models.vit import fingerprint, load_vit, preprocessing_of
 
@@ -128,8 +128,8 @@ def test_another_backbone_is_refused_with_both_names(tmp_path):
 
 def change_metadata(path, **changes):
     tensors, metadata = read_tensors(path)
-    described = json.dumps({**metadata, **changes, "sha256": tensors_sha256(tensors)})  # strangers may write NaN
-    path.write_bytes(save(tensors, {"vpt": described}))
+    described = json.dumps({"sha256": UNSEALED, **metadata, **changes})  # strangers may write NaN
+    path.write_bytes(save(tensors, {"vpt": described.replace(UNSEALED, sha256_of(tensors, described), 1)}))
 
 
 PREPROCESSING = preprocessing_of(make_tiny_vit())
@@ -167,7 +167,7 @@ def replaced(values, **changes):
     [
         ({"kind": "segmentation"}, "kind is 'segmentation'; allowed: classification or detection"),
         ({"kind": ["detection"]}, "kind is "),
-        ({"backbone": 3}, "backbone is 3; allowed: a text"),
+        ({"backbone": 3}, "backbone is 3; allowed: the name of a timm model"),
         ({"fingerprint": "x"}, "fingerprint is 'x'; allowed: 64 hexadecimal digits"),
         ({"num_classes": 0}, r"num_classes is 0; allowed: an integer in \[1, 100000\]"),
         ({"num_classes": 10**12}, "num_classes is "),
@@ -191,13 +191,21 @@ def replaced(values, **changes):
         ({"prompt": replaced(PROMPT, blocks=[2, 1, 0])}, "prompt.blocks is .* ascending"),
         ({"prompt": replaced(PROMPT, blocks=[])}, "prompt.blocks is "),
         ({"prompt": replaced(PROMPT, blocks="all")}, "prompt.blocks is "),
-        ({"prompt": replaced(PROMPT, dropout=float("nan"))}, "prompt.dropout is nan; allowed: a finite number"),
         ({"preprocessing": {}}, "preprocessing is {}; its fields must be size"),
         ({"preprocessing": replaced(PREPROCESSING, size=[32])}, "preprocessing.size is "),
         ({"preprocessing": replaced(PREPROCESSING, size=[32, 10**9])}, "preprocessing.size is "),
         ({"preprocessing": replaced(PREPROCESSING, mean=[0, 0, "a"])}, "preprocessing.mean is "),
         ({"preprocessing": replaced(PREPROCESSING, std=[0, 1, 1])}, "preprocessing.std is "),
-        ({"preprocessing": replaced(PREPROCESSING, crop_pct=float("inf"))}, "preprocessing.crop_pct is inf"),
+        ({"metrics": {"val": 0.5}}, "metrics.val is 0.5; allowed: an object"),
+        ({"metrics": {"val": {"top1": "high"}}}, "metrics.val.top1 is 'high'; allowed: null, or a finite number"),
+        ({"versions": {"torch": 2}}, "versions.torch is 2; allowed: a text"),
+        (
+            {"backbone": "hf-hub:stranger/model"},
+            "backbone is 'hf-hub:stranger/model'; allowed: the name",
+        ),
+        ({"config": "train.yaml"}, "config is 'train.yaml'; allowed: null, or an object"),
+        ({"licence": "x" * 1001}, "licence is .*; allowed: a text of at most 1000 characters"),
+        ({"note": None}, "note is None; allowed: a text of at most 10000 characters"),
         ({"preprocessing": replaced(PREPROCESSING, crop_mode=None)}, "preprocessing.crop_mode is None"),
     ],
 )
@@ -405,3 +413,49 @@ def test_a_value_that_could_not_be_loaded_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"classes is .*at most 1000 characters"):
         vpt.save_task(make_model(), tmp_path / "a.safetensors", classes=["a", "b", "c" * 1001])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
+def test_a_task_in_a_narrow_dtype_is_half_as_large_and_nearly_the_same(tmp_path, images, dtype, tolerance):
+    model = make_model().eval()
+    whole = vpt.save_task(model, tmp_path / "whole.safetensors")
+    half = vpt.save_task(model, tmp_path / "half.safetensors", dtype=dtype)
+    assert {tensor.dtype for tensor in load_file(half).values()} == {dtype}
+    assert sum(t.nbytes for t in load_file(half).values()) * 2 == sum(t.nbytes for t in load_file(whole).values())
+    loaded = vpt.load_task(half, make_tiny_vit())
+    assert loaded.head.weight.dtype is torch.float32
+    torch.testing.assert_close(loaded(images), model(images), rtol=tolerance * 5, atol=tolerance * 5)
+
+
+def test_numbers_that_a_dtype_cannot_hold_are_refused(tmp_path):
+    model = make_model()
+    model.head.bias.data[0] = 1e6
+    with pytest.raises(ValueError, match=r"head\.bias has numbers that are too large for torch\.float16; use"):
+        vpt.save_task(model, tmp_path / "a.safetensors", dtype=torch.float16)
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_prompts_of_vit_b_with_ten_tokens_take_at_most_190_kb_in_half_precision(tmp_path):
+    with torch.device("meta"):
+        vit = load_vit("vit_base_patch16_224", pretrained=False)
+    model = vpt.create_model(vit.to_empty(device="cpu"), prompt="deep", num_tokens=10, num_classes=100)
+    path = vpt.save_task(
+        model, tmp_path / "a.safetensors", classes=[f"class {i}" for i in range(100)], dtype=torch.half
+    )
+    assert load_file(path)["prompt.tokens"].nbytes <= 190_000
+    assert path.stat().st_size <= 190_000 + 100 * (768 + 1) * 2 + 10_000
+
+
+def test_config_licence_note_and_versions_come_back(tmp_path):
+    path = vpt.save_task(
+        make_model(), tmp_path / "a.safetensors", config={"seed": 1, "optim": {"lr": 0.1}}, licence="MIT", note="a note"
+    )
+    metadata = vpt.read_task(path)
+    assert metadata.config == {"seed": 1, "optim": {"lr": 0.1}}
+    assert (metadata.licence, metadata.note) == ("MIT", "a note")
+    assert metadata.versions["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_a_metric_that_is_not_a_number_is_stored_as_null(tmp_path):
+    path = vpt.save_task(make_model(), tmp_path / "a.safetensors", metrics={"val": {"map": float("nan"), "loss": 1}})
+    assert vpt.read_task(path).metrics == {"val": {"map": None, "loss": 1.0}}

@@ -60,6 +60,9 @@ def test_a_run_leaves_its_config_metrics_checkpoints_and_task_file(finished):
     assert metadata.classes == ["blue sky", "grass", "rose"]
     assert metadata.metrics == result["metrics"]
     assert metadata.backbone == "vit_nano_patch8_64.vpt"
+    assert metadata.config["dataset"]["root"].startswith("photos")
+    assert metadata.config["train"]["epochs"] == 6
+    assert set(metadata.versions) == {"vpt", "torch", "timm"}
 
 
 def test_tensorboard_has_what_a_person_looks_for(finished):

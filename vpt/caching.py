@@ -34,7 +34,7 @@ from vpt.data.loaders import build_loader
 from vpt.data.tokens import TokenDataset, TokenFolder, content_sha256
 from vpt.engine.console import Progress
 from vpt.engine.trainer import Loader, autocast
-from vpt.files import tensors_sha256
+from vpt.files import sha256_of
 from vpt.kinds.kind import kind_of
 from vpt.models.classification import ClassificationModel, TunedPart
 
@@ -303,7 +303,7 @@ def _describe_run(config: Config, model: Model, data: Data, spec: TokenSpec) -> 
         "format": FORMAT_VERSION,
         "versions": {"vpt": __version__, **{name: version(name) for name in ("numpy", "pillow", "timm", "torch")}},
         "backbone": [model.backbone.name, repr(vit)],
-        "weights": tensors_sha256({**dict(vit.named_parameters()), **dict(vit.named_buffers())}),
+        "weights": sha256_of({**dict(vit.named_parameters()), **dict(vit.named_buffers())}),
         "block": None if prompt is None else prompt.blocks[0],
         "tokens": [spec.shape, str(spec.dtype)],
         "preprocessing": data.preprocessing.to_dict(),

@@ -91,6 +91,8 @@ ONLY_BOXES = [
     *(("head", "taps"), ("head", "channels"), ("head", "strides"), ("head", "num_convs")),
     *(("dataset", "annotations"), ("dataset", "strict"), ("dataset", "form")),
 ]
+WITHOUT_EFFECT = ("run", "num_workers", "cache", "cache_gb", "cache_dir")  # on the result of a run
+PLACES = ("root", "path", "annotations", "checkpoint")  # keys that say where something lies on a disk
 NEEDED_KEYS = {
     DatasetKind.boxes: ("root", "PATH"),
     DatasetKind.folder: ("root", "PATH"),
@@ -371,6 +373,23 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"{path}: no such file") from error
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{path}: {explain(error)}") from error
+
+
+def recipe(config: Any) -> dict[str, Any]:
+    """What of a config decides the result, as plain values that may be given away: paths are cut to their last part."""
+    values: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if entry.name in WITHOUT_EFFECT:
+            continue
+        if is_dataclass(value):
+            value = recipe(value)
+        elif entry.name in PLACES and isinstance(value, str):
+            value = Path(value).name
+        elif entry.name in PLACES and isinstance(value, dict):
+            value = {key: Path(str(path)).name for key, path in value.items()}
+        values[entry.name] = value
+    return values
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:

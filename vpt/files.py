@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 MAX_BYTES = 2 * 1024**3
+MAX_HEADER = 16 * 1024**2  # of the JSON in front of the tensors
+UNSEALED = "0" * 64  # stands for the sha256 in the text that the sha256 is of
+DTYPES = {  # as safetensors calls them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -69,18 +81,17 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors and JSON metadata as one safetensors file; the sha256 of the tensors is added to the metadata.
+    """Write tensors and JSON metadata as one safetensors file, with a sha256 of both in the metadata.
 
     Args:
         path: Where to; the folder is made when it is missing.
-        tensors: Any shapes and dtypes; copied to the CPU.
+        tensors: Any shapes, of the dtypes in `DTYPES`; copied to the CPU.
         metadata: Plain JSON values, stored under the safetensors metadata key "vpt"; nan and inf become null.
     """
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    described = json.dumps(
-        {**_finite(metadata), "sha256": tensors_sha256(tensors)}, ensure_ascii=False, allow_nan=False
-    )
-    write_bytes(path, save(tensors, {"vpt": described}))
+    described = json.dumps({"sha256": UNSEALED, **_finite(metadata)}, ensure_ascii=False, allow_nan=False)
+    # One key only: safetensors writes several in an order that changes from process to process.
+    write_bytes(path, save(tensors, {"vpt": described.replace(UNSEALED, sha256_of(tensors, described), 1)}))
 
 
 def read_tensors(path: Path, max_bytes: float = MAX_BYTES) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -98,40 +109,58 @@ def read_tensors(path: Path, max_bytes: float = MAX_BYTES) -> tuple[dict[str, Te
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size > max_bytes:
         raise ValueError(f"{path}: larger than {max_bytes} bytes, not a file of vpt")
+    with path.open("rb") as file:
+        if int.from_bytes(file.read(8), "little") > MAX_HEADER:
+            raise ValueError(f"{path}: not a readable safetensors file (its header is larger than {MAX_HEADER} bytes)")
     try:
-        with safe_open(path, framework="pt") as file:
-            described = (file.metadata() or {}).get("vpt")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        with safe_open(path, framework="pt") as opened:
+            texts = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    if described is None:
+    if "vpt" not in texts:
         raise ValueError(f"{path}: a safetensors file, but not one of vpt (no 'vpt' metadata)")
+    odd = sorted(name for name, tensor in tensors.items() if tensor.dtype not in DTYPES)
+    if odd:
+        raise ValueError(f"{path}: {odd[0]} is {tensors[odd[0]].dtype}, which no file of vpt has")
+    described = texts["vpt"]
     metadata = _parse_metadata(path, described)
-    if metadata.pop("sha256", None) != tensors_sha256(tensors):
-        raise ValueError(
-            f"{path}: damaged, the sha256 of its tensors is not the one that was written; get a fresh copy"
-        )
+    sha256 = str(metadata.pop("sha256", ""))
+    if sha256 != sha256_of(tensors, described.replace(sha256, UNSEALED, 1)):
+        raise ValueError(f"{path}: damaged or edited, its sha256 is not that of what it holds; get a fresh copy")
     return tensors, metadata
 
 
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of names, dtypes, shapes and bytes, independent of order."""
-    digest = hashlib.sha256()
+def sha256_of(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Digest of a text, and of names, dtypes, shapes and bytes of tensors in the order of their names."""
+    digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().to("cpu").contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(f"\n{name} {DTYPES[tensor.dtype]} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _parse_metadata(path: Path, described: str) -> dict[str, Any]:
     try:
-        metadata = json.loads(described)
+        metadata = json.loads(described, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its 'vpt' metadata is not JSON") from error
     if not isinstance(metadata, dict):
         raise ValueError(f"{path}: its 'vpt' metadata is not a JSON object")
     return metadata
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose keys may not stand twice: programs differ in which of them they believe."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key stands twice")
+    return values
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _finite(value: Any) -> Any:

@@ -10,7 +10,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from vpt.command_line import INTERRUPTED, check_command_line, fail, quote_paths, tell
-from vpt.config import Config, ConfigError, Mode, config_folder, register_schema, to_config
+from vpt.config import Config, ConfigError, Mode, config_folder, recipe, register_schema, to_config
 
 if TYPE_CHECKING:
     from vpt.build import Data, Model
@@ -114,7 +114,8 @@ def _train(
     from vpt.models.tuning import tuned_parameters
 
     data = plan.data
-    task, preprocessing = run_dir / "task.safetensors", data.preprocessing.to_dict()
+    task = run_dir / "task.safetensors"
+    described: dict[str, Any] = {"preprocessing": data.preprocessing.to_dict(), "config": recipe(config)}
     settings = build.build_settings(config, next(model.parameters()).device, kind.select)
     optimizer = build.build_optimizer(config, model)
     evaluator = kind.evaluator(data, "val")
@@ -140,7 +141,7 @@ def _train(
             monitor=monitor,
             average=build.build_average(config, model),
             watches=build.build_watches(model),
-            on_best=lambda val: save_task(model, task, preprocessing=preprocessing, metrics={"val": val}),
+            on_best=lambda val: save_task(model, task, metrics={"val": val}, **described),
             on_epoch=lambda epoch, step: kind.log_epoch(monitor, data, evaluator, epoch, step),
         )
         reading: dict[str, Any] = {"precision": settings.precision, "max_batches": settings.max_batches}
@@ -150,7 +151,7 @@ def _train(
             of_test = kind.evaluator(data, "test")
             found["test"] = evaluate(model, data.loaders["test"], of_test, description="test", **reading)
         report.log_hparams(monitor, config, result, found.get("test", {}))
-    save_task(model, task, preprocessing=preprocessing, metrics=found)
+    save_task(model, task, metrics=found, **described)
     numbers = {name: value for name, value in asdict(result).items() if name != "best"}  # it is the val of metrics
     write_json(run_dir / "result.json", {"mode": config.mode.value, **numbers, "metrics": found})
     print(report.describe_result(result, found, task))

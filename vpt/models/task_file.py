@@ -2,7 +2,8 @@
 
 Tensors: `prompt.tokens` (L, P, D) when there is a prompt; `head.*`, which are `head.weight` (K, D) and `head.bias` (K,)
 for classification; `neck.*` for detection; and `backbone.*`, by timm's names, for the backbone's parameters that were
-tuned. The metadata, JSON under the key "vpt", has the fields of `TaskMetadata` and a sha256 of the tensors.
+tuned. The metadata, JSON under the key "vpt", has the fields of `TaskMetadata`. docs/task_format.md says all that
+another program needs.
 
 A file may come from a stranger: every field is checked before it is used, and tensors are compared by name and shape
 with a model that takes no memory, before one that does is made.
@@ -14,12 +15,14 @@ import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from vpt import __version__
 from vpt.files import read_tensors, write_tensors
 from vpt.models.backbone import PromptedViT
 from vpt.models.classification import ClassificationModel
@@ -36,6 +39,8 @@ MAX_CHANNELS = 4096
 MAX_BLOCKS = 1000
 MAX_SIDE = 4096  # pixels
 MAX_TEXT = 1000  # characters of a name
+MAX_NOTE = 10_000
+TASK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Kind = Literal["classification", "detection"]
 Model = ClassificationModel | DetectionModel
@@ -53,12 +58,16 @@ class TaskMetadata:
         num_classes: K.
         classes: Names of the classes, in the order of the logits; None when nobody named them.
         preprocessing: Size, mean, std, interpolation, crop_pct and crop_mode of the input pictures.
-        metrics: What was measured, such as {"val": {"top1": 0.93}}.
+        metrics: What was measured, by split, such as {"val": {"top1": 0.93}}; null for what was not a number.
         format_version: Version of this format.
         kind: Kind of task.
         head: `DetectionModel.layout`; None for classification.
         category_ids: Detection: the data's own number of each class; None when they are not known.
         tuned_backbone: Whether parameters of the backbone were tuned, so that the file holds them.
+        config: The config that it was trained with; None when it was trained otherwise.
+        versions: Of vpt, torch and timm when the file was written.
+        licence: Under which terms the file may be used, such as "CC-BY-4.0"; empty when nobody said.
+        note: What a person should know.
 
     Raises:
         ValueError: A field is not of its type or out of range; the message begins with its name.
@@ -76,11 +85,18 @@ class TaskMetadata:
     head: dict[str, Any] | None = None
     category_ids: list[int] | None = None
     tuned_backbone: bool = False
+    config: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    licence: str = ""
+    note: str = ""
 
     def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         _check_fields("", values, RULES)
         _check_fields("preprocessing", self.preprocessing, PREPROCESSING_RULES)
+        for split, values in self.metrics.items():
+            _check_values(f"metrics.{split}", values, _or_none(_number(-math.inf, math.inf)))
+        _check_values("versions", self.versions, TEXT)
         if self.prompt is not None:
             _check_fields("prompt", self.prompt, PROMPT_RULES)
         if self.head is not None:
@@ -101,6 +117,10 @@ def save_task(
     classes: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    licence: str = "",
+    note: str = "",
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write what is learned of a model, and nothing that is pretrained, as a task file; return its path.
 
@@ -110,7 +130,11 @@ def save_task(
         classes: Names of the classes, in the order of the logits; the model's own by default.
         preprocessing: How pictures were prepared. By default what timm says of the backbone; a detection model sees
             whole pictures, crop_mode "letterbox".
-        metrics: What was measured, stored as it is.
+        metrics: What was measured, by split, such as {"val": {"top1": 0.93}}.
+        config: How it was trained, as plain JSON values.
+        licence: Under which terms the file may be used, such as "CC-BY-4.0".
+        note: What a person should know.
+        dtype: Write the tensors in this dtype, torch.float16 or torch.bfloat16, for half the size; None keeps theirs.
 
     Raises:
         ValueError: The number of names is not the number of classes, another value cannot be stored, or parameters of
@@ -123,6 +147,7 @@ def save_task(
     is_detection = isinstance(model, DetectionModel)
     whole = {"crop_mode": "letterbox", "crop_pct": 1.0} if is_detection else {}
     category_ids = model.category_ids if isinstance(model, DetectionModel) else None
+    given = metrics or {}
     metadata = TaskMetadata(
         backbone=model.backbone.name,
         fingerprint=_pretrained_fingerprint(vit),
@@ -130,15 +155,17 @@ def save_task(
         num_classes=model.num_classes,
         classes=None if classes is None else list(classes),
         preprocessing=_plain(preprocessing or {**preprocessing_of(vit), **whole}),
-        metrics=dict(metrics or {}),
+        metrics={split: {name: _number_or_none(value) for name, value in of.items()} for split, of in given.items()},
         kind="detection" if is_detection else "classification",
         head=_plain(model.layout) if isinstance(model, DetectionModel) else None,
         category_ids=None if category_ids is None else list(category_ids),
         tuned_backbone=bool(_backbone_tensors(vit)),
+        config=None if config is None else dict(config),
+        versions={"vpt": __version__, **{name: version(name) for name in ("torch", "timm")}},
+        licence=licence,
+        note=note,
     )
-    path = Path(path)
-    write_tensors(path, task_tensors(model), asdict(metadata))
-    return path
+    return write_task(path, metadata, task_tensors(model), dtype=dtype)
 
 
 def load_task(path: str | Path, backbone: str | ViT, *, checkpoint: str | Path | None = None) -> Model:
@@ -155,7 +182,7 @@ def load_task(path: str | Path, backbone: str | ViT, *, checkpoint: str | Path |
         ValueError: The file is damaged, is of another format, or belongs to another backbone.
     """
     path = Path(path)
-    tensors, metadata = _read(path)
+    metadata, tensors = open_task(path)
     if isinstance(backbone, str):
         height, width = metadata.preprocessing["size"]
         vit = load_vit(backbone, checkpoint=checkpoint, img_size=(height, width))
@@ -186,7 +213,51 @@ def read_task(path: str | Path) -> TaskMetadata:
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged or is not a task file of a version that this library reads.
     """
-    return _read(Path(path))[1]
+    return open_task(path)[0]
+
+
+def open_task(path: str | Path) -> tuple[TaskMetadata, dict[str, Tensor]]:
+    """What a task file says of itself and its tensors, checked against each other, without a backbone.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged or is not a task file of a version that this library reads.
+    """
+    path = Path(path)
+    tensors, values = read_tensors(path)
+    version_ = values.get("format_version")
+    if type(version_) is not int or version_ != FORMAT_VERSION:
+        raise ValueError(f"{path}: task format {reprlib.repr(version_)}; this version of vpt reads {FORMAT_VERSION}")
+    known = {f.name for f in fields(TaskMetadata)}
+    if set(values) != known:
+        odd = ", ".join(sorted(set(values) ^ known))
+        raise ValueError(f"{path}: its metadata has missing or unknown fields ({odd[:MAX_TEXT]})")
+    try:
+        metadata = TaskMetadata(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: in its metadata, {error}") from error
+    _check_described(path, metadata, tensors)
+    return metadata, tensors
+
+
+def write_task(
+    path: str | Path, metadata: TaskMetadata, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
+) -> Path:
+    """Write a task file of its parts, in another dtype if wanted; return its path.
+
+    Raises:
+        ValueError: The tensors are not those that the metadata describes, or too large for the dtype.
+    """
+    path = Path(path)
+    if dtype is not None:
+        narrow = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        odd = sorted(name for name in tensors if not narrow[name].isfinite().equal(tensors[name].isfinite()))
+        if odd:
+            raise ValueError(f"{path}: {odd[0]} has numbers that are too large for {dtype}; use torch.bfloat16")
+        tensors = narrow
+    _check_described(path, metadata, tensors)
+    write_tensors(path, tensors, asdict(metadata))
+    return path
 
 
 def task_tensors(model: Model) -> dict[str, Tensor]:
@@ -233,22 +304,30 @@ def _pretrained_fingerprint(vit: ViT) -> str:
     return fingerprint(vit) if origin is None else origin.fingerprint
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], TaskMetadata]:
-    tensors, values = read_tensors(path)
-    version = values.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise ValueError(f"{path}: task format {reprlib.repr(version)}; this version of vpt reads {FORMAT_VERSION}")
-    known = {f.name for f in fields(TaskMetadata)}
-    if set(values) != known:
-        odd = ", ".join(sorted(set(values) ^ known))
-        raise ValueError(f"{path}: its metadata has missing or unknown fields ({odd})")
-    try:
-        metadata = TaskMetadata(**values)
-    except ValueError as error:
-        raise ValueError(f"{path}: in its metadata, {error}") from error
+def _check_described(path: Path, metadata: TaskMetadata, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that contradict the metadata, as far as that can be told without the backbone."""
     if metadata.tuned_backbone != bool(_backbone_names(tensors)):
         raise ValueError(f"{path}: tuned_backbone is {metadata.tuned_backbone}, which its tensors contradict")
-    return tensors, metadata
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wanted: dict[str, tuple[int, ...]] = {}
+    if metadata.prompt is not None:
+        prompt = metadata.prompt
+        wanted["prompt.tokens"] = (len(prompt["blocks"]), prompt["num_tokens"], prompt["embed_dim"])
+    parts = ("head.", "neck.", "backbone.") if metadata.kind == "detection" else ("backbone.",)
+    if metadata.kind == "classification":
+        width = shapes.get("head.weight", (0, 0))[-1]
+        wanted |= {"head.weight": (metadata.num_classes, width), "head.bias": (metadata.num_classes,)}
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith(parts)}
+    odd = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
+    odd += sorted(name for name, tensor in tensors.items() if tensor.dtype not in TASK_DTYPES)
+    if odd:
+        raise _not_described(path, odd[0])
+
+
+def _not_described(path: Path, name: str) -> ValueError:
+    return ValueError(
+        f"{path}: its tensors are not those that its metadata describes ({name[:MAX_TEXT]}); get a fresh copy"
+    )
 
 
 def _check_backbone(path: Path, metadata: TaskMetadata, tensors: Mapping[str, Tensor], vit: ViT) -> None:
@@ -271,16 +350,11 @@ def _check_backbone(path: Path, metadata: TaskMetadata, tensors: Mapping[str, Te
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Refuse tensors of other names, shapes or kinds of numbers than the model has."""
-    given, wanted = (
-        {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in side.items()}
-        for side in (tensors, expected)
-    )
+    """Refuse tensors of other names or shapes than the model has."""
+    given, wanted = ({name: tensor.shape for name, tensor in side.items()} for side in (tensors, expected))
     odd = sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name))
     if odd:
-        raise ValueError(
-            f"{path}: its tensors are not those that its metadata describes ({odd[0][:MAX_TEXT]}); get a fresh copy"
-        )
+        raise _not_described(path, odd[0])
 
 
 def _make_model(path: Path, metadata: TaskMetadata, vit: ViT) -> Model:
@@ -317,6 +391,20 @@ def _check_fields(prefix: str, values: object, rules: Mapping[str, Rule]) -> Non
     for name, (is_allowed, allowed) in rules.items():
         if not is_allowed(values[name]):
             raise ValueError(f"{prefix}{'.' * bool(prefix)}{name} is {reprlib.repr(values[name])}; allowed: {allowed}")
+
+
+def _check_values(prefix: str, values: object, rule: Rule) -> None:
+    """Refuse an object of JSON with a value that breaks the rule of all."""
+    is_allowed, allowed = rule
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix} is {reprlib.repr(values)}; allowed: an object")
+    for name, value in values.items():
+        if not is_allowed(value):
+            raise ValueError(f"{prefix}.{name} is {reprlib.repr(value)}; allowed: {allowed}")
+
+
+def _number_or_none(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def _integer(low: int, high: int) -> Rule:
@@ -356,7 +444,7 @@ TEXT = _text(f".{{0,{MAX_TEXT}}}", f"a text of at most {MAX_TEXT} characters")
 BLOCKS = _list(_integer(0, MAX_BLOCKS), 1, MAX_BLOCKS, ascends=True)
 
 RULES: dict[str, Rule] = {
-    "backbone": TEXT,
+    "backbone": _text(r"\w[\w.-]{0,200}", "the name of a timm model"),
     "fingerprint": _text("[0-9a-f]{64}", "64 hexadecimal digits"),
     "prompt": _or_none(IS_OBJECT),
     "num_classes": _integer(1, MAX_CLASSES),
@@ -368,6 +456,10 @@ RULES: dict[str, Rule] = {
     "head": _or_none(IS_OBJECT),
     "category_ids": _or_none(_list(_integer(0, 2**63 - 1), 1, MAX_CLASSES)),
     "tuned_backbone": (lambda value: type(value) is bool, "true or false"),
+    "config": _or_none(IS_OBJECT),
+    "versions": IS_OBJECT,
+    "licence": TEXT,
+    "note": _text(f".{{0,{MAX_NOTE}}}", f"a text of at most {MAX_NOTE} characters"),
 }
 PREPROCESSING_RULES: dict[str, Rule] = {
     "size": _list(_integer(1, MAX_SIDE), 2, 2),
