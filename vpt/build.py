@@ -30,6 +30,7 @@ from vpt.data.transforms import Preprocessing
 from vpt.engine.optim import MovingAverage, make_optimizer, warmup_cosine
 from vpt.engine.trainer import FitSettings, Loader
 from vpt.engine.watch import RowWatch
+from vpt.models.bank import TaskBank
 from vpt.models.classification import ClassificationModel
 from vpt.models.create import create_model
 from vpt.models.detection import DetectionModel
@@ -237,6 +238,29 @@ def make_run_dir(root: str, name: str) -> Path:
         except OSError as error:
             raise ConfigError(f"run.root={root}: {error.strerror}; choose a folder that can be written to") from error
     raise ConfigError(f"run.root={root}: holds ten thousand runs of the name {name}; choose another run.name")
+
+
+def open_bank(
+    tasks: Mapping[str, Path], *, backbone: str | None = None, checkpoint: str | None = None, device: str = "auto"
+) -> TaskBank:
+    """Load task files onto one backbone in memory.
+
+    Args:
+        tasks: Task files, by the names that they will have; at least one.
+        backbone: timm name of the backbone; by default that of the first file, as is its input size.
+        checkpoint: Load the backbone's weights from this file.
+        device: "auto", "cpu", "cuda", ...
+
+    Raises:
+        ConfigError, ValueError, FileNotFoundError: A file or the backbone cannot be used.
+    """
+    metadata = read_task(next(iter(tasks.values())))
+    height, width = metadata.preprocessing["size"]
+    vit = load_vit(backbone or metadata.backbone, checkpoint=checkpoint, img_size=(height, width))
+    bank = TaskBank(vit, device=pick_device(device))
+    for name, path in tasks.items():
+        bank.load(path, name)
+    return bank
 
 
 def _num_workers(wanted: int | None) -> int:

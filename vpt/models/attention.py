@@ -72,6 +72,7 @@ def run_block(
     *,
     rope: Tensor | None = None,
     bias: Tensor | None = None,
+    mask: Tensor | None = None,
     num_queries: int | None = None,
 ) -> Tensor:
     """A whole timm block on tokens (B, N, D), whose attention also sees the prompt's keys and values.
@@ -82,6 +83,7 @@ def run_block(
         prompt: Keys and values that join those of the sequence, of `prompt_keys_values` with the same `num_queries`.
         rope: Rotary embedding of all tokens but the block's prefix tokens.
         bias: Relative position bias (1, h, N, N) of the sequence; that of the prompt is zero.
+        mask: What each image may look at, (B, 1, 1, P + N), the prompt first: 0, or -inf for what is not there.
         num_queries: Compute the first tokens only, none of which may have a rotary position.
 
     Returns:
@@ -92,9 +94,9 @@ def run_block(
     asking = normed if num_queries is None else normed[:, :num_queries]
     bias = bias if bias is None or num_queries is None else bias[:, :, :num_queries]
     if _absorbs(block, num_queries):
-        mixed = _attend_absorbed(block.attn, asking, normed, prompt, bias)
+        mixed = _attend_absorbed(block.attn, asking, normed, prompt, bias, mask)
     else:
-        mixed = _attend(block.attn, asking, normed, prompt, rope, bias, rotates=num_queries is None)
+        mixed = _attend(block.attn, asking, normed, prompt, rope, bias, mask, rotates=num_queries is None)
     attended = _project_out(block.attn, mixed, asking)
     kept = kept + _leave(block, 1, attended)
     return kept + _leave(block, 2, block.mlp(_enter(block, 2, kept)))
@@ -143,6 +145,7 @@ def _attend(
     prompt: KeysValues | None,
     rope: Tensor | None,
     bias: Tensor | None,
+    mask: Tensor | None,
     rotates: bool,
 ) -> Tensor:
     """Multi-head attention, as timm's modules do it, of `asking` over tokens and prompt: (B, h, N, d)."""
@@ -158,13 +161,17 @@ def _attend(
     groups = getattr(attention, "num_kv_groups", 1)  # of query heads that share keys and values
     if groups > 1:
         keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=bias, dropout_p=attention.attn_drop.p if attention.training else 0.0
-    )
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=_add(bias, mask), dropout_p=dropout)
 
 
 def _attend_absorbed(
-    attention: Any, asking: Tensor, tokens: Tensor, prompt: KeysValues | None, bias: Tensor | None
+    attention: Any,
+    asking: Tensor,
+    tokens: Tensor,
+    prompt: KeysValues | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """The same without keys and values of the tokens: all heads' queries look at one sequence of width D."""
     (queries,) = _project(attention, asking, parts=(0,))
@@ -175,11 +182,15 @@ def _attend_absorbed(
     if bias is not None:
         bias = (bias if prompt is None else F.pad(bias, (prompt[0].shape[2], 0))).flatten(1, 2)[:, None]
     seen = F.scaled_dot_product_attention(
-        queries.flatten(1, 2)[:, None], looked_at, looked_at, attn_mask=bias, scale=attention.scale
+        queries.flatten(1, 2)[:, None], looked_at, looked_at, attn_mask=_add(bias, mask), scale=attention.scale
     )
     mixed = torch.einsum("bhnc,hdc->bhnd", seen.reshape(queries.shape), of_values)
     value_bias = _fused_bias(attention, 2, 3)
     return mixed if value_bias is None else mixed + value_bias.view(attention.num_heads, 1, -1)
+
+
+def _add(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    return bias if mask is None else mask if bias is None else bias + mask
 
 
 def _join(prompt: Tensor, tokens: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ class DetectionModel(nn.Module):
             ValueError: There are no targets in train mode, or H and W are no such multiples.
         """
         if not self.training:
-            return self.head.detect(self.levels(images), sizes or [_size(images)] * len(images), self.selection)
+            return self._detect(self.levels(images), sizes or [_size(images)] * len(images))
         if targets is None:
             raise ValueError("a detection model in train mode needs targets; call model.eval() to detect")
         return self.head.losses(self.levels(images), _size(images), targets)
@@ -166,8 +166,15 @@ class DetectionModel(nn.Module):
         if self.training:
             raise ValueError("detect_with_losses is for evaluation; call model.eval() first")
         levels, size = self.levels(images), _size(images)
-        found = self.head.detect(levels, sizes or [size] * len(images), self.selection)
+        found = self._detect(levels, sizes or [size] * len(images))
         return found, self.head.losses(levels, size, targets)
+
+    def forward_head(self, maps: Sequence[Tensor], sizes: Sizes) -> Detections:
+        """Detections, in eval mode, of maps (B, D, rows, columns), one for each tap; for sizes see `forward`."""
+        return self._detect(self.pyramid(maps), sizes)
+
+    def _detect(self, levels: list[Tensor], sizes: Sizes) -> Detections:
+        return self.head.detect(levels, sizes, self.selection)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Let torch compile backbone and pyramid; what depends on the number of boxes stays as it is."""

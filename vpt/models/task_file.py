@@ -181,16 +181,30 @@ def load_task(path: str | Path, backbone: str | ViT, *, checkpoint: str | Path |
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged, is of another format, or belongs to another backbone.
     """
+    if isinstance(backbone, str):
+        height, width = read_task(path).preprocessing["size"]
+        return put_task(path, load_vit(backbone, checkpoint=checkpoint, img_size=(height, width)))[0]
+    return put_task(path, backbone)[0]
+
+
+def put_task(path: str | Path, vit: ViT, *, shares: bool = False) -> tuple[Model, TaskMetadata]:
+    """Read a task file onto a ViT in memory, as `load_task` does; return the model and what the file says of itself.
+
+    Args:
+        path: A task file.
+        vit: Held and not copied, unless the file has tuned parameters of it.
+        shares: Let a copy share the parameters that were not tuned, for inference: then they must never train.
+
+    Raises:
+        FileNotFoundError, ValueError: As `load_task`.
+    """
     path = Path(path)
     metadata, tensors = open_task(path)
-    if isinstance(backbone, str):
-        height, width = metadata.preprocessing["size"]
-        vit = load_vit(backbone, checkpoint=checkpoint, img_size=(height, width))
-        _check_backbone(path, metadata, tensors, vit)
-    else:
-        _check_backbone(path, metadata, tensors, backbone)
-        vit = copy.deepcopy(backbone) if metadata.tuned_backbone else backbone
+    _check_backbone(path, metadata, tensors, vit)
     tuned = _backbone_names(tensors)
+    if tuned:
+        named = (*vit.named_parameters(), *vit.named_buffers())
+        vit = copy.deepcopy(vit, {id(part): part for name, part in named if shares and name not in tuned})
     with torch.device("meta"):
         expected = _own_tensors(_make_model(path, metadata, vit))
     expected |= {f"backbone.{name}": value for name, value in vit.named_parameters() if name in tuned}
@@ -203,7 +217,7 @@ def load_task(path: str | Path, backbone: str | ViT, *, checkpoint: str | Path |
         for name, tensor in tensors.items():
             held[name].copy_(tensor)
     device = next(vit.parameters()).device
-    return model.to(device).eval()
+    return model.to(device).eval(), metadata
 
 
 def read_task(path: str | Path) -> TaskMetadata:
