@@ -7,7 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vpt.hub import from_pretrained, push_to_hub
     from vpt.models.backbone import PromptedViT
+    from vpt.models.bank import TaskBank
     from vpt.models.classification import ClassificationModel
     from vpt.models.create import create_model
     from vpt.models.detection import DetectionModel
@@ -21,10 +23,13 @@ _HOMES = {
     "ClassificationModel": "vpt.models.classification",
     "DetectionModel": "vpt.models.detection",
     "PromptedViT": "vpt.models.backbone",
+    "TaskBank": "vpt.models.bank",
     "VisualPrompt": "vpt.models.prompts",
     "count_parameters": "vpt.models.tuning",
     "create_model": "vpt.models.create",
+    "from_pretrained": "vpt.hub",
     "load_task": "vpt.models.task_file",
+    "push_to_hub": "vpt.hub",
     "read_task": "vpt.models.task_file",
     "save_task": "vpt.models.task_file",
     "tune": "vpt.models.tuning",
@@ -35,10 +40,13 @@ __all__ = [
     "ClassificationModel",
     "DetectionModel",
     "PromptedViT",
+    "TaskBank",
     "VisualPrompt",
     "count_parameters",
     "create_model",
+    "from_pretrained",
     "load_task",
+    "push_to_hub",
     "read_task",
     "save_task",
     "tune",
