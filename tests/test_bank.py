@@ -10,6 +10,7 @@ from tests.conftest import TINY_VITS, make_tiny_vit
 from vpt.build import open_bank
 from vpt.engine.measure import check_attention_is_counted, count_flops
 from vpt.files import write_bytes
+from vpt.models.detection import Selection
 from vpt.models.vit import load_vit
 
 CHOICES = {
@@ -308,3 +309,13 @@ def _other_weights(folder):
     vit.blocks[0].attn.qkv.weight.data.mul_(1.01)
     save_file(vit.state_dict(), folder / "other_weights.safetensors")
     return str(folder / "other_weights.safetensors")
+
+
+def test_it_can_be_said_which_boxes_a_task_gives_out(tmp_path):
+    make_tasks(tmp_path, names=["boxes", "deep"], img_size=64)
+    bank = make_bank(tmp_path, names=["boxes", "deep"], img_size=64)
+    everything = bank(make_images(1, 64), "boxes")[0]
+    bank.select("boxes", Selection(max_detections=2))
+    assert_close(bank(make_images(1, 64), "boxes")[0], {key: value[:2] for key, value in everything.items()})
+    with pytest.raises(ValueError, match="task deep is of kind classification and finds no boxes"):
+        bank.select("deep", Selection())

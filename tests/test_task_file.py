@@ -206,6 +206,9 @@ def replaced(values, **changes):
         ({"config": "train.yaml"}, "config is 'train.yaml'; allowed: null, or an object"),
         ({"licence": "x" * 1001}, "licence is .*; allowed: a text of at most 1000 characters"),
         ({"note": None}, "note is None; allowed: a text of at most 10000 characters"),
+        ({"preprocessing": replaced(PREPROCESSING, interpolation="random")}, "preprocessing.interpolation is 'random'"),
+        ({"preprocessing": replaced(PREPROCESSING, crop_pct=0.05)}, "preprocessing.crop_pct is 0.05"),
+        ({"prompt": replaced(PROMPT, dropout=1)}, r"prompt.dropout is 1; allowed: a number in \[0, 1\)"),
         ({"preprocessing": replaced(PREPROCESSING, crop_mode=None)}, "preprocessing.crop_mode is None"),
     ],
 )
@@ -430,7 +433,7 @@ def test_a_task_in_a_narrow_dtype_is_half_as_large_and_nearly_the_same(tmp_path,
 def test_numbers_that_a_dtype_cannot_hold_are_refused(tmp_path):
     model = make_model()
     model.head.bias.data[0] = 1e6
-    with pytest.raises(ValueError, match=r"head\.bias has numbers that are too large for torch\.float16; use"):
+    with pytest.raises(ValueError, match=r"head\.bias has numbers that are too large for float16; use"):
         vpt.save_task(model, tmp_path / "a.safetensors", dtype=torch.float16)
     assert not (tmp_path / "a.safetensors").exists()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vpt.models.attention import run_block, why_not_fast
-from vpt.models.detection import Sizes
+from vpt.models.detection import DetectionModel, Selection, Sizes
 from vpt.models.mix import HeldTask, Maps, Mix, keys_values_of
 from vpt.models.task_file import TaskMetadata, put_task, task_tensors
 from vpt.models.vit import ViT, check_supported, embed, load_vit, pools_prefix_only, rope_and_bias
@@ -119,6 +119,17 @@ class TaskBank:
         task = _find(self._tasks, [name])[name]
         kept = {id(part): part for pair in task.keys_values.values() for part in pair}
         return sum(tensor.nbytes for tensor in (*kept.values(), *task_tensors(task.model).values()))
+
+    def select(self, name: str, selection: Selection) -> None:
+        """Say which detections a task gives out from now on.
+
+        Raises:
+            ValueError: There is no such task, it finds no boxes, or the selection names labels that it has not.
+        """
+        model = _find(self._tasks, [name])[name].model
+        if not isinstance(model, DetectionModel):
+            raise ValueError(f"task {name} is of kind classification and finds no boxes")
+        model.selection = selection
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, tasks: str | Sequence[str], *, sizes: Sizes | None = None) -> Any:

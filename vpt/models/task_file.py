@@ -40,6 +40,8 @@ MAX_BLOCKS = 1000
 MAX_SIDE = 4096  # pixels
 MAX_TEXT = 1000  # characters of a name
 MAX_NOTE = 10_000
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+CROP_MODES = ("center", "squash", "letterbox")
 TASK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Kind = Literal["classification", "detection"]
@@ -264,14 +266,24 @@ def write_task(
     """
     path = Path(path)
     if dtype is not None:
-        narrow = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        odd = sorted(name for name in tensors if not narrow[name].isfinite().equal(tensors[name].isfinite()))
-        if odd:
-            raise ValueError(f"{path}: {odd[0]} has numbers that are too large for {dtype}; use torch.bfloat16")
-        tensors = narrow
+        tensors = to_dtype(tensors, dtype)
     _check_described(path, metadata, tensors)
     write_tensors(path, tensors, asdict(metadata))
     return path
+
+
+def to_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same tensors in another dtype.
+
+    Raises:
+        ValueError: A number is too large for it.
+    """
+    converted = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    odd = sorted(name for name in tensors if not converted[name].isfinite().equal(tensors[name].isfinite()))
+    if odd:
+        short = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{odd[0]} has numbers that are too large for {short}; use bfloat16 or float32")
+    return converted
 
 
 def task_tensors(model: Model) -> dict[str, Tensor]:
@@ -479,16 +491,16 @@ PREPROCESSING_RULES: dict[str, Rule] = {
     "size": _list(_integer(1, MAX_SIDE), 2, 2),
     "mean": _list(_number(-1e6, 1e6), 3, 3),
     "std": _list(_number(1e-6, 1e6), 3, 3),
-    "interpolation": TEXT,
-    "crop_pct": _number(0.01, 1),
-    "crop_mode": TEXT,
+    "interpolation": _one_of(INTERPOLATIONS),
+    "crop_pct": _number(0.1, 1),
+    "crop_mode": _one_of(CROP_MODES),
 }
 PROMPT_RULES: dict[str, Rule] = {
     "kind": _one_of(get_args(PromptKind)),
     "num_tokens": _integer(1, MAX_TOKENS),
     "embed_dim": _integer(1, MAX_WIDTH),
     "blocks": BLOCKS,
-    "dropout": _number(0, 1),
+    "dropout": (lambda value: type(value) in (int, float) and 0 <= value < 1, "a number in [0, 1)"),
 }
 HEAD_RULES: dict[str, Rule] = {
     "head": TEXT,

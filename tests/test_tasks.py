@@ -1,0 +1,459 @@
+"""`python -m vpt.tasks` as it is typed, and what docs/task_format.md promises to other programs."""
+
+import ast
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+
+import vpt
+from tests.conftest import make_tiny_vit
+from vpt import files, tasks
+from vpt.models import conversion, task_file
+from vpt.models.task_file import TaskMetadata, open_task, read_task, write_task
+from vpt.models.vit import fingerprint, load_vit
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "task_format.md").read_text()
+NANO = "vit_nano_patch8_64"
+
+
+def make_task(path, prompt="deep", num_classes=3, backbone=NANO, **options):
+    torch.manual_seed(0)
+    keys = ("metrics", "config", "licence", "note", "dtype", "classes")
+    saved = {key: options.pop(key) for key in keys if key in options}
+    options = {"num_tokens": 2, "prompt": prompt, "num_classes": num_classes, **options}
+    model = vpt.create_model(backbone, **options)
+    for parameter in vpt.tuned_parameters(model).values():
+        parameter.data.normal_()
+    return vpt.save_task(model, path, **saved)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder of good task files, a run folder with its checkpoints among them; only to be read."""
+    folder = tmp_path_factory.mktemp("made")
+    metrics = {"val": {"top1": 0.95, "loss": 0.1}, "test": {"top1": 0.9128}}
+    make_task(folder / "deep.safetensors", blocks="last:3", metrics=metrics, config={"optim": {"lr": 0.01}})
+    make_task(folder / "shallow.safetensors", "shallow", 7, dtype=torch.float16, metrics={"val": {"top1": 0.5}})
+    make_task(folder / "bias.safetensors", None, tuning="bias", dtype=torch.bfloat16)
+    detection = {"task": "detection", "channels": 16, "num_convs": 1, "img_size": 96}
+    metrics = {"val": {"map": 0.25, "map50": 0.5}, "test": {"map": float("nan")}}
+    make_task(folder / "runs" / "boxes" / "task.safetensors", **detection, metrics=metrics)
+    for which in ("best", "last"):
+        files.write_tensors(folder / "runs" / "boxes" / which / "tuned.safetensors", {"a": torch.zeros(1)}, {})
+    (folder / "notes.txt").write_text("no task")
+    return folder
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "tasks")
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """Call the command as it is typed; returns exit code, standard output and standard error."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["vpt.tasks", *map(str, words)])
+        code = 0
+        try:
+            tasks.main()
+        except SystemExit as done:
+            code = done.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_list_shows_each_task_file_below_a_folder_and_no_checkpoints(typed, made):
+    code, output, errors = typed("list", made)
+    header, _, *rows = [re.split(r"  +", line) for line in output.splitlines()]
+    assert header == ["file", "kind", "backbone", "prompt", "classes", "kB", "dtype", "best known metric"]
+    assert {row[2] for row in rows} == {f"{NANO}.vpt"}
+    assert [int(row[5]) for row in rows] == [round((made / row[0]).stat().st_size / 1000) for row in rows]
+    assert [(row[0], row[1], row[3], row[4], *row[6:]) for row in rows] == [
+        ("bias.safetensors", "classification", "none, backbone tuned", "3", "bf16", "unknown"),
+        ("deep.safetensors", "classification", "deep, P=2, blocks 2-4", "3", "fp32", "test top1 91.3 %"),
+        ("runs/boxes/task.safetensors", "detection", "deep, P=2, blocks 0-4", "3", "fp32", "val map 25.0 %"),
+        ("shallow.safetensors", "classification", "shallow, P=2", "7", "fp16", "val top1 50.0 %"),
+    ]
+    assert (code, errors) == (0, "")
+
+
+def test_list_names_what_is_refused_and_why_behind_the_table(typed, copied):
+    (copied / "deep.safetensors").write_bytes(b"no safetensors")
+    code, output, _ = typed("list", copied)
+    *_, last = output.splitlines()
+    assert code == 1
+    assert last.startswith("refused: deep.safetensors: not a readable safetensors file")
+    assert "shallow.safetensors" in output
+
+
+def test_show_prints_everything_with_the_config_at_the_end(typed, made):
+    code, output, _ = typed("show", made / "deep.safetensors")
+    assert code == 0
+    metadata, tensors = open_task(made / "deep.safetensors")
+    for entry in fields(TaskMetadata):
+        assert re.search(rf"^{entry.name}\b", output, re.MULTILINE), entry.name
+    assert metadata.fingerprint in output
+    for name, tensor in tensors.items():
+        assert re.search(rf"{re.escape(name)} +{re.escape(str(list(tensor.shape)))} +fp32 +{tensor.nbytes:,}", output)
+    assert f"{(made / 'deep.safetensors').stat().st_size:,} bytes in the file" in output
+    assert output.endswith('\nconfig\n{\n  "optim": {\n    "lr": 0.01\n  }\n}\n')
+
+
+def test_a_strangers_text_cannot_steer_the_terminal(typed, tmp_path):
+    evil = "\x1b[2Jcat\x9b31m\u202e\r\nok deep.safetensors"
+    path = make_task(tmp_path / "a.safetensors", classes=[evil, "b", "c"], note=evil, config={evil: evil}, licence=evil)
+    code, output, errors = typed("show", path)
+    assert code == 0
+    assert not any(letter in output + errors for letter in "\x1b\x9b\u202e\r")
+    assert not any(line.startswith("ok") for line in output.splitlines())
+
+
+def test_verify_says_ok_or_why_not_for_each_file(typed, copied):
+    assert typed("verify", copied / "deep.safetensors") == (0, f"ok       {copied / 'deep.safetensors'}\n", "")
+    (copied / "deep.safetensors").write_bytes((copied / "deep.safetensors").read_bytes()[:-7])
+    metadata, tensors = open_task(copied / "shallow.safetensors")
+    tensors["head.bias"][1] = torch.nan
+    write_task(copied / "shallow.safetensors", metadata, tensors)
+    data = bytearray((copied / "bias.safetensors").read_bytes())
+    data[-5] ^= 1
+    (copied / "bias.safetensors").write_bytes(data)
+    code, output, errors = typed("verify", copied)
+    lines = output.splitlines()
+    assert (code, errors, len(lines)) == (1, "", 4)
+    assert lines[0].startswith("refused  bias.safetensors: damaged or edited")
+    assert lines[1].startswith("refused  deep.safetensors: not a readable safetensors file")
+    assert lines[2] == "ok       runs/boxes/task.safetensors"
+    assert lines[3] == "refused  shallow.safetensors: head.bias holds nan or inf; train again"
+
+
+def test_verify_loads_each_file_onto_the_backbone_that_is_named(typed, copied):
+    make_task(copied / "other.safetensors", backbone=make_tiny_vit())
+    metadata, tensors = open_task(copied / "deep.safetensors")
+    too_deep = {**metadata.prompt, "blocks": [2, 3, 9]}
+    write_task(copied / "deep.safetensors", TaskMetadata(**{**vars(metadata), "prompt": too_deep}), tensors)
+    assert typed("verify", copied)[0] == 0
+    code, output, _ = typed("verify", copied, f"backbone={NANO}")
+    lines = output.splitlines()
+    assert code == 1
+    assert [line.split()[0] for line in lines] == ["ok", "refused", "refused", "ok", "ok"]
+    assert re.search(
+        r"deep\.safetensors: its prompt or head cannot be used \(.*does not fit a ViT of .* 5 blocks", lines[1]
+    )
+    assert re.search(rf"made for the backbone vit_tiny_patch16_224\S*, but the given one is {NANO}", lines[2])
+
+
+def test_a_backbone_that_cannot_be_had_is_an_error_and_no_file_is_blamed(typed, made):
+    code, output, errors = typed("verify", made, "backbone=vit_nno_patch8_64")
+    assert (code, output) == (2, "")
+    assert errors.startswith("error: backbone=vit_nno_patch8_64 is not a model that timm knows; did you mean vit_nano")
+    code, _, errors = typed("verify", made, f"backbone={NANO}", "checkpoint=nowhere.pth")
+    assert (code, errors) == (2, "error: checkpoint=nowhere.pth: no such file\n")
+
+
+@pytest.mark.parametrize("name", ["deep", "shallow", "bias", "runs/boxes/task"])
+def test_convert_makes_a_folder_and_the_same_file_of_it_again(typed, made, tmp_path, name):
+    source, folder, back = made / f"{name}.safetensors", tmp_path / "folder", tmp_path / "back.safetensors"
+    assert typed("convert", source, folder)[0] == 0
+    assert typed("verify", folder) == (0, "ok       adapter_model.safetensors\n", "")
+    assert typed("convert", folder, back)[0] == 0
+    assert back.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
+def test_convert_writes_another_dtype(typed, made, tmp_path, dtype, kind):
+    code, output, _ = typed("convert", made / "deep.safetensors", tmp_path / "new.safetensors", f"dtype={dtype}")
+    assert code == 0
+    assert re.fullmatch(rf"\S*new\.safetensors written \(\d+ kB of tensors, {dtype}\)\n", output)
+    metadata, tensors = open_task(tmp_path / "new.safetensors")
+    wanted, whole = open_task(made / "deep.safetensors")
+    assert metadata == wanted
+    assert all(torch.equal(tensors[name], whole[name].to(kind)) for name in whole)
+
+
+def test_convert_refuses_numbers_that_are_too_large_for_the_dtype(typed, copied):
+    metadata, tensors = open_task(copied / "deep.safetensors")
+    tensors["head.bias"][0] = 1e6
+    write_task(copied / "deep.safetensors", metadata, tensors)
+    for target in ("new.safetensors", "new"):
+        code, _, errors = typed("convert", copied / "deep.safetensors", copied / target, "dtype=fp16")
+        assert code == 2
+        assert "deep.safetensors: head.bias has numbers that are too large for float16; use bfloat16" in errors
+        assert not (copied / target).exists()
+
+
+def test_convert_never_writes_over_anything(typed, copied):
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    for target in ("deep.safetensors", "shallow.safetensors", "notes.txt", "runs", "."):
+        code, _, errors = typed("convert", copied / "deep.safetensors", copied / target)
+        assert code == 2
+        assert errors.endswith("is there already, and nothing is written over; name another one\n")
+    assert before == {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+
+
+def test_format_says_what_the_name_does_not(typed, made, tmp_path):
+    source = made / "deep.safetensors"
+    code, _, errors = typed("convert", source, tmp_path / "pets.v2")
+    assert code == 2
+    assert "pets.v2: must end in .safetensors; for a folder of this name add format=peft" in errors
+    assert typed("convert", source, tmp_path / "pets.v2", "format=peft")[0] == 0
+    assert (tmp_path / "pets.v2" / "adapter_config.json").is_file()
+    code, _, errors = typed("convert", source, tmp_path / "pets", "format=task")
+    assert (code, "must end in .safetensors" in errors) == (2, True)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """`.pth` of the original code for the nano ViT."""
+    generator = np.random.default_rng(0)
+    shallow, deep = (generator.normal(size=(num, 2, 192)).astype(np.float32) for num in (1, 4))
+    torch.save({"shallow_prompt": shallow, "deep_prompt": deep}, tmp_path / "prompt_ep9.pth")
+    return tmp_path / "prompt_ep9.pth"
+
+
+def test_convert_makes_a_task_file_of_the_original_prompts(typed, prompts, tmp_path):
+    target = tmp_path / "pets.safetensors"
+    code, output, _ = typed("convert", prompts, target, f"backbone={NANO}", "num_classes=7", "crop_mode=squash")
+    assert code == 0
+    assert "note: Converted from prompt_ep9.pth of the original VPT code. The head is untrained" in output
+    metadata, tensors = open_task(target)
+    assert metadata.preprocessing["crop_mode"] == "squash"
+    assert tensors["head.weight"].shape == (7, 192)
+    held = torch.load(prompts, weights_only=False)
+    assert np.array_equal(tensors["prompt.tokens"][0], held["shallow_prompt"][0])
+    assert np.array_equal(tensors["prompt.tokens"][1:], held["deep_prompt"])
+    assert typed("verify", target, f"backbone={NANO}")[0] == 0
+
+
+def test_checkpoint_names_the_weights_of_the_backbone_of_the_original_prompts(typed, prompts, tmp_path):
+    vit = load_vit(NANO)
+    vit.norm.weight.data += 1
+    torch.save(vit.state_dict(), tmp_path / "other.pth")
+    options = (f"backbone={NANO}", f"checkpoint={tmp_path / 'other.pth'}")
+    assert typed("convert", prompts, tmp_path / "pets.safetensors", "num_classes=7", *options)[0] == 0
+    assert read_task(tmp_path / "pets.safetensors").fingerprint == fingerprint(vit)
+    assert typed("verify", tmp_path / "pets.safetensors", f"backbone={NANO}")[0] == 1
+    assert typed("verify", tmp_path / "pets.safetensors", *options)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "does not say its backbone; add the timm name of it, such as backbone=vit_base"),
+        ([f"backbone={NANO}"], "holds prompts and no head; add num_classes=K"),
+        ([f"backbone={NANO}", "num_classes=0"], "num_classes=0 is out of range"),
+        ([f"backbone={NANO}", "num_classes=many"], "num_classes=many: must be a whole number"),
+        ([f"backbone={NANO}", "num_classes=2", "crop_mode=all"], "crop_mode=all: must be one of center, squash"),
+        ([f"backbone={NANO}", "num_classes=2", "dtype=int8"], "dtype=int8: must be one of fp32, fp16, bf16"),
+        ([f"backbone={NANO}", "num_classes=2", "format=zip"], "format=zip: must be task or peft"),
+        (
+            [f"backbone={NANO}", "classes=2"],
+            "classes=2: not an option of the form key=value; did you mean num_classes?",
+        ),
+    ],
+)
+def test_what_is_missing_for_the_original_prompts_is_said(typed, prompts, tmp_path, options, message):
+    code, output, errors = typed("convert", prompts, tmp_path / "pets.safetensors", *options)
+    assert (code, output) == (2, "")
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "pets.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lst", "x"], "lst: not one of the commands of vpt.tasks; did you mean list?"),
+        (["list"], "list needs DIR: type python -m vpt.tasks list DIR"),
+        (["convert", "a"], "convert needs IN and OUT: type python -m vpt.tasks convert IN OUT"),
+        (["list", "nowhere"], "nowhere: no such file or folder"),
+        (["list", "."], ".: holds no task files (.safetensors)"),
+        (["show", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+        (["show", "."], "adapter_config.json: no such file; a PEFT-style folder has adapter_config.json and"),
+        (["show", "a", "b"], "b: show takes FILE and nothing else"),
+        (["verify", "a", "backbon=x"], "backbon=x: not an option of the form key=value; did you mean backbone?"),
+        (["verify", "a", "checkpoint=x"], "checkpoint=x: add backbone=NAME, whose weights they are"),
+        (["convert", "a.safetensors", "b.safetensors"], "a.safetensors: no such file"),
+        (["convert", "a.pth", "b.safetensors", "backbone=vit_nano_patch8_64"], "a.pth: no such file"),
+        (["convert", "a", "b", "num_classes=3"], "num_classes=3 is for a .pth of the original code, and a is none"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_exit_code_2(typed, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    code, output, errors = typed(*words)
+    assert (code, output) == (2, "")
+    assert errors.startswith(f"error: {message}")
+    assert errors.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_command_and_option(typed):
+    for words in ([], ["--help"], ["convert", "-h"]):
+        code, output, errors = typed(*words)
+        assert (code, errors) == (0, "")
+        for schema in (tasks.VerifyOptions, tasks.ConvertOptions):
+            assert all(f" {entry.name}=" in output for entry in fields(schema))
+        assert all(f"\n  {name} " in output for name in tasks.COMMANDS)
+
+
+def run_program(*words):
+    code = "import sys, vpt.tasks; assert not {'torch', 'timm'} & set(sys.modules); vpt.tasks.main()"
+    return subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_as_a_program_it_exits_as_said_and_loads_nothing_heavy_before_it_is_needed():
+    done = run_program("--help")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tasks.USAGE}\n", "")
+    done = run_program("verfy", "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: verfy: not one of the commands of vpt.tasks; did you mean verify?\n"
+
+
+@pytest.mark.slow
+def test_as_a_program_it_exits_with_1_when_a_file_is_refused(copied):
+    (copied / "deep.safetensors").write_bytes(b"")
+    done = run_program("verify", str(copied))
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.count("ok  ") == 3
+
+
+def reader_of_the_page():
+    return re.search(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1]
+
+
+def test_the_reader_of_the_page_imports_neither_vpt_nor_torch():
+    imports = [
+        node for node in ast.walk(ast.parse(reader_of_the_page())) if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    names = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports}
+    assert names == {"hashlib", "json", "pathlib", "numpy", "safetensors"}
+    code = reader_of_the_page() + "import sys\nassert not {'torch', 'vpt'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["deep", "shallow", "bias", "runs/boxes/task"])
+def test_the_reader_of_the_page_reads_what_the_library_reads(made, name):
+    space = {}
+    exec(reader_of_the_page(), space)
+    metadata, tensors = space["read_task"](made / f"{name}.safetensors")
+    wanted, wanted_tensors = open_task(made / f"{name}.safetensors")
+    assert TaskMetadata(**metadata) == wanted
+    assert tensors.keys() == wanted_tensors.keys()
+    for key, array in tensors.items():
+        assert array.dtype == (np.float16 if wanted_tensors[key].dtype is torch.float16 else np.float32)
+        assert array.shape == wanted_tensors[key].shape
+        assert torch.equal(torch.tensor(array).float(), wanted_tensors[key].float())
+
+
+def test_the_reader_of_the_page_notices_a_flipped_bit_anywhere(made, tmp_path):
+    space = {}
+    exec(reader_of_the_page(), space)
+    whole = (made / "shallow.safetensors").read_bytes()
+    path = tmp_path / "a.safetensors"
+    for place in range(0, len(whole), 61):
+        data = bytearray(whole)
+        data[place] ^= 1
+        path.write_bytes(data)
+        with pytest.raises((SafetensorError, KeyError, ValueError)):
+            space["read_task"](path)
+    path.write_bytes(whole)
+    space["read_task"](path)
+
+
+def test_the_page_names_every_field_and_every_limit():
+    rows = re.findall(r"^\| (.*?) \| (.*?) \|", PAGE, re.MULTILINE)
+    described = {name: allowed for names, allowed in rows for name in re.findall(r"`([\w.]+)`", names)}
+    assert {entry.name for entry in fields(TaskMetadata)} <= described.keys()
+    assert {f"prompt.{name}" for name in task_file.PROMPT_RULES} <= described.keys()
+    assert task_file.PREPROCESSING_RULES.keys() | task_file.HEAD_RULES.keys() <= described.keys()
+    for name, limit in {
+        "num_classes": task_file.MAX_CLASSES,
+        "prompt.num_tokens": task_file.MAX_TOKENS,
+        "prompt.embed_dim": task_file.MAX_WIDTH,
+        "prompt.blocks": task_file.MAX_BLOCKS,
+        "channels": task_file.MAX_CHANNELS,
+        "size": task_file.MAX_SIDE,
+        "note": task_file.MAX_NOTE,
+    }.items():
+        assert f"{limit:,}" in described[name], name
+    assert f'"Text" is at most {task_file.MAX_TEXT:,} characters' in PAGE
+    assert f"above {files.MAX_BYTES // 1024**3} GiB" in PAGE
+    assert f"above {files.MAX_HEADER // 1024**2} MiB" in PAGE
+    assert all(f"`{key}`" in PAGE for key in conversion._peft_config(make_vit_b_task(0, "deep", 1)[0]))
+
+
+def make_vit_b_task(num_tokens, kind, num_blocks):
+    blocks = list(range(12 - num_blocks, 12)) if kind == "deep" else [0]
+    prompt = {"kind": kind, "num_tokens": num_tokens, "embed_dim": 768, "blocks": blocks, "dropout": 0.0}
+    metadata = TaskMetadata(
+        backbone="vit_base_patch16_224.augreg_in21k",
+        fingerprint="0" * 64,
+        prompt=prompt if num_tokens else None,
+        num_classes=100,
+        classes=[f"class {i}" for i in range(100)],
+        preprocessing={
+            **{"size": [224, 224], "mean": [0.5] * 3, "std": [0.5] * 3},
+            **{"interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"},
+        },
+        metrics={"val": {"top1": 0.9}},
+        versions={"vpt": "0.1.0", "torch": "2.15.0", "timm": "1.0.31"},
+    )
+    tensors = {"head.weight": torch.zeros(100, 768), "head.bias": torch.zeros(100)}
+    return metadata, tensors | ({"prompt.tokens": torch.zeros(len(blocks), num_tokens, 768)} if num_tokens else {})
+
+
+@pytest.mark.parametrize(
+    ("title", "num_tokens", "kind", "num_blocks"),
+    [
+        ("linear probe", 0, "deep", 12),
+        ("shallow, P=50", 50, "shallow", 1),
+        ("deep, P=10", 10, "deep", 12),
+        ("deep, P=10, last 3 blocks", 10, "deep", 3),
+        ("deep, P=50", 50, "deep", 12),
+    ],
+)
+def test_the_sizes_on_the_page_are_those_of_files(tmp_path, title, num_tokens, kind, num_blocks):
+    cells = re.search(rf"^\| {re.escape(title)} \|(.*)\|$", PAGE, re.MULTILINE)[1].replace(",", "").split("|")
+    metadata, tensors = make_vit_b_task(num_tokens, kind, num_blocks)
+    prompts, heads, sizes = [], [], []
+    for dtype in ("fp32", "fp16"):
+        part = task_file.to_dtype(tensors, conversion.DTYPES[dtype])
+        prompts.append(part["prompt.tokens"].nbytes if num_tokens else 0)
+        heads.append(part["head.weight"].nbytes + part["head.bias"].nbytes)
+        sizes.append(write_task(tmp_path / f"{dtype}.safetensors", metadata, part).stat().st_size)
+    told = [int(cell) for cell in cells]
+    assert told[:4] == [*prompts, *heads]
+    assert told[4:] == pytest.approx(sizes, abs=100)  # the versions of libraries are longer or shorter
+
+
+def plain_fingerprint(vit):
+    """The rule of the page, in NumPy, without the library and without torch's bfloat16."""
+    digest = hashlib.sha256()
+    for name in sorted(name for name, _ in vit.named_parameters()):
+        if not name.startswith(("pos_embed", "patch_embed.", "head.", "head_dist.")):
+            array = vit.get_parameter(name).detach().numpy()
+            digest.update(f"{name} {array.shape}\n".encode())
+            bits = array.ravel()[:: max(1, array.size // 64)][:64].astype("<f4").view("<u4").astype(np.int64)
+            bits += 0x7FFF + (bits >> 16 & 1)  # to nearest even
+            digest.update((bits >> 16 << 16).astype("<u4").tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("make", [make_tiny_vit, lambda: make_tiny_vit("cls_and_4_registers"), lambda: load_vit(NANO)])
+def test_the_fingerprint_follows_the_rule_of_the_page(make):
+    vit = make()
+    assert plain_fingerprint(vit) == fingerprint(vit)
