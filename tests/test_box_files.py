@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from vpt.data.box_files import FoundBoxes, coco_image_ids, file_names, to_coco, to_csv, to_yolo
+from vpt.data.box_files import FoundBoxes, coco_image_ids, file_names, to_box_table, to_coco, to_yolo
 from vpt.data.detection import read_yolo
 from vpt.engine.detection_metrics import DetectionMetrics
 
@@ -41,13 +41,44 @@ NONE = found_in("b/y.jpg")
 
 
 def test_csv_has_a_row_for_each_box_and_none_for_a_picture_without():
-    rows = list(csv.DictReader(io.StringIO(to_csv([NONE, TWO], CLASSES))))
+    found = {picture.path: {"zoo": picture} for picture in (NONE, TWO)}
+    rows = list(csv.DictReader(io.StringIO(to_box_table(found, {"zoo": CLASSES}, ".csv").decode())))
     assert [list(row.values()) for row in rows] == [
         ["a/x.jpg", "猫, black", "0.9", "1.0", "2.0", "30.5", "40.0"],
         ["a/x.jpg", "guinea pig", "0.25", "0.0", "0.0", "640.0", "480.0"],
     ]
     assert list(rows[0]) == ["path", "class", "score", "x1", "y1", "x2", "y2"]
-    assert to_csv([], CLASSES) == "path,class,score,x1,y1,x2,y2\n"
+    assert to_box_table({}, {"zoo": CLASSES}, ".csv") == b"path,class,score,x1,y1,x2,y2\n"
+
+
+def test_several_tasks_have_a_column():
+    found = {"a/x.jpg": {"zoo": TWO, "house": found_in("a/x.jpg", [[0, 0, 9, 9]], [0.5], [1])}}
+    table = to_box_table(found, {"zoo": CLASSES, "house": ["door", "roof"]}, ".csv").decode()
+    assert [line.split(",")[:2] for line in table.splitlines()] == [
+        ["path", "task"],
+        ["a/x.jpg", "zoo"],
+        ["a/x.jpg", "zoo"],
+        ["a/x.jpg", "house"],
+    ]
+
+
+@pytest.mark.parametrize("picture", [TWO, NONE, found_in("c.jpg", image_id=4)], ids=lambda picture: picture.path)
+def test_a_record_loses_nothing(picture):
+    same_as(FoundBoxes.from_record(picture.path, json.loads(json.dumps(picture.to_record()))), picture)
+
+
+def test_a_record_keeps_every_bit_of_odd_numbers():
+    boxes = random_boxes(200, (20_000, 2500), seed=0)
+    scores = np.random.default_rng(1).random(200).astype(np.float32) ** 9
+    picture = found_in("a.jpg", boxes, scores, np.arange(200) % 3, size=(20_000, 2500))
+    same_as(FoundBoxes.from_record("a.jpg", json.loads(json.dumps(picture.to_record()))), picture)
+
+
+def same_as(one, two):
+    assert (one.path, one.size, one.image_id) == (two.path, two.size, two.image_id)
+    for name in ("boxes", "scores", "labels"):
+        a, b = getattr(one, name), getattr(two, name)
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
 
 
 def test_scores_keep_their_order_and_their_value():

@@ -152,7 +152,7 @@ def test_options_choose_boxes_and_pictures_are_drawn(finished, boxes, tmp_path):
     [
         ({"top_k": 3}, "top_k: is not for a task of detection"),
         ({"classes": "red bx"}, "no class red bx; did you mean red box"),
-        ({"output": "found.txt"}, r"output=found\.txt: must end in \.csv or \.json, or be a folder"),
+        ({"output": "found.txt"}, r"output=found\.txt: must end in \.csv or \.json or \.parquet, or be a folder"),
     ],
 )
 def test_wrong_options_of_predict_are_refused_by_name(finished, boxes, tmp_path, changes, message):
@@ -167,7 +167,7 @@ def test_options_of_boxes_are_refused_for_classes(tmp_path, photos, boxes):
         "dataset=folder", f"dataset.root={photos}", f"run.root={tmp_path}", "run.name=a", "mode=dry", *SMALL[3:]
     )
     with pytest.raises(ConfigError, match="min_score: is not for a task of classification"):
-        predict_run(PredictOptions(str(run_dir), str(photos), str(tmp_path / "p.csv"), min_score=0.5))
+        predict_run(PredictOptions(str(photos), str(tmp_path / "p.csv"), run=str(run_dir), min_score=0.5))
 
 
 @pytest.mark.parametrize(

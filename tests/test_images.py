@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from vpt.data.images import EXTENSIONS, FORMATS, ImageError, check_image, find_images, read_header, read_image
+from vpt.data.images import (
+    EXTENSIONS,
+    FORMATS,
+    ImageError,
+    check_image,
+    find_images,
+    read_header,
+    read_image,
+    split_pattern,
+)
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 ORIENTATION = 0x0112
@@ -232,3 +241,53 @@ def test_a_folder_that_is_a_link_is_read(picture, tmp_path):
 def test_every_extension_belongs_to_a_format_that_is_read():
     known = Image.registered_extensions()
     assert all(known[extension] in FORMATS for extension in EXTENSIONS)
+
+
+@pytest.fixture
+def many(picture, tmp_path, monkeypatch):
+    """A folder of folders of pictures and other files, and the current folder beside it."""
+    names = ("a/1.png", "a/2.JPG", "a/deep/3.png", "b/4.png", "b/.hidden/5.png", ".c/6.png", "x[1]/7.png", "8[9].png")
+    for name in names:
+        (tmp_path / "many" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "many" / name)
+    (tmp_path / "many" / "a" / "notes.txt").write_text("")
+    (tmp_path / "many" / "b" / "loop").symlink_to(tmp_path / "many")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("many/**/*.png", ["8[9].png", "a/1.png", "a/deep/3.png", "b/4.png", "x[1]/7.png"]),
+        ("many/a/*", ["a/1.png", "a/2.JPG", "a/deep/3.png"]),
+        ("many/?/[13]*", ["a/1.png"]),
+        ("many/a*", ["a/1.png", "a/2.JPG", "a/deep/3.png"]),
+        ("many/x[1]/*.png", ["x[1]/7.png"]),
+        ("many/8[9].png", ["8[9].png"]),
+        ("many/x[1]", ["x[1]/7.png"]),
+    ],
+)
+def test_a_pattern_finds_what_matches_sorted_and_names_that_are_there_are_themselves(many, tmp_path, pattern, names):
+    assert find_images(pattern) == [Path("many", name) for name in names]
+    assert find_images(tmp_path / pattern) == [tmp_path / "many" / name for name in names]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "error", "message"),
+    [
+        ("many/*.gif", FileNotFoundError, r"many/\*\.gif: matches no picture \(\.bmp, "),
+        ("many/a/*.txt", FileNotFoundError, "matches no picture"),
+        ("nowhere/**/*.jpg", FileNotFoundError, "matches no picture"),
+        ("many/nothing", FileNotFoundError, "many/nothing: no such file or folder"),
+    ],
+)
+def test_a_pattern_without_a_match_is_refused_by_name(many, pattern, error, message):
+    with pytest.raises(error, match=message):
+        find_images(pattern)
+
+
+def test_a_pattern_starts_from_its_first_folder_that_is_not_there(many):
+    assert split_pattern(Path("many/x[1]/**/*.png")) == (Path("many/x[1]"), "**/*.png")
+    assert split_pattern(Path("*.png")) == (Path(), "*.png")
+    assert split_pattern(Path("/a*/b")) == (Path("/"), "a*/b")
+    assert split_pattern(Path("many/a")) == (Path("many/a"), "")

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from vpt.data.images import read_image
 from vpt.data.transforms import EvalTransform, letterboxed_size
 from vpt.evaluate import EvaluateOptions, evaluate_run
 from vpt.models.detection import Selection
+from vpt.open_tasks import open_run
 from vpt.predict import USAGE, PredictOptions, predict_run
 from vpt.predictions import BoxPredictions
 
@@ -59,7 +61,7 @@ def album(tmp_path, monkeypatch):
 
 
 def predict(run_dir, given, output, **more):
-    return predict_run(PredictOptions(str(run_dir), str(given), str(output), device="cpu", **more))
+    return predict_run(PredictOptions(str(given), str(output), run=str(run_dir), device="cpu", **more))
 
 
 def content(folder):
@@ -162,7 +164,7 @@ def test_both_kinds_write_the_path_as_it_was_typed_and_coco_the_name_in_the_fold
         ({"output": "plain"}, "output=plain: is a file; name a folder"),
         ({"pictures": "plain"}, "pictures=plain: is a file; name a folder"),
         ({"pictures": "album/b.jpg/drawn"}, r"pictures=album/b\.jpg/drawn: cannot write to \S+/album/b\.jpg"),
-        ({"output": "f.v2"}, r"output=f\.v2: must end in \.csv or \.json, or be a folder"),
+        ({"output": "f.v2"}, r"output=f\.v2: must end in \.csv or \.json or \.parquet, or be a folder"),
     ],
 )
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(box_run, album, monkeypatch, more, message):
@@ -265,11 +267,12 @@ def labels_of(box_run, tmp_path):
     """The labels that `classes=TEXT` stands for, where the classes are called as given."""
 
     def labels(names, text):
-        trained = build.load_run(box_run, device="cpu")
-        trained.model.classes = names
-        options = PredictOptions("a", "b", str(tmp_path / "f.csv"), classes=text)
-        BoxPredictions(trained, options, tmp_path, [])
-        return trained.model.selection.labels
+        tasks = open_run(box_run, checkpoint=None, device="cpu")
+        selections = {}
+        metadata = {name: replace(of, classes=list(names)) for name, of in tasks.metadata.items()}
+        tasks = replace(tasks, metadata=metadata, select=selections.__setitem__)
+        BoxPredictions(tasks, PredictOptions("a", str(tmp_path / "f.csv"), classes=text), tmp_path, [])
+        return selections[box_run.name].labels
 
     return labels
 

@@ -1,12 +1,12 @@
-"""python -m vpt.predict run=RUN input=PATH output=FILE: the classes of pictures, or the boxes in them."""
+"""python -m vpt.predict task=FILE input=PATH output=FILE: the classes of pictures, or the boxes in them."""
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vpt.command_line import INTERRUPTED, fail, parse_options, tell
 from vpt.config import ConfigError, number
@@ -14,19 +14,24 @@ from vpt.config import ConfigError, number
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from vpt.data.video import Video
+    from vpt.data.inputs import Inputs
+    from vpt.data.journal import Journal
+    from vpt.open_tasks import OpenTasks, Prepared
+    from vpt.predictions import Found, Predictions
 
-    Batches = Iterator[tuple[list[Path], list[Image], list[str]]]  # paths, pictures, what is wrong with the others
+    Results = dict[Path, Found | str]  # what was found in each picture, or why it cannot be read
 
 UNREADABLE = 1
 
-USAGE = """python -m vpt.predict: classes of pictures, or boxes in them, by the task of a trained run.
+USAGE = """python -m vpt.predict: classes of pictures, or boxes in them, by task files or the task of a run.
 
-  run=FOLDER           a run folder, such as runs/quickstart
-  input=PATH           a picture, a folder that is searched for pictures, below it too, or a video
+  task=FILE,FILE       one task file or more, of one backbone and one kind; each is called as its file
+  run=FOLDER           or a run folder, such as runs/quickstart
+  input=PATH           a picture, a folder that is searched for pictures, below it too, a pattern in quotes such as
+                       'photos/**/*.jpg', or a video
   every=1              of a video every n-th frame, as the picture VIDEO/000012.jpg
-  output=FILE          .csv or .json; for boxes .json is COCO results, and a folder gets YOLO text files
-  checkpoint=FILE      weights of the backbone, when they have moved
+  output=FILE          .csv, .parquet or .json; for boxes .json is COCO results, and a folder gets YOLO text files
+  checkpoint=FILE      weights of the backbone, if they are not those that timm knows, or have moved
   batch_size=32  device=auto
 
 Classification:
@@ -38,20 +43,27 @@ Detection:
   max_detections=100   most boxes in a picture
   classes=NAME,NAME    only these; all without; a name with a comma stands in quotes: classes='"NAME, TOO",NAME'
 
+With several tasks, tables have a column task, and JSON the key task; COCO results, YOLO text files and drawn pictures
+are for one task.
 The image_id of COCO results is the number that a picture's file is called by, as 000139.jpg is, if all are; else
 pictures are counted 1, 2, ... Beside it stands the file_name, below the folder of the input.
 No picture of the input and no YOLO text file that is there already is overwritten; other files are.
 Pictures that cannot be read are listed and skipped; the exit code is then 1.
-Example: python -m vpt.predict run=runs/quickstart input=photos output=preds.csv"""
+
+What is done is kept in OUTPUT.partial until all is. If the command was stopped, type it again: it goes on behind that,
+and predicts anew only what has changed meanwhile; batch_size, device and checkpoint may be others. Another command is
+refused until OUTPUT.partial is deleted. Drawn pictures are written as they come, all else when all is done.
+Example: python -m vpt.predict task=pets.safetensors,flowers.safetensors input=photos output=found.csv"""
 
 
 @dataclass
 class PredictOptions:
     """Options of `python -m vpt.predict`; what is None is for the other kind of task, or has its default there."""
 
-    run: str
     input: str
     output: str
+    task: str | None = None
+    run: str | None = None
     every: int | None = number(None, low=1)
     top_k: int | None = number(None, low=1)
     pictures: str | None = None
@@ -67,10 +79,15 @@ class PredictOptions:
 def main() -> None:
     """Read the options, predict, write the file."""
     try:
-        unreadable = predict_run(parse_options(PredictOptions, sys.argv[1:], USAGE))
+        options = parse_options(PredictOptions, sys.argv[1:], USAGE)
+    except ConfigError as error:
+        fail(error)
+    try:
+        unreadable = predict_run(options)
     except KeyboardInterrupt:
-        what = "interrupted; .csv and .json are written at the end only, drawn pictures and YOLO text files so far stay"
-        fail(RuntimeError(what), INTERRUPTED)
+        journal = _journal_path(options)
+        go_on = f"interrupted; type the same command again to go on; {journal} keeps what is done"
+        fail(RuntimeError(go_on if journal.exists() else "interrupted before the first batch was done"), INTERRUPTED)
     except (ValueError, TypeError, OSError) as error:
         fail(error)
     if unreadable:
@@ -79,73 +96,144 @@ def main() -> None:
 
 def predict_run(options: PredictOptions) -> list[str]:
     """Predict all pictures of the input and write what is found; return a line for each that cannot be read."""
-    from vpt import build
-    from vpt.engine.console import Progress
+    from vpt.data.journal import Journal
     from vpt.predictions import predictions_of
 
-    root = Path(options.input).expanduser()
-    paths, batches = _find(root, options)
-    run = build.load_run(Path(options.run).expanduser(), checkpoint=options.checkpoint, device=options.device)
-    predictions = predictions_of(run, options, root, paths)
-    unreadable: list[str] = []
-    with Progress(total=-(-len(paths) // options.batch_size), description="predict") as progress:
-        for chunk, pictures, errors in batches:
-            unreadable += errors
-            if chunk:
-                predictions.add(chunk, pictures)
-            progress.advance(len(chunk))
-    num_read = len(paths) - len(unreadable)
-    if num_read:
-        print(f"{num_read} pictures predicted, {predictions.write()} written")
+    inputs = _find(options)
+    tasks = _open(options)
+    predictions = predictions_of(tasks, options, inputs.root, inputs.paths)
+    journal = Journal(_journal_path(options), _command(options, tasks))
+    results = _earlier(inputs, predictions, journal, options.batch_size)
+    with closing(journal):
+        results |= _predict(inputs, tasks, predictions, journal, results, options.batch_size)
+    in_order = {path: results[path] for path in inputs.paths}
+    found = {path: result for path, result in in_order.items() if not isinstance(result, str)}
+    unreadable = [result for result in in_order.values() if isinstance(result, str)]
+    if found:
+        print(f"{len(found)} pictures predicted, {predictions.write(found)} written")
+    journal.remove()
     for line in unreadable:
         print(f"skipped: {line}", file=sys.stderr)
-    if not num_read:
-        tell(
-            ConfigError(f"input={options.input}: none of its pictures can be read ({len(paths)}); nothing was written")
-        )
+    if not found:
+        none = f"none of its pictures can be read ({len(unreadable)}); nothing was written"
+        tell(ConfigError(f"input={options.input}: {none}"))
     return unreadable
 
 
-def _find(root: Path, options: PredictOptions) -> tuple[list[Path], "Batches"]:
-    """The pictures of the input, or the frames of a video: their paths, and batches of them."""
-    from vpt.data import video
-    from vpt.data.images import EXTENSIONS, find_images
+def _earlier(inputs: "Inputs", predictions: "Predictions", journal: "Journal", size: int) -> "Results":
+    """What the journal keeps of batches that are done as a whole, of pictures that have not changed since.
 
-    if root.suffix.lower() in video.EXTENSIONS and not root.is_dir():
-        clip = video.Video(root, options.every or 1)
-        return clip.names, _frames(clip, options.batch_size)
+    A batch holds the same pictures whether the command was stopped or not, so that all numbers are the same to the last
+    digit.
+    """
+    known = {_name(inputs, path): path for path in inputs.paths}
+    found: dict[Path, Found] = {}
+    errors: dict[Path, str] = {}
+    for entry in journal.entries():
+        path = known.get(entry.name)
+        if path is None or inputs.stamp(path) != entry.stamp:
+            continue
+        if entry.error is not None:
+            errors[path] = entry.error
+        else:
+            found[path] = predictions.from_record(path, entry.found)
+    whole = predictions.resume(found)
+    kept: Results = {**{path: found[path] for path in whole}, **errors}
+    done = [chunk for chunk in _chunks(inputs, size) if kept.keys() >= set(chunk)]
+    results = {path: kept[path] for path in itertools.chain(*done)}
+    if results:
+        print(f"{len(results)} of {len(inputs.paths)} pictures were done already ({journal.path})")
+    return results
+
+
+def _predict(
+    inputs: "Inputs",
+    tasks: "OpenTasks",
+    predictions: "Predictions",
+    journal: "Journal",
+    done: "Results",
+    size: int,
+) -> "Results":
+    """What is found in the pictures that are not done yet; the journal gets each batch."""
+    from vpt.data.journal import Entry
+    from vpt.engine.console import Progress
+
+    def prepare(picture: "Image") -> "Prepared":
+        return tasks.prepare(picture, keeps_picture=predictions.keeps_pictures)
+
+    results: Results = {}
+    chunks = [chunk for chunk in _chunks(inputs, size) if not done.keys() >= set(chunk)]
+    stamps = {path: inputs.stamp(path) for chunk in chunks for path in chunk}
+    with Progress(len(chunks), "predict") as progress, closing(inputs.read(chunks, prepare)) as batches:
+        for chunk, batch in zip(chunks, batches, strict=True):
+            read = dict(zip(chunk, batch, strict=True))
+            errors = {path: one for path, one in read.items() if isinstance(one, str)}
+            good = {path: one for path, one in read.items() if not isinstance(one, str)}
+            found = dict(zip(good, predictions.predict([*good], [*good.values()]), strict=True)) if good else {}
+            records = {path: predictions.to_record(of_picture) for path, of_picture in found.items()}
+            journal.add(
+                [Entry(_name(inputs, path), stamps[path], records.get(path), errors.get(path)) for path in chunk]
+            )
+            results |= {**found, **errors}
+            progress.advance(len(good))
+    return results
+
+
+def _find(options: PredictOptions) -> "Inputs":
+    """The pictures of the input, or the frames of a video."""
+    from vpt.data.images import EXTENSIONS
+    from vpt.data.inputs import Frames, Pictures, is_video
+
+    path = Path(options.input).expanduser()
+    if is_video(path):
+        return Frames(path, options.every or 1)
     if options.every is not None:
         raise ConfigError(f"every={options.every} is for a video, and input={options.input} is none: leave it out")
-    paths = find_images(root)
-    if not paths:
+    pictures = Pictures(path)
+    if not pictures.paths:
         raise ConfigError(f"input={options.input}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
-    return paths, _batches(paths, options.batch_size)
+    return pictures
 
 
-def _frames(clip: "Video", size: int) -> "Batches":
-    """The frames of a video, batch by batch; none is unreadable."""
-    pairs = zip(clip.names, clip.frames(), strict=True)
-    while batch := list(itertools.islice(pairs, size)):
-        yield [path for path, _ in batch], [frame for _, frame in batch], []
+def _chunks(inputs: "Inputs", size: int) -> list[Sequence[Path]]:
+    return [inputs.paths[start : start + size] for start in range(0, len(inputs.paths), size)]
 
 
-def _batches(paths: Sequence[Path], size: int) -> "Batches":
-    """Readable pictures, and what is wrong with the others, batch by batch."""
-    from vpt.data.images import ImageError, read_image
+def _name(inputs: "Inputs", path: Path) -> str:
+    """What the journal calls a picture."""
+    return path.relative_to(inputs.root).as_posix()
 
-    def read(path: Path) -> "Image | str":
-        try:
-            return read_image(path)
-        except ImageError as error:
-            return str(error)
 
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        for start in range(0, len(paths), size):
-            chunk = paths[start : start + size]
-            read_or_error = list(zip(chunk, pool.map(read, chunk), strict=True))
-            good = [(path, picture) for path, picture in read_or_error if not isinstance(picture, str)]
-            errors = [picture for _, picture in read_or_error if isinstance(picture, str)]
-            yield [path for path, _ in good], [picture for _, picture in good], errors
+def _open(options: PredictOptions) -> "OpenTasks":
+    """The tasks that are asked for."""
+    from vpt.open_tasks import open_run, open_task_files
+
+    if options.task is not None and options.run is not None:
+        raise ConfigError(f"task={options.task} and run={options.run}: name task files or a run, not both")
+    if options.task is not None:
+        return open_task_files(options.task, checkpoint=options.checkpoint, device=options.device)
+    if options.run is not None:
+        return open_run(Path(options.run).expanduser(), checkpoint=options.checkpoint, device=options.device)
+    raise ConfigError("task is needed: type task=FILE, or run=FOLDER")
+
+
+def _journal_path(options: PredictOptions) -> Path:
+    """Beside the output."""
+    return Path(f"{Path(options.output).expanduser()}.partial")
+
+
+def _command(options: PredictOptions, tasks: "OpenTasks") -> dict[str, Any]:
+    """All that decides what is found, by the names that a person knows."""
+    from vpt import __version__
+
+    same = ("every", "top_k", "min_score", "max_overlap", "max_detections", "classes")
+    places = {"input": options.input, "pictures": options.pictures}
+    return {
+        "vpt": __version__,
+        **tasks.digests,
+        **{name: path and str(Path(path).expanduser().absolute()) for name, path in places.items()},
+        **{name: getattr(options, name) for name in same},
+    }
 
 
 if __name__ == "__main__":

@@ -2,180 +2,216 @@
 
 import csv
 import io
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
 
-from vpt.build import TrainedRun, choose_precision
 from vpt.command_line import check_file, check_folder
 from vpt.config import ConfigError, did_you_mean
-from vpt.data.box_files import FoundBoxes, file_names, to_coco, to_csv, to_yolo
-from vpt.data.transforms import EvalTransform, letterboxed_size
+from vpt.data.box_files import FoundBoxes, file_names, to_box_table, to_coco, to_yolo
+from vpt.data.class_files import Top, to_class_json, to_class_table
+from vpt.data.found_tables import check_table
 from vpt.engine.box_pictures import draw_boxes
-from vpt.engine.trainer import autocast
 from vpt.files import write_bytes
 from vpt.kinds.detection import to_original
-from vpt.models.classification import ClassificationModel
-from vpt.models.detection import DetectionModel, Selection
+from vpt.models.detection import Selection
+from vpt.open_tasks import OpenTasks, Prepared, run_model
 
 TOP_K = 5
 MIN_SCORE = 0.25  # what a person wants to see; metrics are computed from 0.05 up
-TABLES = (".csv", ".json")
+OUTPUTS = (".csv", ".json", ".parquet")
+
+Found = Mapping[str, Any]  # by task: Top or FoundBoxes
 
 
 class Predictions(Protocol):
-    """Takes pictures, remembers what a model says of them, and writes it."""
+    """Says what the tasks find in pictures, and writes it."""
 
-    def add(self, paths: Sequence[Path], pictures: Sequence[Image.Image]) -> None:
-        """Predict a batch of upright RGB pictures, and write what is written picture by picture."""
+    keeps_pictures: bool  # whether `predict` wants the pictures themselves
 
-    def write(self) -> str:
-        """Write the rest, and say where everything is."""
+    def predict(self, paths: Sequence[Path], batch: Sequence[Prepared]) -> list[Found]:
+        """What is found in each picture of a batch; what is written picture by picture is written."""
+
+    def resume(self, kept: Mapping[Path, Found]) -> set[Path]:
+        """Those of the pictures that were predicted earlier that need not be predicted again.
+
+        Raises:
+            ConfigError: Something that a person may have made is where the output should go.
+        """
+
+    def write(self, found: Mapping[Path, Found]) -> str:
+        """Write all that was found, and say where it is."""
+
+    def to_record(self, found: Found) -> dict[str, Any]:
+        """Plain JSON values of what was found in a picture, which lose nothing."""
+
+    def from_record(self, path: Path, record: Mapping[str, Any]) -> Found:
+        """What `to_record` gave for a picture."""
 
 
-def predictions_of(run: TrainedRun, options: Any, root: Path, paths: Sequence[Path]) -> Predictions:
-    """The predictions of a run's kind of task.
+def predictions_of(tasks: OpenTasks, options: Any, root: Path, paths: Sequence[Path]) -> Predictions:
+    """The predictions of tasks, by their kind.
 
     Args:
-        run: A finished run.
+        tasks: All of one kind.
         options: The options of `python -m vpt.predict`.
-        root: The picture or the folder that is predicted.
+        root: The folder of the pictures.
         paths: The pictures in it.
 
     Raises:
         ConfigError: An option is of another kind of task, or cannot be used.
     """
-    kind = BoxPredictions if isinstance(run.model, DetectionModel) else ClassPredictions
+    kind = BoxPredictions if tasks.kind == "detection" else ClassPredictions
     own = {*ClassPredictions.options, *BoxPredictions.options}
     for entry in fields(options):
         if entry.name in own - {*kind.options} and getattr(options, entry.name) is not None:
-            raise ConfigError(f"{entry.name}: is not for a task of {run.metadata.kind}, as run={options.run} is one")
-    return kind(run, options, root, paths)
+            raise ConfigError(f"{entry.name}: is not for a task of {tasks.kind}, as {tasks.origin} is one")
+    return kind(tasks, options, root, paths)
 
 
 class ClassPredictions:
-    """The most probable classes of each picture, as CSV or JSON."""
+    """The most probable classes of each picture, as CSV, parquet or JSON."""
 
     options: ClassVar[Sequence[str]] = ("top_k",)
+    keeps_pictures = False
 
-    def __init__(self, run: TrainedRun, options: Any, root: Path, paths: Sequence[Path]) -> None:
-        assert isinstance(run.model, ClassificationModel)
-        self.run, self.model = run, run.model
+    def __init__(self, tasks: OpenTasks, options: Any, root: Path, paths: Sequence[Path]) -> None:
+        self.tasks = tasks
         self.output = Path(options.output).expanduser()
-        check_file("output", self.output, TABLES)
-        _spare_pictures("output", self.output, [self.output], paths)
-        self.classes = self.model.classes or [str(index) for index in range(self.model.num_classes)]
-        self.top_k = min(options.top_k or TOP_K, len(self.classes))
-        self.rows: list[tuple[str, list[tuple[str, float]]]] = []  # path; classes and probabilities
+        _check_output(self.output, paths)
+        self.top_k = options.top_k or TOP_K
 
-    def add(self, paths: Sequence[Path], pictures: Sequence[Image.Image]) -> None:
-        """Predict a batch."""
-        probabilities = run_model(self.run, pictures).float().softmax(dim=1).cpu()
-        top = probabilities.topk(self.top_k, dim=1)
-        for path, indices, values in zip(paths, top.indices.tolist(), top.values.tolist(), strict=True):
-            names = [self.classes[index] for index in indices]
-            self.rows.append((str(path), list(zip(names, values, strict=True))))
+    def predict(self, paths: Sequence[Path], batch: Sequence[Prepared]) -> list[Found]:
+        """The most probable classes."""
+        found: list[dict[str, Top]] = [{} for _ in batch]
+        for task, logits in run_model(self.tasks, batch).items():
+            probabilities = logits.float().softmax(dim=1).cpu()
+            top = probabilities.topk(min(self.top_k, probabilities.shape[1]), dim=1)
+            for of_picture, labels, values in zip(found, top.indices.tolist(), top.values.tolist(), strict=True):
+                of_picture[task] = list(zip(labels, values, strict=True))
+        return [{task: of_picture[task] for task in self.tasks.metadata} for of_picture in found]
 
-    def write(self) -> str:
+    def resume(self, kept: Mapping[Path, Found]) -> set[Path]:
+        """All of them."""
+        return set(kept)
+
+    def write(self, found: Mapping[Path, Found]) -> str:
         """Write the file."""
-        text = self._as_csv() if self.output.suffix.lower() == ".csv" else self._as_json()
-        write_bytes(self.output, text.encode())
+        typed = {str(path): of_picture for path, of_picture in found.items()}
+        ending, classes = self.output.suffix.lower(), self.tasks.classes
+        is_json = ending == ".json"
+        write_bytes(self.output, to_class_json(typed, classes) if is_json else to_class_table(typed, classes, ending))
         return str(self.output)
 
-    def _as_csv(self) -> str:
-        """Columns path, class_1, probability_1, class_2, ..."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        ranks = range(1, self.top_k + 1)
-        writer.writerow(["path", *(f"{name}_{rank}" for rank in ranks for name in ("class", "probability"))])
-        for path, top in self.rows:
-            writer.writerow([path, *(cell for name, value in top for cell in (name, f"{value:.6f}"))])
-        return buffer.getvalue()
+    def to_record(self, found: Found) -> dict[str, Any]:
+        """Labels and probabilities."""
+        return dict(found)
 
-    def _as_json(self) -> str:
-        """A list of {"path": ..., "predictions": [{"class": ..., "probability": ...}, ...]}."""
-        rows = [
-            {"path": path, "predictions": [{"class": name, "probability": value} for name, value in top]}
-            for path, top in self.rows
-        ]
-        return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    def from_record(self, path: Path, record: Mapping[str, Any]) -> Found:
+        """Labels and probabilities."""
+        return {task: [(label, value) for label, value in top] for task, top in record.items()}
 
 
 class BoxPredictions:
-    """The boxes in each picture, as CSV, COCO results JSON or YOLO text files, and drawn on the pictures.
+    """The boxes in each picture, as CSV, parquet, COCO results JSON or YOLO text files, and drawn on the pictures.
 
-    Drawn pictures and YOLO text files are written picture by picture, the others at the end.
+    Drawn pictures are written picture by picture, all else at the end.
     """
 
     options: ClassVar[Sequence[str]] = ("pictures", "min_score", "max_overlap", "max_detections", "classes")
 
-    def __init__(self, run: TrainedRun, options: Any, root: Path, paths: Sequence[Path]) -> None:
-        assert isinstance(run.model, DetectionModel)
-        self.run, self.model = run, run.model
-        self.root = root if root.is_dir() else root.parent
-        self.classes = self.model.classes or [str(index) for index in range(self.model.num_classes)]
-        given = {"min_score": options.min_score, "max_overlap": options.max_overlap}
-        given |= {"max_detections": options.max_detections, "labels": self._labels(options.classes)}
-        self.model.selection = Selection(
-            **{"min_score": MIN_SCORE, **{key: value for key, value in given.items() if value is not None}}
-        )
+    def __init__(self, tasks: OpenTasks, options: Any, root: Path, paths: Sequence[Path]) -> None:
+        self.tasks, self.root = tasks, root
+        self._select(options)
         self.output = Path(options.output).expanduser()
         self.pictures = None if options.pictures is None else Path(options.pictures).expanduser()
+        self._check_single(options)
         self.drawings = {} if self.pictures is None else self._files("pictures", self.pictures, ".jpg", paths)
         self.texts = self._texts(paths)
-        self.found: list[FoundBoxes] = []
+        self.keeps_pictures = self.pictures is not None
 
-    def add(self, paths: Sequence[Path], pictures: Sequence[Image.Image]) -> None:
-        """Detect on a batch."""
-        preprocessing = self.run.preprocessing
-        sizes = [(picture.height, picture.width) for picture in pictures]
-        inner = [letterboxed_size(size, preprocessing) for size in sizes]
-        detections = run_model(self.run, pictures, sizes=inner)
-        for path, picture, size, in_input in zip(paths, pictures, sizes, detections, strict=True):
-            detection = to_original(in_input, size, preprocessing)
-            boxes, scores, labels = (detection[key] for key in ("boxes", "scores", "labels"))
-            name = path.relative_to(self.root).as_posix()
-            found = FoundBoxes(name, size, None, boxes.numpy(), scores.float().numpy(), labels.numpy())
-            if path in self.drawings:
-                write_bytes(self.drawings[path], self._draw(picture, found))
-            if path in self.texts:
-                write_bytes(self.texts[path], to_yolo(found).encode())
-            else:
-                self.found.append(found)
+    def predict(self, paths: Sequence[Path], batch: Sequence[Prepared]) -> list[Found]:
+        """Detect, and draw what is found."""
+        detections = run_model(self.tasks, batch)
+        found: list[Found] = [
+            {task: self._in_picture(path, prepared, task, detections[task][index]) for task in self.tasks.metadata}
+            for index, (path, prepared) in enumerate(zip(paths, batch, strict=True))
+        ]
+        for path, prepared, of_picture in zip(paths, batch, found, strict=True):
+            if path in self.drawings and prepared.picture is not None:
+                write_bytes(self.drawings[path], self._draw(prepared.picture, of_picture))
+        return found
 
-    def write(self) -> str:
-        """Write the file of all pictures, if there is one."""
-        if self.output.suffix.lower() == ".csv":
-            typed = [replace(found, path=str(self.root / found.path)) for found in self.found]
-            write_bytes(self.output, to_csv(typed, self.classes).encode())
-        elif self.output.suffix.lower() == ".json":
-            ids = self.model.category_ids or range(1, len(self.classes) + 1)
-            write_bytes(self.output, to_coco(self.found, ids, self.classes).encode())
+    def resume(self, kept: Mapping[Path, Found]) -> set[Path]:
+        """Those that are drawn, if they are to be; a YOLO text file must be what would be written anyway."""
+        for path, text in self.texts.items():
+            if text.exists() and not (path in kept and text.read_bytes() == self._text(kept[path])):
+                raise ConfigError(f"output={self.output}: {text} is there already; name a new folder")
+        return {path for path in kept if path not in self.drawings or self.drawings[path].exists()}
+
+    def write(self, found: Mapping[Path, Found]) -> str:
+        """Write the file of all pictures, or a text file for each."""
+        ending = self.output.suffix.lower()
+        if self.texts:
+            for path, of_picture in found.items():
+                write_bytes(self.texts[path], self._text(of_picture))
+        elif ending == ".json":
+            (task,) = self.tasks.metadata
+            ids = self.tasks.metadata[task].category_ids or range(1, len(self.tasks.classes[task]) + 1)
+            boxes = [of_picture[task] for of_picture in found.values()]
+            write_bytes(self.output, to_coco(boxes, ids, self.tasks.classes[task]).encode())
+        else:
+            typed = {str(path): of_picture for path, of_picture in found.items()}
+            write_bytes(self.output, to_box_table(typed, self.tasks.classes, ending))
         return f"{self.output} and {self.pictures}" if self.pictures is not None else str(self.output)
+
+    def to_record(self, found: Found) -> dict[str, Any]:
+        """Boxes, scores and labels."""
+        return {task: boxes.to_record() for task, boxes in found.items()}
+
+    def from_record(self, path: Path, record: Mapping[str, Any]) -> Found:
+        """Boxes, scores and labels."""
+        name = path.relative_to(self.root).as_posix()
+        return {task: FoundBoxes.from_record(name, boxes) for task, boxes in record.items()}
+
+    def _select(self, options: Any) -> None:
+        """Tell each task which boxes are wanted."""
+        if options.classes is not None and len(self.tasks.metadata) > 1:
+            raise ConfigError(f"classes={options.classes}: is for one task, and {self.tasks.origin} names several")
+        given = {name: getattr(options, name) for name in ("min_score", "max_overlap", "max_detections")}
+        chosen = {"min_score": MIN_SCORE, **{name: value for name, value in given.items() if value is not None}}
+        for task, classes in self.tasks.classes.items():
+            self.tasks.select(task, Selection(**chosen, labels=_labels(options.classes, classes)))
+
+    def _check_single(self, options: Any) -> None:
+        """Refuse several tasks where one only can be told."""
+        if len(self.tasks.metadata) > 1 and (self.pictures or self.output.suffix.lower() not in (".csv", ".parquet")):
+            option = f"output={options.output}" if self.pictures is None else f"pictures={options.pictures}"
+            raise ConfigError(f"{option}: is for one task; several tasks of boxes go to a .csv or .parquet file only")
+
+    def _in_picture(self, path: Path, prepared: Prepared, task: str, detection: Mapping[str, Any]) -> FoundBoxes:
+        """A detection, in pixels of the picture."""
+        there = to_original(dict(detection), prepared.size, self.tasks.preprocessings[task])
+        boxes, scores, labels = (there[key] for key in ("boxes", "scores", "labels"))
+        name = path.relative_to(self.root).as_posix()
+        return FoundBoxes(name, prepared.size, None, boxes.numpy(), scores.float().numpy(), labels.numpy())
 
     def _texts(self, paths: Sequence[Path]) -> dict[Path, Path]:
         """The YOLO text file of each picture; none if the output is one file for all."""
         suffix = self.output.suffix.lower()
-        if suffix in TABLES:
-            check_file("output", self.output, TABLES)
-            _spare_pictures("output", self.output, [self.output], paths)
+        if suffix in OUTPUTS:
+            _check_output(self.output, paths)
             return {}
         if suffix:
             raise ConfigError(
-                f"output={self.output}: must end in .csv or .json, or be a folder for YOLO text files, "
+                f"output={self.output}: must end in {' or '.join(OUTPUTS)}, or be a folder for YOLO text files, "
                 "with no dot in its name"
             )
-        texts = self._files("output", self.output, ".txt", paths)
-        for text in texts.values():
-            if text.exists():  # it may be what a person drew
-                raise ConfigError(f"output={self.output}: {text} is there already; name a new folder")
-        return texts
+        return self._files("output", self.output, ".txt", paths)
 
     def _files(self, option: str, folder: Path, ending: str, paths: Sequence[Path]) -> dict[Path, Path]:
         """A file for each picture, in the folder of an option that can be written to."""
@@ -190,34 +226,44 @@ class BoxPredictions:
         _spare_pictures(option, folder, files.values(), paths)
         return files
 
-    def _draw(self, picture: Image.Image, found: FoundBoxes) -> bytes:
+    def _text(self, found: Found) -> bytes:
+        """The YOLO text file of a picture."""
+        (boxes,) = found.values()
+        return to_yolo(boxes).encode()
+
+    def _draw(self, picture: Image.Image, found: Found) -> bytes:
         """The picture with its boxes, as JPEG."""
-        drawn = draw_boxes(np.asarray(picture), found.boxes, found.labels, self.classes, scores=found.scores)
+        ((task, boxes),) = found.items()
+        classes = self.tasks.classes[task]
+        drawn = draw_boxes(np.asarray(picture), boxes.boxes, boxes.labels, classes, scores=boxes.scores)
         buffer = io.BytesIO()
         Image.fromarray(drawn).save(buffer, "JPEG", quality=92)
         return buffer.getvalue()
 
-    def _labels(self, text: str | None) -> tuple[int, ...] | None:
-        """Labels of the classes that are asked for by name, as in a line of CSV."""
-        if text is None:
-            return None
-        names = [name.strip() for row in csv.reader([text], skipinitialspace=True) for name in row if name.strip()]
-        if not names:
-            raise ConfigError(f"classes={text}: names no class; valid: {', '.join(self.classes)}")
-        hints = [f"; a name with a comma needs quotes: classes='\"{name}\"'" for name in self.classes if "," in name]
-        for name in names:
-            if name not in self.classes:
-                hint = f"{did_you_mean(name, list(self.classes))}{''.join(hints[:1])}"
-                raise ConfigError(f"classes={text}: no class {name}{hint}")
-        return tuple(sorted({self.classes.index(name) for name in names}))
+
+def _labels(text: str | None, classes: Sequence[str]) -> tuple[int, ...] | None:
+    """Labels of the classes that are asked for by name, as in a line of CSV."""
+    if text is None:
+        return None
+    names = [name.strip() for row in csv.reader([text], skipinitialspace=True) for name in row if name.strip()]
+    if not names:
+        raise ConfigError(f"classes={text}: names no class; valid: {', '.join(classes)}")
+    hints = [f"; a name with a comma needs quotes: classes='\"{name}\"'" for name in classes if "," in name]
+    for name in names:
+        if name not in classes:
+            hint = f"{did_you_mean(name, list(classes))}{''.join(hints[:1])}"
+            raise ConfigError(f"classes={text}: no class {name}{hint}")
+    return tuple(sorted({classes.index(name) for name in names}))
 
 
-def run_model(run: TrainedRun, pictures: Sequence[Image.Image], **options: Any) -> Any:
-    """What the model of a run gives for pictures, in the precision of the run; options are the model's."""
-    transform, device = EvalTransform(run.preprocessing), next(run.model.parameters()).device
-    images = torch.stack([transform(picture) for picture in pictures])
-    with torch.inference_mode(), autocast(device, choose_precision(run.config, device)):
-        return run.model(images.to(device), **options)
+def _check_output(output: Path, paths: Sequence[Path]) -> None:
+    """Make sure, before the work, that the file of all pictures can be written, and is none of them."""
+    check_file("output", output, OUTPUTS)
+    try:
+        check_table(output.suffix.lower())
+    except ValueError as error:
+        raise ConfigError(f"output={output}: {error}") from error
+    _spare_pictures("output", output, [output], paths)
 
 
 def _spare_pictures(option: str, value: Path, files: Iterable[Path], paths: Sequence[Path]) -> None:

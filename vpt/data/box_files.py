@@ -1,23 +1,25 @@
-"""Files of boxes that were found: CSV, COCO results JSON, YOLO text files.
+"""Files of boxes that were found: tables (CSV, parquet), COCO results JSON, YOLO text files.
 
-A writer returns text, and leaves the file to its caller. Boxes are in pixels of the upright original picture, rounded
-to 0.001; a score keeps all of its digits, so that metrics of the file are metrics of the model.
+A writer returns text or bytes, and leaves the file to its caller. Boxes are in pixels of the upright original picture,
+rounded to 0.001; a score keeps all of its digits, so that metrics of the file are metrics of the model.
 
 Shapes: H, W pixels, n boxes of a picture, K classes.
 """
 
-import csv
-import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vpt.data.boxes import Size
+from vpt.data.found_tables import to_table
+
+NUMBERS = ("score", "x1", "y1", "x2", "y2")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,22 +54,60 @@ class FoundBoxes:
             for label, score, box in zip(self.labels, self.scores, self.boxes, strict=True)
         ]
 
+    def to_record(self) -> dict[str, Any]:
+        """Plain JSON values but the path, of which `from_record` makes the same arrays, bit by bit."""
+        return {
+            "size": list(self.size),
+            "image_id": self.image_id,
+            "boxes": [[_shortest(corner) for corner in box] for box in self.boxes],
+            "scores": [_shortest(score) for score in self.scores],
+            "labels": self.labels.tolist(),
+        }
 
-def to_csv(found: Sequence[FoundBoxes], classes: Sequence[str]) -> str:
-    """A line for each box: path, class, score, x1, y1, x2, y2; none for a picture without boxes.
+    @classmethod
+    def from_record(cls, path: str, record: Mapping[str, Any]) -> "FoundBoxes":
+        """What `to_record` wrote of a picture."""
+        height, width = record["size"]
+        return cls(
+            path,
+            (height, width),
+            record["image_id"],
+            np.array(record["boxes"], np.float32).reshape(-1, 4),
+            np.array(record["scores"], np.float32),
+            np.array(record["labels"], np.int64),
+        )
+
+
+def to_box_table(
+    found: Mapping[str, Mapping[str, FoundBoxes]], classes: Mapping[str, Sequence[str]], ending: str
+) -> bytes:
+    """A table with a row for each box: path, class, score, x1, y1, x2, y2; none for a picture without boxes.
+
+    With several tasks path is followed by task.
+
+    Args:
+        found: By path, then by task.
+        classes: By task, the names of its classes.
+        ending: ".csv" or ".parquet".
 
     Example:
         >>> box, score, label = np.float32([[1, 2, 30, 40]]), np.float32([0.9]), np.int64([0])
-        >>> print(to_csv([FoundBoxes("a.jpg", (50, 60), None, box, score, label)], classes=["pear"]), end="")
+        >>> found = {"a.jpg": {"fruit": FoundBoxes("a.jpg", (50, 60), None, box, score, label)}}
+        >>> print(to_box_table(found, {"fruit": ["pear"]}, ".csv").decode(), end="")
         path,class,score,x1,y1,x2,y2
         a.jpg,pear,0.9,1.0,2.0,30.0,40.0
     """
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["path", "class", "score", "x1", "y1", "x2", "y2"])
-    for picture in found:
-        writer.writerows([picture.path, classes[label], score, *box] for label, score, box in picture.rows())
-    return buffer.getvalue()
+    is_one = len(classes) == 1
+    columns: dict[str, type] = {"path": str, **({} if is_one else {"task": str}), "class": str}
+    columns |= dict.fromkeys(NUMBERS, float)
+
+    def rows() -> Iterator[list[Any]]:
+        for path, of_tasks in found.items():
+            for task, picture in of_tasks.items():
+                for label, score, box in picture.rows():
+                    yield [path, *([] if is_one else [task]), classes[task][label], score, *box]
+
+    return to_table(columns, rows(), ending)
 
 
 def to_coco(found: Sequence[FoundBoxes], category_ids: Sequence[int], classes: Sequence[str]) -> str:

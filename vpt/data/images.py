@@ -79,18 +79,57 @@ def read_header(path: str | Path) -> tuple[tuple[int, int], tuple[int, int], int
 def find_images(path: str | Path) -> list[Path]:
     """The pictures below a folder, sorted; dot files and dot folders are none. A file is itself.
 
-    Links to folders are followed, but no folder is read twice.
+    Links to folders are followed, but no folder is read twice. A name that is not there may be a pattern, as
+    `photos/**/*.jpg`: then these are the pictures that match it, and those below folders that do; `**` is any number
+    of folders, but no links to them.
 
     Raises:
-        FileNotFoundError: There is neither a file nor a folder of this name.
+        FileNotFoundError: There is neither a file nor a folder of this name, or no picture that matches it.
+        ValueError: It is no possible pattern.
     """
     path = Path(path)
     if path.is_file():
         return [path]
-    if not path.is_dir():
+    if path.is_dir():
+        return _walk(path)
+    folder, pattern = split_pattern(path)
+    if not pattern:
         raise FileNotFoundError(f"{path}: no such file or folder")
+    try:
+        matches = list(folder.glob(pattern))
+    except ValueError as error:  # "**.jpg"
+        raise ValueError(f"{path}: {error}") from error
+    found: set[Path] = set()
+    for match in matches:
+        if not any(part.startswith(".") for part in match.relative_to(folder).parts):
+            found.update(_walk(match) if match.is_dir() else [match] if match.suffix.lower() in EXTENSIONS else [])
+    if not found:
+        raise FileNotFoundError(f"{path}: matches no picture ({', '.join(sorted(EXTENSIONS))})")
+    return sorted(found)
+
+
+def split_pattern(path: Path) -> tuple[Path, str]:
+    """The folder that a pattern starts from, and the rest; "" if the path is no pattern.
+
+    Names that are there stand for themselves, whatever they look like.
+
+    Example:
+        >>> split_pattern(Path("photos/20*/**/*.jpg"))
+        (PosixPath('photos'), '20*/**/*.jpg')
+    """
+    folder = Path(path.anchor)
+    parts = path.parts[1:] if path.anchor else path.parts
+    for index, part in enumerate(parts):
+        if any(character in part for character in "*?[") and not (folder / part).exists():
+            return folder, str(Path(*parts[index:]))
+        folder = folder / part
+    return folder, ""
+
+
+def _walk(folder: Path) -> list[Path]:
+    """The pictures below a folder, sorted."""
     found, visited = [], set()
-    for parent, folders, files in os.walk(path, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         if real in visited:
             folders.clear()

@@ -1,0 +1,62 @@
+"""Tables of what was found, as the bytes of a CSV or a parquet file."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Columns = Mapping[str, type]  # name -> str or float
+ENDINGS = (".csv", ".parquet")
+INSTALL = 'uv pip install -p .venv -e ".[parquet]" -c constraints.txt'
+
+
+def check_table(ending: str) -> None:
+    """Make sure, before the work, that a table of this ending can be written.
+
+    Raises:
+        ValueError: It is ".parquet", and pyarrow is not installed.
+    """
+    if ending == ".parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401  # is it there?
+        except ImportError as error:
+            raise ValueError(f"{ending} needs pyarrow, which is not installed; type: {INSTALL}") from error
+
+
+def to_table(columns: Columns, rows: Iterable[Sequence[Any]], ending: str, digits: int | None = None) -> bytes:
+    """A file with a row for each of `rows`, whose values are in the order of the columns; None is an empty cell.
+
+    Args:
+        columns: Name and type of each.
+        rows: Their values.
+        ending: ".csv" or ".parquet".
+        digits: In CSV numbers have so many digits behind the point; None writes all that they have.
+
+    Example:
+        >>> print(to_table({"path": str, "score": float}, [["a.jpg", 0.75]], ".csv").decode(), end="")
+        path,score
+        a.jpg,0.75
+    """
+    if ending == ".parquet":
+        return _to_parquet(columns, rows)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow(
+            [f"{cell:.{digits}f}" if digits is not None and isinstance(cell, float) else cell for cell in row]
+        )
+    return buffer.getvalue().encode()
+
+
+def _to_parquet(columns: Columns, rows: Iterable[Sequence[Any]]) -> bytes:
+    import pyarrow
+    from pyarrow import parquet
+
+    types = {str: pyarrow.string(), float: pyarrow.float64()}
+    schema = pyarrow.schema([(name, types[type_]) for name, type_ in columns.items()])
+    table = pyarrow.table(list(map(list, zip(*rows, strict=True))) or [[] for _ in columns], schema=schema)
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(table, sink)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
