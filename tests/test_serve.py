@@ -1,0 +1,170 @@
+"""The command: what it refuses before it loads anything, and a real process that ends in good order."""
+
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+import vpt
+import vpt.serve
+from tests.test_app import picture
+from tests.test_cli import ROOT, call
+from vpt.command_line import parse_options
+from vpt.config import ConfigError
+from vpt.serve import USAGE, ServeOptions, serve
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two task files on the backbone of the package."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for seed, name in enumerate(("colours", "shapes")):
+        torch.manual_seed(seed)
+        model = vpt.create_model("vit_nano_patch8_64", prompt="deep", num_tokens=2, num_classes=2, classes=["a", "b"])
+        vpt.save_task(model, folder / f"{name}.safetensors")
+    return folder
+
+
+def options(*arguments):
+    return parse_options(ServeOptions, [str(argument) for argument in arguments], USAGE)
+
+
+def refused(*arguments):
+    """The one line of a command that never gets to load a model."""
+    with pytest.raises((ConfigError, ValueError)) as caught:
+        serve(options(*arguments))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_option_that_is_wrong_is_one_line(tmp_path):
+    for arguments, message in [
+        ([], "error: tasks is needed: type tasks=...\n"),
+        (["tasks=a", "port=99999"], "error: port=99999 is out of range: it must be at least 0 and at most 65535\n"),
+        (["tasks=nowhere"], "error: tasks=nowhere: there is no file or folder nowhere\n"),
+    ]:
+        done = call(*arguments, cwd=tmp_path, module="vpt.serve")
+        assert (done.returncode, done.stderr, done.stdout) == (2, message, "")
+
+
+def test_help_names_every_option_and_loads_nothing_heavy(tmp_path):
+    done = call("--help", cwd=tmp_path, module="vpt.serve")
+    assert done.returncode == 0
+    assert all(f"{name}=" in done.stdout for name in ServeOptions.__dataclass_fields__)
+    code = "import sys, vpt.serve; print(sorted({'torch', 'timm', 'fastapi', 'uvicorn'} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert loaded.stdout == "[]\n"
+
+
+def test_tasks_must_be_task_files_with_names_of_their_own(folder, tmp_path):
+    assert "holds no task file" in refused(f"tasks={tmp_path}")
+    assert "must be true or false" in refused(f"tasks={folder}", "uploads=yes")
+    file = folder / "colours.safetensors"
+    assert "needs a folder" in refused(f"tasks={file}", "uploads=true")
+    assert "would both be called colours" in refused(f"tasks={file},{file}")
+    assert "there is no file or folder" in refused(f"tasks={file},nowhere.safetensors")
+
+
+def test_a_file_of_a_run_is_called_by_its_folder(folder, tmp_path):
+    for name in ("pets", "flowers"):
+        (tmp_path / name).mkdir()
+        shutil.copy(folder / "colours.safetensors", tmp_path / name / "task.safetensors")
+    text = f"{tmp_path}/pets/task.safetensors,{tmp_path}/flowers/task.safetensors,{folder}/shapes.safetensors"
+    paths, place = vpt.serve._find_tasks(options(f"tasks={text}"))
+    assert (list(paths), place) == (["pets", "flowers", "shapes"], None)
+
+
+def test_uploads_go_to_the_folder_and_hidden_files_are_no_tasks(folder):
+    (folder / ".hidden.safetensors").write_bytes(b"half")
+    try:
+        paths, place = vpt.serve._find_tasks(options(f"tasks={folder}", "uploads=true"))
+    finally:
+        (folder / ".hidden.safetensors").unlink()
+    assert (list(paths), place) == (["colours", "shapes"], folder)
+
+
+def test_a_port_that_is_taken_is_noticed_before_anything_is_loaded(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vpt.build", None)  # loading would fail
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port={port}: Address already in use; choose another" in refused(f"tasks={folder}", f"port={port}")
+    assert "host=no.such.host.invalid" in refused(f"tasks={folder}", "host=no.such.host.invalid")
+
+
+def test_a_web_framework_that_is_missing_is_named_with_what_to_type(folder, monkeypatch):
+    monkeypatch.setattr(vpt.serve.importlib.util, "find_spec", lambda name: None if name == "uvicorn" else name)
+    assert refused(f"tasks={folder}") == f"uvicorn is not installed: type {vpt.serve.INSTALL}"
+
+
+def test_a_file_that_is_damaged_or_of_another_backbone_ends_the_start(folder, tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes((folder / "colours.safetensors").read_bytes()[:-1])
+    assert "bad.safetensors" in refused(f"tasks={tmp_path}", "port=0")
+
+
+def test_the_greeting_warns_only_of_a_host_that_others_can_reach():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        (line,) = vpt.serve._greeting(options("tasks=a"), listener, ("x", "y"))
+        assert line == f"2 tasks (x, y) at http://127.0.0.1:{port}; Ctrl-C ends"
+        _, warning = vpt.serve._greeting(options("tasks=a", "host=0.0.0.0"), listener, ("x",))
+        assert warning == "host=0.0.0.0: anybody who can reach this machine can use it; there is no password"
+        _, warning = vpt.serve._greeting(options("tasks=a", "host=::", "uploads=true"), listener, ("x",))
+        assert "change its tasks" in warning
+        assert options("tasks=a").host == "127.0.0.1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_is_told_to_end_answers_what_it_accepted_and_exits_with_0(folder, tmp_path, number):
+    command = [sys.executable, "-m", "vpt.serve", f"tasks={folder}", "port=0", "max_wait_ms=3000", "device=cpu"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        where = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
+        with ThreadPoolExecutor(6) as pool:
+            send = {"files": {"pictures": picture()}, "timeout": 60}
+            asked = [
+                pool.submit(httpx.post, f"{where}/predict?task={name}", **send) for name in 3 * ["colours", "shapes"]
+            ]
+            while httpx.get(f"{where}/health").json()["waiting"] < 6:
+                time.sleep(0.02)
+            process.send_signal(number)  # all six wait for others to share their batch
+            answers = [future.result() for future in asked]
+        out, error = process.communicate(timeout=60)
+    assert [answer.status_code for answer in answers] == [200] * 6
+    assert (process.returncode, error) == (0, "")
+    assert out == "ended; everything that was accepted is answered\n"
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{where}/health")
+    assert list(Path(tmp_path).iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_is_told_to_end_while_it_loads_ends_at_once_and_quietly(folder, tmp_path, number):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vpt.serve", f"tasks={folder}", f"port={port}"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None:  # it has its port before it loads anything
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except OSError:
+                time.sleep(0.01)
+        process.send_signal(number)
+        out, error = process.communicate(timeout=20)
+    assert (process.returncode, out, error) == (-number, "", "")
