@@ -12,6 +12,8 @@ from PIL import Image
 from vpt.config import compose_config, to_config
 from vpt.train import run
 
+torch.set_num_threads(1)  # tests run in a process for each core
+
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
 TINY_VITS = {
     "cls": ("vit_tiny_patch16_224", {}),
