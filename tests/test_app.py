@@ -121,7 +121,7 @@ class FakeBank:
         preprocessing |= {"crop_pct": 1.0, "crop_mode": "center"}
         metadata = TaskMetadata("fake", "0" * 64, None, num_classes, None, preprocessing)
         self.held = dict.fromkeys(names or ("a", "b"), metadata)
-        self.batches, self.error = [], None
+        self.batches, self.error, self.failing = [], None, None
         self.began, self.may_go_on = threading.Event(), threading.Event()
         self.may_go_on.set()
 
@@ -144,8 +144,8 @@ class FakeBank:
         self.batches.append(list(names))
         self.began.set()
         assert self.may_go_on.wait(SLOW)
-        if self.error is not None:
-            raise self.error
+        if self.error is not None or self.failing in names:
+            raise self.error or RuntimeError("this task fails")
         return [torch.tensor([2.0, 0.0]) if name == "a" else torch.tensor([0.0, 2.0]) for name in names]
 
     def hold(self):
@@ -506,6 +506,16 @@ def test_a_model_that_fails_fails_one_batch_and_the_server_lives(caplog):
         assert ask(client, "a", picture()).status_code == 200
         assert client.get("/health").json()["failed_batches"] == 1
     assert "a batch of a failed" in caplog.text
+
+
+def test_a_task_that_fails_does_not_take_the_others_of_its_batch_with_it(caplog):
+    bank = FakeBank()
+    bank.failing = "b"
+    with served(bank, max_wait_ms=2000, max_batch=2) as client, ThreadPoolExecutor() as pool:
+        answers = {task: pool.submit(ask, client, task, picture()) for task in ("a", "b")}
+        assert answers["a"].result().status_code == 200
+        assert detail(answers["b"].result(), 500) == "the model could not run this batch (this task fails)"
+    assert sorted(bank.batches[0]) == ["a", "b"]
 
 
 def test_numbers_that_are_none_are_an_error_and_no_json(files, tmp_path):

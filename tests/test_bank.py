@@ -156,6 +156,16 @@ def test_a_backbone_that_is_not_understood_serves_its_tasks_one_by_one(tmp_path)
         assert_close(result, models[name](images))
 
 
+def test_a_task_that_was_loaded_while_a_block_had_a_hook_is_right_when_the_hook_is_gone(tmp_path):
+    models, bank = make_tasks(tmp_path, names=["deep"]), vpt.TaskBank(make_tiny_vit())
+    hook = bank.vit.blocks[1].attn.register_forward_hook(lambda *_: None)
+    bank.load(tmp_path / "deep.safetensors")
+    hook.remove()
+    images = make_images(2)
+    assert_close(bank(images, "deep"), models["deep"](images))
+    assert_close(bank.every(images, "deep")["deep"], models["deep"](images))
+
+
 def test_a_mixed_batch_calls_the_patch_embedding_once(tmp_path):
     make_tasks(tmp_path, names=CLASSES)
     bank = make_bank(tmp_path, names=[name for name in CLASSES if name != "biases"])

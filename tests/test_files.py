@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 
 from vpt.files import read_tensors, write_bytes, write_json, write_tensors
 
@@ -62,8 +63,6 @@ def test_truncated_foreign_and_missing_files_are_refused_by_name(tmp_path):
 
 
 def test_a_safetensors_file_of_another_program_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
     save_file(TENSORS, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not one of vpt"):
         read_tensors(tmp_path / "other.safetensors")
@@ -94,13 +93,27 @@ def test_a_bit_flipped_in_the_metadata_is_noticed(tmp_path):
         read_tensors(path)
 
 
+def test_metadata_that_the_seal_does_not_cover_is_refused(tmp_path):
+    path = tmp_path / "task.safetensors"
+    write_tensors(path, TENSORS, {})
+    with safe_open(path, framework="pt") as file:
+        texts = file.metadata()
+    path.write_bytes(save(load_file(path), {**texts, "more": "text"}))
+    with pytest.raises(ValueError, match="has metadata beside 'vpt'"):
+        read_tensors(path)
+
+
 def test_the_same_content_is_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         write_tensors(tmp_path / name, TENSORS, {"classes": ["cat", "dog"]})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": 1, "a": 2}', "[1]", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    ['{"a": NaN}', '{"a": 1, "a": 2}', "[1]", "[" * 100_000, '{"a": "\\ud800"}', f'{{"a": {10**400}}}'],
+    ids=["nan", "twice", "list", "deep", "half a character", "long number"],
+)
 def test_metadata_that_is_no_plain_object_of_json_is_refused(tmp_path, text):
     path = tmp_path / "task.safetensors"
     path.write_bytes(save(TENSORS, {"vpt": text}))

@@ -214,13 +214,33 @@ def test_a_pattern_chooses_pictures_and_names_start_from_its_folder(tasks, album
         (("deep", "late"), {"min_score": 0.5}, "min_score: is not for a task of classification, as task=.* is one"),
         (("gone",), {}, r"task=\S+/gone\.safetensors: no such file"),
         (("deep", "deep"), {}, r"are both called deep; copy one of them to a file of another name"),
+        (("deep",), {"given": "album/bad\udcff.png"}, "is not UTF-8; rename that picture"),
     ],
 )
 def test_tasks_that_do_not_go_together_are_refused_before_the_work(tasks, album, monkeypatch, names, more, message):
     monkeypatch.setattr(vpt.predictions, "run_model", None)
+    if "given" in more:
+        shutil.copy("album/00.png", more["given"])
     with pytest.raises(ConfigError, match=message):
         predict(files(tasks, *names), **{"output": "f.csv", **more})
     assert [path.name for path in Path().iterdir()] == ["album"]
+
+
+def test_the_tasks_of_two_runs_are_called_as_the_runs(tasks, album):
+    for name in ("deep", "late"):
+        Path("runs", name).mkdir(parents=True)
+        shutil.copy(tasks / f"{name}.safetensors", Path("runs", name, "task.safetensors"))
+    predict("runs/deep/task.safetensors,runs/late/task.safetensors", "found.csv")
+    assert {row["task"] for row in rows_of("found.csv")} == {"deep", "late"}
+
+
+def test_a_task_whose_numbers_are_none_is_refused_and_nothing_is_written(tasks, album, tmp_path):
+    model = vpt.load_task(tasks / "deep.safetensors", NANO)
+    torch.nn.init.constant_(model.head.bias, float("nan"))
+    path = vpt.save_task(model, tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="task none gives logits that are not finite numbers; train it again"):
+        predict(str(path), "found.csv")
+    assert not Path("found.csv").exists()
 
 
 def test_a_task_is_a_file_or_a_run_and_one_of_them_is_needed(tasks, album):

@@ -120,6 +120,8 @@ def read_tensors(path: Path, max_bytes: float = MAX_BYTES) -> tuple[dict[str, Te
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
     if "vpt" not in texts:
         raise ValueError(f"{path}: a safetensors file, but not one of vpt (no 'vpt' metadata)")
+    if len(texts) > 1:
+        raise ValueError(f"{path}: has metadata beside 'vpt', which no file of vpt has; get a fresh copy")
     odd = sorted(name for name, tensor in tensors.items() if tensor.dtype not in DTYPES)
     if odd:
         raise ValueError(f"{path}: {odd[0]} is {tensors[odd[0]].dtype}, which no file of vpt has")
@@ -143,7 +145,10 @@ def sha256_of(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 def _parse_metadata(path: Path, described: str) -> dict[str, Any]:
     try:
-        metadata = json.loads(described, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+        metadata = json.loads(
+            described, object_pairs_hook=_distinct, parse_constant=_refuse_constant, parse_int=_whole_number
+        )
+        json.dumps(metadata, ensure_ascii=False).encode()  # fails on halves of characters, which JSON can escape
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its 'vpt' metadata is not JSON") from error
     if not isinstance(metadata, dict):
@@ -157,6 +162,12 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         raise ValueError("a key stands twice")
     return values
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 20:  # more than 64 bits have, and what no float may hold
+        raise ValueError("a number is too long")
+    return int(digits)
 
 
 def _refuse_constant(name: str) -> NoReturn:

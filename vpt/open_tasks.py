@@ -161,7 +161,7 @@ def open_task_files(text: str, *, checkpoint: str | None, device: str) -> OpenTa
 
 
 def _name_files(text: str) -> dict[str, Path]:
-    """Files by their names without the ending."""
+    """Files by their names without the ending; of several, a run's `task.safetensors` by the run."""
     is_one = Path(text).expanduser().is_file()
     words = [word for word in ([text] if is_one else text.split(",")) if word.strip()]
     if not words:
@@ -173,12 +173,13 @@ def _name_files(text: str) -> dict[str, Path]:
             raise ConfigError(f"task={word}: is a folder; name a task file in it, or type run={word} if it is a run")
         if not path.is_file():
             raise ConfigError(f"task={word}: no such file")
-        if path.stem in paths:
+        name = path.absolute().parent.name if path.stem == "task" and len(words) > 1 else path.stem
+        if name in paths:
             raise ConfigError(
-                f"task={text}: {paths[path.stem]} and {path} are both called {path.stem}; "
+                f"task={text}: {paths[name]} and {path} are both called {name}; "
                 "copy one of them to a file of another name"
             )
-        paths[path.stem] = path
+        paths[name] = path
     return paths
 
 

@@ -25,7 +25,8 @@ UNREADABLE = 1
 
 USAGE = """python -m vpt.predict: classes of pictures, or boxes in them, by task files or the task of a run.
 
-  task=FILE,FILE       one task file or more, of one backbone and one kind; each is called as its file
+  task=FILE,FILE       one task file or more, of one backbone and one kind; each is called as its file, and
+                       of several a task.safetensors as its folder
   run=FOLDER           or a run folder, such as runs/quickstart
   input=PATH           a picture, a folder that is searched for pictures, below it too, a pattern in quotes such as
                        'photos/**/*.jpg', or a video
@@ -100,6 +101,9 @@ def predict_run(options: PredictOptions) -> list[str]:
     from vpt.predictions import predictions_of
 
     inputs = _find(options)
+    for path in inputs.paths:
+        if not str(path).isprintable() and any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+            raise ConfigError(f"input={options.input}: the name of {str(path)!r} is not UTF-8; rename that picture")
     tasks = _open(options)
     predictions = predictions_of(tasks, options, inputs.root, inputs.paths)
     journal = Journal(_journal_path(options), _command(options, tasks))

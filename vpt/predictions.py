@@ -90,6 +90,8 @@ class ClassPredictions:
         found: list[dict[str, Top]] = [{} for _ in batch]
         for task, logits in run_model(self.tasks, batch).items():
             probabilities = logits.float().softmax(dim=1).cpu()
+            if not probabilities.isfinite().all():
+                raise ValueError(f"task {task} gives logits that are not finite numbers; train it again")
             top = probabilities.topk(min(self.top_k, probabilities.shape[1]), dim=1)
             for of_picture, labels, values in zip(found, top.indices.tolist(), top.values.tolist(), strict=True):
                 of_picture[task] = list(zip(labels, values, strict=True))

@@ -195,7 +195,7 @@ def _why_unidentified(path: Path) -> str:
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
     """Scale grey values 0 to 65535, of mode I;16 or I, to 0 to 255."""
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image).astype(np.int32, copy=False)
     if values.min() < 0 or values.max() > 65535:
         raise ImageError(f"grey values {values.min()} to {values.max()} are no 16-bit values; save it with 8 bits")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")

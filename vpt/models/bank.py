@@ -172,7 +172,7 @@ class TaskBank:
 
     @torch.inference_mode()
     def every(
-        self, images: Tensor, names: Sequence[str] | None = None, *, sizes: Sizes | None = None
+        self, images: Tensor, names: str | Sequence[str] | None = None, *, sizes: Sizes | None = None
     ) -> dict[str, Any]:
         """Run each image with every task; blocks before a task's first prompted one run once for all tasks.
 
@@ -188,7 +188,7 @@ class TaskBank:
             ValueError: There is no such task, or tasks want their images prepared differently.
         """
         held = self._tasks
-        tasks = _find(held, held if names is None else names)
+        tasks = _find(held, held if names is None else [names] if isinstance(names, str) else names)
         _check_same_preprocessing(tasks)
         images = self._prepare(images, tasks)
         sizes = _check_sizes(sizes, images)
@@ -269,8 +269,8 @@ class TaskBank:
         return int(rows), int(columns)
 
     def _shared(self, tasks: Iterable[HeldTask]) -> set[HeldTask]:
-        """The tasks that may go through the backbone together."""
-        return {task for task in tasks if not task.metadata.tuned_backbone} if self._is_understood() else set()
+        """The tasks that may go through the backbone together now."""
+        return {task for task in tasks if task.is_shared} if self._is_understood() else set()
 
     def _is_understood(self) -> bool:
         """Whether prompts may be keys and values in every block; asked anew, since adapters and hooks come and go."""
@@ -279,7 +279,7 @@ class TaskBank:
     def _read(self, path: str | Path) -> HeldTask:
         model, metadata = put_task(path, self.vit, shares=True)
         is_shared = self._is_understood() and not metadata.tuned_backbone
-        return HeldTask(model, metadata, keys_values_of(model) if is_shared else {})
+        return HeldTask(model, metadata, keys_values_of(model) if is_shared else {}, is_shared)
 
     def _check_free(self, name: str) -> None:
         if name in self._tasks:

@@ -32,11 +32,13 @@ class HeldTask:
         model: Prompt and head on the backbone, in eval mode.
         metadata: What the task file says of itself.
         keys_values: Of a deep prompt, by block and by how many tokens are read of it (None is all of them).
+        is_shared: Whether it may go through the backbone together with others.
     """
 
     model: Model
     metadata: TaskMetadata
     keys_values: Mapping[tuple[int, int | None], KeysValues]
+    is_shared: bool
 
     @property
     def first(self) -> int:

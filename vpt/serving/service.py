@@ -179,16 +179,32 @@ class Service:
         """Run a mixed batch; those whose task is gone or wants its pictures otherwise now are told so."""
         current = {name: self.bank.metadata(name) for name in self.bank.names}
         fit = [job for job in jobs if job.task in current and current[job.task].preprocessing == job.preprocessing]
-        found = iter(self._ask_bank(fit) if fit else [])
-        fitting = set(map(id, fit))
-        return [Found(current[job.task], next(found)) if id(job) in fitting else self._gone(job) for job in jobs]
+        results = self._ask_bank(fit) if fit else {}
+        return [results[id(job)] if id(job) in results else self._gone(job) for job in jobs]
 
-    def _ask_bank(self, jobs: list[Job]) -> list[Any]:
-        """What the tasks make of their pictures, in one call."""
+    def _ask_bank(self, jobs: list[Job]) -> dict[int, Found | Exception]:
+        """What the tasks make of their pictures, in one call; if that fails each for itself, to spare the others."""
+        tasks = list(dict.fromkeys(job.task for job in jobs))
+        try:
+            return self._ask_bank_once(jobs)
+        except ModelError:
+            if len(tasks) == 1:
+                raise
+        apart: dict[int, Found | Exception] = {}
+        for task in tasks:
+            own = [job for job in jobs if job.task == task]
+            try:
+                apart |= self._ask_bank_once(own)
+            except ModelError as error:
+                apart |= dict.fromkeys(map(id, own), error)
+        return apart
+
+    def _ask_bank_once(self, jobs: list[Job]) -> dict[int, Found | Exception]:
         names, sizes = [job.task for job in jobs], [job.inner for job in jobs]
         try:
             results = self.bank(torch.stack([job.image for job in jobs]), names, sizes=sizes)
-            return [_on_cpu(result) for result in results]
+            of_jobs = zip(jobs, results, strict=True)
+            return {id(job): Found(self.bank.metadata(job.task), _on_cpu(result)) for job, result in of_jobs}
         except Exception as error:
             logger.exception("a batch of %s failed", ", ".join(sorted(set(names))))
             raise ModelError(f"the model could not run this batch ({first_line(error)})") from error
