@@ -10,6 +10,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,23 +43,24 @@ def main() -> None:
     options = parse_options(Options, sys.argv[1:], __doc__ or "")
     bank = vpt.TaskBank(load_vit(options.backbone, pretrained=False), device=options.device)
     with tempfile.TemporaryDirectory() as folder:
-        choices = {"all": "all", "last": f"last:{LAST_BLOCKS}"}
-        files = {
-            f"{choice} {task}": save(bank, Path(folder), options, task, blocks)
-            for choice, blocks in choices.items()
-            for task in range(NUM_TASKS)
-        }
+        files = {}
+        for task in range(NUM_TASKS):
+            files[f"all {task}"] = save(bank, Path(folder) / f"all_{task}", options)
+            files[f"last {task}"] = save(bank, Path(folder) / f"last_{task}", options, blocks=f"last:{LAST_BLOCKS}")
+            fewer = max(1, options.num_tokens - task)
+            files[f"ragged {task}"] = save(bank, Path(folder) / f"ragged_{task}", options, num_tokens=fewer)
         for name, path in files.items():
             bank.load(path, name)
         print(cost_table(bank, options))
         print(loading_table(bank, files["all 0"], options))
 
 
-def save(bank: vpt.TaskBank, folder: Path, options: Options, task: int, blocks: str) -> Path:
-    """The file of a task with random weights, of `num_tokens` prompt tokens in some blocks."""
-    model = vpt.create_model(bank.vit, num_tokens=options.num_tokens, blocks=blocks, num_classes=options.num_classes)
+def save(bank: vpt.TaskBank, path: Path, options: Options, **prompt: Any) -> Path:
+    """The file of a task with random weights."""
+    prompt = {"num_tokens": options.num_tokens, **prompt}
+    model = vpt.create_model(bank.vit, num_classes=options.num_classes, **prompt)
     torch.nn.init.normal_(model.head.weight)
-    return vpt.save_task(model, folder / f"{blocks.replace(':', '_')}_{task}.safetensors")
+    return vpt.save_task(model, path.with_suffix(".safetensors"))
 
 
 def cost_table(bank: vpt.TaskBank, options: Options) -> str:
@@ -71,6 +73,7 @@ def cost_table(bank: vpt.TaskBank, options: Options) -> str:
     calls = {
         "one": lambda: bank(images, ["all 0"] * len(images)),
         "mixed": lambda: bank(images, mixed),
+        "ragged": lambda: bank(images, [name.replace("all", "ragged") for name in mixed]),
         "passes": lambda: [bank(few, name) for name in last],
         "every": lambda: bank.every(few, last),
         "one by one": lambda: [bank(images[row : row + 1], name) for row, name in enumerate(mixed)],
@@ -83,6 +86,7 @@ def cost_table(bank: vpt.TaskBank, options: Options) -> str:
     pairs = [
         (f"{NUM_TASKS} tasks mixed in a batch of {len(images)} / one task in it", "mixed", "one"),
         (f"the same / each of the {len(images)} images for itself", "mixed", "one by one"),
+        ("mixed, each with another number of tokens / one task in the batch", "ragged", "one"),
         (
             f"every, {NUM_TASKS} tasks prompted in the last {LAST_BLOCKS} blocks / {NUM_TASKS} passes",
             "every",
