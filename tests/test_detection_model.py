@@ -275,6 +275,7 @@ def test_four_pictures_are_learned():
             assert torch.equal(found["labels"][sure][overlaps.argmax(dim=1)], target["labels"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["retinanet", "fasterrcnn"])
 def test_two_pictures_are_learned_by_the_heads_of_torchvision(head):
     """The best box of each class is the true one, no other class is likely, and class 0 is a class like the others."""

@@ -268,6 +268,7 @@ def test_checkpointing_of_gradients_leaves_the_results_as_they_are(tmp_path, pho
     assert results_of(recomputed)["val"]["loss"] == pytest.approx(results_of(plain)["val"]["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides", [["grad_checkpointing=true"], ["prompt.blocks=last:1", "augment=none"]], ids=" ".join
 )
