@@ -5,9 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from vpt.data.classification import (
+    SPLIT_OF,
     ClassificationDataset,
     Samples,
     check_readable,
@@ -218,7 +221,7 @@ def test_pictures_that_cannot_be_read_are_found_at_once(tmp_path):
     train = read_folder(tmp_path, val_fraction=0)["train"]
     check_readable(train)
     (tmp_path / "a" / "1.png").write_bytes(b"nothing")
-    with pytest.raises(ImageError, match=r"a/1\.png: not a picture[^;]*; pictures are .*WEBP; replace or remove"):
+    with pytest.raises(ImageError, match=r"a/1\.png: not a picture[^;]*; pictures are .*WEBP.*; replace or remove"):
         check_readable(train)
     (tmp_path / "b" / "0.png").unlink()
     with pytest.raises(ImageError, match=r"a/1\.png: not a picture.*; 1 more cannot be read; replace or remove"):
@@ -338,3 +341,27 @@ def test_samples_can_be_sent_to_a_worker():
     again = pickle.loads(pickle.dumps(few))
     assert again == few
     assert again.read(0) == few.read(0)
+
+
+# What a folder may be called, and no split is.
+folder_names = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=20)
+class_names = folder_names.filter(
+    lambda name: not name.startswith(".") and name.lower() not in SPLIT_OF and len(name.encode()) < 200
+)
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(names=st.sets(class_names, min_size=2, max_size=8), data=st.data())
+def test_any_names_of_folders_are_classes_one_to_one_as_train_has_them(names, data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("classes")
+    of_val = data.draw(st.sets(st.sampled_from(sorted(names)), min_size=1))
+    for split, members in (("train", names), ("val", of_val)):
+        for name in members:
+            (root / split / name).mkdir(parents=True)
+            (root / split / name / "0.png").touch()
+    splits = read_folder(root)
+    for split, members in (("train", names), ("val", of_val)):
+        samples = splits[split]
+        assert samples.classes == tuple(sorted(names))
+        assert {samples.classes[target] for target in samples.targets} == members
+        assert [Path(name).parts[1] for name in samples.names] == [samples.classes[i] for i in samples.targets]

@@ -151,7 +151,7 @@ def test_what_is_no_picture_is_refused_by_name(content, why, tmp_path):
 def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
     with pytest.raises(ImageError, match=r"a\.jpg: no such file"):
         read_image(tmp_path / "a.jpg")
-    with pytest.raises(ImageError, match="Is a directory"):
+    with pytest.raises(ImageError, match="a folder, not a picture"):
         read_image(tmp_path)
 
 
@@ -214,7 +214,9 @@ def test_a_header_that_cannot_be_used_is_refused_by_name(tmp_path):
     with pytest.raises(ImageError, match=r"bomb\.png: 64,000,000 pixels are more than the 50,000,000 allowed"):
         read_header(tmp_path / "bomb.png")
     Image.new("RGB", (6, 4)).save(tmp_path / "exif.png", exif=b"Exif\x00\x00nothing")
-    with pytest.raises(ImageError, match=r"exif\.png: broken picture \("):
+    with pytest.raises(
+        ImageError, match=r"exif\.png: broken EXIF data \(.*\), so nothing tells how it lies; save it without"
+    ):
         read_header(tmp_path / "exif.png")
 
 
@@ -275,7 +277,7 @@ def test_a_pattern_finds_what_matches_sorted_and_names_that_are_there_are_themse
 @pytest.mark.parametrize(
     ("pattern", "error", "message"),
     [
-        ("many/*.gif", FileNotFoundError, r"many/\*\.gif: matches no picture \(\.bmp, "),
+        ("many/*.gif", FileNotFoundError, r"many/\*\.gif: matches no picture \(\.(avif, \.)?bmp, "),
         ("many/a/*.txt", FileNotFoundError, "matches no picture"),
         ("nowhere/**/*.jpg", FileNotFoundError, "matches no picture"),
         ("many/nothing", FileNotFoundError, "many/nothing: no such file or folder"),

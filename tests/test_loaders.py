@@ -5,6 +5,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from vpt.data.classification import ClassificationDataset, fruit_root, read_folder
@@ -16,6 +18,9 @@ AUGMENT = [{"name": "RandomResizedCrop", "scale": [0.3, 1.0]}, {"name": "Horizon
 
 # Python 3.12 warns when a process with threads forks, and torch has threads.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+properties = settings(max_examples=60, derandomize=True, deadline=None)
 
 
 class Keys(Dataset):
@@ -36,7 +41,8 @@ class Workers(Keys):
 
     def __getitem__(self, key):
         cv2_threads = sys.modules["cv2"].getNumThreads()
-        ignores = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
+        ignores = all(signal.getsignal(number) is signal.SIG_IGN for number in numbers)
         return torch.tensor([torch.get_num_threads(), cv2_threads, ignores]), key[1]
 
 
@@ -124,7 +130,7 @@ def test_loading_does_not_touch_the_global_random_states(num_workers):
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
-def test_a_worker_has_one_thread_and_leaves_ctrl_c_to_the_main_process(fruit):
+def test_a_worker_has_one_thread_and_leaves_signals_to_the_main_process(fruit):
     fruit[0]  # imports OpenCV and takes its threads away
     loader = build_loader(Workers(2), 2, shuffle=False, num_workers=1)
     assert epoch_of(loader, 0)[0][0].tolist() == [[1, 1, 1]] * 2
@@ -134,3 +140,39 @@ def test_a_worker_has_one_thread_and_leaves_ctrl_c_to_the_main_process(fruit):
 def test_an_empty_data_set_is_refused():
     with pytest.raises(ValueError, match=r"empty; check dataset.root"):
         build_loader(Keys(0), 2, shuffle=True)
+
+
+@properties
+@given(
+    num=st.integers(1, 300),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 1000),
+    batch_size=st.integers(1, 64),
+    shuffle=st.booleans(),
+    data=st.data(),
+)
+def test_every_picture_comes_once_an_epoch_wherever_it_is_taken_up(num, seed, epoch, batch_size, shuffle, data):
+    num_done = data.draw(st.integers(0, -(-num // batch_size))) * batch_size
+    loader = build_loader(Keys(num), batch_size, shuffle=shuffle, seed=seed)
+    sampler = loader.sampler
+    assert sorted(sampler.order(epoch)) == list(range(num))
+    sampler.set_epoch(epoch)
+    whole = list(sampler)
+    assert [index for _, index in whole] == sampler.order(epoch)
+    before = whole[:num_done]
+    sampler.set_epoch(epoch, num_done)
+    rest = [tuple(key) for keys, _ in loader for key in keys.tolist()]
+    assert before + rest == whole
+    sizes = [len(targets) for _, targets in loader]
+    assert all(size == batch_size for size in sizes[:-1])
+
+
+@properties
+@given(num=st.integers(2, 200), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
+def test_an_order_needs_nothing_but_size_seed_and_epoch(num, seed, epoch):
+    one, other = EpochSampler(num, seed, shuffle=True), EpochSampler(num, seed, shuffle=True)
+    other.set_epoch(epoch + 7)
+    list(other)
+    assert one.order(epoch) == other.order(epoch)
+    in_order = EpochSampler(num, seed, shuffle=False)
+    assert in_order.order(epoch) == list(range(num))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.test_detection_data import coco_content, draw, edit_json, write, write_coco, write_yolo
@@ -202,7 +204,7 @@ def test_a_picture_whose_exif_data_cannot_be_read_is_left_out(tmp_path):
     Image.new("RGB", (32, 64)).save(tmp_path / "train2017" / "b.png", exif=b"Exif\x00\x00nothing")
     report = DataReport()
     assert len(read_coco(tmp_path, report=report)["train"]) == 2
-    assert "b.png: broken picture" in report.first[Finding.UNREADABLE]
+    assert "b.png: broken EXIF data (not a TIFF" in report.first[Finding.UNREADABLE]
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:
@@ -222,3 +224,25 @@ def test_a_picture_that_is_not_of_the_size_its_boxes_are_for_is_refused(tmp_path
     train.paths[1].write_bytes(late)
     with pytest.raises(ImageError, match=r"b\.png: 64 x 32 pixels, but its boxes are for 32 x 64"):
         read_coco(tmp_path)["train"].read(1)
+
+
+@settings(max_examples=50, derandomize=True, deadline=None)
+@given(data=st.data(), orientation=st.sampled_from([5, 6, 7, 8]), height=st.integers(3, 40), width=st.integers(3, 40))
+def test_a_box_turns_with_its_pixels_and_keeps_its_class(data, orientation, height, width, tmp_path_factory):
+    x1, y1 = data.draw(st.integers(0, width - 2)), data.draw(st.integers(0, height - 2))
+    x2, y2 = data.draw(st.integers(x1 + 1, width)), data.draw(st.integers(y1 + 1, height))
+    label = data.draw(st.sampled_from(["cat", "dog"]))
+    upright = Image.new("RGB", (width, height))
+    upright.paste("white", (x1, y1, x2, y2))
+    root = tmp_path_factory.mktemp("turned")
+    path = store(root / "a.png", upright, orientation)
+    with Image.open(path) as image:
+        stored_size, lying = image.size, white_part(image.convert("RGB"))
+    content = coco_content({"a.png": (stored_size, [(label, tuple(map(int, lying)))])})
+    write(root / "train.json", json.dumps(content))
+    train = read_coco(root, {"train": "train.json"}, val_fraction=0)["train"]
+    assert train.sizes == ((height, width),)
+    # A square one tells nothing of how its boxes were meant: they are taken as upright.
+    assert train.boxes[0].tolist() == [[x1, y1, x2, y2] if height != width else lying]
+    assert [train.classes[index] for index in train.labels[0]] == [label]
+    assert train.labels[0].dtype == np.int64

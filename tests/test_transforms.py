@@ -4,6 +4,7 @@ import pickle
 import random
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from vpt.data.transforms import EvalTransform, Preprocessing, TrainTransform, denormalise
+import vpt.data.transforms
+from vpt.data.transforms import EvalTransform, Preprocessing, TrainTransform, denormalise, resize_and_crop
 
 SMALL = Preprocessing(size=(32, 32), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -236,3 +238,54 @@ def test_a_preprocessing_from_a_file_must_be_complete():
     del values["std"]
     with pytest.raises(ValueError, match=r"missing keys \['std'\]"):
         Preprocessing.from_dict(values)
+
+
+@pytest.mark.parametrize("image_size", [(100, 80), (80, 101), (333, 71), (9, 130), (64, 64)])
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+@pytest.mark.parametrize(
+    ("size", "interpolation", "far"), [((64, 64), "bilinear", 1), ((48, 64), "bilinear", 1), ((64, 64), "bicubic", 40)]
+)
+def test_computing_only_what_is_seen_gives_the_pixels_of_all(
+    image_size, crop_mode, size, interpolation, far, monkeypatch
+):
+    image = picture(*image_size)
+    preprocessing = Preprocessing(size, *HALVES, interpolation, 0.9, crop_mode)
+    whole = np.asarray(resize_and_crop(image, preprocessing)).astype(int)
+    monkeypatch.setattr(vpt.data.transforms, "MAX_ENLARGED", 0)
+    different = np.abs(np.asarray(resize_and_crop(image, preprocessing)) - whole)
+    # Pillow clips between its two passes, and takes first the one that leaves less: it matters to what overshoots.
+    assert different.max() <= far
+    assert different.mean() < 1
+
+
+def test_no_ordinary_picture_is_computed_in_part(monkeypatch):
+    preprocessing = Preprocessing((224, 224), *HALVES)
+    for size in ((100, 2), (4000, 3000), (20, 6000)):
+        image = Image.new("RGB", size)
+        resize = Mock(return_value=Image.new("RGB", (9, 9)))
+        monkeypatch.setattr(image, "resize", resize)
+        resize_and_crop(image, preprocessing)
+        assert len(resize.call_args.args) == 2  # the size and the filter, and no box
+
+
+MEASURE = """
+import resource, sys
+from PIL import Image
+from vpt.data.transforms import CROP_MODES, EvalTransform, Preprocessing
+half = (0.5,) * 3
+images = [Image.new("RGB", size, "red") for size in [(1, 10_000), (10_000, 1), (1, 1_000_000), (1_000_000, 1)]]
+baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for mode in CROP_MODES:
+    for crop_pct in (0.1, 0.9):
+        transform = EvalTransform(Preprocessing((224, 224), half, half, crop_pct=crop_pct, crop_mode=mode))
+        for image in images:
+            found = transform(image)
+            assert found.shape == (3, 224, 224)
+            assert mode == "letterbox" or (found[0] == 1).all()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline) / 1024)
+"""
+
+
+def test_a_picture_of_one_pixel_by_a_million_is_used_with_little_memory():
+    output = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    assert float(output.stdout) < 400  # MB; enlarged it would take 250,000

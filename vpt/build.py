@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,8 @@ from vpt.config import (
 from vpt.data.loaders import build_loader
 from vpt.data.transforms import Preprocessing
 from vpt.engine.optim import MovingAverage, make_optimizer, warmup_cosine
-from vpt.engine.trainer import FitSettings, Loader
+from vpt.engine.state import RunState
+from vpt.engine.steps import FitSettings, Loader, NamesOf
 from vpt.engine.watch import RowWatch
 from vpt.models.bank import TaskBank
 from vpt.models.classification import ClassificationModel
@@ -103,7 +104,7 @@ def build_loaders(
     config: Config, datasets: Mapping[str, Any], collate: Callable[[Any], Any] | None = None
 ) -> dict[str, Loader]:
     """A loader for the data set of each split; train is shuffled."""
-    num_workers = _num_workers(config.num_workers)
+    num_workers = choose_num_workers(config.num_workers)
     return {
         split: build_loader(
             dataset,
@@ -112,6 +113,7 @@ def build_loaders(
             seed=config.seed,
             num_workers=num_workers,
             collate=collate,
+            timeout_s=config.data.timeout_s,
         )
         for split, dataset in datasets.items()
     }
@@ -191,6 +193,20 @@ def build_schedule(config: Config, optimizer: Optimizer, num_batches: int) -> LR
     )
 
 
+def build_state(config: Config, model: Model, num_batches: int) -> RunState:
+    """The state of a new run of `num_batches` batches an epoch."""
+    optimizer = build_optimizer(config, model)
+    schedule = build_schedule(config, optimizer, num_batches)
+    return RunState(tuned_parameters(model), optimizer, schedule, build_average(config, model))
+
+
+def names_in(loader: Loader, names: Sequence[str]) -> NamesOf:
+    """A function from epoch, first batch and the one behind the last to the names of the pictures in between."""
+    sampler: Any = loader.sampler
+    size = loader.batch_size or 1
+    return lambda epoch, first, behind: [names[index] for index in sampler.order(epoch)[first * size : behind * size]]
+
+
 def build_average(config: Config, model: nn.Module) -> MovingAverage | None:
     """The moving average of the tuned parameters, when the config asks for one."""
     return None if config.train.ema is None else MovingAverage(tuned_parameters(model), config.train.ema)
@@ -216,6 +232,9 @@ def build_settings(config: Config, device: torch.device, select: str) -> FitSett
         precision=choose_precision(config, device),
         log_every=1 if config.mode is Mode.dry else train.log_every,
         max_batches=DRY_BATCHES * train.accumulation if config.mode is Mode.dry else None,
+        skip_nonfinite=train.skip_nonfinite,
+        auto_batch=config.auto_batch,
+        save_every_s=60 * config.run.save_minutes,
     )
 
 
@@ -224,20 +243,6 @@ def choose_precision(config: Config, device: torch.device) -> Literal["fp32", "b
     if config.train.precision is Precision.auto:
         return "bf16" if device.type == "cuda" else "fp32"
     return "bf16" if config.train.precision is Precision.bf16 else "fp32"
-
-
-def make_run_dir(root: str, name: str) -> Path:
-    """A new run folder `root/name`; when there is one of that name, `root/name_2` and so on."""
-    for number in range(1, 10_000):
-        path = Path(root).expanduser() / (name if number == 1 else f"{name}_{number}")
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise ConfigError(f"run.root={root}: {error.strerror}; choose a folder that can be written to") from error
-    raise ConfigError(f"run.root={root}: holds ten thousand runs of the name {name}; choose another run.name")
 
 
 def open_bank(
@@ -263,7 +268,7 @@ def open_bank(
     return bank
 
 
-def _num_workers(wanted: int | None) -> int:
+def choose_num_workers(wanted: int | None) -> int:
     """Loader processes: as asked, or one less than the cores of this process, at most 4."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(4, cores - 1) if wanted is None else wanted

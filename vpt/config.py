@@ -1,22 +1,25 @@
 """The typed schema of `conf/`, its ranges, and messages that name the nearest valid choice."""
 
+import copy
 import difflib
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 PACKAGE = Path(__file__).resolve().parent
+MAX_CONFIG_BYTES = 1_000_000  # of the file that a run leaves
+MAX_CONFIG_DEPTH = 20  # of mappings and lists in each other
 ConfigT = TypeVar("ConfigT")
 
 
@@ -91,7 +94,12 @@ ONLY_BOXES = [
     *(("head", "taps"), ("head", "channels"), ("head", "strides"), ("head", "num_convs")),
     *(("dataset", "annotations"), ("dataset", "strict"), ("dataset", "form")),
 ]
-WITHOUT_EFFECT = ("run", "num_workers", "cache", "cache_gb", "cache_dir")  # on the result of a run
+WITHOUT_EFFECT = (  # on the result of a run that ends
+    *("run", "fresh", "num_workers", "timeout_s", "cache", "cache_gb", "cache_dir"),
+    *("log_every", "auto_batch", "skip_nonfinite"),
+)
+ROUNDING = ("device", "deterministic", "compile", "grad_checkpointing")  # keys that change last digits only
+RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 PLACES = ("root", "path", "annotations", "checkpoint")  # keys that say where something lies on a disk
 NEEDED_KEYS = {
     DatasetKind.boxes: ("root", "PATH"),
@@ -146,6 +154,13 @@ class CacheName(StrEnum):
     off = "off"
     ram = "ram"
     disk = "disk"
+
+
+class OnError(StrEnum):
+    """What becomes of a train picture that cannot be read."""
+
+    stop = "stop"
+    skip = "skip"
 
 
 class HeadInitName(StrEnum):
@@ -231,6 +246,17 @@ class DatasetConfig:
 
 
 @dataclass
+class DataConfig:
+    """How picture files are read: which are refused, and what becomes of train when some cannot be read."""
+
+    max_pixels: int = number(50_000_000, low=1, high=178_956_970)  # as much as Pillow decodes
+    background: str = "white"
+    on_error: OnError = OnError.stop
+    max_skipped: float = number(0.01, low=0, high=1)
+    timeout_s: float = number(120.0, above=0)
+
+
+@dataclass
 class AugmentConfig:
     """albumentations transforms of the train pictures, by name, and how pictures are brought to size."""
 
@@ -266,15 +292,18 @@ class TrainConfig:
     patience: int | None = number(None, low=1)
     ema: float | None = number(None, above=0, high=0.99999)
     precision: Precision = Precision.auto
+    skip_nonfinite: int = number(0, low=0)
     log_every: int = number(10, low=1)
 
 
 @dataclass
 class RunConfig:
-    """The run folder."""
+    """The run folder: its name, or else a title that a digest of the config is added to."""
 
     root: str = "runs"
-    name: str = MISSING
+    name: str | None = None
+    title: str = MISSING
+    save_minutes: float = number(5.0, above=0)
 
 
 @dataclass
@@ -286,11 +315,14 @@ class Config:
     tuning: TuningConfig = field(default_factory=TuningConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
     mode: Mode = Mode.train
+    fresh: bool = False
+    auto_batch: bool = False
     seed: int = number(0, low=0, high=2**32 - 1)
     deterministic: bool = False
     device: str = "auto"
@@ -356,23 +388,128 @@ def to_config(composed: DictConfig) -> Config:
     check_ranges(config)
     _check_dataset(config.dataset)
     _check_task(config)
-    if "/" in config.run.name or config.run.name in ("", ".", ".."):
-        raise ConfigError(f"run.name={config.run.name}: must be the name of a folder; run.root says where it lies")
+    for key, name in {"name": config.run.name, "title": config.run.title}.items():
+        if name is not None and not RUN_NAME.fullmatch(name):
+            shown = name if name.isprintable() else repr(name)
+            raise ConfigError(
+                f"run.{key}={shown}: must be the name of a folder, of 1 to 64 of A-Z a-z 0-9 . _ - and no dot in "
+                "front; run.root says where it lies"
+            )
     return config
 
 
 def load_config(path: Path) -> Config:
     """The config that a run left in its folder.
 
+    Nothing in it is resolved: an expression such as `${oc.env:TOKEN}` stays this text, or a stranger's file would read
+    the environment. Aliases, of which a few bytes can stand for gigabytes, and tags are refused; no run writes them.
+
     Raises:
-        ConfigError: It is missing, is not YAML, or is of another version of the schema.
+        ConfigError: It is missing, is not YAML, holds what no run writes, or is of another version of the schema.
     """
     try:
-        return to_config(cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))))
+        loaded = OmegaConf.create(_escape(OmegaConf.to_container(OmegaConf.create(_plain_text(path)), resolve=False)))
+        merged = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), loaded))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError, AssertionError) as error:
         raise ConfigError(f"{path}: {explain(error)}") from error
+    try:
+        return to_config(merged)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _plain_text(path: Path) -> str:
+    """The text of a YAML file of moderate size and depth, without aliases and tags.
+
+    Raises:
+        ConfigError: It has one of these.
+    """
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes, not the config of a run")
+    text = path.read_text(encoding="utf-8")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        odd = {
+            "an alias": isinstance(event, yaml.AliasEvent),
+            "a tag": bool(getattr(event, "tag", None)),
+            f"more than {MAX_CONFIG_DEPTH} levels": depth > MAX_CONFIG_DEPTH,
+        }
+        for what in (name for name, is_there in odd.items() if is_there):
+            line = event.start_mark.line + 1
+            raise ConfigError(f"{path}, line {line}: has {what}, which no run writes; open runs that you trust only")
+    return text
+
+
+def _escape(value: Any) -> Any:
+    """The same values, in which an expression stands for its own text."""
+    match value:
+        case str():
+            return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", value)
+        case dict():
+            return {key: _escape(part) for key, part in value.items()}
+        case list():
+            return [_escape(part) for part in value]
+    return value
+
+
+def conceal(config: Config, composed: DictConfig) -> Config:
+    """The config as it may be written down: what comes out of the environment is the expression that asks for it.
+
+    A secret such as `dataset.root=${oc.env:BUCKET_WITH_KEY}` is used, and in no file.
+    """
+    shown = copy.deepcopy(config)
+    for key, expression in _from_environment(OmegaConf.to_container(composed, resolve=False), composed):
+        *sections, name = key.split(".")
+        holder: Any = shown
+        for section in sections:
+            holder = getattr(holder, section)
+        setattr(holder, name, expression)
+    return shown
+
+
+def _from_environment(raw: Any, composed: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys of the schema whose value depends on the environment, and what is written there."""
+    keys = set(schema_keys())
+    for name, value in raw.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and any(known.startswith(f"{key}.") for known in keys):
+            yield from _from_environment(value, composed, f"{key}.")
+        elif _asks_environment(str(value), composed, frozenset()):
+            yield key, value
+
+
+def _asks_environment(text: str, composed: DictConfig, seen: frozenset[str]) -> bool:
+    if "oc.env" in text:
+        return True
+    others = set(re.findall(r"\$\{\.*([\w.]+)\}", text)) - seen
+    raw = OmegaConf.to_container(composed, resolve=False)
+    return any(_asks_environment(str(_at(raw, key)), composed, seen | {key}) for key in others)
+
+
+def _at(values: Any, key: str) -> Any:
+    """What stands at a key such as "run.title"; None if nothing does."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A config as plain values, as YAML and JSON have them."""
+    return {key: _plain(value) for key, value in asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case StrEnum():
+            return value.value
+        case dict():
+            return {_plain(key): _plain(part) for key, part in value.items()}
+        case list() | tuple():
+            return [_plain(part) for part in value]
+    return value
 
 
 def recipe(config: Any) -> dict[str, Any]:

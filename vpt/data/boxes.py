@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vpt.data.images import ImageError, read_image
+from vpt.data.images import DEFAULT_DECODING, Decoding, ImageError, read_image
 from vpt.data.loaders import stable_seed
 
 Size = tuple[int, int]  # height, width in pixels
@@ -40,6 +40,7 @@ class DetectionSamples:
         labels: A number in [0, K) for each box, (n,) int64.
         crowd: Whether loss and matching ignore a box, (n,) bool.
         reader: Gives the picture of an index, such as one that remembers it; None reads the file.
+        decoding: How a file is decoded.
     """
 
     classes: tuple[str, ...]
@@ -52,6 +53,7 @@ class DetectionSamples:
     labels: tuple[NDArray[np.int64], ...] = field(repr=False)
     crowd: tuple[NDArray[np.bool_], ...] = field(repr=False)
     reader: Callable[[int], Image.Image] | None = field(default=None, repr=False)
+    decoding: Decoding = field(default=DEFAULT_DECODING, repr=False)
 
     def __post_init__(self) -> None:
         assert len(self.classes) == len(self.category_ids)
@@ -72,7 +74,7 @@ class DetectionSamples:
         if self.reader is not None:
             return self.reader(index)
         path, size = self.paths[index], self.sizes[index]
-        image = read_image(path)
+        image = read_image(path, self.decoding.max_pixels, self.decoding.background)
         if (image.height, image.width) != size:
             raise ImageError(
                 f"{path}: {image.width} x {image.height} pixels, but its boxes are for {format_size(size)}; was it "

@@ -3,6 +3,7 @@
 import itertools
 import mmap
 import os
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
@@ -95,7 +96,7 @@ def decoded_sizes(samples: Samples | DetectionSamples, max_bytes: float) -> list
     """
     sizes: list[Size] = []
     for path in samples.paths:
-        sizes.append(check_image(path))
+        sizes.append(check_image(path, max_pixels=sys.maxsize))  # the limit of a run was checked when they were found
         max_bytes -= num_bytes(sizes[-1])
         if max_bytes < 0:
             return None

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vpt.data.images import EXTENSIONS, ImageError, check_image, find_images, read_image
+from vpt.data.images import DEFAULT_DECODING, EXTENSIONS, Decoding, ImageError, check_image, find_images, read_image
 from vpt.data.loaders import stable_seed
 
 SPLITS = ("train", "val", "test")
@@ -103,21 +103,37 @@ def fruit_root() -> Path:
     return Path(__file__).parent / "fruit"
 
 
-def check_readable(samples: Samples) -> None:
+def check_readable(samples: Samples, decoding: Decoding = DEFAULT_DECODING) -> None:
     """Look at the header of every picture file, before hours go by until one that cannot be read; decodes nothing.
+
+    Args:
+        samples: One split.
+        decoding: Says how large a picture may be.
 
     Raises:
         ImageError: Pictures are missing, broken or too large; names the first and counts the others.
     """
-    errors = []
+    reasons = []
     for path in samples.paths:
         try:
-            check_image(path)
+            check_image(path, decoding.max_pixels)
         except ImageError as error:
-            errors.append(error)
-    if errors:
-        others = f"; {len(errors) - 1} more cannot be read" if len(errors) > 1 else ""
-        raise ImageError(f"{errors[0]}{others}; replace or remove what cannot be read") from errors[0]
+            reasons.append(str(error))
+    refuse_unreadable(reasons)
+
+
+def refuse_unreadable(reasons: Sequence[str]) -> None:
+    """Refuse pictures that cannot be read, if there are any.
+
+    Args:
+        reasons: What is wrong with each, with its path.
+
+    Raises:
+        ImageError: There are any; names the first and counts the others.
+    """
+    if reasons:
+        others = f"; {len(reasons) - 1} more cannot be read" if len(reasons) > 1 else ""
+        raise ImageError(f"{reasons[0]}{others}; replace or remove what cannot be read")
 
 
 def stratified_split(
@@ -164,7 +180,11 @@ def take_per_class(samples: Samples, num: int, seed: int) -> Samples:
 
 
 def read_folder(
-    root: str | Path, val_fraction: float = 0.2, test_fraction: float = 0.0, seed: int = 0
+    root: str | Path,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.0,
+    seed: int = 0,
+    decoding: Decoding = DEFAULT_DECODING,
 ) -> dict[str, Samples]:
     """Read class folders, inside train/, val/ and test/ or directly under the root.
 
@@ -176,6 +196,7 @@ def read_folder(
         val_fraction: Part of the given pictures that becomes val if there is no val/.
         test_fraction: Part of the given pictures that becomes test if there is no test/.
         seed: Decides what is split off.
+        decoding: How the pictures will be decoded.
 
     Raises:
         ValueError: No pictures, one class only, an empty class folder, or a class that train does not have.
@@ -190,7 +211,7 @@ def read_folder(
     if len(classes) == 1:
         _refuse_one_class_folder(root, folders["train"])
     pictures = {split: list(_walk_classes(root, folder, classes)) for split, folder in folders.items()}
-    return assemble(classes, pictures, val_fraction, test_fraction, seed)
+    return assemble(classes, pictures, val_fraction, test_fraction, seed, decoding)
 
 
 # What the readers share.
@@ -211,10 +232,11 @@ class FileReader:
     """Reads the picture file of an index."""
 
     paths: tuple[Path, ...]
+    decoding: Decoding = DEFAULT_DECODING
 
     def __call__(self, index: int) -> Image.Image:
         """Read a picture, mode RGB."""
-        return read_image(self.paths[index])
+        return read_image(self.paths[index], self.decoding.max_pixels, self.decoding.background)
 
 
 @dataclass(frozen=True)
@@ -232,6 +254,7 @@ def assemble(
     val_fraction: float,
     test_fraction: float,
     seed: int,
+    decoding: Decoding,
 ) -> dict[str, Samples]:
     """Make samples of the pictures of each split, refuse duplicates, split off what is missing."""
     real_folder = cache(os.path.realpath)  # to look it up for each picture would take half a minute for a million
@@ -251,7 +274,7 @@ def assemble(
             classes=tuple(classes),
             targets=tuple(row.target for row in rows),
             names=tuple(row.name for row in rows),
-            reader=FileReader(paths),
+            reader=FileReader(paths, decoding),
             paths=paths,
         )
     return split_off(splits, val_fraction, test_fraction, seed)

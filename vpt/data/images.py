@@ -1,38 +1,76 @@
 """Decode a picture file safely: one RGB picture, upright, or an error that names the file.
 
 Pillow decodes, and nothing else: other decoders crash, or return half a picture without a word, on broken files. What
-Pillow itself gets wrong is put right here: it leaves a photograph lying on its side, drops transparency, and turns
-16-bit grey into white.
+Pillow itself gets wrong is put right here: it leaves a photograph lying on its side, drops transparency, turns 16-bit
+grey into white, and waits for ever on a pipe.
 """
 
 import os
+import re
+import stat
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError, features
 
 MAX_PIXELS = 50_000_000
 
 # Not every format that Pillow knows: some start other programs (EPS calls Ghostscript).
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS: tuple[str, ...] = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 EXTENSIONS = frozenset(
     {".bmp", ".gif", ".jpg", ".jpeg", ".png", ".pbm", ".pgm", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
+if features.check("avif"):
+    FORMATS, EXTENSIONS = (*FORMATS, "AVIF"), EXTENSIONS | {".avif"}
+
+# What turns a picture upright, by EXIF's number of how it lies.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What a run says of decoding: `data.max_pixels` and `data.background`.
+
+    Args:
+        max_pixels: Larger pictures are refused by the size in their header, before they are decoded.
+        background: What shows through transparent pictures: a name of a colour, or "#RRGGBB".
+
+    Raises:
+        ValueError: The background is no opaque colour.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    background: str = "white"
+
+    def __post_init__(self) -> None:
+        _colour(self.background)
 
 
 class ImageError(ValueError):
     """A picture that cannot be used; the message names it and says what is wrong."""
 
 
-def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, background: str = "white") -> Image.Image:
     """Read a picture file as RGB, upright; of an animation the first frame.
 
     Args:
         path: The file; its content decides the format, not its name.
         max_pixels: Larger pictures are refused by the size in their header, before they are decoded.
+        background: What shows through a transparent picture: a name of a colour, or "#RRGGBB".
 
     Returns:
         A picture of mode RGB, fully decoded.
@@ -40,9 +78,10 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         ImageError: The file is missing, empty, truncated, not a picture, too large, or holds floating point values.
     """
+    _colour(background)  # before a picture is blamed for it
     with _opened(path, max_pixels) as image:
         image.load()
-        return to_rgb(image)
+        return to_rgb(image, background)
 
 
 def check_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -58,7 +97,7 @@ def check_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, in
         return image.size
 
 
-def read_header(path: str | Path) -> tuple[tuple[int, int], tuple[int, int], int]:
+def read_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, int], tuple[int, int], int]:
     """Height and width of the upright picture and of the stored one, and EXIF's number of how it lies.
 
     The number is 1 unless the picture is stored on its side, which makes it 5, 6, 7 or 8.
@@ -66,9 +105,8 @@ def read_header(path: str | Path) -> tuple[tuple[int, int], tuple[int, int], int
     Raises:
         ImageError: What `check_image` refuses, or broken EXIF data.
     """
-    with _opened(path, MAX_PIXELS) as image:
-        # Pillow's own method for PNG would decode the picture, for the rare EXIF data that follow it.
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    with _opened(path, max_pixels) as image:
+        orientation = _orientation(image)
         is_upright = image.format == "TIFF"  # Pillow turns the size of a TIFF when it opens it
         size = image.height, image.width
     if orientation not in (5, 6, 7, 8):
@@ -140,24 +178,26 @@ def _walk(folder: Path) -> list[Path]:
     return sorted(file for file in found if file.suffix.lower() in EXTENSIONS)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn a picture upright and into mode RGB: transparency over white, 16-bit grey scaled by 257.
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Turn a picture upright and into mode RGB: transparency over a colour, 16-bit grey scaled by 257.
 
     Args:
         image: A decoded picture of any mode but floating point.
+        background: The colour, by name or as "#RRGGBB".
 
     Raises:
         ImageError: The mode is floating point or unknown, or its values are no 16-bit grey.
     """
-    image = ImageOps.exif_transpose(image)
+    orientation = _orientation(image)
+    if orientation in TURNS:
+        image = image.transpose(TURNS[orientation])
     if image.mode.startswith("I"):
         return _from_16_bit(image)
     if image.mode == "F":
         raise ImageError("floating point pictures have no known range; save it with 8 bits per channel")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, _colour(background)), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -165,7 +205,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     """A file with its header read and its size checked; every error in here, and in the block, names the file."""
     try:
-        with _open(path) as image:
+        with _without_warnings(), _open(path) as image:
             num_pixels = image.width * image.height
             if num_pixels > max_pixels:
                 raise ImageError(f"{num_pixels:,} pixels are more than the {max_pixels:,} allowed; shrink the picture")
@@ -179,18 +219,78 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such file") from error
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file
-        raise ImageError(f"{path}: broken picture ({error})") from error
+        raise ImageError(f"{path}: {_why_broken(error)}") from error
 
 
 def _open(path: str | Path) -> Image.Image:
-    """Open a file and read its header, without Pillow's warning on large pictures: the caller has its own limit."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(path, formats=FORMATS)
+    """Open a file and read its header."""
+    if isinstance(path, str | Path):
+        mode = os.stat(path).st_mode  # noqa: PTH116  (either type)
+        if not stat.S_ISREG(mode):  # to open a pipe would wait for somebody to write, and a device may never end
+            raise ImageError("a folder, not a picture" if stat.S_ISDIR(mode) else "a pipe or a device, not a picture")
+    return Image.open(path, formats=FORMATS)
 
 
 def _why_unidentified(path: Path) -> str:
     return "the file is empty" if path.stat().st_size == 0 else "not a picture, or its header is broken"
+
+
+def _why_broken(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:  # of the system: Pillow's own have a text only
+        return f"cannot be read ({error.strerror})"
+    return f"broken picture ({' '.join(str(error).split()) or type(error).__name__})"
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number of how a picture lies; 1 if it says nothing."""
+    try:
+        # Pillow's own method for PNG would decode the picture, for the rare EXIF data that follow it.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception as error:
+        raise ImageError(
+            f"broken EXIF data ({' '.join(str(error).split())}), so nothing tells how it lies; save it without them"
+        ) from error
+    return orientation if orientation in tuple(TURNS) else 1
+
+
+def _colour(name: str) -> tuple[int, ...]:
+    """Red, green and blue of an opaque colour."""
+    try:
+        colour = ImageColor.getrgb(name)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"data.background={name!r} is no colour; type a name such as white, or '#RRGGBB'") from error
+    if len(colour) != 3:
+        raise ValueError(f"data.background={name!r} is transparent itself; type a name such as white, or '#RRGGBB'")
+    return colour
+
+
+DEFAULT_DECODING = Decoding()
+
+_SILENT = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+_silence = threading.Lock()
+_num_silent = 0
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Ignore what Pillow warns of: metadata that nobody reads, and sizes for which there is a limit of our own.
+
+    Pictures are read in several threads, in which `warnings.catch_warnings` would put back each other's filters.
+    """
+    global _num_silent
+    with _silence:
+        _num_silent += 1
+        if _num_silent == 1:
+            warnings.filterwarnings("ignore", module=_SILENT[3].pattern)
+    try:
+        yield
+    finally:
+        with _silence:
+            _num_silent -= 1
+            if _num_silent == 0:
+                filters: Any = warnings.filters
+                with suppress(ValueError):  # somebody has replaced the filters meanwhile
+                    filters.remove(_SILENT)
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:

@@ -8,13 +8,15 @@ Shapes: B batch, C channels, H, W pixels.
 """
 
 import hashlib
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vpt.data.workers import WorkerLoader
+
+TIMEOUT_S = 120.0
 
 
 def stable_seed(*parts: int | str) -> int:
@@ -47,32 +49,36 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.num_samples = num_samples
         self.seed = seed
         self.shuffle = shuffle
-        self.epoch = 0
+        self.epoch, self.num_skipped = 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, num_skipped: int = 0) -> None:
+        """Choose the epoch that the next iteration goes through, and how many of its keys are done already."""
+        self.epoch, self.num_skipped = epoch, num_skipped
+
+    def order(self, epoch: int) -> list[int]:
+        """Every index once, as an epoch goes through them."""
+        if not self.shuffle:
+            return list(range(self.num_samples))
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, "order", epoch))
+        permutation: list[int] = torch.randperm(self.num_samples, generator=generator).tolist()
+        return permutation
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = range(self.num_samples)
-        if not self.shuffle:
-            return ((self.epoch, index) for index in order)
-        generator = torch.Generator().manual_seed(stable_seed(self.seed, "order", self.epoch))
-        permutation: list[int] = torch.randperm(self.num_samples, generator=generator).tolist()
-        return ((self.epoch, index) for index in permutation)
+        return ((self.epoch, index) for index in self.order(self.epoch)[self.num_skipped :])
 
     def __len__(self) -> int:
         return self.num_samples
 
 
 def build_loader(
-    dataset: Dataset[tuple[Tensor, Any]],
+    dataset: Dataset[Any],
     batch_size: int,
     *,
     shuffle: bool,
     seed: int = 0,
     num_workers: int = 0,
     collate: Callable[[Any], Any] | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> DataLoader[Any]:
     """Build a loader of batches: images (B, 3, H, W) float32, targets (B,) int64, or what `collate` makes.
 
@@ -85,6 +91,8 @@ def build_loader(
         seed: Decides the order.
         num_workers: Processes that read pictures; 0 reads in this one, with the same result.
         collate: Makes a batch of a list of items; None stacks each part, as torch does.
+        timeout_s: Seconds that such a process may take for a batch; then iterating raises a `LoaderError`, as it does
+            when one dies.
 
     Raises:
         ValueError: The data set is empty.
@@ -92,21 +100,12 @@ def build_loader(
     num_samples = len(dataset)  # type: ignore[arg-type]
     if num_samples == 0:
         raise ValueError("the data set is empty; check dataset.root")
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=EpochSampler(num_samples, seed, shuffle),
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
-        worker_init_fn=_start_worker,
-        # Without its own generator every new iterator would draw from the global one, and a resumed run would differ.
-        generator=torch.Generator().manual_seed(stable_seed(seed, "loader")),
-    )
-
-
-def _start_worker(_: Any) -> None:
-    """One thread per worker; Ctrl-C is for the main process, which saves and then ends its workers."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    options: dict[str, Any] = {
+        "pin_memory": torch.cuda.is_available(),
+        # Without its own generator every iterator would draw from the global one, and a resumed run would differ.
+        "generator": torch.Generator().manual_seed(stable_seed(seed, "loader")),
+    }
+    sampler = EpochSampler(num_samples, seed, shuffle)
+    if num_workers > 0:
+        return WorkerLoader(dataset, batch_size, sampler, num_workers, collate, timeout_s, **options)
+    return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, **options)

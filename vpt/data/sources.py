@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpt.data.boxes import DetectionSamples, Size, format_size
-from vpt.data.classification import SPLIT_OF, SPLITS, stratified_split
-from vpt.data.images import ImageError, read_header
+from vpt.data.classification import SPLIT_OF, SPLITS, refuse_unreadable, stratified_split
+from vpt.data.images import DEFAULT_DECODING, Decoding, ImageError, read_header
 from vpt.data.loaders import stable_seed
 
 MIN_SIDE = 1.0  # pixels
@@ -130,6 +130,7 @@ class DataReport:
     counts: Counter[Finding] = field(default_factory=Counter)
     first: dict[Finding, str] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # names of train pictures, and what is wrong
 
     def add(self, finding: Finding, where: str) -> None:
         """Count a finding; `where` names the file, and the picture and box if it is about one."""
@@ -169,6 +170,7 @@ class Reading(TypedDict, total=False):
     seed: int
     strict: bool
     report: DataReport | None
+    decoding: Decoding
 
 
 def make_samples(
@@ -180,6 +182,7 @@ def make_samples(
     seed: int = 0,
     strict: bool = False,
     report: DataReport | None = None,
+    decoding: Decoding = DEFAULT_DECODING,
 ) -> dict[str, DetectionSamples]:
     """Check the pictures of all splits, and split test and val off train where they are missing.
 
@@ -194,8 +197,10 @@ def make_samples(
         seed: Decides what is split off.
         strict: Refuse data in which anything is wrong; otherwise it is repaired or dropped, and counted.
         report: Is told what was found; give a new one.
+        decoding: How the pictures will be decoded.
 
     Raises:
+        ImageError: A picture of a val or test that is given cannot be read; those of train are left out.
         ValueError: A split without a picture, train without a box, a picture that is there twice, or a wrong fraction;
             anything that is wrong if `strict`.
     """
@@ -206,7 +211,7 @@ def make_samples(
     report = report or DataReport()
     for where in strays:
         report.add(Finding.STRAY, where)
-    result = _check_splits(categories, pictures, report)
+    result = _check_splits(categories, pictures, report, decoding)
     if strict:
         report.refuse_errors()
     rest = 1.0
@@ -226,22 +231,28 @@ def make_samples(
 
 
 def _check_splits(
-    categories: Mapping[int, str], pictures: Mapping[str, Iterable[SourcePicture]], report: DataReport
+    categories: Mapping[int, str],
+    pictures: Mapping[str, Iterable[SourcePicture]],
+    report: DataReport,
+    decoding: Decoding,
 ) -> dict[str, DetectionSamples]:
     labels = {key: label for label, category in enumerate(categories.items()) for key in category}
     seen: dict[Path, SourcePicture] = {}
     splits = {}
     for split, members in pictures.items():
         rows: list[tuple[SourcePicture, CheckedPicture]] = []
+        num_left_out = len(report.left_out)
         for picture in members:
             other = seen.setdefault(picture.path, picture)
             if other is not picture:
                 raise ValueError(
                     f"{picture.where}: {picture.name} is there twice, first at {other.where}; keep one of them"
                 )
-            checked = check_picture(picture, labels, report)
+            checked = check_picture(picture, labels, report, decoding.max_pixels)
             if checked is not None:
                 rows.append((picture, checked))
+        if split != "train":
+            refuse_unreadable([reason for _, reason in report.left_out[num_left_out:]])
         if not rows:
             raise ValueError(f"{split} has no picture that can be used; {_found(report)}")
         splits[split] = DetectionSamples(
@@ -254,6 +265,7 @@ def _check_splits(
             boxes=tuple(checked.boxes for _, checked in rows),
             labels=tuple(checked.labels for _, checked in rows),
             crowd=tuple(checked.crowd for _, checked in rows),
+            decoding=decoding,
         )
     if not any(map(len, splits["train"].boxes)):
         raise ValueError(f"train has no box that can be used; {_found(report)}")
@@ -264,17 +276,20 @@ def _found(report: DataReport) -> str:
     return "; ".join(report.lines()) or "no picture is listed"
 
 
-def check_picture(picture: SourcePicture, labels: Mapping[int | str, int], report: DataReport) -> CheckedPicture | None:
+def check_picture(
+    picture: SourcePicture, labels: Mapping[int | str, int], report: DataReport, max_pixels: int
+) -> CheckedPicture | None:
     """Look at the header of a picture, and at all of its boxes; None if the picture cannot be used.
 
     A picture that EXIF turns by 90 degrees takes its boxes along if the declared size is that of the picture as it is
     stored. If it is the upright one's, if the two are equal, or if none is declared, the boxes are upright already.
     """
     try:
-        upright, stored, orientation = read_header(picture.path)
+        upright, stored, orientation = read_header(picture.path, max_pixels)
     except ImageError as error:
         finding = Finding.UNREADABLE if picture.path.is_file() else Finding.MISSING
         report.add(finding, f"{picture.where}: {error}")
+        report.left_out.append((picture.name, f"{picture.where}: {error}"))
         return None
     declared = _declared_size(*picture.size) or upright
     lies_on_side = declared == stored != upright

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vpt.data.classification import SPLIT_OF, SPLITS, Picture, Samples, assemble, refuse_class, refuse_one_class
+from vpt.data.images import DEFAULT_DECODING, Decoding
 
 MAX_DIGITS = 9  # of a label in a list file; Python refuses to read numbers of thousands of digits
 
@@ -21,6 +22,7 @@ def read_list(
     val_fraction: float = 0.2,
     test_fraction: float = 0.0,
     seed: int = 0,
+    decoding: Decoding = DEFAULT_DECODING,
 ) -> dict[str, Samples]:
     """Read list files of lines `relative/path label`: the VTAB-1k layout of SSF and NOAH.
 
@@ -35,6 +37,7 @@ def read_list(
         val_fraction: Part of the given train that becomes val if `val` is null.
         test_fraction: Part of the given train that becomes test if `test` is null.
         seed: Decides what is split off.
+        decoding: How the pictures will be decoded.
 
     Raises:
         ValueError: A list, a picture or a label is missing, or a line is wrong; names the file and the line.
@@ -44,7 +47,7 @@ def read_list(
     pictures = {split: list(_read_lines(root, root / name)) for split, name in lists.items()}
     refuse_one_class(sorted({str(picture.target) for picture in pictures["train"]}), str(root / train))
     classes = _count_labels([picture for split in pictures.values() for picture in split])
-    return assemble(classes, pictures, val_fraction, test_fraction, seed)
+    return assemble(classes, pictures, val_fraction, test_fraction, seed, decoding)
 
 
 def read_csv(
@@ -53,6 +56,7 @@ def read_csv(
     val_fraction: float = 0.2,
     test_fraction: float = 0.0,
     seed: int = 0,
+    decoding: Decoding = DEFAULT_DECODING,
 ) -> dict[str, Samples]:
     """Read a CSV file with the columns path, label and, if you like, split.
 
@@ -64,6 +68,7 @@ def read_csv(
         val_fraction: Part of the given pictures that becomes val if no row is val.
         test_fraction: Part of the given pictures that becomes test if no row is test.
         seed: Decides what is split off.
+        decoding: How the pictures will be decoded.
 
     Raises:
         ValueError: A column or a picture is missing, or a row is wrong; names the file and the row.
@@ -82,7 +87,7 @@ def read_csv(
         if row.label not in targets:
             refuse_class(row.label, row.picture.where, classes)
         pictures[row.split].append(replace(row.picture, target=targets[row.label]))
-    return assemble(classes, pictures, val_fraction, test_fraction, seed)
+    return assemble(classes, pictures, val_fraction, test_fraction, seed, decoding)
 
 
 # What both share.

@@ -1,7 +1,8 @@
 """Classification data sets of torchvision, by the name of their class."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 from PIL import Image
 
+from vpt.data.archives import ArchiveError, extract, open_metered
 from vpt.data.classification import FileReader, Samples, refuse_one_class, split_off
-from vpt.data.images import ImageError, to_rgb
+from vpt.data.images import DEFAULT_DECODING, Decoding, ImageError, to_rgb
 
 _BY_FLAG = {"train": {"train": True}, "test": {"train": False}}
 _TRAIN_TEST = {"train": {"split": "train"}, "test": {"split": "test"}}
@@ -65,6 +67,7 @@ def read_torchvision(
     val_fraction: float = 0.2,
     test_fraction: float = 0.2,
     seed: int = 0,
+    decoding: Decoding = DEFAULT_DECODING,
 ) -> dict[str, Samples]:
     """Read a data set of torchvision by its class name.
 
@@ -78,6 +81,7 @@ def read_torchvision(
         val_fraction: Part of the pictures that becomes val if there is no official val.
         test_fraction: Part of the pictures that becomes test if there is no official test.
         seed: Decides what is split off.
+        decoding: How the pictures will be decoded; `max_pixels` counts where they are files.
 
     Raises:
         ValueError: The name is unknown, or the files are missing.
@@ -88,7 +92,7 @@ def read_torchvision(
             f"dataset.name={name!r} is unknown; did you mean {nearest!r}? Allowed: {', '.join(sorted(TORCHVISION))}"
         )
     source = TORCHVISION[name]
-    found = {split: _open_torchvision(name, split, Path(root), download) for split in source.splits}
+    found = {split: _open_torchvision(name, split, Path(root), download, decoding) for split in source.splits}
     num_classes = 1 + max(found["train"].targets)
     classes = found["train"].classes or tuple(str(i) for i in range(num_classes))
     refuse_one_class(classes, f"torchvision's {name} in {root}")
@@ -100,15 +104,16 @@ def read_torchvision(
 class _TorchvisionReader:
     dataset: Any
     name: str
+    background: str
 
     def __call__(self, index: int) -> Image.Image:
         try:
-            return to_rgb(self.dataset[index][0])
+            return to_rgb(self.dataset[index][0], self.background)
         except Exception as error:  # Pillow's decoders raise almost anything on a broken file
             raise ImageError(f"{self.name} {index}: broken picture ({error})") from error
 
 
-def _open_torchvision(name: str, split: str, root: Path, download: bool) -> Samples:
+def _open_torchvision(name: str, split: str, root: Path, download: bool, decoding: Decoding) -> Samples:
     """One official split; classes are empty where torchvision has no names."""
     source = TORCHVISION[name]
     dataset = _construct(name, split, root, download)
@@ -116,13 +121,14 @@ def _open_torchvision(name: str, split: str, root: Path, download: bool) -> Samp
     targets = getattr(dataset, source.targets) if source.targets else _pcam_targets(dataset, split)
     if source.files is None:
         names = tuple(f"{name} {split} {i}" for i in range(len(targets)))
-        return Samples(classes, tuple(map(int, targets)), names, _TorchvisionReader(dataset, f"{name} {split}"))
+        reader = _TorchvisionReader(dataset, f"{name} {split}", decoding.background)
+        return Samples(classes, tuple(map(int, targets)), names, reader)
     files = getattr(dataset, source.files)
     if source.files == source.targets:
         files, targets = zip(*files, strict=True)
     names = tuple(Path(os.path.relpath(file, root)).as_posix() for file in files)
     paths = tuple(map(Path, files))
-    samples = Samples(classes, tuple(map(int, targets)), names, FileReader(paths), paths)
+    samples = Samples(classes, tuple(map(int, targets)), names, FileReader(paths, decoding), paths)
     return samples.take(sorted(range(len(names)), key=names.__getitem__))  # SUN397 comes in the order of the disk
 
 
@@ -131,7 +137,10 @@ def _construct(name: str, split: str, root: Path, download: bool) -> Any:
 
     try:
         arguments = TORCHVISION[name].splits[split]
-        return getattr(torchvision.datasets, name)(root=root, download=download, **arguments)
+        with _guarded_extraction():
+            return getattr(torchvision.datasets, name)(root=root, download=download, **arguments)
+    except ArchiveError as error:
+        raise ValueError(f"torchvision's {name}: {error}") from error
     except ImportError as error:
         raise ValueError(f"torchvision's {name} needs {error.name}: pip install {error.name}") from error
     except (RuntimeError, OSError) as error:
@@ -139,6 +148,36 @@ def _construct(name: str, split: str, root: Path, download: bool) -> Any:
             raise ValueError(f"torchvision's {name}: {error}") from error
         advice = "check the network" if download else "to fetch them, add dataset.download=true"
         raise ValueError(f"the files of torchvision's {name} are not in {root} ({error}); {advice}") from error
+
+
+@contextmanager
+def _guarded_extraction() -> Iterator[None]:
+    """Let torchvision extract archives with `vpt.data.archives`, inside of this block.
+
+    Raises:
+        ValueError: This torchvision does not extract as those that are known, so that nothing would be guarded.
+    """
+    from torchvision.datasets import utils
+
+    try:
+        tables = utils._ARCHIVE_EXTRACTORS, utils._COMPRESSED_FILE_OPENERS
+    except AttributeError as error:
+        raise ValueError(
+            "this torchvision extracts archives in a way that cannot be guarded; install the one of constraints.txt"
+        ) from error
+    before = [dict(table) for table in tables]
+    for table, ours in zip(tables, (_extract, open_metered), strict=True):
+        table.update(dict.fromkeys(table, ours))
+    try:
+        yield
+    finally:
+        for table, entries in zip(tables, before, strict=True):
+            table.update(entries)
+
+
+def _extract(archive: str | Path, into: str | Path, compression: str | None) -> None:
+    """What torchvision calls; how the archive is packed is seen from its content."""
+    extract(archive, into)
 
 
 def _pcam_targets(dataset: Any, split: str) -> Any:

@@ -36,6 +36,9 @@ INTERPOLATIONS = {
 CROP_MODES = ("center", "squash", "letterbox")
 MAX_SIZE = 4096  # pixels; a preprocessing may come from a stranger's task file
 MIN_CROP_PCT = 0.1
+MAX_ENLARGED = (
+    400  # times the pixels of the input that a picture may have before the crop; at crop_pct 0.9 one of 1 : 300
+)
 
 STEP_FORM = "write {name: HorizontalFlip, p: 0.5}"
 
@@ -143,9 +146,14 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
         return letterbox(image, NO_BOXES, preprocessing)[0]
     height, width = preprocessing.size
     resized = _resized_size(image.height, image.width, preprocessing)
-    image = image.resize(resized[::-1], INTERPOLATIONS[preprocessing.interpolation])
     top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
-    return image.crop((left, top, left + width, top + height))
+    interpolation = INTERPOLATIONS[preprocessing.interpolation]
+    if resized[0] * resized[1] <= MAX_ENLARGED * height * width:
+        return image.resize(resized[::-1], interpolation).crop((left, top, left + width, top + height))
+    # A line, not a picture: enlarged it could take all memory, so that only what is seen of it is computed.
+    y, x = image.height / resized[0], image.width / resized[1]
+    box = left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height)
+    return image.resize((width, height), interpolation, box)
 
 
 def _resized_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vpt.build import Data, build_loaders, build_preprocessing, spread
-from vpt.config import ClassWeights, Config, DatasetKind
+from vpt.config import ClassWeights, Config, DatasetKind, OnError
+from vpt.data.archives import unpacked
 from vpt.data.classification import (
     ClassificationDataset,
     Samples,
@@ -17,6 +18,7 @@ from vpt.data.classification import (
     read_folder,
     take_per_class,
 )
+from vpt.data.images import Decoding
 from vpt.data.tables import read_csv, read_list
 from vpt.data.torchvision import read_torchvision
 from vpt.data.transforms import EvalTransform, TrainTransform, denormalise
@@ -25,7 +27,9 @@ from vpt.engine.losses import CrossEntropy
 from vpt.engine.metrics import ClassificationMetrics
 from vpt.engine.monitor import OVERVIEW, Monitor
 from vpt.engine.pictures import RIGHT, WRONG, confusion_picture, picture_grid
-from vpt.engine.trainer import FitResult, Losses
+from vpt.engine.state import FitResult
+from vpt.engine.steps import Losses
+from vpt.kinds.readable import LeftOut, describe_left_out, leave_out_unreadable
 
 NUM_GRID_PICTURES = 32
 
@@ -51,21 +55,30 @@ class Classification:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.decoding = Decoding(config.data.max_pixels, config.data.background)
+        self.left_out: LeftOut = []
 
     def read(self) -> dict[str, Samples]:
-        """Read which pictures there are, by split."""
-        dataset = self.config.dataset
-        samples = self._read_all()
-        for members in samples.values():
-            check_readable(members)
+        """Read which pictures there are, by split, without those that cannot be read and may be skipped."""
+        dataset, is_skipping = self.config.dataset, self.config.data.on_error is OnError.skip
+        samples = self.read_all()
+        for split, members in samples.items():
+            if split != "train" or not is_skipping:
+                check_readable(members, self.decoding)
+        samples, self.left_out = leave_out_unreadable(self.config, samples)
         if dataset.num_per_class is not None:
             samples["train"] = take_per_class(samples["train"], dataset.num_per_class, dataset.split_seed)
         return samples
 
-    def _read_all(self) -> dict[str, Samples]:
+    def read_all(self) -> dict[str, Samples]:
+        """Read which pictures there are, by split; none is looked at."""
         config = self.config.dataset
-        root = Path(config.root or ".").expanduser()
-        split: dict[str, Any] = {"val_fraction": config.val_fraction, "seed": config.split_seed}
+        root = unpacked(Path(config.root or ".").expanduser(), self.config.cache_dir)
+        split: dict[str, Any] = {
+            "val_fraction": config.val_fraction,
+            "seed": config.split_seed,
+            "decoding": self.decoding,
+        }
         match config.kind:
             case DatasetKind.folder:
                 return read_folder(root, test_fraction=config.test_fraction or 0.0, **split)
@@ -112,9 +125,10 @@ class Classification:
         return ClassEvaluator(len(data.classes))
 
     def describe(self, samples: Mapping[str, Samples]) -> list[str]:
-        """Classes and pictures."""
+        """Classes and pictures, and which of them are left out."""
         counts = ", ".join(f"{split} {len(members.targets)}" for split, members in samples.items())
-        return [f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; pictures: {counts}"]
+        head = f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; pictures: {counts}"
+        return [head, *describe_left_out(self.left_out)]
 
     def class_table(self, evaluator: ClassEvaluator, data: Data, split: str) -> str:
         """The recall of each class and the number of its pictures."""

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from vpt.build import Data, build_loaders, build_preprocessing, spread
 from vpt.config import Config, DatasetKind
+from vpt.data.archives import unpacked
 from vpt.data.boxes import DetectionDataset, DetectionSamples, collate_detection
 from vpt.data.coco import read_coco
 from vpt.data.detection import read_detection, trees_root
+from vpt.data.images import Decoding
 from vpt.data.sources import DataReport
 from vpt.data.transforms import (
     DetectionEvalTransform,
@@ -27,7 +29,9 @@ from vpt.engine.console import format_table, percent
 from vpt.engine.detection_metrics import DetectionMetrics
 from vpt.engine.monitor import DETECTION_OVERVIEW, Monitor
 from vpt.engine.pictures import confusion_picture, picture_grid
-from vpt.engine.trainer import FitResult, Losses
+from vpt.engine.state import FitResult
+from vpt.engine.steps import Losses
+from vpt.kinds.readable import LeftOut, describe_left_out, leave_out_unreadable
 
 NUM_GRID_PICTURES = 16
 NUM_PAGE_PICTURES = 8
@@ -102,6 +106,8 @@ class Detection:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.report = DataReport()
+        self.decoding = Decoding(config.data.max_pixels, config.data.background)
+        self.left_out: LeftOut = []
 
     def read(self) -> dict[str, DetectionSamples]:
         """Read and check pictures and boxes, by split.
@@ -109,14 +115,15 @@ class Detection:
         Raises:
             ValueError: What a reader refuses, or there is no box in val, so that no epoch could be chosen.
         """
-        samples = self._read_all()
+        samples, self.left_out = leave_out_unreadable(self.config, self.read_all(), self.report.left_out)
         if not any((~crowd).any() for crowd in samples["val"].crowd):
             raise ValueError(
                 "val has no box, so that no epoch could be chosen; add boxes, or leave val out, and train gives some"
             )
         return samples
 
-    def _read_all(self) -> dict[str, DetectionSamples]:
+    def read_all(self) -> dict[str, DetectionSamples]:
+        """Read and check boxes and the headers of pictures, by split."""
         config = self.config.dataset
         reading: dict[str, Any] = {
             "val_fraction": config.val_fraction,
@@ -124,10 +131,11 @@ class Detection:
             "seed": config.split_seed,
             "strict": config.strict,
             "report": self.report,
+            "decoding": self.decoding,
         }
         if config.kind is DatasetKind.trees:
             return read_coco(trees_root(), **reading)
-        root = Path(config.root or ".").expanduser()
+        root = unpacked(Path(config.root or ".").expanduser(), self.config.cache_dir)
         if config.annotations is not None:
             return read_coco(root, config.annotations, **reading)
         return read_detection(root, config.form.value, **reading)
@@ -158,7 +166,7 @@ class Detection:
         """Classes, pictures and boxes, and what the check of the boxes found."""
         counts = ", ".join(f"{split} {len(of)} ({sum(map(len, of.boxes)):,})" for split, of in samples.items())
         head = f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; pictures (boxes): {counts}"
-        return [head, *self.report.findings()]
+        return [head, *describe_left_out(self.left_out), *self.report.findings()]
 
     def class_table(self, evaluator: BoxEvaluator, data: Data, split: str) -> str:
         """The average precision of each class, the score of its best F1, and the number of its boxes."""

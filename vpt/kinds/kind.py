@@ -6,7 +6,9 @@ from typing import Any, ClassVar, Protocol
 from vpt.build import Data
 from vpt.config import Config, TaskName
 from vpt.engine.monitor import Monitor
-from vpt.engine.trainer import Evaluator, FitResult, Losses
+from vpt.engine.state import FitResult
+from vpt.engine.steps import Losses
+from vpt.engine.trainer import Evaluator
 
 
 class Kind(Protocol):
@@ -22,8 +24,13 @@ class Kind(Protocol):
 
     def __init__(self, config: Config) -> None: ...
 
+    left_out: list[tuple[str, str]]  # train pictures that `read` left out, and why
+
+    def read_all(self) -> dict[str, Any]:
+        """Samples by split, from the source that the config names, with pictures that cannot be read."""
+
     def read(self) -> dict[str, Any]:
-        """Samples by split, from the source that the config names."""
+        """The same, after a look whether they can be read, which is refused or left out as the config says."""
 
     def build_data(self, samples: Mapping[str, Any], backbone_preprocessing: Mapping[str, Any]) -> Data:
         """Data sets and loaders of all splits, for a backbone that wants its pictures prepared in this way."""

@@ -1,0 +1,445 @@
+"""Archives that are whole, hostile and damaged; what is refused leaves nothing behind."""
+
+import bz2
+import gzip
+import hashlib
+import io
+import itertools
+import lzma
+import os
+import random
+import stat
+import tarfile
+import zipfile
+
+import pytest
+import torchvision.datasets
+
+from vpt.config import compose_config, to_config
+from vpt.data import archives
+from vpt.data.archives import ArchiveError, extract, is_archive, open_metered, unpacked
+from vpt.data.torchvision import _guarded_extraction
+from vpt.kinds.kind import kind_of
+
+FILES = {"a/x.jpg": b"one", "a/y.jpg": b"", "b/ü z.jpg": b"three" * 1000}
+
+
+def make_zip(path, files, compression=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def make_tar(path, members, mode="w"):
+    """A tar of (TarInfo or name, content)."""
+    with tarfile.open(path, mode) as archive:
+        for member, content in members:
+            info = tarfile.TarInfo(member) if isinstance(member, str) else member
+            info.size = len(content) if info.isreg() else 0
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def tar_member(name, kind, target=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def content_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(archive, folder, message, **caps):
+    """Refuse in one line that names the archive, and leave nothing."""
+    before = sorted(folder.parent.rglob("*"))
+    with pytest.raises(ArchiveError, match=message) as told:
+        extract(archive, folder, **caps)
+    assert str(told.value).startswith(f"{archive}: ")
+    assert "\n" not in str(told.value)
+    assert "nothing was extracted" in str(told.value)
+    assert sorted(folder.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["p.zip", "p.tar", "p.tar.gz", "p.tgz", "p.tar.bz2", "p.tbz", "p.tbz2", "p.tar.xz", "p.txz"]
+)
+def test_each_form_comes_out_as_it_went_in(tmp_path, name):
+    mode = {"gz": "w:gz", "z2": "w:bz2", "bz": "w:bz2", "xz": "w:xz"}.get(name[-2:].replace("tgz", "gz"), "w")
+    mode = "w:gz" if name == "p.tgz" else mode
+    path = tmp_path / name
+    make_zip(path, FILES) if name.endswith(".zip") else make_tar(path, FILES.items(), mode)
+    assert is_archive(path)
+    assert content_of(extract(path, tmp_path / "out")) == FILES
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([name, "out"])
+
+
+def test_a_folder_in_an_archive_comes_out_and_files_get_the_rights_of_any_file(tmp_path):
+    info = tarfile.TarInfo("run.sh")
+    info.mode, info.uid = 0o6777, 0
+    path = make_tar(tmp_path / "p.tar", [(tar_member("empty", tarfile.DIRTYPE), b""), (info, b"x")])
+    folder = extract(path, tmp_path / "out")
+    (tmp_path / "new").write_bytes(b"")
+    (tmp_path / "new_folder").mkdir()
+    assert (folder / "empty").is_dir()
+    assert stat.S_IMODE((folder / "run.sh").stat().st_mode) == stat.S_IMODE((tmp_path / "new").stat().st_mode)
+    assert stat.S_IMODE(folder.stat().st_mode) & 0o7000 == 0
+    assert stat.S_IMODE(folder.stat().st_mode) & 0o700 == 0o700
+
+
+NAMES = [
+    "../evil",
+    "a/../../evil",
+    "/evil",
+    "//evil",
+    "C:evil",
+    "C:/evil",
+    "a\\..\\..\\evil",
+    "..\\evil",
+    "a/..",
+    "..",
+    "line\nfeed",
+    "a" * 256,
+    "é" * 128,
+    "/".join("a" * 51),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [*itertools.product(["zip", "tar"], NAMES), ("zip", "nul\0.jpg")],  # a tar ends a name at its NUL
+)
+def test_a_name_that_leaves_the_folder_or_is_none_is_refused(tmp_path, form, name):
+    (tmp_path / "in").mkdir()
+    if form == "tar":
+        path = make_tar(tmp_path / "p.tar", [("good.jpg", b"x"), (name, b"x")])
+    else:
+        path = tmp_path / "p.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("good.jpg", b"x")
+            info = zipfile.ZipInfo("x")
+            info.filename = info.orig_filename = name  # the constructor would tidy it up
+            archive.writestr(info, b"x")
+    refused(path, tmp_path / "in" / "out", "is no plain name inside of it|is too long")
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [
+        (tarfile.SYMTYPE, "/etc/passwd"),
+        (tarfile.SYMTYPE, "good.jpg"),
+        (tarfile.LNKTYPE, "../secret"),
+        (tarfile.LNKTYPE, "good.jpg"),
+        (tarfile.CHRTYPE, ""),
+        (tarfile.BLKTYPE, ""),
+        (tarfile.FIFOTYPE, ""),
+        (b"Z", ""),  # of a kind that nobody knows
+    ],
+)
+def test_what_is_neither_a_file_nor_a_folder_in_a_tar_is_refused(tmp_path, kind, target):
+    path = make_tar(tmp_path / "p.tar", [("good.jpg", b"x"), (tar_member("odd", kind, target), b"")])
+    refused(path, tmp_path / "out", "'odd' is neither a file nor a folder")
+
+
+@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFCHR, stat.S_IFIFO])
+def test_what_is_neither_a_file_nor_a_folder_in_a_zip_is_refused(tmp_path, kind):
+    info = zipfile.ZipInfo("odd")
+    info.external_attr = (kind | 0o777) << 16
+    make_zip(tmp_path / "p.zip", {"good.jpg": b"x", info: b"/etc/passwd"})
+    refused(tmp_path / "p.zip", tmp_path / "out", "'odd' is neither a file nor a folder")
+
+
+def test_a_link_and_a_file_behind_it_do_not_leave_the_folder(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    link = tar_member("a", tarfile.SYMTYPE, str(outside))
+    refused(make_tar(tmp_path / "p.tar", [(link, b""), ("a/evil", b"x")]), tmp_path / "out", "neither a file")
+    assert list(outside.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    "names",
+    [("a/x.jpg", "a/X.JPG"), ("A/x.jpg", "a/y.jpg"), ("x", "x/y"), ("x/y", "x"), ("x", "./x"), ("é", "e\u0301")],
+)
+def test_names_that_cannot_be_beside_each_other_are_refused(tmp_path, names):
+    path = make_tar(tmp_path / "p.tar", [(name, b"x") for name in names])
+    refused(path, tmp_path / "out", "cannot be beside each other|is there twice")
+    path = make_zip(tmp_path / "p.zip", dict.fromkeys(names, b"x"))
+    refused(path, tmp_path / "out", "cannot be beside each other|is there twice")
+
+
+@pytest.mark.parametrize("form", ["zip", "gz", "bz2", "xz"])
+def test_a_bomb_is_refused_while_it_comes_out(tmp_path, form, monkeypatch):
+    monkeypatch.setattr(archives, "FREE_BYTES", 1_000_000)
+    zeros = bytes(30_000_000)
+    if form == "zip":
+        path = make_zip(tmp_path / "p.zip", {"zeros": zeros})
+    else:
+        path = make_tar(tmp_path / f"p.tar.{form}", [("zeros", zeros)], f"w:{form}")
+    assert path.stat().st_size < 40_000
+    refused(path, tmp_path / "out", r"more than [\d,]+ bytes come out of it")
+    refused(path, tmp_path / "out", "more than 1,000 bytes", max_bytes=1000, max_ratio=1e9)
+    assert (extract(path, tmp_path / "out", max_ratio=1e6) / "zeros").stat().st_size == len(zeros)
+
+
+def test_sizes_are_counted_and_not_believed(tmp_path, monkeypatch):
+    """The header says one byte; the content has ten million."""
+    monkeypatch.setattr(archives, "FREE_BYTES", 1_000_000)
+    path = make_zip(tmp_path / "p.zip", {"zeros": bytes(10_000_000)})
+    data = path.read_bytes().replace((10_000_000).to_bytes(4, "little"), (1).to_bytes(4, "little"))
+    path.write_bytes(data)
+    refused(path, tmp_path / "out", "no zip or tar that can be read|bytes come out")
+
+
+def test_a_sparse_file_of_a_tar_counts_in_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "FREE_BYTES", 1_000_000)
+    info = tarfile.TarInfo("sparse")
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(10**12)}
+    body = b"1\n1000000000000\n0\n".ljust(512, b"\0")
+    with tarfile.open(tmp_path / "p.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        info.size = len(body)
+        archive.addfile(info, io.BytesIO(body))
+    refused(tmp_path / "p.tar", tmp_path / "out", "bytes come out of it|no zip or tar that can be read")
+
+
+def test_a_header_that_claims_to_be_huge_is_refused_before_it_is_read(tmp_path):
+    header = tar_member("././@LongLink", tarfile.GNUTYPE_LONGNAME)
+    header.size = 2**31
+    path = tmp_path / "p.tar.xz"
+    with lzma.open(path, "wb") as file:
+        file.write(header.tobuf(tarfile.GNU_FORMAT) + bytes(1_000_000))
+    refused(path, tmp_path / "out", "a header claims to be huge")
+
+
+def test_too_many_files_are_refused(tmp_path):
+    path = make_zip(tmp_path / "p.zip", {f"{number}": b"" for number in range(101)})
+    refused(path, tmp_path / "out", "holds more than 100 files", max_files=100)
+    assert len(content_of(extract(path, tmp_path / "out", max_files=101))) == 101
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_files_come_out(tmp_path):
+    path = make_tar(tmp_path / "p.tar.gz", [(f"{number % 100}/{number}", b"") for number in range(100_000)], "w:gz")
+    assert len(content_of(extract(path, tmp_path / "out"))) == 100_000
+
+
+def test_a_zip_whose_table_of_contents_ends_early_is_refused(tmp_path):
+    path = make_zip(tmp_path / "p.zip", FILES)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 33] = 0xFF  # the length of the first member's comment, beyond all others
+    path.write_bytes(data)
+    with zipfile.ZipFile(path) as opened:
+        assert len(opened.infolist()) == 1
+    refused(path, tmp_path / "out", "its table of contents is damaged")
+
+
+def test_a_folder_of_a_zip_with_content_is_refused(tmp_path):
+    path = make_zip(tmp_path / "p.zip", {"good.jpg": b"x", "odd/": b"content"})
+    refused(path, tmp_path / "out", "'odd/' is a folder with content")
+
+
+def test_a_tar_with_a_broken_header_in_its_middle_is_refused(tmp_path):
+    path = make_tar(tmp_path / "p.tar", [("a.jpg", b"x"), ("b.jpg", b"y")])
+    data = bytearray(path.read_bytes())
+    data[1024 + 150] ^= 1  # the checksum of the second header
+    path.write_bytes(data)
+    with tarfile.open(path) as opened:
+        assert opened.getnames() == ["a.jpg"]  # as if there were no more
+    refused(path, tmp_path / "out", "it is damaged")
+
+
+def test_an_encrypted_zip_and_an_unknown_packing_are_refused(tmp_path):
+    path = make_zip(tmp_path / "p.zip", FILES)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data)
+    refused(path, tmp_path / "out", "'a/x.jpg' is encrypted")
+    path = make_zip(tmp_path / "q.zip", FILES)
+    data = bytearray(path.read_bytes())
+    for start in (b"PK\x01\x02", b"PK\x03\x04"):
+        data[data.index(start) + {b"PK\x01\x02": 10, b"PK\x03\x04": 8}[start]] = 99
+    path.write_bytes(data)
+    refused(path, tmp_path / "out", "no zip or tar that can be read")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04", b"\x1f\x8b", bytes(511), b"Rar!\x1a\x07\x00" * 100])
+def test_what_is_no_archive_is_refused(tmp_path, content):
+    (tmp_path / "p.zip").write_bytes(content)
+    refused(tmp_path / "p.zip", tmp_path / "out", "no zip or tar that can be read|it is damaged")
+
+
+@pytest.mark.parametrize("form", ["zip", "tar", "gz", "bz2", "xz"])
+def test_a_truncated_or_changed_archive_is_refused_or_gives_what_was_in_it(tmp_path, form):
+    """A zip and what is packed have checksums of their own; a bare tar has them of its headers only."""
+    files = {f"{number % 3}/{number}.jpg": random.Random(number).randbytes(700) for number in range(9)}
+    path = tmp_path / f"p.{form}"
+    mode = "w" if form == "tar" else f"w:{form}"
+    make_zip(path, files) if form == "zip" else make_tar(path, files.items(), mode)
+    whole, generator = path.read_bytes(), random.Random(0)
+    num_refused = 0
+    for number in range(120):
+        changed = bytearray(whole)
+        if number % 2:
+            changed[generator.randrange(len(changed))] ^= 1 << generator.randrange(8)
+        else:
+            changed = changed[: generator.randrange(len(changed))]
+        path.write_bytes(changed)
+        out = tmp_path / f"out{number}"
+        try:
+            extract(path, out)
+        except ArchiveError:
+            num_refused += 1
+            assert not out.exists()
+            continue
+        if form != "tar":  # a byte that nobody reads, such as a date
+            assert set(content_of(out).values()) == set(files.values())
+    assert num_refused > (20 if form == "tar" else 60)
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    path = make_zip(tmp_path / "p.zip", FILES)
+    monkeypatch.setattr(archives, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        extract(path, tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p.zip"]
+
+
+def test_what_is_in_a_folder_that_is_there_stays(tmp_path):
+    out = tmp_path / "out"
+    (out / "a").mkdir(parents=True)
+    (out / "a" / "mine").write_bytes(b"mine")
+    (out / "a" / "x.jpg").write_bytes(b"old")
+    extract(make_zip(tmp_path / "p.zip", FILES), out)
+    assert content_of(out) == FILES | {"a/mine": b"mine"}
+    assert sorted(entry.name for entry in out.iterdir()) == ["a", "b"]
+    refused(make_tar(tmp_path / "q.tar", [("new", b"x"), ("../x", b"x")]), out, "no plain name")
+
+
+def test_a_data_set_is_extracted_once_for_its_content(tmp_path, monkeypatch):
+    path = make_zip(
+        tmp_path / "my photos.v2.zip", {"photos/a/x.jpg": b"x", "photos/b/y.jpg": b"y", "__MACOSX/._x": b""}
+    )
+    folder = unpacked(path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert folder == tmp_path / f"my_photos_{sha256[:16]}" / "photos"
+    assert content_of(folder) == {"a/x.jpg": b"x", "b/y.jpg": b"y"}
+    assert not (folder.parent / "__MACOSX").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(archives, "extract", None)
+        assert unpacked(path) == folder
+    assert unpacked(path, tmp_path / "cache").parent.parent == tmp_path / "cache"
+    make_zip(path, {"photos/train/a/x.jpg": b"other"})
+    assert unpacked(path).name == "photos"
+    assert content_of(unpacked(path)) == {"train/a/x.jpg": b"other"}
+
+
+def test_a_path_that_is_no_archive_is_itself(tmp_path):
+    (tmp_path / "folder.zip").mkdir()
+    for path in (tmp_path, tmp_path / "folder.zip", tmp_path / "gone.zip", tmp_path / "gone"):
+        assert unpacked(path) == path
+
+
+def test_an_archive_must_be_the_one_that_its_sha256_tells_of(tmp_path):
+    path = make_zip(tmp_path / "p.zip", FILES)
+    told, sha256 = tmp_path / "p.zip.sha256", hashlib.sha256(path.read_bytes()).hexdigest()
+    told.write_text(f"{'0' * 64}  p.zip\n")
+    with pytest.raises(ArchiveError, match=rf"p\.zip: its sha256 is {sha256}, not the one that p\.zip\.sha256 tells"):
+        unpacked(path)
+    told.write_text("no digest")
+    with pytest.raises(ArchiveError, match=r"p\.zip\.sha256: does not begin with a sha256"):
+        unpacked(path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["p.zip", "p.zip.sha256"]
+    told.write_text(f"{sha256.upper()}  p.zip\n")
+    assert content_of(unpacked(path)) == FILES
+
+
+def test_pictures_are_read_from_an_archive(tmp_path, photos):
+    path = make_zip(
+        tmp_path / "photos.zip",
+        {f"photos/{file.relative_to(photos).as_posix()}": file.read_bytes() for file in photos.rglob("*.png")},
+    )
+    config = to_config(compose_config(["dataset=folder", f"dataset.root={path}"]))
+    samples, wanted = kind_of(config).read(), kind_of(_with_root(config, photos)).read()
+    assert {split: of.names for split, of in samples.items()} == {split: of.names for split, of in wanted.items()}
+
+
+def test_boxes_are_read_from_an_archive(tmp_path, boxes):
+    path = make_tar(
+        tmp_path / "boxes.tar.gz",
+        [(file.relative_to(boxes).as_posix(), file.read_bytes()) for file in boxes.rglob("*") if file.is_file()],
+        "w:gz",
+    )
+    config = to_config(compose_config(["dataset=coco", f"dataset.root={path}", f"cache_dir={tmp_path / 'cache'}"]))
+    samples, wanted = kind_of(config).read(), kind_of(_with_root(config, boxes)).read()
+    assert {split: of.names for split, of in samples.items()} == {split: of.names for split, of in wanted.items()}
+    assert (tmp_path / "cache").is_dir()
+
+
+def _with_root(config, root):
+    import copy
+
+    config = copy.deepcopy(config)
+    config.dataset.root = str(root)
+    return config
+
+
+# torchvision's own extraction.
+
+
+def test_torchvision_extracts_with_the_guard_inside_of_the_block_only(tmp_path, monkeypatch):
+    utils = torchvision.datasets.utils
+    monkeypatch.setattr(archives, "FREE_BYTES", 1_000_000)
+    good = make_zip(tmp_path / "good.zip", FILES)
+    evil = make_tar(tmp_path / "evil.tar.gz", [(tar_member("a", tarfile.SYMTYPE, "good"), b"")], "w:gz")
+    bombs = []
+    for ending, opener in ((".gz", gzip.open), (".bz2", bz2.open), (".xz", lzma.open)):
+        bombs.append(tmp_path / f"bomb{ending}")
+        with opener(bombs[-1], "wb") as file:
+            file.write(bytes(20_000_000))
+    before = dict(utils._ARCHIVE_EXTRACTORS), dict(utils._COMPRESSED_FILE_OPENERS)
+    with _guarded_extraction():
+        utils.extract_archive(str(good), str(tmp_path / "out"))
+        assert content_of(tmp_path / "out") == FILES
+        with pytest.raises(ArchiveError, match="neither a file nor a folder"):
+            utils.extract_archive(str(evil), str(tmp_path / "out"))
+        for bomb in bombs:
+            with pytest.raises(ArchiveError, match="bytes come out"):
+                utils.extract_archive(str(bomb))
+    assert (dict(utils._ARCHIVE_EXTRACTORS), dict(utils._COMPRESSED_FILE_OPENERS)) == before
+
+
+def test_a_torchvision_that_extracts_otherwise_is_refused(monkeypatch):
+    monkeypatch.delattr(torchvision.datasets.utils, "_ARCHIVE_EXTRACTORS")
+    with pytest.raises(ValueError, match="extracts archives in a way that cannot be guarded"), _guarded_extraction():
+        pass
+
+
+def test_a_packed_file_is_read_as_far_as_the_cap_allows(tmp_path):
+    path = tmp_path / "a.gz"
+    path.write_bytes(gzip.compress(b"abc" * 1000))
+    with open_metered(path, "rb") as file:
+        assert file.read() == b"abc" * 1000
+
+
+def test_a_pickle_in_the_place_of_a_data_set_of_torchvision_is_not_read(tmp_path):
+    """CIFAR comes as pickles. torchvision opens them only if their md5 is the one that it knows."""
+    import pickle
+
+    from vpt.data.torchvision import read_torchvision
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+        (folder / name).write_bytes(pickle.dumps(Evil()))
+    (folder / "batches.meta").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="CIFAR10 are not in"):
+        read_torchvision("CIFAR10", tmp_path)
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,294 @@
+"""Files as they come, made here: the picture that each gives, or the words of its refusal."""
+
+import io
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, PngImagePlugin, features
+
+from vpt.data.images import ImageError, check_image, read_header, read_image
+
+RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
+HALF_RED = (255, 127, 127)
+HAS_AVIF = features.check("avif")
+
+
+def encode(image: Image.Image, form: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, rows: bytes, *, colour_type: int = 0, extra: bytes = b"", end: bool = True) -> bytes:
+    """A PNG of 8 bits of what it is told, whether that fits together or not."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0))
+    content = b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows, 1))
+    return content + (chunk(b"IEND", b"") if end else b"")
+
+
+def two(left, right, mode: str = "RGB") -> Image.Image:
+    """Two pixels."""
+    image = Image.new(mode, (2, 1))
+    image.putpixel((0, 0), left)
+    image.putpixel((1, 0), right)
+    return image
+
+
+def noise(width: int = 32, height: int = 24, channels: int = 3) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.fromarray(pixels.squeeze())
+
+
+def plain(colour, mode: str = "RGB") -> Image.Image:
+    return Image.new("RGB", (16, 12), colour).convert(mode)
+
+
+def palette() -> Image.Image:
+    image = Image.new("P", (2, 1))
+    image.putpalette([*RED, *BLUE])
+    image.putpixel((1, 0), 1)
+    return image
+
+
+def animation(form: str) -> bytes:
+    return encode(plain(RED), form, save_all=True, append_images=[plain(BLUE), plain(GREEN)])
+
+
+def lying(orientation: int, form: str) -> bytes:
+    """Red at the upper left of the upright picture, which has 16 columns and 12 rows; the rest is blue."""
+    upright = plain(BLUE)
+    upright.paste(RED, (0, 0, 8, 6))
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose, the inverse of what EXIF asks for
+    stored = upright if orientation == 1 else upright.transpose(Image.Transpose(undo[orientation]))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return encode(stored, form, exif=exif, **({"quality": 95} if form == "JPEG" else {}))
+
+
+def cut(content: bytes, part: float = 0.5) -> bytes:
+    return content[: int(len(content) * part)]
+
+
+def flipped(content: bytes) -> bytes:
+    damaged = bytearray(content)
+    damaged[len(content) // 2] ^= 0xFF
+    return bytes(damaged)
+
+
+def with_text(size: int) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("note", "a" * size, zip=True)
+    return encode(plain(RED), "PNG", pnginfo=info)
+
+
+def grey_16(form: str) -> bytes:
+    return encode(Image.fromarray(np.array([[0, 128 * 257, 65535]], dtype=np.uint16)), form)
+
+
+HTML = b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
+BROKEN_EXIF = b"Exif\x00\x00nothing"
+CUT_EXIF = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x09\x00\x12\x01"
+Row = list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class File:
+    """A file, and the size and the pixels of the first row that it gives (within `near`), or the words of an error."""
+
+    name: str
+    content: Callable[[], bytes]
+    size: tuple[int, int] = (0, 0)
+    row: Row = ()
+    near: int = 0
+    error: str = ""
+    background: str = "white"
+
+
+TABLE = [
+    *(
+        File(f"exif_{number}.{form.lower()}", lambda n=number, f=form: lying(n, f), (16, 12), [RED], near)
+        for number in range(1, 9)
+        for form, near in (("PNG", 0), ("JPEG", 12), ("TIFF", 0), ("WEBP", 12))
+    ),
+    File("grey.png", lambda: encode(two(0, 200, "L"), "PNG"), (2, 1), [BLACK, (200,) * 3]),
+    File("grey.jpg", lambda: encode(plain(RED, "L"), "JPEG"), (16, 12), [(76,) * 3], 1),
+    File("grey_alpha.png", lambda: encode(two((0, 0), (0, 255), "LA"), "PNG"), (2, 1), [WHITE, BLACK]),
+    File("1_bit.png", lambda: encode(two(0, 255, "1"), "PNG"), (2, 1), [BLACK, WHITE]),
+    File("1_bit.tif", lambda: encode(two(0, 255, "1"), "TIFF"), (2, 1), [BLACK, WHITE]),
+    File("palette.png", lambda: encode(palette(), "PNG"), (2, 1), [RED, BLUE]),
+    File("palette_alpha.png", lambda: encode(palette(), "PNG", transparency=0), (2, 1), [WHITE, BLUE]),
+    File("palette_alphas.png", lambda: encode(palette(), "PNG", transparency=b"\x80\xff"), (2, 1), [HALF_RED, BLUE], 1),
+    File("palette_alpha.gif", lambda: encode(palette(), "GIF", transparency=0), (2, 1), [WHITE, BLUE]),
+    File("colour_key.png", lambda: encode(two(RED, BLUE), "PNG", transparency=RED), (2, 1), [WHITE, BLUE]),
+    File("rgba.png", lambda: encode(two((*RED, 0), (*RED, 128), "RGBA"), "PNG"), (2, 1), [WHITE, HALF_RED], 1),
+    File(
+        "rgba_over_a_name.png",
+        lambda: encode(two((*RED, 0), (*RED, 255), "RGBA"), "PNG"),
+        (2, 1),
+        [GREEN, RED],
+        background="green",
+    ),
+    File(
+        "rgba_over_numbers.webp",
+        lambda: encode(two((*RED, 0), (*BLUE, 255), "RGBA"), "WEBP", lossless=True),
+        (2, 1),
+        [(1, 2, 3), BLUE],
+        background="#010203",
+    ),
+    File("cmyk.jpg", lambda: encode(plain(RED, "CMYK"), "JPEG"), (16, 12), [RED], 8),
+    File("cmyk.tif", lambda: encode(plain(RED, "CMYK"), "TIFF"), (16, 12), [RED], 1),
+    File("16_bit.png", lambda: grey_16("PNG"), (3, 1), [BLACK, (128,) * 3, WHITE]),
+    File("16_bit.tif", lambda: grey_16("TIFF"), (3, 1), [BLACK, (128,) * 3, WHITE]),
+    File("16_bit.pgm", lambda: b"P5 2 1 65535\n" + struct.pack(">2H", 0, 128 * 257), (2, 1), [BLACK, (128,) * 3]),
+    File("float.tif", lambda: encode(Image.new("F", (2, 2)), "TIFF"), error="floating point pictures"),
+    File("32_bit.tif", lambda: encode(Image.new("I", (2, 2), 70_000), "TIFF"), error="are no 16-bit values"),
+    File("animated.gif", lambda: animation("GIF"), (16, 12), [RED]),
+    File("animated.png", lambda: animation("PNG"), (16, 12), [RED]),
+    File("animated.webp", lambda: animation("WEBP"), (16, 12), [RED], 8),
+    File("pages.tif", lambda: animation("TIFF"), (16, 12), [RED]),
+    File("two_in_one.jpg", lambda: animation("MPO"), (16, 12), [RED], 8),
+    File("plain.webp", lambda: encode(plain(BLUE), "WEBP"), (16, 12), [BLUE], 8),
+    File("plain.bmp", lambda: encode(plain(BLUE), "BMP"), (16, 12), [BLUE]),
+    File("plain.ppm", lambda: encode(plain(BLUE), "PPM"), (16, 12), [BLUE]),
+    File("jpeg.tif", lambda: encode(plain(BLUE), "TIFF", compression="jpeg"), (16, 12), [BLUE], 8),
+    File("png_inside.jpg", lambda: encode(plain(BLUE), "PNG"), (16, 12), [BLUE]),
+    File("no_extension", lambda: encode(plain(BLUE), "PNG"), (16, 12), [BLUE]),
+    File("truncated.jpg", lambda: cut(encode(noise(), "JPEG")), error="broken picture"),
+    File("truncated.png", lambda: cut(encode(noise(), "PNG")), error="broken picture"),
+    File("truncated.tif", lambda: cut(encode(noise(), "TIFF", compression="tiff_lzw")), error="picture"),
+    File("header_only.jpg", lambda: cut(encode(noise(), "JPEG"), 0.02), error="not a picture"),
+    File("flipped.png", lambda: flipped(encode(noise(), "PNG")), error="broken picture"),
+    File("no_end.png", lambda: png(2, 1, b"\0\0\xc8", end=False), (2, 1), [BLACK, (200,) * 3]),
+    File("no_pixels.png", lambda: png(20, 20, b""), error="broken picture"),
+    File("empty.jpg", lambda: b"", error="the file is empty"),
+    File("text.jpg", lambda: b"hello, this is a text", error="not a picture"),
+    File("html.png", lambda: HTML, error="not a picture"),
+    File("zero_by_zero.png", lambda: png(0, 0, b""), error="not a picture, or its header is broken"),
+    File(
+        "negative.bmp",
+        lambda: encode(plain(BLUE), "BMP").replace(struct.pack("<i", 16), struct.pack("<i", -16), 1),
+        error="picture",
+    ),
+    File("tall.png", lambda: png(1, 10_000, b"\0\x07" * 10_000), (1, 10_000), [(7,) * 3]),
+    File("wide.png", lambda: png(10_000, 1, b"\0" + b"\x07" * 10_000), (10_000, 1), [(7,) * 3]),
+    File("64_megapixels.png", lambda: png(8_000, 8_000, b""), error="64,000,000 pixels are more than the 50,000,000"),
+    File("3600_megapixels.png", lambda: png(60_000, 60_000, b""), error="too many pixels"),
+    File("broken_exif.jpg", lambda: encode(plain(BLUE), "JPEG", exif=BROKEN_EXIF), (16, 12), [BLUE], 8),
+    File("broken_exif.png", lambda: encode(plain(BLUE), "PNG", exif=BROKEN_EXIF), error="broken EXIF data"),
+    File("cut_exif.jpg", lambda: encode(plain(BLUE), "JPEG", exif=CUT_EXIF), (16, 12), [BLUE], 8),
+    File("text_of_100_kB.png", lambda: with_text(100_000), (16, 12), [RED]),
+    File("text_of_100_MB.png", lambda: with_text(100_000_000), error="too large for"),
+    File("profile.jpg", lambda: encode(plain(BLUE), "JPEG", icc_profile=b"x" * 500_000), (16, 12), [BLUE], 8),
+    File("profile.png", lambda: encode(plain(BLUE), "PNG", icc_profile=b"x" * 5_000_000), error="too large for"),
+]
+if HAS_AVIF:
+    TABLE += [
+        File("plain.avif", lambda: encode(plain(BLUE), "AVIF"), (16, 12), [BLUE], 12),
+        File("lying.avif", lambda: lying(6, "AVIF"), (16, 12), [RED], 40),
+        File("rgba.avif", lambda: encode(Image.new("RGBA", (16, 12), (*RED, 0)), "AVIF"), (16, 12), [WHITE], 12),
+        File("truncated.avif", lambda: cut(encode(noise(), "AVIF")), error="picture"),
+    ]
+
+
+@pytest.mark.parametrize("file", TABLE, ids=lambda file: file.name)
+def test_a_file_gives_its_picture_or_says_what_is_wrong(file, tmp_path):
+    path = tmp_path / file.name
+    path.write_bytes(file.content())
+    if not file.row:
+        with pytest.raises(ImageError) as error:
+            read_image(path, background=file.background)
+        assert str(error.value).startswith(f"{path}: ")
+        assert file.error in str(error.value)
+        assert "\n" not in str(error.value)
+        return
+    image = read_image(path, background=file.background)
+    assert (image.mode, image.size) == ("RGB", file.size)
+    found = np.asarray(image)[0, : len(file.row)].astype(int)
+    assert np.abs(found - np.array(file.row)).max() <= file.near
+    (height, width), stored, _ = read_header(path)
+    assert (width, height) == image.size
+    assert check_image(path) in (stored[::-1], image.size)
+
+
+def test_the_table_has_a_file_of_each_kind_only_once():
+    assert len({file.name for file in TABLE}) == len(TABLE) >= 60
+
+
+def make_folder(path):
+    path.mkdir()
+
+
+def make_link_to_device(path):
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (make_folder, "a folder, not a picture"),
+        (os.mkfifo, "a pipe or a device, not a picture"),
+        (make_link_to_device, "a pipe or a device, not a picture"),
+        (lambda path: path.symlink_to(path), "cannot be read (Too many levels of symbolic links)"),
+        (lambda path: None, "no such file"),
+    ],
+)
+def test_what_is_no_regular_file_is_refused_and_never_waited_for(make, words, tmp_path):
+    path = tmp_path / "a.jpg"
+    make(path)
+    for read in (read_image, check_image, read_header):
+        with pytest.raises(ImageError) as error:
+            read(path)
+        assert str(error.value) == f"{path}: {words}"
+
+
+def test_a_background_that_is_no_colour_is_refused_by_its_key_even_where_it_is_not_seen(tmp_path):
+    plain(RED).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"data\.background='whte' is no colour; type a name such as white, or"):
+        read_image(tmp_path / "a.png", background="whte")
+    with pytest.raises(ValueError, match=r"data\.background='#01020304' is transparent itself"):
+        read_image(tmp_path / "a.png", background="#01020304")
+
+
+MEASURE = """
+import resource, sys
+from vpt.data.images import ImageError, read_image
+baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    read_image(sys.argv[1])
+    print("read")
+except ImageError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline) / 1024)
+"""
+
+
+@pytest.mark.parametrize(("side", "form"), [(10_000, "PNG"), (14_143, "PNG"), (10_000, "WEBP"), (10_000, "TIFF")])
+def test_a_bomb_is_refused_by_its_header_with_little_memory(side, form, tmp_path):
+    path = tmp_path / "bomb"
+    match form:
+        case "PNG":  # all of it is there: 100 and 200 million pixels, in 100 and 200 kB
+            row = b"\0" * (side + 1)
+            path.write_bytes(png(side, side, row * side))
+            assert path.stat().st_size < 1_000_000
+        case "WEBP":
+            content = encode(Image.new("RGB", (16, 16)), "WEBP", lossless=True)
+            sides = struct.pack("<I", (side - 1) | (side - 1) << 14)
+            path.write_bytes(content[:21] + sides + content[25:])
+        case _:
+            Image.new("1", (side, side)).save(path, form, compression="group4")
+    output = subprocess.run([sys.executable, "-c", MEASURE, path], capture_output=True, text=True, check=True)
+    words, peak = output.stdout.splitlines()
+    assert "pixels are more than the 50,000,000 allowed" in words or "too many pixels" in words
+    assert float(peak) < 200  # MB; decoded they would take 400 and 800

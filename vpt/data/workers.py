@@ -1,0 +1,259 @@
+"""Processes that read pictures for a loader: what ends one of them, or holds it up, is told by name and picture.
+
+torch's own loader raises from wherever the main process is when a process dies, waits for ever for one that hangs, and
+turns the errors of data sets into texts with tracebacks. `WorkerLoader` puts that right; batches are torch's.
+"""
+
+import atexit
+import multiprocessing.util  # noqa: F401  (its function at exit must be registered before ours)
+import os
+import signal
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from multiprocessing.sharedctypes import RawArray
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+POLL_S = 1.0
+IGNORED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+FATAL = ("SIGSEGV", "SIGBUS", "SIGFPE")
+HINTS = {
+    "SIGKILL": "often that is for lack of memory: use fewer num_workers",
+    "SIGBUS": "often that is for lack of room in /dev/shm: give it more, or use num_workers=0",
+}
+
+
+class LoaderError(RuntimeError):
+    """A loader process died or hangs; the message says which, how, and at what picture."""
+
+
+class WorkerLoader(DataLoader[Any]):
+    """A loader with processes; its first argument is the data set, and an item's key is `(epoch, index)`.
+
+    Args:
+        dataset: Gives an item for a key; its `samples.names`, if it has them, name pictures in errors.
+        batch_size: Items in a batch.
+        sampler: Gives the keys.
+        num_workers: Processes, at least one; they live as long as the loader.
+        collate: Makes a batch of a list of items; None stacks each part, as torch does.
+        timeout_s: Seconds after which a batch that has not come is an error.
+        options: What else torch's DataLoader takes.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        sampler: Sampler[tuple[int, int]],
+        num_workers: int,
+        collate: Callable[[Any], Any] | None,
+        timeout_s: float,
+        **options: Any,
+    ) -> None:
+        self.timeout_s = timeout_s
+        self.marks = _Marks(dataset, num_workers)
+        super().__init__(
+            _WorkerDataset(dataset, collate or default_collate, self.marks),
+            batch_size,
+            sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            timeout=min(POLL_S, timeout_s),
+            persistent_workers=True,
+            worker_init_fn=start_worker,
+            **options,
+        )
+        self._last: _Batches | None = None
+
+    def __iter__(self) -> Any:
+        """The batches of an epoch.
+
+        Raises:
+            LoaderError: A process died or hangs; also while the batches are read.
+        """
+        if self._last is not None and not self._last.is_finished:
+            self.end_workers()  # they are still at work on the epoch that was left
+        self._last = _Batches(self._start(), self.marks, self.timeout_s)
+        return self._last
+
+    def _start(self) -> Iterator[Any]:
+        handler = signal.getsignal(signal.SIGCHLD)
+        try:
+            return super().__iter__()
+        except RuntimeError:
+            self.end_workers()  # one has died since the last epoch, or did not answer at once
+            return super().__iter__()
+        finally:
+            if _is_of_torch(signal.getsignal(signal.SIGCHLD)) and not _is_of_torch(handler):
+                signal.signal(signal.SIGCHLD, handler)  # it would raise in the middle of a step, or of a save
+
+    def end_workers(self) -> None:
+        """End the processes; the next epoch starts new ones."""
+        if self._last is not None:
+            self._last.end()
+        self._last = self._iterator = None
+
+
+class _Batches(Iterator[Any]):
+    """The batches of an epoch; ends with the first error of a process."""
+
+    def __init__(self, batches: Any, marks: "_Marks", timeout_s: float) -> None:
+        self.batches, self.marks, self.timeout_s, self.is_finished = batches, marks, timeout_s, False
+        self.workers: Sequence[BaseProcess] = batches._workers
+        _workers.update(self.workers)
+
+    def __next__(self) -> Any:
+        start = time.monotonic()
+        while True:
+            try:
+                batch = next(self.batches)
+                break
+            except StopIteration:
+                self.is_finished = True
+                raise
+            except RuntimeError as error:  # torch has one kind for all, a batch that did not come yet among them
+                why = self._why_none(error, time.monotonic() - start)
+            if why is not None:
+                self.end()
+                raise LoaderError(why)  # kept in no variable: a frame that holds its error would hold the loader, too
+        if isinstance(batch, _Failure):
+            raise batch.error()
+        return batch
+
+    def end(self) -> None:
+        """End the processes, at once: they only read."""
+        self.is_finished, batches, self.batches = False, self.batches, iter(())
+        for worker in self.workers:
+            worker.kill()
+        if isinstance(batches, _BaseDataLoaderIter):
+            # Left to its last reference, it could be collected as garbage in a process that was forked meanwhile.
+            batches._shutdown_workers()  # type: ignore[attr-defined]
+
+    def _why_none(self, error: RuntimeError, waited_s: float) -> str | None:
+        """Why there is no batch; None if it is only slow."""
+        dead = [number for number, worker in enumerate(self.workers) if worker.exitcode is not None]
+        if dead:
+            return self.marks.describe(dead[0], self.workers[dead[0]], _ending(self.workers[dead[0]]))
+        if "timed out" not in str(error):
+            return " ".join(str(error).split())
+        if waited_s < self.timeout_s:
+            return None
+        busy = [number for number in range(len(self.workers)) if self.marks.is_busy(number)] or [0]
+        ending = f"gave no batch in {self.timeout_s:g} s", "raise data.timeout_s, or use num_workers=0"
+        return self.marks.describe(busy[0], self.workers[busy[0]], ending)
+
+
+class _Marks:
+    """Which picture each process is at, in memory that they share."""
+
+    def __init__(self, dataset: Any, num_workers: int) -> None:
+        self.names: Sequence[str] = getattr(getattr(dataset, "samples", None), "names", ())
+        self.num_workers = num_workers
+        self._last = RawArray("q", [-1] * num_workers)
+        self._busy = RawArray("b", num_workers)
+
+    def begin(self, number: int, index: int) -> None:
+        self._last[number], self._busy[number] = index, 1
+
+    def end(self, number: int) -> None:
+        self._busy[number] = 0
+
+    def is_busy(self, number: int) -> bool:
+        return bool(self._busy[number])
+
+    def describe(self, number: int, worker: BaseProcess, ending: tuple[str, str]) -> str:
+        """A line on a process: which, what happened, at what picture, what to try."""
+        index = self._last[number]
+        name = "none yet" if index < 0 else self.names[index] if index < len(self.names) else f"number {index}"
+        what, advice = ending
+        return (
+            f"loader process {number + 1} of {self.num_workers} (pid {worker.pid}) {what}; "
+            f"the last picture that it read: {name}; {advice}"
+        )
+
+
+class _WorkerDataset(Dataset[Any]):
+    """Gives whole batches, inside of a process; errors come as what they are, and not as tracebacks."""
+
+    def __init__(self, dataset: Dataset[Any], collate: Callable[[Any], Any], marks: _Marks) -> None:
+        self.dataset, self.collate, self.marks = dataset, collate, marks
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Any:
+        worker = get_worker_info()
+        number = 0 if worker is None else worker.id
+        try:
+            items = []
+            for key in keys:
+                self.marks.begin(number, key[1])
+                items.append(self.dataset[key])
+            return self.collate(items)
+        except Exception as error:
+            return _Failure(type(error), str(error), traceback.format_exc())
+        finally:
+            self.marks.end(number)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error on its way to the main process."""
+
+    kind: type[Exception]
+    message: str
+    trace: str
+
+    def error(self) -> Exception:
+        """The same error; the traceback of the process is a note, which is not part of its text."""
+        try:
+            error = self.kind(self.message)
+        except TypeError:  # a kind that wants more than a text
+            error = RuntimeError(f"{self.kind.__name__}: {self.message}")
+        error.add_note(self.trace)
+        return error
+
+
+def start_worker(_: Any) -> None:
+    """One thread, and signals are for the main process alone: a scheduler sends them to all, and it saves and ends."""
+    torch.set_num_threads(1)
+    for names, action in ((IGNORED, signal.SIG_IGN), (FATAL, signal.SIG_DFL)):  # torch would print on the fatal ones
+        for name in names:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), action)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _is_of_torch(handler: Any) -> bool:
+    return str(getattr(handler, "__module__", "")).startswith("torch.")
+
+
+def _ending(worker: BaseProcess) -> tuple[str, str]:
+    """How a process has ended, and what to try."""
+    code = worker.exitcode or 0
+    if code >= 0:
+        return f"ended by itself with exit code {code}", "use num_workers=0 to see why"
+    name = signal.Signals(-code).name
+    return f"was ended by {name}", HINTS.get(name, "use num_workers=0 to see why")
+
+
+_workers: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
+_main_pid = os.getpid()
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """At exit Python sends SIGTERM, which they ignore, and waits for them."""
+    for worker in list(_workers) if os.getpid() == _main_pid else ():
+        if worker.is_alive():
+            worker.kill()
