@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
+from tests.offline import OUTSIDE
 from vpt.config import compose_config, to_config
 from vpt.train import run
 
@@ -25,6 +25,14 @@ TINY_VITS = {
         {"global_pool": "token", "use_rel_pos_bias": True, "use_shared_rel_pos_bias": True},
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def stays_on_this_machine():
+    """Fail a test that asked for another machine, even if the code under test took the refusal for an answer."""
+    OUTSIDE.clear()
+    yield
+    assert OUTSIDE == []
 
 
 def make_tiny_vit(kind: str = "cls", **options):
@@ -60,8 +68,7 @@ def photos(tmp_path_factory):
 
 def train_with(*overrides):
     """One training run as the command does it, in this process; returns its folder, None for mode=overfit."""
-    composed = compose_config(overrides)
-    return run(to_config(composed), OmegaConf.to_yaml(composed, resolve=True))
+    return run(to_config(compose_config(overrides)))
 
 
 @pytest.fixture

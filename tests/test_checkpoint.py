@@ -1,34 +1,144 @@
+import os
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
 
-from vpt.engine.checkpoint import Checkpoints
+from vpt.engine.checkpoint import NAMES, Checkpoints
 
-
-def test_best_and_last_are_kept_apart_and_restored_with_their_metadata(tmp_path):
-    parameter = nn.Parameter(torch.zeros(3))
-    checkpoints = Checkpoints(tmp_path, {"w": parameter})
-    checkpoints.save("best", {"epoch": 1})
-    parameter.data.fill_(2.0)
-    checkpoints.save("last", {"epoch": 2})
-    assert checkpoints.restore("best") == {"epoch": 1}
-    assert torch.equal(parameter.data, torch.zeros(3))
-    assert checkpoints.restore("last") == {"epoch": 2}
-    assert torch.equal(parameter.data, torch.full((3,), 2.0))
+KIB = 1024
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    Checkpoints(tmp_path, {"w": nn.Parameter(torch.zeros(3))}).save("best", {})
-    with pytest.raises(ValueError, match="w has shape"):
-        Checkpoints(tmp_path, {"w": nn.Parameter(torch.zeros(4))}).restore("best")
-    with pytest.raises(ValueError, match="the model tunes"):
-        Checkpoints(tmp_path, {"v": nn.Parameter(torch.zeros(3))}).restore("best")
-    with pytest.raises(FileNotFoundError):
-        Checkpoints(tmp_path, {}).restore("last")
+def tensors(value):
+    return {"tuned/w": torch.full((700,), float(value)), "random/cpu": torch.arange(300, dtype=torch.uint8)}
 
 
-def test_a_checkpoint_of_our_own_may_be_of_any_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("vpt.files.MAX_BYTES", 10)
-    checkpoints = Checkpoints(tmp_path, {"w": nn.Parameter(torch.ones(300))})
-    checkpoints.save("best", {"epoch": 1})
-    assert checkpoints.restore("best") == {"epoch": 1}
+@pytest.fixture
+def two(tmp_path):
+    """Checkpoints of steps 1 and 2."""
+    checkpoints = Checkpoints(tmp_path, {"data": "a", "backbone": "b"})
+    assert checkpoints.load() is None
+    for step in (1, 2):
+        assert checkpoints.save(tensors(step), {"step": step})
+    return checkpoints
+
+
+def test_the_last_state_is_read_and_the_one_before_kept(two, tmp_path):
+    saved = two.load()
+    assert (saved.path, saved.numbers["step"]) == (two.last, 2)
+    assert torch.equal(saved.tensors["tuned/w"], torch.full((700,), 2.0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
+
+
+def test_a_file_cut_at_any_kilobyte_is_noticed_and_the_previous_one_taken(two, capsys):
+    whole = two.last.read_bytes()
+    for size in range(0, len(whole), KIB):
+        two.last.write_bytes(whole[:size])
+        assert two.load().numbers["step"] == 1
+        assert "going on from previous.checkpoint" in capsys.readouterr().err
+
+
+def test_a_flipped_byte_anywhere_is_noticed_and_the_previous_one_taken(two, capsys):
+    whole = two.last.read_bytes()
+    for place in range(0, len(whole), 97):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x10
+        two.last.write_bytes(damaged)
+        assert two.load().numbers["step"] == 1
+    assert capsys.readouterr().err.count("going on from previous.checkpoint") == len(range(0, len(whole), 97))
+
+
+def test_when_none_is_whole_that_is_an_error_that_says_what_to_type(two):
+    for path in (two.last, two.previous):
+        path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"last\.checkpoint.*previous\.checkpoint.*type fresh=true to start anew"):
+        two.load()
+
+
+def test_a_state_made_from_other_data_is_refused(two, tmp_path):
+    with pytest.raises(ValueError, match=r"the data of this run are not those that it was begun with"):
+        Checkpoints(tmp_path, {"data": "c", "backbone": "b"}).load()
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_a_process_that_dies_inside_a_save_leaves_a_whole_state(two, tmp_path, number):
+    calls = []
+
+    class Died(BaseException):
+        pass
+
+    def dying(function):
+        def call(*arguments, **options):
+            calls.append(None)
+            if len(calls) == number:
+                raise Died
+            return function(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", dying(os.fsync))
+        patch.setattr(Path, "replace", dying(Path.replace))
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # nobody tidies up
+        with pytest.raises(Died):
+            two.save(tensors(3), {"step": 3})
+    assert Checkpoints(tmp_path, two.made_from).load().numbers["step"] in (1, 2, 3)
+    assert two.save(tensors(4), {"step": 4})
+    assert two.load().numbers["step"] == 4
+
+
+def test_what_was_not_written_as_it_should_be_never_takes_the_place_of_the_last_one(two, monkeypatch, capsys):
+    write = os.fdopen
+
+    class Damaged:
+        def __init__(self, *arguments):
+            self.file = write(*arguments)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def writelines(self, chunks):
+            self.file.write(b"".join(chunks)[:-4] + b"oops")
+
+        def flush(self):
+            self.file.flush()
+
+        def fileno(self):
+            return self.file.fileno()
+
+    monkeypatch.setattr(os, "fdopen", Damaged)
+    assert not two.save(tensors(3), {"step": 3})
+    assert "sha256" in str(two.error)
+    assert two.load().numbers["step"] == 2
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_last_state_and_the_next_save_is_tried_again(tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        checkpoints = Checkpoints(disk)
+        assert checkpoints.save(tensors(1), {"step": 1})
+        filler = disk / "filler"
+        filler.write_bytes(bytes(40 * KIB))
+        with suppress(OSError), filler.open("ab", buffering=0) as file:
+            while file.write(bytes(KIB)):
+                pass
+        assert not checkpoints.save(tensors(2), {"step": 2})
+        assert "No space left on device" in str(checkpoints.error)
+        assert "the next checkpoint is tried again" in capsys.readouterr().err
+        assert checkpoints.load().numbers["step"] == 1
+        assert sorted(path.name for path in disk.iterdir()) == ["filler", "last.checkpoint"]
+        filler.unlink()
+        assert checkpoints.save(tensors(3), {"step": 3})
+        assert checkpoints.error is None
+        assert checkpoints.load().numbers["step"] == 3
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from omegaconf import OmegaConf
 
 from vpt.command_line import check_command_line, parse_options, quote_paths
 from vpt.config import (
@@ -9,10 +10,12 @@ from vpt.config import (
     Mode,
     PromptName,
     compose_config,
+    conceal,
     load_config,
     recipe,
     schema_keys,
     to_config,
+    to_plain,
 )
 from vpt.predict import USAGE, PredictOptions
 
@@ -154,9 +157,33 @@ def test_every_key_of_the_schema_is_listed_once():
     assert len(keys) == len(set(keys))
 
 
-def test_the_default_name_of_a_run_says_data_and_prompt():
-    name = to_config(compose_config(["prompt=shallow", "dataset=fruit"])).run.name
-    assert name.startswith("fruit_shallow_2")
+def test_the_title_of_a_run_says_data_and_prompt():
+    run = to_config(compose_config(["prompt=shallow", "dataset=fruit"])).run
+    assert (run.name, run.title) == (None, "fruit_shallow")
+
+
+@pytest.mark.parametrize("name", ["../up", "/etc", ".hidden", "a b", "ü", "", "x" * 65, "nul\0"])
+def test_a_name_that_is_no_plain_name_of_a_folder_is_refused(name):
+    config = to_config(compose_config([]))
+    config.run.name = name
+    composed = OmegaConf.structured(config)
+    with pytest.raises(ConfigError, match=r"run\.name=.*must be the name of a folder"):
+        to_config(composed)
+
+
+def test_expressions_that_ask_the_environment_are_shown_as_they_are_and_all_else_as_its_value(monkeypatch):
+    monkeypatch.setenv("CANARY", "7")
+    overrides = ["seed='${oc.decode:${oc.env:CANARY}}'", "dataset.split_seed='${seed}'", "train.epochs='${seed}'"]
+    composed = compose_config([*overrides, "train.batch_size=7", "dataset.root=x/${oc.env:CANARY}"])
+    config = to_config(composed)
+    assert (config.seed, config.train.epochs, config.dataset.root) == (7, 7, "x/7")
+    shown = to_plain(conceal(config, composed))
+    assert shown["seed"] == "${oc.decode:${oc.env:CANARY}}"
+    assert shown["train"]["epochs"] == shown["dataset"]["split_seed"] == "${seed}"
+    assert shown["dataset"]["root"] == "x/${oc.env:CANARY}"
+    assert shown["train"]["batch_size"] == 7
+    assert shown["run"]["title"] == "fruit_deep"
+    assert recipe(conceal(config, composed))["dataset"]["root"] == "${oc.env:CANARY}"
 
 
 def test_a_value_that_yaml_reads_otherwise_is_refused_with_the_choices(tmp_path):

@@ -201,9 +201,9 @@ def test_every_choice_trains_and_its_task_can_be_used(tmp_path, boxes, overrides
 def test_the_same_seed_gives_the_same_run_with_and_without_workers_and_cache(tmp_path, boxes):
     one = train(tmp_path / "a", boxes, "augment=boxes")
     two = train(tmp_path / "b", boxes, "augment=boxes", "num_workers=2", "cache=off")
-    assert (one / "best/tuned.safetensors").read_bytes() == (two / "best/tuned.safetensors").read_bytes()
+    assert (one / "task.safetensors").read_bytes() == (two / "task.safetensors").read_bytes()
     three = train(tmp_path / "c", boxes, "augment=boxes", "seed=1")
-    assert (one / "best/tuned.safetensors").read_bytes() != (three / "best/tuned.safetensors").read_bytes()
+    assert (one / "task.safetensors").read_bytes() != (three / "task.safetensors").read_bytes()
 
 
 def test_overfit_finds_the_boxes_of_one_batch(tmp_path, boxes, capsys):

@@ -1,11 +1,13 @@
 """The journal of a command that can be typed again."""
 
 import json
+import multiprocessing
 import os
 
 import pytest
 
 from vpt.data.journal import Entry, Journal, stamp_of
+from vpt.lock import LockedError
 
 COMMAND = {"vpt": "1", "top_k": 5, "classes": None}
 BATCHES = [
@@ -126,3 +128,22 @@ def test_a_stamp_changes_with_size_and_time_of_a_file(tmp_path):
     assert stamp_of(path) == (1, 5)
     os.utime(path, ns=(5, 6))
     assert stamp_of(path) == (1, 6)
+
+
+def test_two_commands_at_once_do_not_write_to_one_file(tmp_path):
+    first = Journal(tmp_path / "out.csv.partial", COMMAND)
+    list(first.entries())
+    first.add(BATCHES[0])
+
+    def second():
+        with pytest.raises(LockedError, match=r"out\.csv\.partial is in use by process \d+ on "):
+            Journal(tmp_path / "out.csv.partial", COMMAND).add(BATCHES[1])
+
+    process = multiprocessing.get_context("fork").Process(target=second)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    first.add(BATCHES[1])
+    first.close()
+    assert read(first) == BATCHES[0] + BATCHES[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.csv.partial"]

@@ -4,7 +4,6 @@ import math
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -148,47 +147,68 @@ def test_a_run_has_one_events_file_beside_its_metrics(tmp_path):
     assert metrics_file == "metrics.jsonl"
 
 
-def test_a_second_run_in_the_same_folder_appends_when_nothing_is_to_be_purged(tmp_path):
+def test_a_new_run_begins_with_an_empty_file(tmp_path):
     for step in (1, 2):
         with Monitor(tmp_path) as monitor:
             monitor.scalars({"train/loss": 0.5}, step)
-    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+    assert [line["step"] for line in lines_of(tmp_path)] == [2]
 
 
-def test_a_folder_that_cannot_be_written_is_reported_once_and_training_goes_on(tmp_path):
+def test_what_was_written_behind_a_checkpoint_is_taken_back_when_the_run_goes_on(tmp_path):
+    with Monitor(tmp_path) as monitor:
+        monitor.scalars({"train/loss": 0.5}, 1)
+        num_bytes = monitor.sync()
+        monitor.scalars({"train/loss": 0.4}, 2)
+        monitor.scalars({"train/loss": 0.3}, 3)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/lo')
+    with Monitor(tmp_path, going_on=(num_bytes, 1)) as monitor:
+        monitor.scalars({"train/loss": 0.2}, 2)
+    assert [(line["step"], line["train/loss"]) for line in lines_of(tmp_path)] == [(1, 0.5), (2, 0.2)]
+    points = [(point.step, point.value) for point in events_of(tmp_path).Scalars("train/loss")]
+    assert points == [(1, 0.5), (2, pytest.approx(0.2))]
+
+
+def test_paces_and_memory_are_in_the_events_only(tmp_path):
+    with Monitor(tmp_path) as monitor:
+        monitor.scalars({"train/loss": 0.5, "perf/images_per_s": 10.0, "memory/peak_mib": 7.0}, 1)
+    assert lines_of(tmp_path) == [{"step": 1, "train/loss": 0.5}]
+    assert {"perf/images_per_s", "memory/peak_mib"} <= set(events_of(tmp_path).Tags()["scalars"])
+
+
+def test_a_folder_that_cannot_be_written_is_reported_once_and_training_goes_on(tmp_path, capsys):
     (tmp_path / "runs").write_text("a file where a folder should be")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with Monitor(tmp_path / "runs" / "first") as monitor:
-            for step in (1, 2, 3):
-                monitor.scalars({"train/loss": 1.0}, step)
-            monitor.text("run/config", "text")
-            monitor.hparams({"seed": 1}, {"test/top1": 0.5})
-    texts = sorted(str(warning.message) for warning in caught)
+    with Monitor(tmp_path / "runs" / "first") as monitor:
+        for step in (1, 2, 3):
+            monitor.scalars({"train/loss": 1.0}, step)
+        monitor.text("run/config", "text")
+        monitor.hparams({"seed": 1}, {"test/top1": 0.5})
+        assert monitor.sync() == 0
+    texts = sorted(capsys.readouterr().err.splitlines())
     assert len(texts) == 2
-    assert texts[0].startswith("TensorBoard events of")
-    assert texts[1].startswith("metrics.jsonl of")
+    assert texts[0].startswith("warning: TensorBoard events of")
+    assert texts[1].startswith("warning: metrics.jsonl of")
 
 
-def test_metrics_are_still_written_when_the_events_fail_on_the_way(tmp_path, monkeypatch):
+def test_metrics_are_still_written_when_the_events_fail_on_the_way(tmp_path, monkeypatch, capsys):
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     with Monitor(tmp_path) as monitor:
         monitor.scalars({"train/loss": 1.0}, 1)
         monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
-        with pytest.warns(UserWarning, match="No space left on device"):
-            monitor.scalars({"train/loss": 0.5}, 2)
+        monitor.scalars({"train/loss": 0.5}, 2)
         monitor.scalars({"train/loss": 0.25}, 3)
+    assert capsys.readouterr().err.count("No space left on device") == 1
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
 
 
-def test_events_are_still_written_when_the_metrics_fail_on_the_way(tmp_path):
+def test_events_are_still_written_when_the_metrics_fail_on_the_way(tmp_path, capsys):
     with Monitor(tmp_path) as monitor:
         (tmp_path / "metrics.jsonl").mkdir()
-        with pytest.warns(UserWarning, match=r"metrics\.jsonl of .* cannot be written"):
-            monitor.scalars({"train/loss": 0.5}, 1)
+        monitor.scalars({"train/loss": 0.5}, 1)
         monitor.scalars({"train/loss": 0.5}, 2)
+    assert "metrics.jsonl of" in capsys.readouterr().err
     assert len(events_of(tmp_path).Scalars("train/loss")) == 2
 
 

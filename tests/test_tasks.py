@@ -48,8 +48,7 @@ def made(tmp_path_factory):
     detection = {"task": "detection", "channels": 16, "num_convs": 1, "img_size": 96}
     metrics = {"val": {"map": 0.25, "map50": 0.5}, "test": {"map": float("nan")}}
     make_task(folder / "runs" / "boxes" / "task.safetensors", **detection, metrics=metrics)
-    for which in ("best", "last"):
-        files.write_tensors(folder / "runs" / "boxes" / which / "tuned.safetensors", {"a": torch.zeros(1)}, {})
+    files.write_tensors(folder / "runs" / "boxes" / "last.checkpoint", {"a": torch.zeros(1)}, {})
     (folder / "notes.txt").write_text("no task")
     return folder
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from functools import partial
 
@@ -12,12 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import vpt
 from tests.conftest import train_with
 from vpt import build
-from vpt.config import ConfigError, compose_config, to_config
+from vpt.config import ConfigError, compose_config, conceal, to_config
 from vpt.data.classification import Samples
 from vpt.evaluate import EvaluateOptions, evaluate_run
 from vpt.kinds.classification import build_cross_entropy
 from vpt.models.vit import fingerprint, load_vit
 from vpt.predict import PredictOptions, predict_run
+from vpt.train import run
 
 SMALL = [
     "train.epochs=2",
@@ -50,8 +52,8 @@ def test_a_run_leaves_its_config_metrics_checkpoints_and_task_file(finished):
         "metrics.jsonl",
         "result.json",
         "task.safetensors",
-        "best/tuned.safetensors",
-        "last/tuned.safetensors",
+        "last.checkpoint",
+        "previous.checkpoint",
     }
     result = json.loads((finished / "result.json").read_text())
     assert result["metrics"]["test"]["top1"] > 0.9
@@ -148,9 +150,9 @@ def test_the_same_seed_gives_the_same_run_with_and_without_workers(tmp_path, pho
         for path in (one, two)
     ]
     assert losses[0] == losses[1]
-    assert (one / "best/tuned.safetensors").read_bytes() == (two / "best/tuned.safetensors").read_bytes()
+    assert (one / "task.safetensors").read_bytes() == (two / "task.safetensors").read_bytes()
     three = train(tmp_path / "c", photos, "seed=1")
-    assert (one / "best/tuned.safetensors").read_bytes() != (three / "best/tuned.safetensors").read_bytes()
+    assert (one / "task.safetensors").read_bytes() != (three / "task.safetensors").read_bytes()
 
 
 def test_a_dry_run_takes_two_steps_of_everything(tmp_path, photos):
@@ -165,23 +167,6 @@ def test_overfit_learns_one_batch_and_keeps_nothing(tmp_path, photos, capsys):
     assert train(tmp_path / "runs", photos, "mode=overfit") is None
     assert "learned 8 pictures in" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
-
-
-def test_an_interrupted_run_keeps_the_task_of_its_best_epoch(tmp_path, photos, monkeypatch):
-    from vpt.engine import trainer
-
-    run_epoch = trainer._Stepper.run_epoch
-
-    def interrupted(stepper, loader, epoch):
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return run_epoch(stepper, loader, epoch)
-
-    monkeypatch.setattr(trainer._Stepper, "run_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, photos)
-    assert "val" in vpt.read_task(tmp_path / "colours" / "task.safetensors").metrics
-    assert evaluate_run(EvaluateOptions(run=str(tmp_path / "colours")))["top1"] > 0
 
 
 def test_an_unreadable_picture_of_any_split_is_refused_before_training(tmp_path, photos):
@@ -199,9 +184,32 @@ def test_predict_refuses_a_folder_without_pictures(finished, tmp_path):
         predict_run(PredictOptions(run=str(finished), input=str(tmp_path / "empty"), output=str(tmp_path / "p.csv")))
 
 
-def test_a_second_run_of_the_same_name_gets_a_folder_of_its_own(tmp_path, photos):
-    first, second = (train(tmp_path, photos, "mode=dry") for _ in range(2))
-    assert (first.name, second.name) == ("colours_dry", "colours_dry_2")
+def test_a_value_of_the_environment_is_in_no_file_that_a_run_leaves(tmp_path, photos, monkeypatch):
+    (tmp_path / "canary-s3cret").symlink_to(photos)
+    monkeypatch.setenv("CANARY", "canary-s3cret")
+    root = "dataset.root=" + str(tmp_path / "${oc.env:CANARY}")
+    composed = compose_config(["dataset=folder", root, f"run.root={tmp_path}/runs", "run.name=colours", *SMALL])
+    config = to_config(composed)
+    assert config.dataset.root == str(tmp_path / "canary-s3cret")
+    run_dir = run(config, conceal(config, composed))
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert len(files) >= 6
+    assert not [path.name for path in files if b"s3cret" in path.read_bytes()]
+    assert b"oc.env:CANARY" in (run_dir / "config.yaml").read_bytes()
+
+
+def test_the_same_command_again_says_that_the_run_has_finished(finished, photos, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    assert train(finished.parent, photos, "train.epochs=6", "num_workers=1") == finished
+    out = capsys.readouterr().out
+    assert "colours: this run has finished, in 6 epochs; fresh=true would start it anew" in out
+    assert re.search(r"test +0\.\d+ +\d+\.\d %", out)
+    assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+
+
+def test_another_config_under_the_same_name_is_refused(finished, photos):
+    with pytest.raises(ConfigError, match=r"colours: was begun with another config \(train\.epochs was 6, is now 2\)"):
+        train(finished.parent, photos)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +271,7 @@ def test_checkpointing_of_gradients_leaves_the_results_as_they_are(tmp_path, pho
     options = ["prompt.dropout=0.3", "cache=off"]
     plain = train(tmp_path, photos, *options)
     assert not calls
-    recomputed = train(tmp_path, photos, "grad_checkpointing=true", *options)
+    recomputed = train(tmp_path / "b", photos, "grad_checkpointing=true", *options)
     assert len(calls) == 5 * 2 * 3  # blocks, epochs, batches
     assert results_of(recomputed)["val"]["loss"] == pytest.approx(results_of(plain)["val"]["loss"], rel=1e-4)
 
@@ -275,7 +283,7 @@ def test_checkpointing_of_gradients_leaves_the_results_as_they_are(tmp_path, pho
 def test_a_compiled_model_is_trained_with_the_same_result(tmp_path, photos, overrides, monkeypatch):
     plain = train(tmp_path, photos, *overrides)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # all but the code itself
-    compiled = train(tmp_path, photos, "compile=true", *overrides)
+    compiled = train(tmp_path / "b", photos, "compile=true", *overrides)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
     assert results_of(compiled)["test"]["loss"] == pytest.approx(results_of(plain)["test"]["loss"], rel=1e-4)
@@ -296,5 +304,5 @@ def test_torch_compiles_a_run(tmp_path, photos):
         pytest.skip("no C++ compiler")
     torch.compiler.reset()
     plain = train(tmp_path, photos, "prompt.blocks=last:1", "augment=none")
-    compiled = train(tmp_path, photos, "prompt.blocks=last:1", "augment=none", "compile=true")
+    compiled = train(tmp_path / "b", photos, "prompt.blocks=last:1", "augment=none", "compile=true")
     assert results_of(compiled)["test"]["loss"] == pytest.approx(results_of(plain)["test"]["loss"], rel=1e-3)

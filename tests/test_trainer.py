@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -10,7 +11,9 @@ from vpt.engine.checkpoint import Checkpoints
 from vpt.engine.metrics import ClassificationMetrics
 from vpt.engine.monitor import Monitor
 from vpt.engine.optim import MovingAverage, warmup_cosine
-from vpt.engine.trainer import FitSettings, evaluate, fit, overfit
+from vpt.engine.state import RunState
+from vpt.engine.steps import FitSettings
+from vpt.engine.trainer import evaluate, fit, overfit
 
 NUM_TRAIN, BATCH = 22, 5
 EXTRA = {}  # further arguments of fit()
@@ -73,6 +76,8 @@ def run_fit(
     train, val = train or make_loader(), val or make_loader(seed=1)
     options = FitSettings(**{"epochs": 4, "select": "top1", "log_every": 1, **settings})
     optimizer = torch.optim.SGD([{"params": model.parameters(), "lr": lr, "name": "head"}])
+    schedule = warmup_cosine(optimizer, num_steps=options.epochs * len(train), num_warmup_steps=warmup)
+    state = RunState(dict(model.named_parameters()), optimizer, schedule, average(model) if average else None)
     with Monitor(tmp_path) as monitor:
         result = fit(
             model,
@@ -80,12 +85,10 @@ def run_fit(
             val,
             losses=losses,
             evaluator=evaluator or Evaluator(),
-            optimizer=optimizer,
-            schedule=warmup_cosine(optimizer, num_steps=options.epochs * len(train), num_warmup_steps=warmup),
+            state=state,
             settings=options,
-            checkpoints=Checkpoints(tmp_path, dict(model.named_parameters())),
+            checkpoints=Checkpoints(tmp_path),
             monitor=monitor,
-            average=average(model) if average else None,
             **EXTRA,
         )
     return model, result
@@ -195,10 +198,11 @@ def test_bfloat16_autocast_reaches_the_forward_pass(tmp_path):
 
 def test_the_pace_memory_and_learning_rates_are_logged(tmp_path):
     run_fit(tmp_path, epochs=1)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Scalars("perf/images_per_s")[0].value > 0
+    assert 0 <= events.Scalars("perf/data_wait_fraction")[0].value <= 1
+    assert events.Scalars("memory/peak_mib")[0].value > 10
     line = lines(tmp_path)[0]
-    assert line["perf/images_per_s"] > 0
-    assert 0 <= line["perf/data_wait_fraction"] <= 1
-    assert line["memory/peak_mib"] > 10
     assert line["lr/head"] == pytest.approx(0.25)
     assert line["train/grad_norm"] > 0
 

@@ -33,7 +33,7 @@ from vpt.data.cache import cache_pictures, decoded_sizes, num_bytes
 from vpt.data.loaders import build_loader
 from vpt.data.tokens import TokenDataset, TokenFolder, content_sha256
 from vpt.engine.console import Progress
-from vpt.engine.trainer import Loader, autocast
+from vpt.engine.steps import Loader, autocast
 from vpt.files import sha256_of
 from vpt.kinds.kind import kind_of
 from vpt.models.classification import ClassificationModel, TunedPart

@@ -13,6 +13,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from vpt.config import (
+    Config,
     ConfigError,
     check_ranges,
     compose_config,
@@ -50,6 +51,23 @@ def check_command_line(arguments: Sequence[str]) -> None:
     choices = [_choices(override) for override in overrides]
     for number in range(max(map(len, choices), default=1)):  # of a sweep every value is tried, not every combination
         to_config(compose_config([values[min(number, len(values) - 1)] for values in choices], config_dir))
+
+
+def read_config(arguments: Sequence[str]) -> Config:
+    """The config of one run, as `python -m vpt.train` would have it of these arguments, outside of a Hydra application.
+
+    Raises:
+        ConfigError: As `check_command_line`; or an option of Hydra's own, such as the sweep `-m`.
+    """
+    rest = iter(arguments)
+    for word in rest:
+        if word in ("--config-dir", "-cd"):
+            next(rest, None)
+        elif word.startswith("-") and not word.startswith("--config-dir="):
+            raise ConfigError(f"{word}: not an option of this command; options are key=value, and --config-dir FOLDER")
+    check_command_line(arguments)
+    words, config_dir = _split_arguments(arguments)
+    return to_config(compose_config(words, config_dir))
 
 
 def parse_options(schema: type[OptionsT], arguments: Sequence[str], usage: str) -> OptionsT:
@@ -105,6 +123,39 @@ def check_folder(option: str, path: Path) -> None:
     _check_writable(option, path, path.absolute())
 
 
+def name_task_files(option: str, text: str) -> dict[str, Path]:
+    """Task files by what their tasks are called: as the file, or a `task.safetensors`, which is a run's, as its folder.
+
+    Args:
+        option: The name of the option.
+        text: Its value: one file, or several with commas between them.
+
+    Raises:
+        ConfigError: It names no file, one that is not there, or two of one name.
+    """
+    is_one = Path(text).expanduser().is_file()
+    words = [word.strip() for word in ([text] if is_one else text.split(",")) if word.strip()]
+    if not words:
+        raise ConfigError(f"{option}={text}: names no task file")
+    paths: dict[str, Path] = {}
+    for word in words:
+        path = Path(word).expanduser()
+        if path.is_dir():
+            raise ConfigError(
+                f"{option}={word}: is a folder; name a task file in it, or type run={word} if it is a run"
+            )
+        if not path.is_file():
+            raise ConfigError(f"{option}={word}: no such file")
+        name = (path.absolute().parent.name if path.stem == "task" else "") or path.stem
+        if name in paths:
+            raise ConfigError(
+                f"{option}={text}: {paths[name]} and {path} are both called {name}; "
+                "copy one of them to a file of another name"
+            )
+        paths[name] = path
+    return paths
+
+
 def quote_paths(arguments: Sequence[str]) -> list[str]:
     """The arguments, with quotes around paths that Hydra's grammar would stumble over (spaces are fine, `~` is not)."""
     return [_quote_path(word) for word in arguments]
@@ -114,6 +165,11 @@ def tell(error: BaseException, code: int = 2) -> int:
     """Print one error as a user should see it; return the exit code."""
     print(f"error: {error}", file=sys.stderr)  # noqa: T201  # the last word of a command
     return code
+
+
+def is_for_user(error: Exception) -> bool:
+    """Whether an error was made to be read: one of bad input, of the system, or of our own kinds of RuntimeError."""
+    return not isinstance(error, RuntimeError) or type(error).__module__.startswith("vpt.")
 
 
 def fail(error: Exception, code: int = 2) -> NoReturn:

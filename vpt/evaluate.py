@@ -6,8 +6,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from vpt.command_line import INTERRUPTED, check_file, fail, parse_options
-from vpt.config import ConfigError, number
+from vpt.command_line import INTERRUPTED, check_file, fail, is_for_user, parse_options
+from vpt.config import ConfigError, OnError, number
 
 USAGE = """python -m vpt.evaluate: metrics of a trained run on one split of its data.
 
@@ -42,7 +42,9 @@ def main() -> None:
         evaluate_run(parse_options(EvaluateOptions, sys.argv[1:], USAGE))
     except KeyboardInterrupt:
         fail(RuntimeError("interrupted before the metrics were known; nothing was written"), INTERRUPTED)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if not is_for_user(error):
+            raise
         fail(error)
 
 
@@ -61,6 +63,8 @@ def evaluate_run(options: EvaluateOptions) -> dict[str, float]:
     config.dataset.root = options.root or config.dataset.root
     config.train.batch_size, config.num_workers = options.batch_size or config.train.batch_size, options.num_workers
     config.augment.transforms = []  # train is evaluated as the others are
+    if options.split != "train":
+        config.data.on_error = OnError.stop  # none but train pictures are skipped, so that none need be decoded twice
     kind = kind_of(config)
     samples = kind.read()
     if options.split not in samples:

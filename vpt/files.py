@@ -64,6 +64,12 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], num_bytes: in
     _sync_folder(path.parent)
 
 
+def replace(path: Path, target: Path) -> None:
+    """Give a file another name in its folder, for good: what had that name before is gone, or all is as it was."""
+    path.replace(target)
+    _sync_folder(target.parent)
+
+
 def reserve(handle: int, num_bytes: int) -> None:
     """Make an open file `num_bytes` long, with room for all of them on the disk where the system can promise that.
 

@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from vpt import build
+from vpt.command_line import name_task_files
 from vpt.config import ConfigError
 from vpt.data.boxes import Size
 from vpt.data.transforms import EvalTransform, Preprocessing, letterboxed_size
-from vpt.engine.trainer import autocast
+from vpt.engine.steps import autocast
 from vpt.models.detection import DetectionModel, Selection, Sizes
 from vpt.models.task_file import Kind, TaskMetadata, read_task
 
@@ -136,7 +137,7 @@ def open_task_files(text: str, *, checkpoint: str | None, device: str) -> OpenTa
         ConfigError: A file is not there, two have one name, or they are of different kinds.
         ValueError, FileNotFoundError: A file or the backbone cannot be used.
     """
-    paths = _name_files(text)
+    paths = name_task_files("task", text)
     kinds = {name: read_task(path).kind for name, path in paths.items()}
     for name, kind in kinds.items():
         first = next(iter(kinds))
@@ -158,29 +159,6 @@ def open_task_files(text: str, *, checkpoint: str | None, device: str) -> OpenTa
         device=bank.device,
         precision="bf16" if bank.device.type == "cuda" else "fp32",
     )
-
-
-def _name_files(text: str) -> dict[str, Path]:
-    """Files by their names without the ending; of several, a run's `task.safetensors` by the run."""
-    is_one = Path(text).expanduser().is_file()
-    words = [word for word in ([text] if is_one else text.split(",")) if word.strip()]
-    if not words:
-        raise ConfigError(f"task={text}: names no task file")
-    paths: dict[str, Path] = {}
-    for word in words:
-        path = Path(word.strip()).expanduser()
-        if path.is_dir():
-            raise ConfigError(f"task={word}: is a folder; name a task file in it, or type run={word} if it is a run")
-        if not path.is_file():
-            raise ConfigError(f"task={word}: no such file")
-        name = path.absolute().parent.name if path.stem == "task" and len(words) > 1 else path.stem
-        if name in paths:
-            raise ConfigError(
-                f"task={text}: {paths[name]} and {path} are both called {name}; "
-                "copy one of them to a file of another name"
-            )
-        paths[name] = path
-    return paths
 
 
 def _sha256(path: Path) -> str:

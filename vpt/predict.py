@@ -25,8 +25,8 @@ UNREADABLE = 1
 
 USAGE = """python -m vpt.predict: classes of pictures, or boxes in them, by task files or the task of a run.
 
-  task=FILE,FILE       one task file or more, of one backbone and one kind; each is called as its file, and
-                       of several a task.safetensors as its folder
+  task=FILE,FILE       one task file or more, of one backbone and one kind; each is called as its file, and a
+                       task.safetensors as its folder
   run=FOLDER           or a run folder, such as runs/quickstart
   input=PATH           a picture, a folder that is searched for pictures, below it too, a pattern in quotes such as
                        'photos/**/*.jpg', or a video

@@ -1,14 +1,13 @@
 """What a run of any kind tells a person: the summary at its start, the tables at its end."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from vpt.build import Data, Model, choose_precision
 from vpt.config import Config, Dtype
 from vpt.engine.console import format_table, percent
 from vpt.engine.monitor import Monitor
-from vpt.engine.trainer import FitResult
+from vpt.engine.state import FitResult
 from vpt.models.classification import ClassificationModel
 from vpt.models.task_file import task_tensors
 from vpt.models.tuning import count_parameters
@@ -89,10 +88,10 @@ def log_start(monitor: Monitor, config_text: str, summary: str) -> None:
     monitor.text("summary", f"```\n{summary}\n```")
 
 
-def log_hparams(monitor: Monitor, config: Config, result: FitResult, test: Mapping[str, float]) -> None:
-    """The row of this run in the table of hyperparameters."""
+def log_hparams(monitor: Monitor, values: Mapping[str, object], result: FitResult, test: Mapping[str, float]) -> None:
+    """The row of this run in the table of hyperparameters; `values` are those of its config."""
     results = {f"best/val_{name}": value for name, value in result.best.items()}
-    monitor.hparams(asdict(config), results | {f"best/test_{name}": value for name, value in test.items()})
+    monitor.hparams(values, results | {f"best/test_{name}": value for name, value in test.items()})
 
 
 def _format(name: str, value: float) -> str:

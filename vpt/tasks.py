@@ -192,12 +192,7 @@ def _find(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ConfigError(f"{path}: no such file or folder")
-    files = sorted(
-        file
-        for file in path.rglob("*.safetensors")
-        if not file.name.startswith(".")
-        and not (file.name == "tuned.safetensors" and file.parent.name in ("best", "last"))
-    )
+    files = sorted(file for file in path.rglob("*.safetensors") if not file.name.startswith("."))
     if not files:
         raise ConfigError(f"{path}: holds no task files (.safetensors)")
     return files

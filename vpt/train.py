@@ -1,4 +1,4 @@
-"""python -m vpt.train: train a prompt and a head, keep what val chooses, read test once."""
+"""python -m vpt.train: train a prompt and a head, keep what val chooses, read test once; again, it goes on."""
 
 import os
 import sys
@@ -7,18 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
 
-from vpt.command_line import INTERRUPTED, check_command_line, fail, quote_paths, tell
-from vpt.config import Config, ConfigError, Mode, config_folder, recipe, register_schema, to_config
+from vpt.command_line import check_command_line, fail, is_for_user, quote_paths, tell
+from vpt.config import Config, ConfigError, Mode, conceal, config_folder, recipe, register_schema, to_config, to_plain
+from vpt.engine.signals import Stopped, StopSignal
 
 if TYPE_CHECKING:
     from vpt.build import Data, Model
-    from vpt.caching import CachePlan
+    from vpt.engine.checkpoint import Checkpoints
+    from vpt.engine.monitor import Monitor
+    from vpt.engine.state import FitResult, RunState
     from vpt.kinds.kind import Kind
+    from vpt.run_folder import RunFolder
 
-NOT_FINITE = 3
 NOT_LEARNED = 1
+NOT_FINITE = 3
+STOPPED = 75  # EX_TEMPFAIL: type the same command again
 
 
 def main() -> None:
@@ -43,16 +50,17 @@ def main() -> None:
 def _run_or_explain(composed: DictConfig) -> int:
     """Run one job; print an error as a user should see it, and return the exit code."""
     try:
-        run(to_config(composed), OmegaConf.to_yaml(composed, resolve=True))
+        config = to_config(composed)
+        run(config, conceal(config, composed), is_sweep=HydraConfig.get().mode is RunMode.MULTIRUN)
     except FloatingPointError as error:
         return tell(error, NOT_FINITE)
     except NotLearnedError as error:
         return tell(error, NOT_LEARNED)
-    except KeyboardInterrupt:
-        tell(RuntimeError("interrupted; if an epoch had ended, the run folder holds the task of the best one"))
-        sys.exit(INTERRUPTED)
-    except (ValueError, TypeError, OSError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+    except Stopped as error:
+        tell(RuntimeError(f"stopped by {error}; type the same command again, and it goes on where it stopped"))
+        sys.exit(STOPPED)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if not is_for_user(error) or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         return tell(error)
     return 0
@@ -62,15 +70,147 @@ class NotLearnedError(RuntimeError):
     """One batch could not be learned."""
 
 
-def run(config: Config, config_text: str) -> Path | None:
-    """One training run; return its folder, or None for `mode=overfit`, which keeps nothing.
+def run(config: Config, shown: Config | None = None, *, is_sweep: bool = False) -> Path | None:
+    """One training run, or what is left of it; return its folder, or None for `mode=overfit`, which keeps nothing.
 
     Args:
         config: What to train, on what, and how.
-        config_text: The resolved config as YAML, kept in the run folder.
+        shown: The config as it may be written down, see `conceal`; None for the config itself.
+        is_sweep: Whether it is one of several runs of one command, so that each needs a name of its own.
     """
-    from vpt import build, report
-    from vpt.caching import plan_cache
+    from vpt.run_folder import RunFolder
+
+    shown = shown or config
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("vpt trains in one process: type torchrun --nproc_per_node=1, or python -m vpt.train")
+    with StopSignal() as stop:
+        if config.mode is Mode.overfit:
+            _overfit(config)
+            return None
+        with RunFolder(config, shown, is_sweep=is_sweep) as folder:
+            if folder.is_finished:
+                _tell_finished(folder)
+            else:
+                _Training(config, shown, folder, stop).run()
+            return folder.path
+
+
+class _Training:
+    """A run, from its beginning or from its last checkpoint to its end."""
+
+    def __init__(self, config: Config, shown: Config, folder: "RunFolder", stop: StopSignal) -> None:
+        from vpt.caching import plan_cache
+
+        self.config, self.shown, self.folder, self.stop = config, shown, folder, stop
+        self.kind, self.model, self.samples, data = _prepare(config)
+        self.plan = plan_cache(config, self.model, data)
+        self.data = self.plan.data
+
+    def run(self) -> None:
+        from vpt import build, report
+        from vpt.engine.monitor import Monitor
+
+        summary = report.summarise(self.model, self.data, self.config, self.kind.describe(self.samples), self.plan.text)
+        print(summary, flush=True)
+        self.folder.make()
+        print(f"{'run':<10} {self.folder.path} (tensorboard --logdir {self.config.run.root})", flush=True)
+        checkpoints = self._checkpoints()
+        state = build.build_state(self.config, self.model, len(self.data.loaders["train"]))
+        going_on = _restore(checkpoints, state)
+        with Monitor(self.folder.path, layout=self.kind.charts, going_on=going_on) as monitor:
+            if going_on is None:
+                report.log_start(monitor, self.folder.config_text, summary)
+                self.kind.log_start(monitor, self.data)
+            result = self._fit(state, checkpoints, monitor)
+            found = self._evaluate(monitor, result)
+            report.log_hparams(monitor, to_plain(self.shown), result, found.get("test", {}))
+        self._finish(result, found)
+        if checkpoints.error is not None:
+            raise OSError(
+                f"the last checkpoint could not be written ({checkpoints.error}); all else of the run is there"
+            )
+
+    def _checkpoints(self) -> "Checkpoints":
+        from vpt.engine.checkpoint import Checkpoints
+        from vpt.models.vit import fingerprint
+        from vpt.run_folder import digest_of
+
+        weights = fingerprint(self.model.backbone.vit)  # before a checkpoint of tuning=full changes them
+        return Checkpoints(self.folder.path, {"pictures or labels": digest_of(self.samples), "backbone": weights})
+
+    def _fit(self, state: "RunState", checkpoints: "Checkpoints", monitor: "Monitor") -> "FitResult":
+        from vpt import build
+        from vpt.caching import build_fit_inputs
+        from vpt.engine.trainer import fit
+
+        config, kind, data = self.config, self.kind, self.data
+        inputs = build_fit_inputs(config, self.model, self.plan)
+        if inputs.note is not None:
+            print(inputs.note, flush=True)
+        if config.compile:
+            inputs.model.compile()
+        evaluator, names = kind.evaluator(data, "val"), self.samples["train"].names
+        return fit(
+            inputs.model,
+            inputs.train_loader,
+            inputs.val_loader,
+            state=state,
+            losses=kind.losses(data),
+            evaluator=evaluator,
+            settings=build.build_settings(config, state.device, kind.select),
+            checkpoints=checkpoints,
+            monitor=monitor,
+            stop=self.stop,
+            watches=build.build_watches(self.model),
+            names_of=build.names_in(inputs.train_loader, names),
+            on_best=self._keep_best,
+            on_epoch=lambda epoch, step: kind.log_epoch(monitor, data, evaluator, epoch, step),
+        )
+
+    def _keep_best(self, values: dict[str, float]) -> None:
+        """Write the task of an epoch, for those who cannot wait; a disk that is full is no reason to stop."""
+        from vpt.engine.console import warn
+
+        try:
+            self._save_task({"val": values})
+        except OSError as error:
+            warn(f"the task of this epoch is not written: {error}")
+
+    def _save_task(self, metrics: dict[str, dict[str, float]]) -> None:
+        from vpt.models.task_file import save_task
+
+        preprocessing = self.data.preprocessing.to_dict()
+        save_task(self.model, self.folder.task, metrics=metrics, preprocessing=preprocessing, config=recipe(self.shown))
+
+    def _evaluate(self, monitor: "Monitor", result: "FitResult") -> dict[str, dict[str, float]]:
+        """Metrics of the best epoch on val, and on test if there is one."""
+        from vpt import build
+        from vpt.engine.trainer import evaluate
+
+        settings = build.build_settings(self.config, next(self.model.parameters()).device, self.kind.select)
+        reading: dict[str, Any] = {"precision": settings.precision, "max_batches": settings.max_batches}
+        evaluator = self.kind.evaluator(self.data, "val")
+        found = {"val": evaluate(self.model, self.data.loaders["val"], evaluator, **reading)}
+        self.kind.log_end(monitor, self.data, evaluator, result)
+        if "test" in self.data.loaders:
+            of_test = self.kind.evaluator(self.data, "test")
+            found["test"] = evaluate(self.model, self.data.loaders["test"], of_test, description="test", **reading)
+        return found
+
+    def _finish(self, result: "FitResult", found: dict[str, dict[str, float]]) -> None:
+        """Leave the task file and, last of all, what makes the run a finished one."""
+        from vpt import report
+        from vpt.files import write_json
+
+        self._save_task(found)
+        numbers = {name: value for name, value in asdict(result).items() if name != "best"}  # it is the val of metrics
+        write_json(self.folder.result_file, {"mode": self.config.mode.value, **numbers, "metrics": found})
+        print(report.describe_result(result, found, self.folder.task))
+
+
+def _prepare(config: Config) -> "tuple[Kind, Model, dict[str, Any], Data]":
+    """The kind of task, the model on its device, the samples of each split, and the data without a cache."""
+    from vpt import build
     from vpt.kinds.kind import kind_of
     from vpt.models.vit import preprocessing_of
 
@@ -82,85 +222,38 @@ def run(config: Config, config_text: str) -> Path | None:
     samples = kind.read()
     train = samples["train"]
     model = build.build_model(config, train.classes, getattr(train, "category_ids", None)).to(device)
-    plan = plan_cache(config, model, kind.build_data(samples, preprocessing_of(model.backbone.vit)))
-    summary = report.summarise(model, plan.data, config, kind.describe(samples), plan.text)
-    print(summary, flush=True)
-    if config.mode is Mode.overfit:
-        _overfit(config, kind, model, plan.data)
+    return kind, model, samples, kind.build_data(samples, preprocessing_of(model.backbone.vit))
+
+
+def _restore(checkpoints: "Checkpoints", state: "RunState") -> tuple[int, int] | None:
+    """Become the state of the last checkpoint, if there is one; bytes of metrics.jsonl and step of it."""
+    saved = checkpoints.load()
+    if saved is None:
         return None
-    suffix = "_dry" if config.mode is Mode.dry else ""
-    run_dir = build.make_run_dir(config.run.root, config.run.name + suffix)
-    print(f"{'run':<10} {run_dir} (tensorboard --logdir {config.run.root})", flush=True)
-    _train(config, kind, config_text, model, plan, run_dir, summary)
-    return run_dir
+    try:
+        state.load(saved.tensors, saved.numbers)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{saved.path}: {error}; type fresh=true to put the run away and start anew") from error
+    print(f"{'going on':<10} behind step {state.result.steps}, epoch {state.epoch}, from {saved.path}", flush=True)
+    return int(saved.numbers["metrics_bytes"]), state.result.steps
 
 
-def _train(
-    config: Config,
-    kind: "Kind",
-    config_text: str,
-    model: "Model",
-    plan: "CachePlan",
-    run_dir: Path,
-    summary: str,
-) -> None:
+def _tell_finished(folder: "RunFolder") -> None:
+    from vpt import report
+
+    result = folder.result()
+    print(f"{folder.path}: this run has finished, in {result['epochs']} epochs; fresh=true would start it anew")
+    print(f"{report.result_table(result['metrics'])}\ntask file  {folder.task}")
+
+
+def _overfit(config: Config) -> None:
     from vpt import build, report
-    from vpt.caching import build_fit_inputs
-    from vpt.engine.checkpoint import Checkpoints
-    from vpt.engine.monitor import Monitor
-    from vpt.engine.trainer import evaluate, fit
-    from vpt.files import write_bytes, write_json
-    from vpt.models.task_file import save_task
-    from vpt.models.tuning import tuned_parameters
-
-    data = plan.data
-    task = run_dir / "task.safetensors"
-    described: dict[str, Any] = {"preprocessing": data.preprocessing.to_dict(), "config": recipe(config)}
-    settings = build.build_settings(config, next(model.parameters()).device, kind.select)
-    optimizer = build.build_optimizer(config, model)
-    evaluator = kind.evaluator(data, "val")
-    write_bytes(run_dir / "config.yaml", config_text.encode())
-    with Monitor(run_dir, layout=kind.charts) as monitor:
-        report.log_start(monitor, config_text, summary)
-        kind.log_start(monitor, data)
-        inputs = build_fit_inputs(config, model, plan)
-        if inputs.note is not None:
-            print(inputs.note, flush=True)
-        if config.compile:
-            inputs.model.compile()
-        result = fit(
-            inputs.model,
-            inputs.train_loader,
-            inputs.val_loader,
-            losses=kind.losses(data),
-            evaluator=evaluator,
-            optimizer=optimizer,
-            schedule=build.build_schedule(config, optimizer, len(data.loaders["train"])),
-            settings=settings,
-            checkpoints=Checkpoints(run_dir, tuned_parameters(model)),
-            monitor=monitor,
-            average=build.build_average(config, model),
-            watches=build.build_watches(model),
-            on_best=lambda val: save_task(model, task, metrics={"val": val}, **described),
-            on_epoch=lambda epoch, step: kind.log_epoch(monitor, data, evaluator, epoch, step),
-        )
-        reading: dict[str, Any] = {"precision": settings.precision, "max_batches": settings.max_batches}
-        found = {"val": evaluate(model, data.loaders["val"], evaluator, **reading)}
-        kind.log_end(monitor, data, evaluator, result)
-        if "test" in data.loaders:
-            of_test = kind.evaluator(data, "test")
-            found["test"] = evaluate(model, data.loaders["test"], of_test, description="test", **reading)
-        report.log_hparams(monitor, config, result, found.get("test", {}))
-    save_task(model, task, metrics=found, **described)
-    numbers = {name: value for name, value in asdict(result).items() if name != "best"}  # it is the val of metrics
-    write_json(run_dir / "result.json", {"mode": config.mode.value, **numbers, "metrics": found})
-    print(report.describe_result(result, found, task))
-
-
-def _overfit(config: Config, kind: "Kind", model: "Model", data: "Data") -> None:
-    from vpt import build
+    from vpt.caching import plan_cache
     from vpt.engine.trainer import overfit
 
+    kind, model, samples, data = _prepare(config)
+    plan = plan_cache(config, model, data)
+    print(report.summarise(model, plan.data, config, kind.describe(samples), plan.text), flush=True)
     if config.compile:
         model.compile()
     batch = next(iter(data.loaders["train"]))

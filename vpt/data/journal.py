@@ -6,9 +6,12 @@ was killed, counts as never written.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from vpt.lock import locked
 
 VERSION = 1
 Stamp = tuple[int, int] | None  # bytes, and nanoseconds of the last change; None if there is no such file
@@ -43,6 +46,7 @@ class Journal:
         self.path, self.command = path, dict(command)
         self._num_whole = 0  # bytes of whole lines
         self._file: BinaryIO | None = None
+        self._lock = ExitStack()
 
     def entries(self) -> Iterator[Entry]:
         """What is done already, in the order in which it was done; nothing if there is no file.
@@ -67,7 +71,11 @@ class Journal:
                 yield from batch
 
     def add(self, batch: Sequence[Entry]) -> None:
-        """Write a batch that is done, behind the last whole one."""
+        """Write a batch that is done, behind the last whole one.
+
+        Raises:
+            LockedError: Another process writes to this file.
+        """
         if self._file is None:
             self._file = self._open()
         self._file.write(_line([astuple(entry) for entry in batch]))
@@ -78,6 +86,7 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
+        self._lock.close()
 
     def remove(self) -> None:
         """Delete the file; what it was for is whole."""
@@ -86,6 +95,7 @@ class Journal:
 
     def _open(self) -> BinaryIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), self.path))
         file = self.path.open("ab")
         file.truncate(self._num_whole)
         if self._num_whole == 0:

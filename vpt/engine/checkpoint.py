@@ -1,58 +1,97 @@
-"""Checkpoints: `last/` and `best/` of a run folder, each with the tuned parameters and what is known of them."""
+"""Checkpoints of a run: `last.checkpoint`, and `previous.checkpoint` in case that the last one is damaged."""
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vpt.files import read_tensors, write_tensors
+from vpt.engine.console import warn
+from vpt.files import read_tensors, replace, write_tensors
+
+NAMES = ("last.checkpoint", "previous.checkpoint")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds, and where it was found."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
 
 
 class Checkpoints:
-    """The two checkpoints of a run: `last/tuned.safetensors` and `best/tuned.safetensors`.
+    """The two last states of a run; a damaged or cut file is noticed by its sha256, and the other one taken.
 
     Args:
         run_dir: The run folder.
-        parameters: The tuned parameters, by name.
+        made_from: Digests of what the run is made from, such as {"data": ...}; a state goes on with the same only.
+
+    Attributes:
+        error: Why the last `save` failed; None if it did not.
     """
 
-    def __init__(self, run_dir: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.run_dir = run_dir
-        self.parameters = dict(parameters)
+    def __init__(self, run_dir: Path, made_from: Mapping[str, str] | None = None) -> None:
+        self.made_from = dict(made_from or {})
+        self.last, self.previous = (run_dir / name for name in NAMES)
+        self.error: OSError | None = None
 
-    def save(self, which: str, metadata: Mapping[str, Any]) -> None:
-        """Write the parameters as they are now.
+    def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> bool:
+        """Write a state and read it again, before it takes the place of the last one, which becomes the previous one.
+
+        A disk that is full is told, and no reason to stop: the last state stays, and the next call tries again.
 
         Args:
-            which: "last" or "best".
-            metadata: Epoch, step and metrics, as JSON values.
-        """
-        write_tensors(self.path(which), self.parameters, metadata)
+            tensors: The tensors of the state.
+            numbers: The rest, as JSON values.
 
-    def restore(self, which: str) -> dict[str, Any]:
-        """Put the values of a checkpoint into the parameters; return its metadata.
+        Returns:
+            Whether the state is on the disk.
+        """
+        new = self.last.with_name("next.checkpoint")
+        try:
+            write_tensors(new, tensors, {**numbers, "made_from": self.made_from})
+            read_tensors(new, max_bytes=float("inf"))
+            if self.last.exists():
+                replace(self.last, self.previous)
+            replace(new, self.last)
+        except (OSError, ValueError) as error:
+            self.error = error if isinstance(error, OSError) else OSError(str(error))
+            new.unlink(missing_ok=True)
+            warn(f"no checkpoint: {self.error}. Training goes on, and the next checkpoint is tried again")
+            return False
+        self.error = None
+        return True
+
+    def load(self) -> Saved | None:
+        """The last state that is whole; None if the run has never saved one.
 
         Raises:
-            FileNotFoundError: It was not written.
-            ValueError: It is damaged or of another model.
+            ValueError: There are files, and none of them is whole; or the run was made from something else.
         """
-        tensors, metadata = read_tensors(self.path(which), max_bytes=math.inf)
-        if set(tensors) != set(self.parameters):
-            raise ValueError(f"{self.path(which)}: holds {sorted(tensors)}, the model tunes {sorted(self.parameters)}")
-        for name, parameter in self.parameters.items():
-            _copy(self.path(which), name, parameter, tensors[name])
-        return metadata
+        found = [path for path in (self.last, self.previous) if path.exists()]
+        errors = []
+        for path in found:
+            try:
+                tensors, numbers = read_tensors(path, max_bytes=float("inf"))
+            except (ValueError, OSError) as error:
+                errors.append(str(error))
+                continue
+            if errors:
+                warn(f"{errors[0]}; going on from {path.name}")
+            self._refuse_others(path, numbers.get("made_from"))
+            return Saved(path, tensors, numbers)
+        if errors:
+            raise ValueError(f"{'; '.join(errors)}; no checkpoint is left: type fresh=true to start anew")
+        return None
 
-    def path(self, which: str) -> Path:
-        """Where a checkpoint is."""
-        return self.run_dir / which / "tuned.safetensors"
-
-
-def _copy(path: Path, name: str, parameter: nn.Parameter, tensor: Tensor) -> None:
-    if tensor.shape != parameter.shape:
-        raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(parameter.shape)}")
-    with torch.no_grad():
-        parameter.copy_(tensor)
+    def _refuse_others(self, path: Path, made_from: object) -> None:
+        known = made_from if isinstance(made_from, dict) else {}
+        changed = [name for name, digest in self.made_from.items() if known.get(name) != digest]
+        if changed:
+            raise ValueError(
+                f"{path}: the {' and the '.join(changed)} of this run are not those that it was begun with; "
+                "bring them back, or type fresh=true to put the run away and start anew"
+            )

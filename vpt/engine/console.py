@@ -12,6 +12,12 @@ from tqdm import tqdm
 _NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( ?(%|x|[kKMGT]i?B?|[mu]?s))?|-|nan|")
 
 
+def warn(message: str) -> None:
+    """Tell, on the standard error, what went wrong without being a reason to stop."""
+    sys.stderr.write(f"warning: {message}\n")
+    sys.stderr.flush()
+
+
 class Progress:
     """The progress of one pass over a loader: a bar with its ETA on a terminal, plain lines anywhere else.
 
@@ -53,6 +59,10 @@ class Progress:
             self._bar.close()
         elif self._batches:
             self._write_line()
+
+    def skip(self, num_batches: int) -> None:
+        """Count batches that were done before."""
+        self._batches += num_batches
 
     def advance(self, num_images: int, **values: SupportsFloat) -> None:
         """Count one batch.

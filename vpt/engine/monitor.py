@@ -6,15 +6,20 @@ one entry for each run, named like its folder.
 
 import json
 import math
-import warnings
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, SupportsFloat
+
+from vpt.engine.console import warn
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch.utils.tensorboard import SummaryWriter
+
+MEASURED = ("perf/", "memory/")
 
 OVERVIEW: Mapping[str, Sequence[str]] = {
     "loss": ["^train/loss$", "^val/loss$"],
@@ -42,9 +47,14 @@ class Monitor:
 
     A file that cannot be written (a full disk, a lost share) is reported once, as a warning, and training goes on.
 
+    `metrics.jsonl` is the same whenever the run is the same, also if it was stopped and went on: paces and memory are
+    in the events only.
+
     Args:
         run_dir: The run's folder; made if it is missing.
         layout: Charts of the overview page, title -> regular expressions of tags; None for `OVERVIEW`.
+        going_on: Of a run that goes on: the bytes of `metrics.jsonl`, as `sync` told them, and the step; what was
+            written after that is taken back.
 
     Example:
         >>> import tempfile
@@ -54,13 +64,23 @@ class Monitor:
         {"step": 1, "train/loss": 0.5}
     """
 
-    def __init__(self, run_dir: Path, *, layout: Mapping[str, Sequence[str]] | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        layout: Mapping[str, Sequence[str]] | None = None,
+        going_on: tuple[int, int] | None = None,
+    ) -> None:
         self._metrics_file = run_dir / "metrics.jsonl"
         self._warned: set[str] = set()
-        self._last_step = 0
+        num_bytes, self._last_step = going_on or (0, 0)
         self._writer: SummaryWriter | None = None
+        self._before, threading.excepthook = threading.excepthook, self._on_thread_error
         self._attempt("metrics.jsonl", lambda: run_dir.mkdir(parents=True, exist_ok=True))
-        self._attempt("TensorBoard events", lambda: self._open_events(run_dir))
+        self._attempt("metrics.jsonl", lambda: self._cut(num_bytes))
+        self._attempt("TensorBoard events", lambda: self._open_events(run_dir, going_on))
+        if going_on is not None:
+            return
         charts = OVERVIEW if layout is None else layout
         multiline = {title: ["Multiline", list(tags)] for title, tags in charts.items()}
         self._write_events(lambda writer: writer.add_custom_scalars({"overview": multiline}))
@@ -74,6 +94,8 @@ class Monitor:
     def scalars(self, values: Mapping[str, SupportsFloat], step: int) -> None:
         """Write numbers, one point for each tag and one line of `metrics.jsonl`, where nan and inf become null.
 
+        What differs from one run to its repetition, `perf/` and `memory/`, is left out of `metrics.jsonl`.
+
         Args:
             values: Tag -> a number or a tensor of one element.
             step: Optimiser updates so far.
@@ -85,7 +107,8 @@ class Monitor:
             raise ValueError('The tag "step" is taken: metrics.jsonl keeps the step under this name.')
         numbers = {tag: float(value) for tag, value in values.items()}
         self._last_step = step
-        self._attempt("metrics.jsonl", lambda: _append(self._metrics_file, step, numbers))
+        kept = {tag: number for tag, number in numbers.items() if not tag.startswith(MEASURED)}
+        self._attempt("metrics.jsonl", lambda: _append(self._metrics_file, step, kept))
 
         def write(writer: "SummaryWriter") -> None:
             for tag, number in numbers.items():
@@ -142,14 +165,32 @@ class Monitor:
 
         self._write_events(write)
 
+    def sync(self) -> int:
+        """Bring all that was written to the disk, for a run that may go on from here; return metrics.jsonl's bytes."""
+        self._write_events(lambda writer: writer.flush())
+        self._attempt("metrics.jsonl", lambda: _sync(self._metrics_file))
+        return self._metrics_file.stat().st_size if self._metrics_file.is_file() else 0
+
     def close(self) -> None:
         """Write what is still waiting, and close the events file."""
         self._write_events(lambda writer: writer.close())
+        threading.excepthook = self._before
 
-    def _open_events(self, run_dir: Path) -> None:
+    def _on_thread_error(self, error: "threading.ExceptHookArgs") -> None:
+        """TensorBoard's thread fails with a traceback, and again at the next event, where it is told in a line."""
+        is_told = isinstance(error.exc_value, OSError) and type(error.thread).__module__.startswith("tensorboard.")
+        if not is_told:
+            self._before(error)
+
+    def _open_events(self, run_dir: Path, going_on: tuple[int, int] | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir), flush_secs=30)
+        purged = None if going_on is None else going_on[1] + 1  # TensorBoard then hides what was written later
+        self._writer = SummaryWriter(str(run_dir), purge_step=purged, flush_secs=30)
+
+    def _cut(self, num_bytes: int) -> None:
+        if self._metrics_file.exists() and self._metrics_file.stat().st_size > num_bytes:
+            os.truncate(self._metrics_file, num_bytes)
 
     def _write_events(self, write: "Callable[[SummaryWriter], Any]") -> None:
         writer = self._writer
@@ -163,10 +204,7 @@ class Monitor:
             if what in self._warned:
                 return
             self._warned.add(what)
-            warnings.warn(
-                f"{what} of {self._metrics_file.parent} cannot be written: {error}. Training goes on without.",
-                stacklevel=3,
-            )
+            warn(f"{what} of {self._metrics_file.parent} cannot be written: {error}. Training goes on without.")
 
 
 def _append(metrics_file: Path, step: int, numbers: Mapping[str, float]) -> None:
@@ -174,6 +212,12 @@ def _append(metrics_file: Path, step: int, numbers: Mapping[str, float]) -> None
     # Opened for each line: nothing waits in a buffer when the process dies, and a share that comes back is used again.
     with metrics_file.open("a") as file:
         file.write(json.dumps({"step": step, **finite}) + "\n")
+
+
+def _sync(metrics_file: Path) -> None:
+    if metrics_file.exists():
+        with metrics_file.open("a") as file:
+            os.fsync(file.fileno())
 
 
 def _check_picture(tag: str, picture: "NDArray[np.uint8]") -> None:

@@ -1,0 +1,286 @@
+"""A run that is killed anywhere, any number of times, ends with the same bytes as one that is not."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import train_with
+from vpt.config import ConfigError
+from vpt.engine.checkpoint import NAMES, Checkpoints
+from vpt.engine.detection_metrics import DetectionMetrics
+from vpt.engine.metrics import ClassificationMetrics
+from vpt.engine.steps import Stepper
+
+KILLED = -signal.SIGKILL
+NUM_KILLS = int(os.environ.get("VPT_NUM_KILLS", "6"))  # of each of eight configs
+SMALL = [
+    *("train.epochs=3", "train.log_every=1", "prompt.num_tokens=3"),
+    *("device=cpu", "run.name=run", "run.save_minutes=1e-9"),
+]
+POINTS = {  # where a process kills itself -> (object, method), at a call of it that is drawn
+    "in a step": (torch.optim.AdamW, "step"),
+    "behind a step": (Stepper, "_rates"),
+    "in validation": (ClassificationMetrics, "update"),
+    "in validation of boxes": (DetectionMetrics, "update"),
+    "while a file is synced": (os, "fsync"),
+    "while a file is renamed": (Path, "replace"),
+    "while a file is cut": (os, "truncate"),
+}
+
+
+def kill_at(owner, name, number):
+    """Let this process die at the call `number` of a function, in the middle of whatever called it."""
+    function, calls = getattr(owner, name), []
+
+    def dying(*arguments, **options):
+        calls.append(None)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+
+    setattr(owner, name, dying)
+
+
+def attempt(log, overrides, point=None, number=0):
+    """Run the command in a process of its own, which may kill itself; its exit code. What it says goes to `log`."""
+
+    def child():
+        sys.stdout = sys.stderr = log.open("a")
+        if point is not None:
+            kill_at(*POINTS[point], number)
+        train_with(*overrides)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def kept(root):
+    """What must be the same, byte for byte."""
+    return {name: (root / "run" / name).read_bytes() for name in ("metrics.jsonl", "task.safetensors")}
+
+
+def prove(tmp_path, overrides, points, num_kills, seed=0):
+    """Compare a run with others that are killed at random points; the kills that it took."""
+    draw, kills, num_runs, log = random.Random(seed), [], 0, tmp_path / "log"
+    assert attempt(log, [*SMALL, *overrides, f"run.root={tmp_path}/whole"]) == 0
+    while True:
+        killed = tmp_path / f"killed_{num_runs}"
+        is_last = len(kills) >= num_kills
+        where = (None, 0) if is_last else (draw.choice(points), draw.randint(1, 9))
+        code = attempt(log, [*SMALL, *overrides, f"run.root={killed}"], *where)
+        if code == 0:
+            assert kept(killed) == kept(tmp_path / "whole")
+            num_runs += 1
+            if is_last:
+                return kills
+        else:
+            assert code == KILLED, log.read_text()
+            kills.append(where)
+
+
+FOREIGN = {"classification": "in validation of boxes", "detection": "in validation"}
+KINDS = {
+    "classification": ["dataset=folder", "train.batch_size=4", "prompt.dropout=0.1"],
+    "detection": ["dataset=coco", "head.channels=16", "train.batch_size=4", "augment=boxes", "backbone.img_size=96"],
+}
+
+
+@pytest.fixture
+def roots(photos, boxes):
+    return {"classification": f"dataset.root={photos}", "detection": f"dataset.root={boxes}"}
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, roots):
+    options = ["num_workers=0", "train.ema=0.5", "train.patience=2", *KINDS["classification"], roots["classification"]]
+    points = [point for point in POINTS if "boxes" not in point]
+    assert len(prove(tmp_path, options, points, num_kills=4)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_killed_anywhere_a_run_ends_with_the_same_bytes(tmp_path, roots, kind, num_workers, accumulation):
+    options = [f"num_workers={num_workers}", f"train.accumulation={accumulation}", "train.ema=0.5", "train.patience=2"]
+    points = [point for point in POINTS if point != FOREIGN[kind]]
+    prove(tmp_path, [*options, *KINDS[kind], roots[kind]], points, NUM_KILLS, seed=num_workers + accumulation)
+
+
+# Signals, as a scheduler sends them.
+
+
+@pytest.fixture
+def start():
+    """Start a command; what still runs at the end of the test is killed."""
+    started = []
+
+    def begin(folder, *overrides, program=("-m", "vpt.train")):
+        command = [sys.executable, *program, "run.root=runs", *SMALL, "num_workers=2", *overrides]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(process, text):
+    """Read what a process says until a line has a text."""
+    for line in process.stdout:
+        if text in line:
+            return
+    pytest.fail(f"{text!r} was not said")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_saves_and_ends_the_command_with_75_and_the_same_command_goes_on(start, tmp_path, roots, number):
+    options = [*KINDS["classification"], roots["classification"], "train.epochs=8"]
+    process = start(tmp_path, *options)
+    wait_for(process, "epoch 2/8: val")
+    begin = time.monotonic()
+    process.send_signal(number)
+    said = process.communicate(timeout=30)[0]
+    assert time.monotonic() - begin < 10
+    assert process.returncode == 75
+    assert f"stopped by {number.name}; type the same command again" in said
+    last = json.loads((tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()[-1])["step"]
+    process = start(tmp_path, *options)
+    wait_for(process, f"behind step {last}")
+    assert process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert attempt(tmp_path / "log", [*SMALL, *options, f"run.root={tmp_path}/whole", "num_workers=0"]) == 0
+    assert kept(tmp_path / "runs") == kept(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_torchrun_passes_the_signal_on(start, tmp_path, roots):
+    options = [*KINDS["classification"], roots["classification"], "train.epochs=400"]
+    process = start(
+        tmp_path, *options, program=("-m", "torch.distributed.run", "--nproc_per_node=1", "-m", "vpt.train")
+    )
+    wait_for(process, "epoch 2/400: val")
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert "stopped by SIGTERM" in said
+    assert Checkpoints(tmp_path / "runs/run").load().numbers["result"]["steps"] >= 10
+
+
+def test_several_processes_of_torchrun_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="torchrun --nproc_per_node=1"):
+        train_with("mode=dry")
+
+
+@pytest.mark.slow
+def test_a_second_command_in_the_same_folder_is_refused_and_the_first_one_goes_on(start, tmp_path, roots):
+    options = [*KINDS["classification"], roots["classification"], "train.epochs=400"]
+    first = start(tmp_path, *options)
+    wait_for(first, "epoch 1/400: val")
+    second = start(tmp_path, *options)
+    said = second.communicate(timeout=60)[0]
+    assert second.returncode == 2
+    assert f"is in use by process {first.pid} on " in said
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    wait_for(start(tmp_path, *options), "going on ")
+
+
+# What is on the disk.
+
+
+def test_data_that_changed_are_refused(tmp_path, photos):
+    shutil.copytree(photos, tmp_path / "photos")
+    options = [*SMALL, *KINDS["classification"], f"dataset.root={tmp_path}/photos", f"run.root={tmp_path}", "cache=off"]
+    assert attempt(tmp_path / "log", options, "behind a step", 4) == KILLED
+    (tmp_path / "photos/train/rose/0.png").rename(tmp_path / "photos/train/rose/9.png")
+    with pytest.raises(ValueError, match="the pictures or labels of this run are not those that it was begun with"):
+        train_with(*options)
+
+
+def test_without_a_whole_checkpoint_nothing_is_done(tmp_path, roots):
+    options = [*SMALL, *KINDS["classification"], roots["classification"], f"run.root={tmp_path}"]
+    assert attempt(tmp_path / "log", options, "behind a step", 6) == KILLED
+    for name in NAMES:
+        (tmp_path / "run" / name).write_bytes((tmp_path / "run" / name).read_bytes()[:1000])
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(ValueError, match="no checkpoint is left: type fresh=true"):
+        train_with(*options)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != ".lock"} == {
+        path: content for path, content in before.items() if path.name != ".lock"
+    }
+
+
+def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, roots, capsys):
+    options = [*SMALL, *KINDS["classification"], roots["classification"], "num_workers=0"]
+    assert attempt(tmp_path / "log", [*options, f"run.root={tmp_path}/whole"]) == 0
+    assert attempt(tmp_path / "log", [*options, f"run.root={tmp_path}/killed"], "behind a step", 8) == KILLED
+    last = tmp_path / "killed/run" / NAMES[0]
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    train_with(*options, f"run.root={tmp_path}/killed")
+    assert "going on from previous.checkpoint" in capsys.readouterr().err
+    assert kept(tmp_path / "killed") == kept(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("is_room_made", [True, False])
+def test_a_full_disk_does_not_end_a_run_but_its_end_tells(tmp_path, roots, is_room_made, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    options = [*SMALL, *KINDS["classification"], roots["classification"], "num_workers=0", "train.epochs=5"]
+    epochs, filler = [], disk / "filler"
+
+    def fill(evaluator):
+        epochs.append(None)
+        if len(epochs) == 2:
+            with suppress(OSError), filler.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        if len(epochs) == 4 and is_room_made:
+            filler.unlink()
+        return compute(evaluator)
+
+    compute = ClassificationMetrics.compute
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ClassificationMetrics, "compute", fill)
+            if is_room_made:
+                train_with(*options, f"run.root={disk}")
+            else:
+                with pytest.raises(OSError, match="No space left on device"):
+                    train_with(*options, f"run.root={disk}")
+        said = capsys.readouterr()
+        assert "Training goes on, and the next checkpoint is tried again" in said.err
+        assert "epoch 5/5: val" in said.out
+        assert said.err.count("metrics.jsonl of") == 1
+        saved = Checkpoints(disk / "run").load()
+        assert saved.numbers["epoch"] == (6 if is_room_made else 2)
+        if not is_room_made:
+            filler.unlink()
+            train_with(*options, f"run.root={disk}")
+        assert (disk / "run/result.json").exists()
+        train_with(*options, f"run.root={tmp_path}/whole")
+        assert (disk / "run/task.safetensors").read_bytes() == (tmp_path / "whole/run/task.safetensors").read_bytes()
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)  # TensorBoard's writer still has its file

@@ -1,0 +1,71 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vpt.engine.signals import SIGNALS, Stopped, StopSignal
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_what_runs_at_once(number):
+    def work():
+        with StopSignal():
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+    with pytest.raises(Stopped, match=number.name):
+        work()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_patient_run_ends_where_it_looks(number):
+    done = []
+
+    def work():
+        with StopSignal() as stop, stop.patient():
+            stop.check()
+            signal.raise_signal(number)
+            done.append("step")
+            stop.check()
+
+    with pytest.raises(Stopped):
+        work()
+    assert done == ["step"]
+
+
+def test_a_wait_inside_of_a_patient_run_ends_at_once():
+    with StopSignal() as stop, stop.patient():
+        with pytest.raises(Stopped), stop.patient(False):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.received is signal.SIGTERM
+        with pytest.raises(Stopped), stop.patient(False):  # nor does another begin
+            pytest.fail("it waited")
+
+
+def test_handlers_are_those_of_before_when_it_is_over():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopSignal():
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    code = """
+import time
+from vpt.engine.signals import StopSignal
+with StopSignal() as stop, stop.patient():
+    print("ready", flush=True)
+    time.sleep(60)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 128 + signal.SIGINT
+    process.stdout.close()
