@@ -16,12 +16,13 @@ from urllib.parse import unquote, urlsplit
 
 import huggingface_hub.utils
 import pytest
+import timm
 import torch
 import yaml
 from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 import vpt
 from tests.conftest import make_tiny_vit
@@ -31,6 +32,7 @@ from vpt.data.transforms import EvalTransform, Preprocessing, letterboxed_size
 from vpt.hub import download, from_pretrained, push_to_hub
 from vpt.kinds.detection import to_original
 from vpt.models.task_file import TaskMetadata, open_task
+from vpt.models.vit import load_vit
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_" + "a" * 34
@@ -97,6 +99,8 @@ class FakeHub(ThreadingHTTPServer):
         self.requests = []  # method, path, headers
         self.harm = lambda body: body  # of what is downloaded
         self.status = None  # of every answer, if not None
+        self.digest = git_sha1  # what a file is called by; of large ones it is the sha256
+        self.declared = None  # bytes of every file that it only tells of, if not None
 
     def files(self, name, branch="main"):
         repository = self.repositories[name]
@@ -204,7 +208,8 @@ class Handler(BaseHTTPRequestHandler):
         if file not in repository.commits[key]:
             return self.reply(404, {"error": "Entry not found"}, headers | {"X-Error-Code": "EntryNotFound"})
         body = repository.commits[key][file]
-        headers |= {"ETag": f'"{git_sha1(body)}"', "Content-Length": str(len(body))}
+        size = self.server.declared if self.command == "HEAD" and self.server.declared else len(body)
+        headers |= {"ETag": f'"{self.server.digest(body)}"', "Content-Length": str(size)}
         return self.send(200, body if self.command == "HEAD" else self.server.harm(body), headers)
 
     def reply(self, status, value, headers=None):
@@ -223,6 +228,10 @@ class Handler(BaseHTTPRequestHandler):
 
 def git_sha1(body):
     return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+
+
+def sha256(body):
+    return hashlib.sha256(body).hexdigest()
 
 
 @pytest.fixture
@@ -382,7 +391,7 @@ def test_the_token_of_the_environment_is_used_and_none_is_sent_without_one(hub, 
     monkeypatch.delenv("HF_TOKEN")
     hub.requests.clear()
     download("ann/pets")
-    assert len(hub.requests) == 2
+    assert len(hub.requests) == 3
     assert not any("authorization" in headers for _, _, headers in hub.requests)
 
 
@@ -401,7 +410,7 @@ def test_files_are_kept_in_the_cache_and_asked_for_once(hub, task, home, tmp_pat
     first, second = download("ann/pets"), download("ann/pets")
     assert first == second
     assert first.is_relative_to(home / "hub")
-    assert [method for method, _, _ in hub.requests] == ["HEAD", "GET", "HEAD"]
+    assert [method for method, _, _ in hub.requests] == ["HEAD", "HEAD", "GET", "HEAD", "HEAD"]
     assert download("ann/pets", cache_dir=tmp_path / "mine").is_relative_to(tmp_path / "mine")
 
 
@@ -592,6 +601,60 @@ def test_a_download_that_breaks_off_is_refused_and_leaves_nothing(hub, task, hom
     assert list((home / "hub" / "models--ann--pets").glob("snapshots/*/*")) == []
     hub.harm = lambda body: body
     assert download("ann/pets").read_bytes() == task.read_bytes()
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_is_fetched(hub, task, home):
+    push_to_hub(task, "ann/pets", token=TOKEN)
+    hub.requests.clear()
+    hub.declared = 3 * 1024**3
+    with pytest.raises(ValueError, match=r"^ann/pets: its task\.safetensors has 3,221,225,472 bytes, more than"):
+        download("ann/pets")
+    assert {method for method, _, _ in hub.requests} == {"HEAD"}
+    assert not list(home.rglob("blobs/*"))
+
+
+# Weights of backbones.
+
+TINY = "test_vit.r160_in1k"  # the smallest ViT of timm
+
+
+@pytest.fixture
+def weights(hub, monkeypatch):
+    """Random weights of TINY, where timm looks for them."""
+    monkeypatch.setattr(hub, "digest", sha256)
+    torch.manual_seed(0)
+    state = timm.create_model(TINY, pretrained=False).state_dict()
+    config = timm.get_pretrained_cfg(TINY)
+    hub.repositories[config.hf_hub_id + TINY if config.hf_hub_id.endswith("/") else config.hf_hub_id] = (
+        repository := Repository(private=False)
+    )
+    repository.commit("main", {"model.safetensors": save(state)}, "weights")
+    return state
+
+
+def test_weights_of_the_hub_that_are_whole_are_used_and_kept(hub, weights, home):
+    vit = load_vit(TINY)
+    assert torch.equal(vit.blocks[0].attn.qkv.weight, weights["blocks.0.attn.qkv.weight"])
+    (blob,) = home.rglob("blobs/*")
+    assert blob.name == sha256(blob.read_bytes())
+    hub.requests.clear()
+    load_vit(TINY)
+    assert "GET" not in {method for method, _, _ in hub.requests}
+
+
+@pytest.mark.parametrize("place", [-5, 8])  # in a number, so that the file can be read; in the header
+def test_weights_that_are_not_those_of_the_hub_are_refused_and_not_kept(hub, weights, home, place):
+    def harm(body):
+        changed = bytearray(body)
+        changed[place] ^= 1
+        return bytes(changed)
+
+    hub.harm = harm
+    with pytest.raises(ValueError, match=rf"the weights of {TINY}: the download is not the file that the hub has"):
+        load_vit(TINY)
+    assert not list(home.rglob("blobs/*"))
+    hub.harm = lambda body: body
+    assert torch.equal(load_vit(TINY).blocks[0].attn.qkv.weight, weights["blocks.0.attn.qkv.weight"])
 
 
 def test_another_backbone_is_refused_with_both_names(hub, task):

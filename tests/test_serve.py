@@ -13,14 +13,18 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from fastapi.testclient import TestClient
 
 import vpt
 import vpt.serve
+from tests.conftest import make_tiny_vit
 from tests.test_app import picture
 from tests.test_cli import ROOT, call
 from vpt.command_line import parse_options
 from vpt.config import ConfigError
 from vpt.serve import USAGE, ServeOptions, serve
+from vpt.serving.app import make_app
+from vpt.serving.service import Settings
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def test_an_option_that_is_wrong_is_one_line(tmp_path):
     for arguments, message in [
         ([], "error: tasks is needed: type tasks=...\n"),
         (["tasks=a", "port=99999"], "error: port=99999 is out of range: it must be at least 0 and at most 65535\n"),
-        (["tasks=nowhere"], "error: tasks=nowhere: there is no file or folder nowhere\n"),
+        (["tasks=nowhere"], "error: tasks=nowhere: no such file\n"),
     ]:
         done = call(*arguments, cwd=tmp_path, module="vpt.serve")
         assert (done.returncode, done.stderr, done.stdout) == (2, message, "")
@@ -70,8 +74,9 @@ def test_tasks_must_be_task_files_with_names_of_their_own(folder, tmp_path):
     assert "must be true or false" in refused(f"tasks={folder}", "uploads=yes")
     file = folder / "colours.safetensors"
     assert "needs a folder" in refused(f"tasks={file}", "uploads=true")
-    assert "would both be called colours" in refused(f"tasks={file},{file}")
-    assert "there is no file or folder" in refused(f"tasks={file},nowhere.safetensors")
+    assert "are both called colours" in refused(f"tasks={file},{file}")
+    assert "tasks=nowhere.safetensors: no such file" in refused(f"tasks={file},nowhere.safetensors")
+    assert "tasks=,: names no task file" in refused("tasks=,")
 
 
 def test_a_file_of_a_run_is_called_by_its_folder(folder, tmp_path):
@@ -105,9 +110,55 @@ def test_a_web_framework_that_is_missing_is_named_with_what_to_type(folder, monk
     assert refused(f"tasks={folder}") == f"uvicorn is not installed: type {vpt.serve.INSTALL}"
 
 
-def test_a_file_that_is_damaged_or_of_another_backbone_ends_the_start(folder, tmp_path):
-    (tmp_path / "bad.safetensors").write_bytes((folder / "colours.safetensors").read_bytes()[:-1])
-    assert "bad.safetensors" in refused(f"tasks={tmp_path}", "port=0")
+def opened(*arguments):
+    given = options(*arguments)
+    return vpt.serve._open_bank(given, vpt.serve._find_tasks(given)[0])
+
+
+def test_a_named_file_that_is_damaged_ends_the_start(folder, tmp_path):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes((folder / "colours.safetensors").read_bytes()[:-1])
+    assert "bad.safetensors: not a readable" in refused(f"tasks={bad}", "port=0")
+    assert "bad.safetensors: not a readable" in refused(f"tasks={folder / 'shapes.safetensors'},{bad}", "port=0")
+
+
+def test_of_a_folder_files_that_cannot_be_used_are_told_and_left_out(folder, tmp_path, capsys):
+    whole = (folder / "colours.safetensors").read_bytes()
+    (tmp_path / "a_damaged.safetensors").write_bytes(whole[:-1])
+    (tmp_path / "b_damaged.safetensors").write_bytes(b"text")
+    vpt.save_task(vpt.create_model(make_tiny_vit(), num_classes=2), tmp_path / "other.safetensors")
+    for name in ("colours", "shapes"):
+        shutil.copy(folder / f"{name}.safetensors", tmp_path)
+    bank = opened(f"tasks={tmp_path}")
+    assert bank.names == ("colours", "shapes")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["left out"] * 3
+    for line, name in zip(lines, ("a_damaged", "b_damaged", "other"), strict=True):
+        assert f"{name}.safetensors: " in line
+    assert "made for the backbone vit_tiny" in lines[2]
+
+
+def test_a_folder_with_nothing_that_can_be_used_ends_the_start(folder, tmp_path, capsys):
+    (tmp_path / "a.safetensors").write_bytes(b"text")
+    assert refused(f"tasks={tmp_path}", "port=0") == f"tasks={tmp_path}: none of its task files can be used"
+    shutil.copy(folder / "colours.safetensors", tmp_path)
+    message = refused(f"tasks={tmp_path}", "port=0", "backbone=vit_nano_patch9_64")
+    assert "backbone.name=vit_nano_patch9_64 is not a model" in message
+    assert "left out" in capsys.readouterr().err
+
+
+def test_uploads_may_start_from_an_empty_folder_on_a_backbone_that_is_named(folder, tmp_path):
+    assert "or start with uploads=true and backbone=NAME" in refused(f"tasks={tmp_path}", "uploads=true")
+    assert "holds no task file" in refused(f"tasks={tmp_path}", "backbone=vit_nano_patch8_64")
+    words = (f"tasks={tmp_path}", "uploads=true", "backbone=vit_nano_patch8_64")
+    settings = Settings(folder=vpt.serve._find_tasks(options(*words))[1], is_local=False)
+    with TestClient(make_app(opened(*words), settings)) as client:
+        assert client.get("/tasks").json() == []
+        content = (folder / "colours.safetensors").read_bytes()
+        assert client.put("/tasks/colours", content=content).status_code == 201
+        answer = client.post("/predict?task=colours", content=picture(), headers={"Content-Type": "image/png"})
+        assert answer.status_code == 200
+    assert opened(f"tasks={tmp_path}").names == ("colours",)
 
 
 def test_the_greeting_warns_only_of_a_host_that_others_can_reach():
@@ -115,6 +166,8 @@ def test_the_greeting_warns_only_of_a_host_that_others_can_reach():
         port = listener.getsockname()[1]
         (line,) = vpt.serve._greeting(options("tasks=a"), listener, ("x", "y"))
         assert line == f"2 tasks (x, y) at http://127.0.0.1:{port}; Ctrl-C ends"
+        (line,) = vpt.serve._greeting(options("tasks=a"), listener, ())
+        assert line == f"no task yet at http://127.0.0.1:{port}; Ctrl-C ends"
         _, warning = vpt.serve._greeting(options("tasks=a", "host=0.0.0.0"), listener, ("x",))
         assert warning == "host=0.0.0.0: anybody who can reach this machine can use it; there is no password"
         _, warning = vpt.serve._greeting(options("tasks=a", "host=::", "uploads=true"), listener, ("x",))

@@ -4,6 +4,7 @@ The names below are loaded when they are first used, so that `import vpt` and `-
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from vpt.models.tuning import count_parameters, tune, tuned_parameters
 
 __version__ = "0.1.0"
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # or the hub is told which versions of what are installed
 
 _HOMES = {
     "ClassificationModel": "vpt.models.classification",

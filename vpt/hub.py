@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vpt import __version__
 from vpt.card import model_card, plain
+from vpt.files import MAX_BYTES
 from vpt.models.task_file import Model, load_task, open_task, read_task
 from vpt.models.vit import ViT
 
@@ -172,16 +173,32 @@ def _fetch(
 ) -> Path:
     """The checked file in the cache, downloaded if it is not there or by force."""
     with _one_line_errors(repo_id, revision):
-        path = Path(
-            _api(token).hf_hub_download(
-                repo_id, TASK_FILE, revision=revision, cache_dir=cache_dir, force_download=force_download
+        api = _api(token)
+        size = _declared_size(api, repo_id, revision)
+        if size <= MAX_BYTES:
+            path = Path(
+                api.hf_hub_download(
+                    repo_id, TASK_FILE, revision=revision, cache_dir=cache_dir, force_download=force_download
+                )
             )
-        )
+    if size > MAX_BYTES:
+        raise ValueError(f"{repo_id}: its {TASK_FILE} has {size:,} bytes, more than {MAX_BYTES:,}; nothing was fetched")
     try:
         read_task(path)
     except ValueError as error:
         raise _RefusedFileError(f"{repo_id}: what it has as {TASK_FILE} is refused ({error})") from error
     return path
+
+
+def _declared_size(api: "HfApi", repo_id: str, revision: str | None) -> int:
+    """Bytes of the task file as the hub tells them; 0 if it does not, and the download will say why."""
+    from huggingface_hub import hf_hub_url
+
+    try:
+        url = hf_hub_url(repo_id, TASK_FILE, revision=revision, endpoint=api.endpoint)
+        return api.get_hf_file_metadata(url=url).size or 0
+    except Exception:  # httpx, requests and the hub each raise kinds of their own
+        return 0
 
 
 @contextmanager

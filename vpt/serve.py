@@ -7,9 +7,14 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vpt.command_line import check_folder, fail, parse_options
-from vpt.config import ConfigError, number
+from vpt.command_line import check_folder, fail, name_task_files, parse_options
+from vpt.config import ConfigError, first_line, number
+
+if TYPE_CHECKING:
+    from vpt.models.bank import TaskBank
+    from vpt.models.task_file import TaskMetadata
 
 ENDING = ".safetensors"
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -17,8 +22,8 @@ INSTALL = 'uv pip install -p .venv -e ".[serve]" -c constraints.txt'
 
 USAGE = """python -m vpt.serve: answer questions about pictures over HTTP, many tasks on one backbone.
 
-  tasks=FOLDER         every task file (.safetensors) in it, called by its name; or
-  tasks=FILE[,FILE]    these; a file task.safetensors is called by its folder
+  tasks=FOLDER         every task file (.safetensors) in it, called by its name; those that cannot be used are left out
+  tasks=FILE[,FILE]    or these, which must all be sound; a file task.safetensors is called by its folder
   backbone=NAME        timm name of the backbone; by default what the first task file says
   checkpoint=FILE      weights of the backbone, when they are not where timm has them
   port=8000            0 takes one that is free
@@ -32,7 +37,8 @@ Limits:
   max_queue=256        predictions (a picture and a task) that wait; more are refused with 429
   max_body_mb=20       size of a request; more is refused with 413
   timeout_s=30         time of a request; after it 504
-  uploads=false        with true, task files may be put, replaced and deleted: PUT and DELETE /tasks/NAME
+  uploads=false        with true, task files may be put, replaced and deleted: PUT and DELETE /tasks/NAME; the folder
+                       may be empty then, if backbone= is said
 
 The page is at /, the API at /docs. Ctrl-C ends it, after all that was accepted is answered.
 Example: python -m vpt.serve tasks=runs/pets/task.safetensors,runs/flowers/task.safetensors"""
@@ -73,11 +79,10 @@ def serve(options: ServeOptions) -> None:
     with listener:
         import uvicorn
 
-        from vpt import build
         from vpt.serving.app import make_app
         from vpt.serving.service import Settings
 
-        bank = build.open_bank(paths, backbone=options.backbone, checkpoint=options.checkpoint, device=options.device)
+        bank = _open_bank(options, paths)
         settings = Settings(
             max_batch=options.max_batch,
             max_wait_ms=options.max_wait_ms,
@@ -118,27 +123,61 @@ def _find_tasks(options: ServeOptions) -> tuple[dict[str, Path], Path | None]:
     if not root.is_dir():
         if may_change:
             raise ConfigError(f"uploads=true needs a folder to put them in, and tasks={options.tasks} is none")
-        return _named(options.tasks), None
+        return name_task_files("tasks", options.tasks), None
     paths = {path.stem: path for path in sorted(root.glob(f"*{ENDING}")) if not path.name.startswith(".")}
-    if not paths:
-        raise ConfigError(f"tasks={options.tasks}: holds no task file ({ENDING}); copy one into it")
+    if not paths and not (may_change and options.backbone):
+        raise ConfigError(
+            f"tasks={options.tasks}: holds no task file ({ENDING}); copy one into it, or start with uploads=true and "
+            "backbone=NAME"
+        )
     if may_change:
         check_folder("tasks", root)
     return paths, root if may_change else None
 
 
-def _named(text: str) -> dict[str, Path]:
-    """Files of a list by the names of their tasks."""
-    paths: dict[str, Path] = {}
-    for word in text.split(","):
-        path = Path(word.strip()).expanduser()
-        if not path.is_file():
-            raise ConfigError(f"tasks={text}: there is no file or folder {path}")
-        name = path.absolute().parent.name if path.stem == "task" else path.stem
-        if name in paths:
-            raise ConfigError(f"tasks={text}: {paths[name]} and {path} would both be called {name}; rename one")
-        paths[name] = path
-    return paths
+def _open_bank(options: ServeOptions, paths: dict[str, Path]) -> "TaskBank":
+    """The tasks on their backbone. Files that are named must be sound; of a folder, those that are not are left out."""
+    from vpt import build
+
+    if not Path(options.tasks).expanduser().is_dir():
+        return build.open_bank(paths, backbone=options.backbone, checkpoint=options.checkpoint, device=options.device)
+    from vpt.models.bank import TaskBank
+
+    sound = _sound(paths)
+    if paths and not sound:
+        raise ConfigError(f"tasks={options.tasks}: none of its task files can be used")
+    first = next(iter(sound.values()), None)
+    bank = TaskBank(
+        options.backbone or (first.backbone if first is not None else ""),
+        checkpoint=options.checkpoint,
+        img_size=None if first is None else tuple(first.preprocessing["size"]),
+        device=build.pick_device(options.device),
+    )
+    for name in sound:
+        try:
+            bank.load(paths[name], name)
+        except (ValueError, RuntimeError) as error:
+            _leave_out(error)
+    if paths and not bank.names:
+        raise ConfigError(f"tasks={options.tasks}: none of its task files can be used")
+    return bank
+
+
+def _sound(paths: dict[str, Path]) -> "dict[str, TaskMetadata]":
+    """What the files say that are task files; a line for each of the others."""
+    from vpt.models.task_file import read_task
+
+    sound = {}
+    for name, path in paths.items():
+        try:
+            sound[name] = read_task(path)
+        except (ValueError, OSError) as error:
+            _leave_out(error)
+    return sound
+
+
+def _leave_out(error: Exception) -> None:
+    print(f"left out: {first_line(error)}", file=sys.stderr, flush=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -157,7 +196,8 @@ def _greeting(options: ServeOptions, listener: socket.socket, names: tuple[str, 
     shown = "127.0.0.1" if shown == "0.0.0.0" else "[::1]" if shown == "[::]" else shown
     listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     what = "1 task" if len(names) == 1 else f"{len(names)} tasks"
-    lines = [f"{what} ({listed}) at http://{shown}:{listener.getsockname()[1]}; Ctrl-C ends"]
+    what = f"{what} ({listed})" if names else "no task yet"
+    lines = [f"{what} at http://{shown}:{listener.getsockname()[1]}; Ctrl-C ends"]
     if options.host not in LOCAL:
         what = "use it, and change its tasks" if options.uploads == "true" else "use it"
         lines.append(f"host={options.host}: anybody who can reach this machine can {what}; there is no password")

@@ -40,6 +40,7 @@ MAX_BLOCKS = 1000
 MAX_SIDE = 4096  # pixels
 MAX_TEXT = 1000  # characters of a name
 MAX_NOTE = 10_000
+MAX_DEPTH = 20  # of objects and lists in each other
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "letterbox")
 TASK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -465,6 +466,15 @@ def _one_of(names: Sequence[str]) -> Rule:
     return lambda value: isinstance(value, str) and value in names, " or ".join(names)
 
 
+def _is_shallow(value: object) -> bool:
+    """Whether copying and printing it in depth can never run out of stack."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list))
+        level = [part for parts in inner for part in parts]
+    return not level
+
+
 IS_OBJECT: Rule = (lambda value: isinstance(value, dict), "an object")
 TEXT = _text(f".{{0,{MAX_TEXT}}}", f"a text of at most {MAX_TEXT} characters")
 BLOCKS = _list(_integer(0, MAX_BLOCKS), 1, MAX_BLOCKS, ascends=True)
@@ -482,7 +492,9 @@ RULES: dict[str, Rule] = {
     "head": _or_none(IS_OBJECT),
     "category_ids": _or_none(_list(_integer(0, 2**63 - 1), 1, MAX_CLASSES)),
     "tuned_backbone": (lambda value: type(value) is bool, "true or false"),
-    "config": _or_none(IS_OBJECT),
+    "config": _or_none(
+        (lambda value: isinstance(value, dict) and _is_shallow(value), f"an object of at most {MAX_DEPTH} levels")
+    ),
     "versions": IS_OBJECT,
     "licence": TEXT,
     "note": _text(f".{{0,{MAX_NOTE}}}", f"a text of at most {MAX_NOTE} characters"),

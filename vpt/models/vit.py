@@ -9,11 +9,16 @@ Legend: B batch, H, W pixels, N prefix + patch tokens, D embed_dim, h heads.
 
 import difflib
 import hashlib
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import constants
 from timm.data.config import resolve_model_data_config
 from timm.models import Beit, Eva, VisionTransformer, beit, eva, load_state_dict, vision_transformer
 from timm.models.deit import VisionTransformerDistilled
@@ -37,7 +42,8 @@ def load_vit(
 
     Args:
         name: A timm name, with or without a pretrained tag.
-        pretrained: Load the weights that timm knows under this name, from the package, the hub's cache or the hub.
+        pretrained: Load the weights that timm knows under this name, from the package, the hub's cache or the hub. What
+            comes from the hub is checked by the sha256 that the hub tells.
         checkpoint: Load the weights from this file (.safetensors, or .pth read with weights_only) instead.
         img_size: Input size in pixels, one side or (height, width), to which the position embedding is resampled. None
             keeps the model's own.
@@ -63,7 +69,10 @@ def load_vit(
     except Exception as error:  # timm's models raise kinds of their own
         raise ValueError(f"backbone.name={name} cannot be built: {_first_line(error)}") from error
     try:
-        vit = timm.create_model(name, pretrained=pretrained and path is None, num_classes=0, **options)
+        with _checked_downloads():
+            vit = timm.create_model(name, pretrained=pretrained and path is None, num_classes=0, **options)
+    except _DamagedDownloadError as error:
+        raise ValueError(f"the weights of {name}: {error}") from error
     except Exception as error:  # the hub, a file and timm each raise kinds of their own
         raise ValueError(_describe_missing_weights(name, error)) from error
     assert isinstance(vit, ViT)
@@ -173,10 +182,37 @@ def pools_prefix_only(vit: ViT) -> bool:
     return is_known and vit.global_pool == "token"
 
 
+class _DamagedDownloadError(ValueError):
+    """A file that is not the one that the hub has."""
+
+
+@contextmanager
+def _checked_downloads() -> Iterator[None]:
+    """Hold what the hub's cache gets inside of this block against the sha256 that it is called by.
+
+    The hub's client compares sizes only. Small files, which are called by a sha1 of git, are not checked.
+    """
+    cache = Path(constants.HF_HUB_CACHE)
+    before = set(cache.glob("models--*/blobs/*"))
+    try:
+        yield
+    finally:  # also if it cannot be read at all, or it would stay in the cache
+        for blob in set(cache.glob("models--*/blobs/*")) - before:
+            if re.fullmatch("[0-9a-f]{64}", blob.name) and _sha256(blob) != blob.name:
+                blob.unlink()
+                raise _DamagedDownloadError("the download is not the file that the hub has; it was removed, try again")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _load_checkpoint(vit: ViT, name: str, path: Path) -> None:
     """Load all weights of a ViT from a file; a classifier in the file is left out, anything else must match."""
     family: Any = eva if isinstance(vit, Eva) else beit if isinstance(vit, Beit) else vision_transformer
     try:
+        _refuse_packed(path)
         state = family.checkpoint_filter_fn(load_state_dict(str(path), device="cpu", weights_only=True), vit)
         missing, unexpected = vit.load_state_dict(state, strict=False)
     except Exception as error:  # safetensors, pickle's guard, timm and torch each raise kinds of their own
@@ -187,6 +223,14 @@ def _load_checkpoint(vit: ViT, name: str, path: Path) -> None:
         raise ValueError(
             f"backbone.checkpoint={path} does not fit {name}: {what} ({len(missing) + len(odd)} keys differ)"
         )
+
+
+def _refuse_packed(path: Path) -> None:
+    """Refuse a .pth whose parts would grow when they are read, which torch never writes."""
+    if zipfile.is_zipfile(path) and path.suffix != ".safetensors":
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("its parts are compressed, as torch never writes them; save it anew with torch.save")
 
 
 def _check_name(name: str) -> None:

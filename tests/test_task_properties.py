@@ -1,0 +1,146 @@
+"""Task files: any valid one comes back as it was, and any change of the bytes is refused or changes nothing."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import vpt
+from tests.conftest import make_tiny_vit
+from vpt.models.task_file import TaskMetadata, open_task, write_task
+
+# Properties of task files.
+
+NUM_MUTATIONS = 500
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**18), 10**18)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXTS,
+    lambda part: st.lists(part, max_size=3) | st.dictionaries(TEXTS, part, max_size=3),
+    max_leaves=8,
+)
+
+
+@st.composite
+def task_files(draw):
+    """Metadata and tensors of any classification task that may be written."""
+    num_classes, width = draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    blocks = sorted(draw(st.sets(st.integers(0, 30), min_size=1, max_size=3)))
+    num_tokens = draw(st.integers(1, 4))
+    kind = {"kind": draw(st.sampled_from(["deep", "shallow"])), "blocks": blocks, "dropout": draw(st.floats(0, 0.99))}
+    prompt = draw(st.none() | st.just({**kind, "num_tokens": num_tokens, "embed_dim": width}))
+    metadata = TaskMetadata(
+        backbone=draw(st.from_regex(r"\A\w[\w.-]{0,30}\Z")),
+        fingerprint=draw(st.from_regex(r"\A[0-9a-f]{64}\Z")),
+        prompt=prompt,
+        num_classes=num_classes,
+        classes=draw(st.none() | st.lists(TEXTS, min_size=num_classes, max_size=num_classes)),
+        preprocessing={
+            "size": draw(st.lists(st.integers(1, 4096), min_size=2, max_size=2)),
+            "mean": draw(st.lists(st.floats(-1e6, 1e6), min_size=3, max_size=3)),
+            "std": draw(st.lists(st.floats(1e-6, 1e6), min_size=3, max_size=3)),
+            "interpolation": "bicubic",
+            "crop_pct": draw(st.floats(0.1, 1)),
+            "crop_mode": draw(st.sampled_from(["center", "squash", "letterbox"])),
+        },
+        metrics=draw(st.dictionaries(TEXTS, st.dictionaries(TEXTS, st.none() | st.floats(-1e9, 1e9)), max_size=2)),
+        config=draw(st.none() | st.dictionaries(TEXTS, PLAIN, max_size=3)),
+        versions=draw(st.dictionaries(TEXTS, TEXTS, max_size=2)),
+        licence=draw(TEXTS),
+        note=draw(TEXTS),
+    )
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    shapes = {"head.weight": (num_classes, width), "head.bias": (num_classes,)}
+    shapes |= {"prompt.tokens": (len(blocks), num_tokens, width)} if prompt else {}
+    return metadata, {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(task=task_files())
+def test_any_task_comes_back_as_it_was_written(tmp_path, task):
+    metadata, tensors = task
+    path = write_task(tmp_path / "a.safetensors", metadata, tensors)
+    again, held = open_task(path)
+    assert again == metadata
+    assert held.keys() == tensors.keys()
+    assert all(torch.equal(held[name], tensor) and held[name].dtype is tensor.dtype for name, tensor in tensors.items())
+    before = path.read_bytes()
+    assert write_task(path, again, held).read_bytes() == before
+
+
+def mutate(data, draw):
+    """The bytes with one change, and what it is called."""
+    place = draw(len(data))
+    kind = ("flip", "set", "insert", "delete", "truncate", "swap", "repeat")[draw(7)]
+    changed = bytearray(data)
+    if kind == "flip":
+        changed[place] ^= 1 << draw(8)
+    elif kind == "set":
+        changed[place] = draw(256)
+    elif kind == "insert":
+        changed[place:place] = bytes(draw(256) for _ in range(1 + draw(9)))
+    elif kind == "delete":
+        del changed[place : place + 1 + draw(9)]
+    elif kind == "truncate":
+        del changed[place:]
+    elif kind == "swap":
+        other = draw(len(data))
+        changed[place], changed[other] = changed[other], changed[place]
+    else:
+        changed[place:place] = changed[place : place + 1 + draw(40)]
+    return bytes(changed), kind
+
+
+def check_mutations(path, num, seed):
+    """Refused, or the same as before: never a third thing; returns how many there were of each kind."""
+    generator = np.random.default_rng(seed)
+    whole, (metadata, tensors) = path.read_bytes(), open_task(path)
+    tried = Counter()
+    for _ in range(num):
+        changed, kind = mutate(whole, lambda high: int(generator.integers(high)))
+        tried[kind] += 1
+        path.write_bytes(changed)
+        try:
+            again, held = open_task(path)
+        except ValueError:
+            continue
+        assert again == metadata
+        assert held.keys() == tensors.keys()
+        assert all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
+    path.write_bytes(whole)
+    return tried
+
+
+@pytest.fixture
+def small_task(tmp_path):
+    torch.manual_seed(0)
+    model = vpt.create_model(make_tiny_vit(), prompt="deep", num_tokens=2, num_classes=3)
+    model.head.weight.data.normal_()
+    return vpt.save_task(model, tmp_path / "a.safetensors", classes=["cat", "dog", "eel"], config={"seed": 1})
+
+
+def test_any_change_of_a_task_file_is_refused_or_changes_nothing(small_task):
+    tried = check_mutations(small_task, NUM_MUTATIONS, seed=0)
+    assert sum(tried.values()) == NUM_MUTATIONS
+    assert min(tried.values()) > NUM_MUTATIONS / 20
+
+
+@pytest.mark.slow
+def test_ten_times_as_many_changes_of_a_task_file_are_refused_or_change_nothing(small_task):
+    assert sum(check_mutations(small_task, 10 * NUM_MUTATIONS, seed=1).values()) == 10 * NUM_MUTATIONS
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.binary(max_size=300))
+def test_any_bytes_are_no_task_file(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "bytes.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        vpt.read_task(path)
