@@ -4,6 +4,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from vpt.data.transforms import (
@@ -254,3 +256,55 @@ def test_a_step_that_fails_on_a_picture_is_named(step, message):
 def test_a_visibility_out_of_range_is_refused(value):
     with pytest.raises(ValueError, match=r"augment\.min_visibility is .*; allowed"):
         DetectionTrainTransform(SQUARE, min_visibility=value)
+
+
+properties = settings(max_examples=50, derandomize=True, deadline=None)
+
+
+@st.composite
+def pictures_with_boxes(draw, max_side=400):
+    """Height and width of a picture, and some boxes in it, at least a pixel wide and high."""
+    height, width = draw(st.integers(1, max_side)), draw(st.integers(1, max_side))
+    rows = []
+    for _ in range(draw(st.integers(0, 5))):
+        x1, y1 = draw(st.floats(0, width - 1)), draw(st.floats(0, height - 1))
+        x2, y2 = draw(st.floats(x1 + 1, width)), draw(st.floats(y1 + 1, height))
+        rows.append((x1, y1, min(x2, width), min(y2, height)))
+    return (height, width), np.array(rows, dtype=np.float32).reshape(-1, 4)
+
+
+@properties
+@given(case=pictures_with_boxes(), preprocessing=st.sampled_from([SQUARE, OBLONG]))
+def test_letterbox_and_back_is_within_half_a_pixel(case, preprocessing):
+    (height, width), boxes = case
+    image, inner = letterbox(Image.new("RGB", (width, height)), boxes, preprocessing)
+    assert image.size == preprocessing.size[::-1]
+    limits = np.array([*image.size, *image.size])
+    assert inner.shape == boxes.shape
+    assert (inner >= 0).all()
+    assert (inner <= limits + 1e-3).all()
+    back = unletterbox(inner, (height, width), preprocessing)
+    assert np.abs(back - boxes).max(initial=0) < 0.5
+
+
+@properties
+@given(case=pictures_with_boxes(max_side=128), seed=st.integers(0, 2**31), steps=st.sampled_from([(0,), (1,), (0, 1)]))
+def test_flips_keep_all_boxes_inside_and_in_place(case, seed, steps):
+    (height, width), boxes = case
+    names = ["HorizontalFlip", "VerticalFlip"]
+    transform = DetectionTrainTransform(SQUARE, [{"name": names[step], "p": 1.0} for step in steps])
+    _, found, kept = transform(Image.new("RGB", (width, height)), boxes, seed)
+    # Only what a small input makes smaller than a pixel may go.
+    assert kept.dtype == np.int64
+    assert list(kept) == sorted(set(kept.tolist()))
+    _, plain, all_of_them = DetectionTrainTransform(SQUARE)(Image.new("RGB", (width, height)), boxes, seed)
+    assert len(all_of_them) == len(boxes)
+    inner_height, inner_width = (round(side * min(64 / height, 64 / width)) or 1 for side in (height, width))
+    expected = plain[kept].copy()
+    if 0 in steps:
+        expected[:, [0, 2]] = inner_width - expected[:, [2, 0]]
+    if 1 in steps:
+        expected[:, [1, 3]] = inner_height - expected[:, [3, 1]]
+    assert np.abs(found - expected).max(initial=0) < 0.1
+    assert (found >= -1e-3).all()
+    assert (found <= 64 + 1e-3).all()

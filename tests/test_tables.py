@@ -1,7 +1,10 @@
+import csv
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.test_classification_data import make_folder, touch
 from vpt.data.tables import read_csv, read_list
@@ -186,3 +189,30 @@ def test_a_csv_that_is_missing_or_no_text_is_refused_by_name(tmp_path):
         read_csv(tmp_path / "data.csv")
     with pytest.raises(ValueError, match=r"data.csv is not UTF-8 text"):
         read_csv(write_csv(tmp_path, "path,label\np/0.png,Äpfel\n", encoding="latin-1"))
+
+
+cells = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).map(str.strip).filter(bool)
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(labels=st.sets(cells, min_size=2, max_size=8), numbers=st.booleans(), data=st.data())
+def test_any_labels_of_a_csv_are_classes_one_to_one_as_train_has_them(labels, numbers, data, tmp_path_factory):
+    if numbers:
+        labels = data.draw(st.sets(st.integers(0, 10**6).map(str), min_size=2, max_size=8))
+    root = tmp_path_factory.mktemp("table")
+    of_val = data.draw(st.lists(st.sampled_from(sorted(labels)), max_size=4))
+    rows = [(label, "train") for label in sorted(labels)] + [(label, "val") for label in of_val]
+    with (root / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "label", "split"))
+        for number, (label, split) in enumerate(rows):
+            (root / f"{number}.png").touch()
+            writer.writerow((f"{number}.png", label, split))
+    splits = read_csv(root / "a.csv", val_fraction=0)
+    are_numbers = all(label.isascii() and label.isdecimal() for label in labels)
+    expected = tuple(sorted(labels, key=int if are_numbers else None))
+    for split, samples in splits.items():
+        assert samples.classes == expected
+        assert len(set(expected)) == len(labels)
+        wanted = [label for label, of_split in rows if of_split == split]
+        assert [samples.classes[target] for target in samples.targets] == wanted
