@@ -103,7 +103,7 @@ class RunFolder:
                     leftover.unlink(missing_ok=True)
             write_bytes(self.path / CONFIG, self.config_text.encode())
         except OSError as error:
-            where = f"run.root={self.config.run.root}: {self.path}"
+            where = f"run.root={self.config.run.root}"
             raise ConfigError(f"{where}: {error.strerror}; choose a folder that can be written to") from error
 
     def _lock(self) -> None:
