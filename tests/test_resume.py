@@ -22,6 +22,7 @@ from vpt.engine.detection_metrics import DetectionMetrics
 from vpt.engine.metrics import ClassificationMetrics
 from vpt.engine.steps import Stepper
 
+KEPT = {"config", "events", "last", "metrics", "previous", "result", "task"}  # no leftover of a write that was cut
 KILLED = -signal.SIGKILL
 NUM_KILLS = int(os.environ.get("VPT_NUM_KILLS", "6"))  # of each of eight configs
 SMALL = [
@@ -83,6 +84,7 @@ def prove(tmp_path, overrides, points, num_kills, seed=0):
         code = attempt(log, [*SMALL, *overrides, f"run.root={killed}"], *where)
         if code == 0:
             assert kept(killed) == kept(tmp_path / "whole")
+            assert {path.name.split(".")[0] for path in (killed / "run").iterdir()} == KEPT
             num_runs += 1
             if is_last:
                 return kills

@@ -147,6 +147,13 @@ def test_a_second_process_is_refused(tmp_path, monkeypatch):
         begin(tmp_path, "run.name=new")
 
 
+def test_a_process_that_was_slower_does_not_take_the_folder_of_another_config(tmp_path):
+    with folder_of(tmp_path, "run.name=mine") as slower:
+        begin(tmp_path, "run.name=mine", "seed=7")
+        with pytest.raises(ConfigError, match="seed was 7, is now 0"):
+            slower.make()
+
+
 def test_what_a_run_left_before_its_first_checkpoint_is_removed(tmp_path):
     folder = begin(tmp_path, "run.name=mine")
     for name in ("metrics.jsonl", "events.out.tfevents.1.a.0"):
@@ -157,6 +164,15 @@ def test_what_a_run_left_before_its_first_checkpoint_is_removed(tmp_path):
         (folder.path / name).write_text("old")
     begin(tmp_path, "run.name=mine")
     assert (folder.path / "metrics.jsonl").read_text() == "old"
+
+
+def test_a_process_that_was_killed_while_it_made_the_folder_leaves_no_trace(tmp_path):
+    folder = folder_of(tmp_path, "run.name=mine").path
+    folder.mkdir(parents=True)
+    for name in (".lock", ".config.yaml.x1y2", ".next.checkpoint.x1y2", ".task.safetensors.x1y2", ".result.json.x1y2"):
+        (folder / name).write_text("")
+    begin(tmp_path, "run.name=mine")
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
 
 
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from vpt.config import PLACES, ROUNDING, WITHOUT_EFFECT, Config, ConfigError, Mode, to_plain
-from vpt.engine.checkpoint import NAMES
+from vpt.engine.checkpoint import NAMES, NEW
 from vpt.engine.console import warn
 from vpt.files import write_bytes
 from vpt.lock import locked
@@ -47,7 +47,7 @@ class RunFolder:
         self.path = Path(config.run.root).expanduser() / (name + ("_dry" if config.mode is Mode.dry else ""))
         self.task, self.result_file = self.path / TASK, self.path / RESULT
         self.config_text = yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True)
-        self._stack = ExitStack()
+        self._stack, self._is_locked = ExitStack(), False
 
     def __enter__(self) -> Self:
         """Lock the folder if it is there, and make sure that it is this run's.
@@ -57,13 +57,13 @@ class RunFolder:
             LockedError: Another process trains in it.
         """
         with self._stack:
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir()):
                 self._lock()
                 before = self._read_config()
                 if self.config.mode is Mode.dry and before.get("mode") != Mode.dry:
                     raise ConfigError(f"{self.path}: is there, and no dry run; choose another run.name")
                 if self.config.fresh or self.config.mode is Mode.dry:
-                    self._stack.close()
+                    self._unlock()
                     self._put_away()
                 else:
                     self._refuse_changes(before)
@@ -71,7 +71,7 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._unlock()
 
     @property
     def is_finished(self) -> bool:
@@ -95,9 +95,14 @@ class RunFolder:
             LockedError: Another process was faster.
         """
         try:
-            if not (self.path / LOCK).exists():
+            if not self._is_locked:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock()
+                if (self.path / CONFIG).exists():  # another process made it meanwhile
+                    self._refuse_changes(self._read_config())
+            for name in (CONFIG, RESULT, TASK, NEW):
+                for leftover in self.path.glob(f".{name}.*"):  # of a process that was killed while it wrote
+                    leftover.unlink()
             if not any((self.path / name).exists() for name in NAMES):
                 for leftover in [*self.path.glob("events.out.tfevents.*"), self.path / "metrics.jsonl"]:
                     leftover.unlink(missing_ok=True)
@@ -108,6 +113,11 @@ class RunFolder:
 
     def _lock(self) -> None:
         self._stack.enter_context(locked(self.path / LOCK, self.path))
+        self._is_locked = True
+
+    def _unlock(self) -> None:
+        self._stack.close()
+        self._is_locked = False
 
     def _read_config(self) -> dict[str, Any]:
         """The config that is written in the folder; refuses a folder that is no run's."""

@@ -11,6 +11,7 @@ from vpt.engine.console import warn
 from vpt.files import read_tensors, replace, write_tensors
 
 NAMES = ("last.checkpoint", "previous.checkpoint")
+NEW = "next.checkpoint"  # until it has been read again
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Checkpoints:
         Returns:
             Whether the state is on the disk.
         """
-        new = self.last.with_name("next.checkpoint")
+        new = self.last.with_name(NEW)
         try:
             write_tensors(new, tensors, {**numbers, "made_from": self.made_from})
             read_tensors(new, max_bytes=float("inf"))
