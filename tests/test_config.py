@@ -41,7 +41,7 @@ def test_an_experiment_is_an_overlay_that_the_command_line_wins_over():
         (["prompt.num_tokns=3"], r"unknown key prompt\.num_tokns; did you mean prompt\.num_tokens\?"),
         (["prompt.lenght=3"], r"unknown key prompt\.lenght; "),
         (["bacbone=vit_tiny"], r"unknown key bacbone; did you mean backbone\?"),
-        (["prompt=deeep"], r"prompt=deeep: no such choice; did you mean deep\? Choices: deep, none, shallow"),
+        (["prompt=deeep"], r"prompt=deeep: no such choice; did you mean deep\? Choices: bilinear, deep, fourier, none"),
         (["+experiment=quickstrat"], r"experiment=quickstrat: no such choice; did you mean quickstart\?"),
         (["experiment=quickstart"], r"type \+experiment=quickstart"),
         (["train.epochs=three"], r"train\.epochs: Value 'three' of type 'str' could not be converted to Integer"),
@@ -171,19 +171,40 @@ def test_a_name_that_is_no_plain_name_of_a_folder_is_refused(name):
         to_config(composed)
 
 
-def test_expressions_that_ask_the_environment_are_shown_as_they_are_and_all_else_as_its_value(monkeypatch):
-    monkeypatch.setenv("CANARY", "7")
-    overrides = ["seed='${oc.decode:${oc.env:CANARY}}'", "dataset.split_seed='${seed}'", "train.epochs='${seed}'"]
-    composed = compose_config([*overrides, "train.batch_size=7", "dataset.root=x/${oc.env:CANARY}"])
+SECRET_TEXTS = [
+    "${oc.env:CANARY}",
+    "x/${oc.env:CANARY}",
+    "${oc.env:NOT_SET,${oc.env:CANARY}}",
+    "${dataset.path}",
+    "${dataset[path]}",
+    "${ dataset.path }",
+    "${.path}",
+    "${oc.select:dataset.path}",
+    "${oc.decode:${oc.env:CANARY}}",
+]
+
+
+@pytest.mark.parametrize("text", SECRET_TEXTS)
+def test_text_of_the_environment_is_shown_as_the_expression_that_asks_for_it(monkeypatch, text):
+    monkeypatch.setenv("CANARY", "s3cret")
+    overrides = ["dataset.path='${oc.env:CANARY}'", f"dataset.root='{text}'", "augment.transforms=[{name: '${seed}'}]"]
+    composed = compose_config([*overrides, "backbone.checkpoint='${run.root}/vit.pth'"])
     config = to_config(composed)
-    assert (config.seed, config.train.epochs, config.dataset.root) == (7, 7, "x/7")
-    shown = to_plain(conceal(config, composed))
-    assert shown["seed"] == "${oc.decode:${oc.env:CANARY}}"
-    assert shown["train"]["epochs"] == shown["dataset"]["split_seed"] == "${seed}"
-    assert shown["dataset"]["root"] == "x/${oc.env:CANARY}"
-    assert shown["train"]["batch_size"] == 7
-    assert shown["run"]["title"] == "fruit_deep"
-    assert recipe(conceal(config, composed))["dataset"]["root"] == "${oc.env:CANARY}"
+    assert "s3cret" in config.dataset.root
+    shown = conceal(config, composed)
+    assert shown.dataset.root == text
+    assert "s3cret" not in json.dumps(to_plain(shown)) + json.dumps(recipe(shown))
+    assert shown.backbone.checkpoint == "runs/vit.pth"
+    assert to_config(composed) == config  # the environment is asked again
+
+
+def test_numbers_and_choices_of_the_environment_are_no_secrets_and_decide_the_result(monkeypatch):
+    monkeypatch.setenv("CANARY", "7")
+    monkeypatch.setenv("KIND", "shallow")
+    overrides = ["seed='${oc.env:CANARY}'", "train.epochs='${seed}'", "prompt.kind='${oc.env:KIND}'"]
+    composed = compose_config(overrides)
+    shown = to_plain(conceal(to_config(composed), composed))
+    assert (shown["seed"], shown["train"]["epochs"], shown["prompt"]["kind"]) == (7, 7, "shallow")
 
 
 def test_a_value_that_yaml_reads_otherwise_is_refused_with_the_choices(tmp_path):

@@ -1,11 +1,14 @@
 import json
+import math
 
 import numpy as np
 import pytest
+import yaml
 
 from vpt.config import ConfigError, compose_config, conceal, to_config
 from vpt.data.classification import Samples
 from vpt.lock import LockedError
+from vpt.report import result_table
 from vpt.run_folder import RunFolder, digest_of
 
 
@@ -91,12 +94,59 @@ def test_a_finished_run_is_known_and_fresh_puts_it_away_whole(tmp_path, capsys):
     assert "mine was there; it is" in capsys.readouterr().err
 
 
-def test_a_result_that_is_damaged_is_named(tmp_path):
+@pytest.mark.parametrize("content", ["{", "[]", '{"epochs": 1}', '{"epochs": 1, "metrics": {"val": 3}}', "null"])
+def test_a_result_that_is_damaged_is_named(tmp_path, content):
     folder = begin(tmp_path, "run.name=mine")
     finish(folder)
-    folder.result_file.write_text("{")
+    folder.result_file.write_text(content)
     with folder_of(tmp_path, "run.name=mine") as again, pytest.raises(ConfigError, match=r"result\.json: damaged"):
         again.result()
+
+
+def test_a_metric_that_there_was_nothing_for_is_nan(tmp_path):
+    folder = begin(tmp_path, "run.name=mine")
+    finish(folder, {"val": {"map": 0.5, "map_large": None}})
+    values = folder.result()["metrics"]["val"]
+    assert values["map"] == 0.5
+    assert math.isnan(values["map_large"])
+    assert "-" in result_table({"val": values})
+
+
+def test_a_finished_run_is_told_without_a_lock_or_the_right_to_write(tmp_path, monkeypatch):
+    finish(begin(tmp_path, "run.name=mine"))
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("vpt.run_folder.locked", refuse)
+    with folder_of(tmp_path, "run.name=mine") as again:
+        assert again.is_finished
+
+
+def test_of_a_finished_run_data_in_another_place_are_looked_at_first(tmp_path):
+    overrides = ["run.name=mine", "dataset=folder"]
+    finish(begin(tmp_path, *overrides, f"dataset.root={tmp_path}/a/photos"))
+    with folder_of(tmp_path, *overrides, f"dataset.root={tmp_path}/b/photos") as again:
+        assert not again.is_finished
+
+
+def test_keys_that_are_not_in_an_old_config_had_their_defaults_and_unknown_ones_are_named(tmp_path):
+    path = begin(tmp_path, "run.name=mine").path / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    del values["data"], values["train"]["clip_norm"]
+    path.write_text(yaml.safe_dump(values))
+    begin(tmp_path, "run.name=mine")
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=r"train\.clip_norm was 1\.0, is now 2\.0"):
+        begin(tmp_path, "run.name=mine", "train.clip_norm=2")
+    path.write_text(yaml.safe_dump({**values, "train": 3}))
+    with pytest.raises(ConfigError, match="train was 3, is now None"):
+        begin(tmp_path, "run.name=mine")
+
+
+def test_in_a_sweep_also_what_changes_no_result_makes_a_folder(tmp_path):
+    one, two = (folder_of(tmp_path, f"cache={cache}", is_sweep=True).path for cache in ("off", "auto"))
+    assert one != two
 
 
 def test_a_dry_run_is_made_anew_each_time_and_leaves_the_real_one_alone(tmp_path):
@@ -130,8 +180,12 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path):
 def test_a_config_that_cannot_be_read_is_named(tmp_path, content):
     folder = begin(tmp_path, "run.name=mine")
     (folder.path / "config.yaml").write_text(content)
-    with pytest.raises(ConfigError, match=r"config\.yaml: "):
+    with pytest.raises(ConfigError, match=r"config\.yaml: .*put it away with fresh=true") as caught:
         begin(tmp_path, "run.name=mine")
+    assert "\n" not in str(caught.value)
+    begin(tmp_path, "run.name=mine", "fresh=true")
+    assert (tmp_path / "runs" / "mine_1" / "config.yaml").read_text() == content
+    assert not (tmp_path / "runs" / "mine_1" / ".lock").exists()
 
 
 def test_a_second_process_is_refused(tmp_path, monkeypatch):
@@ -143,6 +197,9 @@ def test_a_second_process_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.lockf", refuse)
     with pytest.raises(LockedError, match="mine is in use by"):
         begin(tmp_path, "run.name=mine")
+    with pytest.raises(LockedError, match="new is in use by"):
+        begin(tmp_path, "run.name=new")
+    assert (tmp_path / "runs" / "new" / ".lock").exists()  # as that of a process which was as quick
     with pytest.raises(LockedError, match="new is in use by"):
         begin(tmp_path, "run.name=new")
 

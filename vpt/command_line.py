@@ -28,7 +28,9 @@ from vpt.config import (
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
 OptionsT = TypeVar("OptionsT")
-PATH_KEYS = ("dataset.root", "dataset.path", "backbone.checkpoint", "run.root", "run.name", "cache_dir")
+PATH_KEYS = (
+    *("dataset.root", "dataset.path", "backbone.checkpoint", "prompt.init_from", "run.root", "run.name", "cache_dir"),
+)
 
 
 def check_command_line(arguments: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ import copy
 import difflib
 import math
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
@@ -16,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 PACKAGE = Path(__file__).resolve().parent
 MAX_CONFIG_BYTES = 1_000_000  # of the file that a run leaves
@@ -36,6 +38,24 @@ class PromptImplName(StrEnum):
 
     auto = "auto"
     concat = "concat"
+
+
+class PromptFormName(StrEnum):
+    """What is learned of a prompt: its tokens, or what they are computed of."""
+
+    plain = "plain"
+    shared = "shared"
+    bilinear = "bilinear"
+    fourier = "fourier"
+
+
+class PromptInitName(StrEnum):
+    """Where prompt tokens start: at random, at patch tokens of train pictures, or at the centres of groups of them."""
+
+    uniform = "uniform"
+    normal = "normal"
+    patch = "patch"
+    prototype = "prototype"
 
 
 class TuningName(StrEnum):
@@ -100,7 +120,7 @@ WITHOUT_EFFECT = (  # on the result of a run that ends
 )
 ROUNDING = ("device", "deterministic", "compile", "grad_checkpointing")  # keys that change last digits only
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
-PLACES = ("root", "path", "annotations", "checkpoint")  # keys that say where something lies on a disk
+PLACES = ("root", "path", "annotations", "checkpoint", "init_from")  # keys that say where something lies on a disk
 NEEDED_KEYS = {
     DatasetKind.boxes: ("root", "PATH"),
     DatasetKind.folder: ("root", "PATH"),
@@ -188,12 +208,20 @@ class BackboneConfig:
 
 @dataclass
 class PromptConfig:
-    """The prompt tokens and the blocks that they enter."""
+    """The prompt tokens and the blocks that they enter; `rank` is of form bilinear, `fraction` of form fourier.
+
+    Tokens start as `init` says, or as those of the task file `init_from`.
+    """
 
     kind: PromptName = PromptName.deep
     num_tokens: int = number(10, low=1, high=10_000)
     blocks: Any = "all"
     dropout: float = number(0.0, low=0, high=0.99)
+    form: PromptFormName = PromptFormName.plain
+    rank: int = number(8, low=1)
+    fraction: float = number(0.3, above=0, high=1)
+    init: PromptInitName = PromptInitName.uniform
+    init_from: str | None = None
     impl: PromptImplName = PromptImplName.auto
 
 
@@ -388,6 +416,7 @@ def to_config(composed: DictConfig) -> Config:
     check_ranges(config)
     _check_dataset(config.dataset)
     _check_task(config)
+    _check_start(config.prompt)
     for key, name in {"name": config.run.name, "title": config.run.title}.items():
         if name is not None and not RUN_NAME.fullmatch(name):
             shown = name if name.isprintable() else repr(name)
@@ -456,43 +485,39 @@ def _escape(value: Any) -> Any:
 
 
 def conceal(config: Config, composed: DictConfig) -> Config:
-    """The config as it may be written down: what comes out of the environment is the expression that asks for it.
+    """The config as it may be written down: text out of the environment is the expression that asks for it.
 
-    A secret such as `dataset.root=${oc.env:BUCKET_WITH_KEY}` is used, and in no file.
+    A secret such as `dataset.root=${oc.env:BUCKET_WITH_KEY}` is used, and in no file. Numbers are no secrets.
     """
-    shown = copy.deepcopy(config)
-    for key, expression in _from_environment(OmegaConf.to_container(composed, resolve=False), composed):
-        *sections, name = key.split(".")
-        holder: Any = shown
-        for section in sections:
-            holder = getattr(holder, section)
-        setattr(holder, name, expression)
+    shown, hidden = copy.deepcopy(config), f"hidden-{secrets.token_hex(16)}"
+    written = OmegaConf.to_container(composed, resolve=False)
+    OmegaConf.register_new_resolver("oc.env", lambda *_: hidden, replace=True)
+    try:
+        for key in schema_keys():
+            *sections, name = key.split(".")
+            holder: Any = shown
+            for section in sections:
+                holder = getattr(holder, section)
+            if type(getattr(holder, name)) in (str, list, dict) and hidden in _resolved(composed, key, hidden):
+                setattr(holder, name, _at(written, key))
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
     return shown
 
 
-def _from_environment(raw: Any, composed: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys of the schema whose value depends on the environment, and what is written there."""
-    keys = set(schema_keys())
-    for name, value in raw.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and any(known.startswith(f"{key}.") for known in keys):
-            yield from _from_environment(value, composed, f"{key}.")
-        elif _asks_environment(str(value), composed, frozenset()):
-            yield key, value
-
-
-def _asks_environment(text: str, composed: DictConfig, seen: frozenset[str]) -> bool:
-    if "oc.env" in text:
-        return True
-    others = set(re.findall(r"\$\{\.*([\w.]+)\}", text)) - seen
-    raw = OmegaConf.to_container(composed, resolve=False)
-    return any(_asks_environment(str(_at(raw, key)), composed, seen | {key}) for key in others)
+def _resolved(composed: DictConfig, key: str, otherwise: str) -> str:
+    """The text of a value, all expressions in it resolved; or what stands for it if they cannot be."""
+    try:
+        value = OmegaConf.select(composed, key)
+        return str(OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value)
+    except OmegaConfBaseException:
+        return otherwise
 
 
 def _at(values: Any, key: str) -> Any:
-    """What stands at a key such as "run.title"; None if nothing does."""
+    """What stands at a key such as "run.title"."""
     for part in key.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
+        values = values[part]
     return values
 
 
@@ -566,6 +591,17 @@ def _check_task(config: Config) -> None:
         if value != getattr(getattr(defaults, section), key):
             other = "classification" if has_boxes else "detection"
             raise ConfigError(f"{section}.{key}={value} is for {other}, and {data} is not: leave it out")
+
+
+def _check_start(prompt: PromptConfig) -> None:
+    """Refuse two ways in which a prompt would start, and one for no prompt."""
+    if prompt.init_from is not None and prompt.kind is PromptName.none:
+        raise ConfigError(f"prompt.init_from={prompt.init_from}: there is no prompt to start; leave it out")
+    if prompt.init_from is not None and prompt.init is not PromptInitName.uniform:
+        raise ConfigError(
+            f"prompt.init={prompt.init.value} and prompt.init_from={prompt.init_from} both say where the prompt "
+            "starts: leave one out"
+        )
 
 
 def explain(error: Exception) -> str:

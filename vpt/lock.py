@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -34,7 +34,9 @@ def locked(path: Path, what: Path) -> Iterator[None]:
         os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            if os.path.samestat(path.stat(), os.fstat(handle)):  # its folder may have got another name
+                path.unlink()
         os.close(handle)
 
 

@@ -6,8 +6,9 @@ a digest of all that decides the result is in it, so that each config has a fold
 
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 import yaml
 
-from vpt.config import PLACES, ROUNDING, WITHOUT_EFFECT, Config, ConfigError, Mode, to_plain
+from vpt.config import PLACES, ROUNDING, WITHOUT_EFFECT, Config, ConfigError, Mode, first_line, to_plain
 from vpt.engine.checkpoint import NAMES, NEW
 from vpt.engine.console import warn
 from vpt.files import write_bytes
@@ -25,7 +26,7 @@ CONFIG, RESULT, TASK, LOCK = "config.yaml", "result.json", "task.safetensors", "
 
 
 class RunFolder:
-    """The folder of one run, locked while entered.
+    """The folder of one run, locked while entered, unless there is nothing left to do in it.
 
     Args:
         config: The run's config.
@@ -37,16 +38,18 @@ class RunFolder:
         task: Its task file.
         result_file: What a run leaves last.
         config_text: The config as YAML, as it is written down.
+        is_finished: Whether there is nothing left to do.
     """
 
     def __init__(self, config: Config, shown: Config, *, is_sweep: bool = False) -> None:
         self.config, self.values = config, to_plain(shown)
         name = config.run.name or config.run.title
         if config.run.name is None or is_sweep:
-            name += f"_{_digest(self.values)[:8]}"
+            name += f"_{_digest(to_plain(config), is_sweep)[:8]}"
         self.path = Path(config.run.root).expanduser() / (name + ("_dry" if config.mode is Mode.dry else ""))
         self.task, self.result_file = self.path / TASK, self.path / RESULT
         self.config_text = yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True)
+        self.is_finished = False
         self._stack, self._is_locked = ExitStack(), False
 
     def __enter__(self) -> Self:
@@ -56,34 +59,35 @@ class RunFolder:
             ConfigError: It is not, or not known to be; or `fresh=true` cannot put it away.
             LockedError: Another process trains in it.
         """
+        if not _is_begun(self.path):
+            return self
         with self._stack:
-            if self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir()):
-                self._lock()
-                before = self._read_config()
-                if self.config.mode is Mode.dry and before.get("mode") != Mode.dry:
-                    raise ConfigError(f"{self.path}: is there, and no dry run; choose another run.name")
-                if self.config.fresh or self.config.mode is Mode.dry:
-                    self._unlock()
-                    self._put_away()
-                else:
-                    self._refuse_changes(before)
+            if self.config.fresh or self.config.mode is Mode.dry:
+                self._put_away()
+            else:
+                self._join()
             self._stack = self._stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._unlock()
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.result_file.is_file() and self.task.is_file()
-
     def result(self) -> dict[str, Any]:
-        """What a finished run left in `result.json`."""
+        """What a finished run left in `result.json`; null stands for nan.
+
+        Raises:
+            ConfigError: It is damaged.
+        """
         try:
-            return dict(json.loads(self.result_file.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{self.result_file}: damaged ({error}); delete it, and it is made again") from error
+            result = dict(json.loads(self.result_file.read_text()))
+            of_splits = {split: dict(values) for split, values in result["metrics"].items()}
+            metrics = {
+                split: {name: math.nan if value is None else float(value) for name, value in values.items()}
+                for split, values in of_splits.items()
+            }
+            return {**result, "epochs": int(result["epochs"]), "metrics": metrics}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{self.result_file}: damaged ({error!r}); delete it, and it is made again") from error
 
     def make(self) -> None:
         """Make the folder if it is not there, lock it, and write down the config.
@@ -98,8 +102,8 @@ class RunFolder:
             if not self._is_locked:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock()
-                if (self.path / CONFIG).exists():  # another process made it meanwhile
-                    self._refuse_changes(self._read_config())
+                if _is_begun(self.path):  # another process made it meanwhile
+                    self._refuse_changes()
             for name in (CONFIG, RESULT, TASK, NEW):
                 for leftover in self.path.glob(f".{name}.*"):  # of a process that was killed while it wrote
                     leftover.unlink()
@@ -111,6 +115,15 @@ class RunFolder:
             where = f"run.root={self.config.run.root}"
             raise ConfigError(f"{where}: {error.strerror}; choose a folder that can be written to") from error
 
+    def _join(self) -> None:
+        """Go on in the folder, or find that there is nothing to do; that takes no lock, and no right to write."""
+        before = self._refuse_changes()
+        is_done = self.result_file.is_file() and self.task.is_file()
+        if is_done and dict(_flat(before, PLACES)) == dict(_flat(self.values, PLACES)):
+            self.is_finished = True  # data of another place are compared with those of the checkpoint first
+        else:
+            self._lock()
+
     def _lock(self) -> None:
         self._stack.enter_context(locked(self.path / LOCK, self.path))
         self._is_locked = True
@@ -121,20 +134,27 @@ class RunFolder:
 
     def _read_config(self) -> dict[str, Any]:
         """The config that is written in the folder; refuses a folder that is no run's."""
+        another = "choose another run.name"
         try:
             found = yaml.safe_load((self.path / CONFIG).read_text())
         except FileNotFoundError as error:
-            raise ConfigError(f"{self.path}: is there, and no run folder; choose another run.name") from error
+            raise ConfigError(f"{self.path}: is there, and no run folder; {another}") from error
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{self.path / CONFIG}: cannot be read ({error}); choose another run.name") from error
+            why = f"cannot be read ({first_line(error)}); {another}, or put it away with fresh=true"
+            raise ConfigError(f"{self.path / CONFIG}: {why}") from error
         if not isinstance(found, dict):
-            raise ConfigError(f"{self.path / CONFIG}: is no config; choose another run.name")
+            raise ConfigError(f"{self.path / CONFIG}: is no config; {another}, or put it away with fresh=true")
         return found
 
-    def _refuse_changes(self, before: Mapping[str, Any]) -> None:
-        """Refuse a config that would give another result than the one that was begun with."""
-        was, now = dict(_decisive(before)), dict(_decisive(self.values))
-        changed = [f"{key} was {was[key]}, is now {now[key]}" for key in now if key in was and was[key] != now[key]]
+    def _refuse_changes(self) -> dict[str, Any]:
+        """Refuse a config that would give another result than the one that was begun with, which is returned.
+
+        What was not known when it was begun had the value that it has when nothing is said.
+        """
+        before, defaults = self._read_config(), dict(_decisive(to_plain(Config())))
+        was, now = defaults | dict(_decisive(before)), dict(_decisive(self.values))
+        keys = [key for key in {**now, **dict(_decisive(before))} if was.get(key) != now.get(key)]
+        changed = [f"{key} was {was.get(key)}, is now {now.get(key)}" for key in keys]
         if changed:
             raise ConfigError(
                 f"{self.path}: was begun with another config ({'; '.join(changed)}); give these the values they had, "
@@ -143,16 +163,30 @@ class RunFolder:
         for key in ROUNDING:
             if before.get(key) != self.values.get(key):
                 warn(f"{key} was {before.get(key)}, is now {self.values.get(key)}: last digits of numbers may differ")
+        return before
 
     def _put_away(self) -> None:
         """Give the folder another name, `NAME_1` say; that of a dry run is deleted."""
-        if self.config.mode is Mode.dry:
+        if not (self.path / CONFIG).exists():
+            self._read_config()  # which says what is wrong
+        is_dry = self.config.mode is Mode.dry
+        if is_dry and self._read_config().get("mode") != Mode.dry:
+            raise ConfigError(f"{self.path}: is there, and no dry run; choose another run.name")
+        self._lock()
+        if is_dry:
             shutil.rmtree(self.path)
-            return
-        names = (self.path.with_name(f"{self.path.name}_{number}") for number in range(1, 10_000))
-        away = next(path for path in names if not path.exists())
-        self.path.rename(away)
-        warn(f"{self.path} was there; it is {away} now")
+        else:
+            names = (self.path.with_name(f"{self.path.name}_{number}") for number in range(1, 10_000))
+            away = next(path for path in names if not path.exists())
+            self.path.rename(away)
+            (away / LOCK).unlink(missing_ok=True)
+            warn(f"{self.path} was there; it is {away} now")
+        self._unlock()
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether there is anything in a folder but locks and halves of files, which a process that was killed left."""
+    return path.is_dir() and any(not inner.name.startswith(".") for inner in path.iterdir())
 
 
 def digest_of(samples: Mapping[str, Any]) -> str:
@@ -167,20 +201,32 @@ def digest_of(samples: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _digest(values: Mapping[str, Any]) -> str:
-    """A digest of all that decides the result; of paths their absolute form, as the same data have."""
-    return hashlib.sha256(json.dumps(dict(_decisive(values, resolve=True)), sort_keys=True).encode()).hexdigest()
+def _digest(values: Mapping[str, Any], is_sweep: bool) -> str:
+    """A digest of all that decides the result; in a sweep of all else, too, but where runs lie.
+
+    Of paths it is their absolute form, as the same data have.
+    """
+    ignored = ("run", "fresh") if is_sweep else (*WITHOUT_EFFECT, *ROUNDING)
+    absolute = {
+        key: str(Path(value).expanduser().absolute()) if isinstance(value, str) else value
+        for key, value in _flat(values, PLACES)
+    }
+    found = {key: value for key, value in _flat(values) if not set(key.split(".")) & set(ignored)}
+    return hashlib.sha256(json.dumps({**found, **absolute}, sort_keys=True).encode()).hexdigest()
 
 
-def _decisive(values: Mapping[str, Any], prefix: str = "", resolve: bool = False) -> Iterator[tuple[str, Any]]:
+def _decisive(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Keys and values that decide the result, such as "train.epochs"; of paths, which may move, the last part."""
+    for key, value in _flat(values):
+        if not set(key.split(".")) & {*WITHOUT_EFFECT, *ROUNDING}:
+            is_place = key.rpartition(".")[2] in PLACES and isinstance(value, str)
+            yield key, Path(value).name if is_place else value
+
+
+def _flat(values: Mapping[str, Any], names: Sequence[str] | None = None, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys such as "train.epochs" and their values; only those whose last part is in `names`, if it is given."""
     for key, value in values.items():
-        if key in WITHOUT_EFFECT or prefix + key in ROUNDING:
-            continue
-        if key in PLACES and isinstance(value, str):
-            path = Path(value).expanduser()
-            yield prefix + key, str(path.absolute()) if resolve and "${" not in value else path.name
-        elif isinstance(value, dict):
-            yield from _decisive(value, f"{prefix}{key}.", resolve)
-        else:
-            yield prefix + key, value
+        if isinstance(value, dict) and key not in PLACES:
+            yield from _flat(value, names, f"{prefix}{key}.")
+        elif names is None or key in names:
+            yield prefix + str(key), value

@@ -17,7 +17,7 @@ from vpt.engine.signals import Stopped, StopSignal
 
 if TYPE_CHECKING:
     from vpt.build import Data, Model
-    from vpt.engine.checkpoint import Checkpoints
+    from vpt.engine.checkpoint import Checkpoints, Saved
     from vpt.engine.monitor import Monitor
     from vpt.engine.state import FitResult, RunState
     from vpt.kinds.kind import Kind
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 NOT_LEARNED = 1
 NOT_FINITE = 3
 STOPPED = 75  # EX_TEMPFAIL: type the same command again
+GO_ON = "type the same command again, and it goes on where it stopped"
 
 
 def main() -> None:
@@ -41,24 +42,31 @@ def main() -> None:
     codes: list[int] = []
 
     def job(composed: DictConfig) -> None:
-        codes.append(_run_or_explain(composed))  # a failed run of a sweep does not stop the others
+        codes.append(_run_or_explain(composed, stop))  # a failed run of a sweep does not stop the others
 
-    hydra.main(version_base="1.3", config_path=folder, config_name="train")(job)()
+    try:
+        with StopSignal() as stop:
+            hydra.main(version_base="1.3", config_path=folder, config_name="train")(job)()
+    except Stopped as error:
+        fail(RuntimeError(f"stopped by {error}; {GO_ON}"), STOPPED)
     sys.exit(max(codes, default=0))
 
 
-def _run_or_explain(composed: DictConfig) -> int:
+def _run_or_explain(composed: DictConfig, stop: StopSignal) -> int:
     """Run one job; print an error as a user should see it, and return the exit code."""
     try:
         config = to_config(composed)
-        run(config, conceal(config, composed), is_sweep=HydraConfig.get().mode is RunMode.MULTIRUN)
+        is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+        run(config, conceal(config, composed), is_sweep=is_sweep, stop=stop)
     except FloatingPointError as error:
         return tell(error, NOT_FINITE)
     except NotLearnedError as error:
         return tell(error, NOT_LEARNED)
     except Stopped as error:
-        tell(RuntimeError(f"stopped by {error}; type the same command again, and it goes on where it stopped"))
-        sys.exit(STOPPED)
+        if config.mode is not Mode.train:
+            fail(RuntimeError(f"stopped by {error}; mode={config.mode} keeps nothing"), 128 + error.number)
+        then = "type the same command again, but without fresh=true, and it goes on" if config.fresh else GO_ON
+        fail(RuntimeError(f"stopped by {error}; {then}"), STOPPED)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if not is_for_user(error) or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -70,29 +78,33 @@ class NotLearnedError(RuntimeError):
     """One batch could not be learned."""
 
 
-def run(config: Config, shown: Config | None = None, *, is_sweep: bool = False) -> Path | None:
+def run(
+    config: Config, shown: Config | None = None, *, is_sweep: bool = False, stop: StopSignal | None = None
+) -> Path | None:
     """One training run, or what is left of it; return its folder, or None for `mode=overfit`, which keeps nothing.
 
     Args:
         config: What to train, on what, and how.
         shown: The config as it may be written down, see `conceal`; None for the config itself.
         is_sweep: Whether it is one of several runs of one command, so that each needs a name of its own.
+        stop: The signals that end it; None listens to none.
     """
-    from vpt.run_folder import RunFolder
-
-    shown = shown or config
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    stop, shown = stop or StopSignal(), shown or config
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("vpt trains in one process: type torchrun --nproc_per_node=1, or python -m vpt.train")
-    with StopSignal() as stop:
-        if config.mode is Mode.overfit:
-            _overfit(config)
-            return None
-        with RunFolder(config, shown, is_sweep=is_sweep) as folder:
-            if folder.is_finished:
-                _tell_finished(folder)
-            else:
-                _Training(config, shown, folder, stop).run()
-            return folder.path
+    with stop.patient():  # an exception in the middle of an import of C++ ends the process
+        import vpt.report  # noqa: F401  # and with it torch and timm
+        from vpt.run_folder import RunFolder
+    stop.check()
+    if config.mode is Mode.overfit:
+        _overfit(config)
+        return None
+    with RunFolder(config, shown, is_sweep=is_sweep) as folder:
+        if folder.is_finished:
+            _tell_finished(folder)
+        else:
+            _Training(config, shown, folder, stop).run()
+        return folder.path
 
 
 class _Training:
@@ -110,13 +122,16 @@ class _Training:
         from vpt import build, report
         from vpt.engine.monitor import Monitor
 
+        checkpoints = self._checkpoints()
+        saved = checkpoints.load()
+        if saved is None:
+            build.start_prompt(self.config, self.model, self.data)  # before there is a folder, if it is refused
         summary = report.summarise(self.model, self.data, self.config, self.kind.describe(self.samples), self.plan.text)
         print(summary, flush=True)
         self.folder.make()
         print(f"{'run':<10} {self.folder.path} (tensorboard --logdir {self.config.run.root})", flush=True)
-        checkpoints = self._checkpoints()
         state = build.build_state(self.config, self.model, len(self.data.loaders["train"]))
-        going_on = _restore(checkpoints, state)
+        going_on = None if saved is None else _restore(saved, state)
         with Monitor(self.folder.path, layout=self.kind.charts, going_on=going_on) as monitor:
             if going_on is None:
                 report.log_start(monitor, self.folder.config_text, summary)
@@ -225,11 +240,8 @@ def _prepare(config: Config) -> "tuple[Kind, Model, dict[str, Any], Data]":
     return kind, model, samples, kind.build_data(samples, preprocessing_of(model.backbone.vit))
 
 
-def _restore(checkpoints: "Checkpoints", state: "RunState") -> tuple[int, int] | None:
-    """Become the state of the last checkpoint, if there is one; bytes of metrics.jsonl and step of it."""
-    saved = checkpoints.load()
-    if saved is None:
-        return None
+def _restore(saved: "Saved", state: "RunState") -> tuple[int, int]:
+    """Become the state of a checkpoint; bytes of metrics.jsonl and step of it."""
     try:
         state.load(saved.tensors, saved.numbers)
     except (KeyError, ValueError, RuntimeError) as error:
@@ -252,6 +264,7 @@ def _overfit(config: Config) -> None:
     from vpt.engine.trainer import overfit
 
     kind, model, samples, data = _prepare(config)
+    build.start_prompt(config, model, data)
     plan = plan_cache(config, model, data)
     print(report.summarise(model, plan.data, config, kind.describe(samples), plan.text), flush=True)
     if config.compile:

@@ -4,6 +4,7 @@ The only file that knows TensorBoard. Events lie directly in the run's folder, s
 one entry for each run, named like its folder.
 """
 
+import errno
 import json
 import math
 import os
@@ -25,9 +26,9 @@ OVERVIEW: Mapping[str, Sequence[str]] = {
     "loss": ["^train/loss$", "^val/loss$"],
     "accuracy": ["^val/top1$", "^val/mean_per_class$"],
     "learning rate": ["^lr/"],
-    "prompt gradient norm": [r"^prompt_grad_norm/block_\d+$"],
-    "prompt norm": [r"^prompt_norm/block_\d+$"],
-    "prompt update ratio": [r"^prompt_update_ratio/block_\d+$"],
+    "prompt gradient norm": [r"^prompt(_factor\d)?_grad_norm/"],
+    "prompt norm": [r"^prompt(_factor\d)?_norm/"],
+    "prompt update ratio": [r"^prompt(_factor\d)?_update_ratio/"],
     "images per second": ["^perf/images_per_s$"],
     "data wait fraction": ["^perf/data_wait_fraction$"],
     "peak memory, MiB": ["^memory/peak_mib$"],
@@ -210,8 +211,15 @@ class Monitor:
 def _append(metrics_file: Path, step: int, numbers: Mapping[str, float]) -> None:
     finite = {tag: number if math.isfinite(number) else None for tag, number in numbers.items()}
     # Opened for each line: nothing waits in a buffer when the process dies, and a share that comes back is used again.
-    with metrics_file.open("a") as file:
-        file.write(json.dumps({"step": step, **finite}) + "\n")
+    with metrics_file.open("ab", buffering=0) as file:
+        num_bytes, line = file.tell(), (json.dumps({"step": step, **finite}) + "\n").encode()
+        try:
+            is_whole = file.write(line) == len(line)
+        except OSError:
+            is_whole = False
+        if not is_whole:
+            file.truncate(num_bytes)  # half a line would spoil the next one
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(metrics_file))
 
 
 def _sync(metrics_file: Path) -> None:

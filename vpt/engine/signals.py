@@ -16,6 +16,7 @@ class Stopped(BaseException):
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(number.name)
+        self.number = number
 
 
 class StopSignal:

@@ -198,8 +198,8 @@ class Stepper:
         where += self._describe_pictures(group)
         if state.num_skipped >= self.settings.skip_nonfinite:
             raise FloatingPointError(
-                f"{where}; lower optim.prompt_lr, optim.head_lr or tuning.lr, look at these pictures, or leave such "
-                f"steps out: train.skip_nonfinite={state.num_skipped + 10}"
+                f"{where}; lower optim.prompt_lr, optim.head_lr or tuning.lr (and add fresh=true), look at these "
+                f"pictures, or leave such steps out: train.skip_nonfinite={state.num_skipped + 10}"
             )
         state.num_skipped += 1
         warn(f"{where}; the step is left out ({state.num_skipped} of at most {self.settings.skip_nonfinite})")
