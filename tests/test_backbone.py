@@ -109,9 +109,10 @@ def test_a_prompt_can_be_put_in_the_place_of_another(images, impl):
         with torch.no_grad():
             assert torch.equal(backbone(images), fresh(images))
             assert torch.equal(backbone.forward_features(images), fresh.forward_features(images))
-    backbone.prompt = VisualPrompt(2, 32, blocks=(0, 3))
-    with pytest.raises(ValueError, match="does not fit a ViT of embed_dim 32 and 3 blocks"):
-        backbone(images)
+    for blocks in ((0, 3), (5,)):
+        backbone.prompt = VisualPrompt(2, 32, blocks=blocks)
+        with pytest.raises(ValueError, match="does not fit a ViT of embed_dim 32 and 3 blocks"):
+            backbone(images)
 
 
 # Constants: in inference the prompt's keys and values are computed once.

@@ -16,6 +16,25 @@ def test_tokens_start_uniform_within_the_bound_of_the_paper():
     assert prompt.tokens.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
 
 
+def test_normal_tokens_have_their_standard_deviation():
+    tokens = VisualPrompt(200, 768, blocks=range(12), init="normal").tokens
+    assert tokens.std().item() == pytest.approx(0.02, rel=0.01)
+    assert abs(tokens.mean().item()) < 1e-4
+    assert tokens.abs().max() > 0.06
+
+
+def test_a_prompt_starts_from_given_tokens_and_refuses_what_does_not_fit():
+    prompt = VisualPrompt(2, 4, blocks=(3, 7))
+    tokens = torch.randn(2, 2, 4, dtype=torch.float64)
+    prompt.start_from(tokens)
+    assert torch.equal(prompt.tokens, tokens.float())
+    assert prompt.tokens.requires_grad
+    for wrong in (tokens[:1], tokens[:, :1], tokens / 0):
+        with pytest.raises(ValueError, match=r"cannot start VisualPrompt\(.*finite ones of \(2, 2, 4\) can"):
+            prompt.start_from(wrong)
+    assert torch.equal(prompt.tokens, tokens.float())
+
+
 def test_dropout_draws_a_mask_for_each_sample_and_only_in_training():
     prompt = VisualPrompt(50, 16, blocks=(0, 1), dropout=0.5)
     torch.manual_seed(0)
@@ -61,6 +80,7 @@ def test_blocks_that_do_not_exist_are_refused(blocks):
         ({"blocks": (1, 0)}, "ascending"),
         ({"blocks": ()}, "at least one"),
         ({"blocks": None}, "a deep prompt needs its blocks"),
+        ({"init": "zero"}, r"prompt\.init must be one of uniform, normal, got 'zero'"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_value(options, message):

@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,9 @@ from vpt.config import (
     Dtype,
     Mode,
     Precision,
+    PromptConfig,
+    PromptFormName,
+    PromptInitName,
     PromptName,
     TaskName,
     TuningName,
@@ -35,6 +39,8 @@ from vpt.models.bank import TaskBank
 from vpt.models.classification import ClassificationModel
 from vpt.models.create import create_model
 from vpt.models.detection import DetectionModel
+from vpt.models.prompt_forms import Bilinear, Fourier, Shared
+from vpt.models.prompt_starts import start_from_patches, start_from_task
 from vpt.models.task_file import TaskMetadata, load_task, read_task
 from vpt.models.tuning import tuned_parameters, tuned_parts
 from vpt.models.vit import load_vit
@@ -42,6 +48,7 @@ from vpt.models.vit import load_vit
 Model = ClassificationModel | DetectionModel
 
 DRY_BATCHES = 2
+START_PICTURES = 256  # of train, that a prompt may start from
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
 
@@ -139,6 +146,8 @@ def build_model(config: Config, classes: tuple[str, ...], category_ids: tuple[in
     options |= {
         "prompt": prompt.kind.value if is_prompted else None,
         "impl": prompt.impl.value,
+        "form": build_form(prompt),
+        "init": "normal" if prompt.init is PromptInitName.normal else "uniform",
         "tuning": config.tuning.kind.value,
     }
     model: Model = create_model(
@@ -157,6 +166,39 @@ def build_model(config: Config, classes: tuple[str, ...], category_ids: tuple[in
     )
     model.backbone.vit.set_grad_checkpointing(config.grad_checkpointing)
     return model
+
+
+def build_form(prompt: PromptConfig) -> nn.Module | None:
+    """What computes the prompt tokens; None where they themselves are learned."""
+    match prompt.form:
+        case PromptFormName.shared:
+            return Shared()
+        case PromptFormName.bilinear:
+            return Bilinear(prompt.rank)
+        case PromptFormName.fourier:
+            return Fourier(prompt.fraction)
+    return None
+
+
+def start_prompt(config: Config, model: Model, data: Data) -> None:
+    """Let the prompt of a new run start at patch tokens of train pictures, or at another task, if the config says so.
+
+    Raises:
+        FileNotFoundError, ValueError: The task file or the pictures cannot start this prompt.
+    """
+    prompt, backbone = config.prompt, model.backbone
+    if backbone.prompt is not None and prompt.init_from is not None:
+        start_from_task(backbone, Path(prompt.init_from).expanduser())
+    if backbone.prompt is None or prompt.init not in (PromptInitName.patch, PromptInitName.prototype):
+        return
+    like = data.loaders["train"]
+    loader = build_loader(
+        data.datasets["train"], config.train.batch_size, shuffle=True, seed=config.seed, collate=like.collate_fn
+    )
+    batches = (batch[0] for batch in islice(loader, -(-START_PICTURES // config.train.batch_size)))
+    start_from_patches(
+        backbone, batches, "patch" if prompt.init is PromptInitName.patch else "prototype", seed=config.seed
+    )
 
 
 def check_compiler(device: torch.device) -> None:
@@ -213,11 +255,16 @@ def build_average(config: Config, model: nn.Module) -> MovingAverage | None:
 
 
 def build_watches(model: Model) -> list[RowWatch]:
-    """What to log of the prompt: one row for each prompted block."""
+    """What to log of what is learned of the prompt: a row for each prompted block, or one where they share it."""
     prompt = model.backbone.prompt
-    return (
-        [] if prompt is None else [RowWatch("prompt", prompt.tokens, [f"block_{block:02d}" for block in prompt.blocks])]
-    )
+    if prompt is None:
+        return []
+    rows, learned = [f"block_{block:02d}" for block in prompt.blocks], list(prompt.parameters())
+    names = ["prompt"] if len(learned) == 1 else [f"prompt_factor{index}" for index in range(len(learned))]
+    return [
+        RowWatch(name, parameter, rows if len(parameter) == len(rows) else ["all_blocks"])
+        for name, parameter in zip(names, learned, strict=True)
+    ]
 
 
 def build_settings(config: Config, device: torch.device, select: str) -> FitSettings:

@@ -6,6 +6,7 @@ embedding and has no position of its own: where a block rotates queries and keys
 Legend: B batch, C channels, H, W pixels, M patch tokens, P prompt tokens, N prefix + patch tokens, D embed_dim.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from vpt.models.attention import KeysValues, prompt_keys_values, run_block, why_not_fast
 from vpt.models.constants import Constants
-from vpt.models.prompts import Blocks, PromptKind, VisualPrompt, format_blocks, resolve_blocks
+from vpt.models.prompts import Blocks, PromptInit, PromptKind, VisualPrompt, format_blocks, resolve_blocks
 from vpt.models.vit import ViT, check_supported, embed, name_of, pools_prefix_only, rope_and_bias, run_timm_block
 
 PromptImpl = Literal["auto", "concat"]
@@ -30,10 +31,12 @@ class PromptedViT(nn.Module):
     Args:
         vit: A plain timm ViT: anything that timm builds on `VisionTransformer`, `Eva` or `Beit`. A classifier in it is
             not used.
-        prompt: "deep", "shallow", None, or a ready `VisualPrompt`, which brings what the next three say.
+        prompt: "deep", "shallow", None, or a ready `VisualPrompt`, which brings what the next five say.
         num_tokens: P, prompt tokens in each prompted block.
         blocks: Blocks that a deep prompt enters: "all", "first:k", "last:k" or a list of indices.
         dropout: Dropout of prompt tokens, drawn for each sample.
+        init: How the tokens start, "uniform" or "normal", see `VisualPrompt`.
+        form: What is learned in the place of the tokens, such as `prompt_forms.Bilinear(rank=8)`.
         impl: "auto" computes a deep prompt as keys and values in every block that `attention.py` understands, with the
             same result for less work; "concat" always inserts the tokens, the plain reading of the paper.
 
@@ -61,6 +64,8 @@ class PromptedViT(nn.Module):
         num_tokens: int = 10,
         blocks: Blocks = "all",
         dropout: float = 0.0,
+        init: PromptInit = "uniform",
+        form: nn.Module | None = None,
         impl: PromptImpl = "auto",
     ) -> None:
         super().__init__()
@@ -76,6 +81,8 @@ class PromptedViT(nn.Module):
                 blocks=(0,) if prompt == "shallow" and blocks == "all" else resolve_blocks(blocks, self.depth),
                 dropout=dropout,
                 patch_size=vit.patch_embed.patch_size,
+                init=init,
+                form=form,
             )
         self.prompt = prompt
         self.impl: PromptImpl = impl
@@ -142,19 +149,20 @@ class PromptedViT(nn.Module):
         """
         tokens, position = embed(self.vit, images)
         if self.prompt is None:
-            return self._pool(self._run_blocks(tokens, position)), None
-        return self._run_blocks(tokens, position, last=self.prompt.blocks[0]), position
+            return self._pool(self._run_blocks(tokens, position, None)), None
+        return self._run_blocks(tokens, position, None, last=self.prompt.blocks[0]), position
 
     def forward_prompted(self, tokens: Tensor, position: Tensor | None = None) -> Tensor:
         """Features (B, D) from what `forward_frozen` gave."""
         if self.prompt is None:
             return tokens
         num_read = self.num_prefix_tokens if self.computes_prefix_only else None
-        return self._pool(self._run_blocks(tokens, position, first=self.prompt.blocks[0], num_read=num_read))
+        prompt = self._computed_prompt()
+        return self._pool(self._run_blocks(tokens, position, prompt, first=self.prompt.blocks[0], num_read=num_read))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens (B, N, D) after the final norm, prefix tokens first, prompt tokens removed."""
-        features: Tensor = self.vit.norm(self._run_blocks(*embed(self.vit, images)))
+        features: Tensor = self.vit.norm(self._run_blocks(*embed(self.vit, images), self._computed_prompt()))
         return features
 
     def feature_maps(self, images: Tensor, taps: Blocks = "last:1") -> list[Tensor]:
@@ -169,14 +177,23 @@ class PromptedViT(nn.Module):
         """
         tokens, position = embed(self.vit, images)
         rows, columns = self.vit.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
-        held = self.prompt.num_tokens if self.prompt is not None and self.prompt.kind == "shallow" else 0
+        prompt = self._computed_prompt()
+        held = prompt.num_tokens if prompt is not None and prompt.kind == "shallow" else 0
         maps, first = [], 0
         for tap in resolve_blocks(taps, self.depth):
-            tokens = self._run_blocks(tokens, position, first=first, last=tap + 1)
+            tokens = self._run_blocks(tokens, position, prompt, first=first, last=tap + 1)
             patches = tokens[:, self.num_prefix_tokens + held :]
             maps.append(torch.unflatten(patches.mT, 2, (rows, columns)))
             first = tap + 1
         return maps
+
+    def entering_patches(self, images: Tensor) -> Iterator[Tensor]:
+        """Patch tokens (B, M, D) of the bare ViT, without any prompt, that enter each block that is prompted."""
+        tokens, position = embed(self.vit, images)
+        first = 0
+        for block in self.prompt.blocks if self.prompt is not None else ():
+            tokens, first = self._run_blocks(tokens, position, None, first=first, last=block), block
+            yield tokens[:, self.num_prefix_tokens :]
 
     def describe_paths(self) -> str:
         """The path of each prompted block, in a line."""
@@ -208,6 +225,10 @@ class PromptedViT(nn.Module):
         reason = why_not_fast(self.vit.blocks[index])
         return "kv" if reason is None else f"concat ({reason})"
 
+    def _computed_prompt(self) -> VisualPrompt | None:
+        """The prompt for one pass; without gradients its tokens are read rarely, see `_keys_values`."""
+        return self.prompt.computed() if self.prompt is not None and torch.is_grad_enabled() else self.prompt
+
     def _pool(self, tokens: Tensor) -> Tensor:
         features: Tensor = self.vit.forward_head(self.vit.norm(tokens), pre_logits=True)
         return features
@@ -216,6 +237,7 @@ class PromptedViT(nn.Module):
         self,
         tokens: Tensor,
         position: Tensor | None,
+        prompt: VisualPrompt | None,
         first: int = 0,
         last: int | None = None,
         num_read: int | None = None,
@@ -223,18 +245,20 @@ class PromptedViT(nn.Module):
         """Run blocks `first` to `last`, which is left out; of the very last block only `num_read` tokens are wanted."""
         self._check_prompt()
         for index in range(first, self.depth if last is None else last):
-            arguments = (index, tokens, position, num_read if index == self.depth - 1 else None)
+            arguments = (prompt, index, tokens, position, num_read if index == self.depth - 1 else None)
             if self.vit.grad_checkpointing and torch.is_grad_enabled():
                 tokens = checkpointed(self._run_block, *arguments, use_reentrant=False)
             else:
                 tokens = self._run_block(*arguments)
-        if self.prompt is not None and self.prompt.kind == "shallow" and num_read is None and last is None:
-            tokens = self._remove(tokens, self.prompt.num_tokens)
+        if prompt is not None and prompt.kind == "shallow" and num_read is None and last is None:
+            tokens = self._remove(tokens, prompt.num_tokens)
         return tokens
 
-    def _run_block(self, index: int, tokens: Tensor, position: Tensor | None, num_read: int | None) -> Tensor:
+    def _run_block(
+        self, prompt: VisualPrompt | None, index: int, tokens: Tensor, position: Tensor | None, num_read: int | None
+    ) -> Tensor:
         """Tokens after a block, a shallow prompt's among them; or only the first `num_read` of them."""
-        prompt, keys_values, num_held = self.prompt, None, 0  # prompt tokens that the sequence holds
+        keys_values, num_held = None, 0  # prompt tokens that the sequence holds
         if prompt is not None and prompt.enters(index) and self._path(index) == "kv":
             keys_values = self._keys_values(prompt, index, tokens, num_read)
         elif prompt is not None and (prompt.enters(index) or prompt.kind == "shallow"):
@@ -261,7 +285,7 @@ class PromptedViT(nn.Module):
 
         if torch.is_grad_enabled() or prompt.draws or torch.compiler.is_compiling():
             return compute()
-        sources = (prompt.tokens, *block.norm1.parameters(), *block.attn.parameters())
+        sources = (*prompt.parameters(), *block.norm1.parameters(), *block.attn.parameters())
         return self._constants.get((index, num_read), sources, compute, given=dtype)
 
     def _insert(self, tokens: Tensor, prompt: Tensor) -> Tensor:

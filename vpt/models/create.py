@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 import torch
+from torch import nn
 
 from vpt.models.backbone import PromptedViT, PromptImpl
 from vpt.models.classification import ClassificationModel
 from vpt.models.detection import DetectionModel
 from vpt.models.heads import HeadInit
-from vpt.models.prompts import Blocks, PromptKind, VisualPrompt
+from vpt.models.prompts import Blocks, PromptInit, PromptKind, VisualPrompt
 from vpt.models.tuning import Tuning, tune
 from vpt.models.vit import ViT, load_vit
 
@@ -25,6 +26,8 @@ class Options(TypedDict, total=False):
     num_tokens: int
     blocks: Blocks
     dropout: float
+    init: PromptInit
+    form: nn.Module | None
     impl: PromptImpl
     tuning: Tuning
     num_blocks: int
@@ -72,6 +75,8 @@ def create_model(
     num_tokens: int = 10,
     blocks: Blocks = "all",
     dropout: float = 0.0,
+    init: PromptInit = "uniform",
+    form: nn.Module | None = None,
     impl: PromptImpl = "auto",
     tuning: Tuning = "prompt",
     num_blocks: int = 1,
@@ -99,6 +104,8 @@ def create_model(
         num_tokens: P, prompt tokens in each prompted block.
         blocks: Blocks that a deep prompt enters: "all", "first:k", "last:k" or a list of indices.
         dropout: Dropout of prompt tokens, drawn for each sample.
+        init: How prompt tokens start, "uniform" or "normal", see `VisualPrompt`.
+        form: What is learned in the place of the tokens, such as `prompt_forms.Bilinear(rank=8)`.
         impl: How prompts are computed, "auto" or "concat", see `PromptedViT`.
         tuning: What trains: "prompt", "linear", "bias", "partial" or "full", see `tune`. The last three change the
             backbone itself.
@@ -148,7 +155,9 @@ def create_model(
     vit = load_vit(backbone, pretrained=pretrained, **loading) if isinstance(backbone, str) else backbone
     if prompt == "auto":
         prompt = "deep" if tuning == "prompt" else None
-    prompted = PromptedViT(vit, prompt, num_tokens=num_tokens, blocks=blocks, dropout=dropout, impl=impl)
+    prompted = PromptedViT(
+        vit, prompt, num_tokens=num_tokens, blocks=blocks, dropout=dropout, init=init, form=form, impl=impl
+    )
     kind = ClassificationModel if task == "classification" else DetectionModel
     model = kind(prompted, num_classes, classes=classes, **_given(own))
     tune(model, tuning, num_blocks=num_blocks)

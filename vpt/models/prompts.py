@@ -6,23 +6,27 @@ fresh tokens for each prompted block, and drops their outputs after that block (
 Legend: B batch, P prompt tokens, D embed_dim, L prompted blocks.
 """
 
+import copy
 import math
 import re
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 PromptKind = Literal["shallow", "deep"]
+PromptInit = Literal["uniform", "normal"]
 Blocks = str | Sequence[int]
 
 
 class VisualPrompt(nn.Module):
     """Learned tokens and the blocks that they enter; one parameter, `tokens`, of shape (L, P, D).
 
-    The tokens start uniform in +-sqrt(6 / (3 * ph * pw + D)) for patches of ph x pw pixels, the bound of a patch
-    embedding under Xavier's rule. They carry no position.
+    With a form something else is learned, `tokens` are computed of it in each reading, and
+    `torch.nn.utils.parametrize.remove_parametrizations(prompt, "tokens")` makes them a parameter again. They carry no
+    position.
 
     Args:
         num_tokens: P, prompt tokens in each prompted block.
@@ -31,6 +35,9 @@ class VisualPrompt(nn.Module):
         blocks: Indices of the prompted blocks, ascending. A deep prompt needs them; a shallow one enters block 0 only.
         dropout: Probability that an element of a prompt token is zeroed, drawn anew for each sample.
         patch_size: Height and width of a patch in pixels; used by the initialisation only.
+        init: How tokens start. "uniform": in +-sqrt(6 / (3 * ph * pw + D)) for patches of ph x pw pixels, the bound of
+            a patch embedding under Xavier's rule. "normal": with standard deviation 0.02. See also `start_from`.
+        form: What is learned in their place, such as `prompt_forms.Bilinear(rank=8)`; None: the tokens themselves.
 
     Raises:
         ValueError: A number is out of range, or a shallow prompt is given other blocks than (0,).
@@ -52,6 +59,8 @@ class VisualPrompt(nn.Module):
         blocks: Sequence[int] | None = None,
         dropout: float = 0.0,
         patch_size: tuple[int, int] = (16, 16),
+        init: PromptInit = "uniform",
+        form: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if kind not in get_args(PromptKind):
@@ -71,19 +80,19 @@ class VisualPrompt(nn.Module):
         self.kind: PromptKind = kind
         self.blocks = tuple(blocks)
         self.dropout = nn.Dropout(dropout)
+        self.num_tokens, self.embed_dim = num_tokens, embed_dim
         self.tokens = nn.Parameter(torch.empty(len(self.blocks), num_tokens, embed_dim))
-        bound = math.sqrt(6 / (3 * patch_size[0] * patch_size[1] + embed_dim))
-        nn.init.uniform_(self.tokens, -bound, bound)
+        _initialise(self.tokens, init, patch_size)
+        if form is not None:
+            parametrize.register_parametrization(self, "tokens", copy.deepcopy(form))
 
     @property
-    def num_tokens(self) -> int:
-        """P, prompt tokens in each prompted block."""
-        return self.tokens.shape[1]
-
-    @property
-    def embed_dim(self) -> int:
-        """D, token width."""
-        return self.tokens.shape[2]
+    def form(self) -> nn.Module | None:
+        """What computes the tokens; None where they themselves are learned."""
+        if not parametrize.is_parametrized(self, "tokens"):
+            return None
+        parametrizations: Any = self.parametrizations
+        return cast(nn.Module, parametrizations.tokens[0])
 
     @property
     def draws(self) -> bool:
@@ -93,6 +102,35 @@ class VisualPrompt(nn.Module):
     def enters(self, block: int) -> bool:
         """Whether fresh tokens enter the block of this index."""
         return block in self.blocks
+
+    @torch.no_grad()
+    def start_from(self, tokens: Tensor) -> None:
+        """Begin with given tokens (L, P, D), or with a form as near to them as it can.
+
+        Raises:
+            ValueError: They are of another shape, or not finite.
+        """
+        shape = (len(self.blocks), self.num_tokens, self.embed_dim)
+        if tuple(tokens.shape) != shape or not tokens.isfinite().all():
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)} cannot start {self}; finite ones of {shape} can")
+        tokens = tokens.to(next(self.parameters()))
+        if self.form is None:
+            self.tokens.copy_(tokens)
+        else:
+            setattr(self, "tokens", tokens)  # noqa: B010  # torch's property, which asks the form
+
+    def computed(self) -> "VisualPrompt":
+        """The prompt with its tokens computed, for the many readings of one pass; itself where there is no form.
+
+        Gradients flow through it. A compiler finds what is computed twice by itself, and cannot make modules.
+        """
+        if self.form is None or torch.compiler.is_compiling():
+            return self
+        prompt = VisualPrompt.__new__(VisualPrompt)
+        nn.Module.__init__(prompt)
+        for name in ("kind", "blocks", "num_tokens", "embed_dim", "dropout", "tokens", "training"):
+            setattr(prompt, name, getattr(self, name))
+        return prompt
 
     def forward(self, block: int, batch_size: int) -> Tensor:
         """Tokens that enter `block`: (1, P, D) for all samples, or (B, P, D) where dropout draws a mask for each."""
@@ -106,10 +144,20 @@ class VisualPrompt(nn.Module):
         return (
             f"kind={self.kind}, num_tokens={self.num_tokens}, embed_dim={self.embed_dim}, "
             f"blocks={format_blocks(self.blocks)}, dropout={self.dropout.p}"
-        )
+        ) + ("" if self.form is None else f", form={self.form}")
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
+        return f"VisualPrompt({self.extra_repr()})"  # torch gives one with a form a class of its own
+
+
+def _initialise(tokens: Tensor, init: PromptInit, patch_size: tuple[int, int]) -> None:
+    if init not in get_args(PromptInit):
+        raise ValueError(f"prompt.init must be one of {', '.join(get_args(PromptInit))}, got {init!r}")
+    if init == "normal":
+        nn.init.normal_(tokens, std=0.02)
+    else:
+        bound = math.sqrt(6 / (3 * patch_size[0] * patch_size[1] + tokens.shape[-1]))
+        nn.init.uniform_(tokens, -bound, bound)
 
 
 def resolve_blocks(blocks: Blocks, depth: int, key: str = "prompt.blocks") -> tuple[int, ...]:

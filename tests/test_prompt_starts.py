@@ -1,0 +1,240 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import vpt
+from tests.conftest import make_tiny_vit, train_with
+from tests.test_resume import SMALL, attempt, kept
+from vpt import build
+from vpt.config import ConfigError, compose_config, to_config
+from vpt.kinds.kind import kind_of
+from vpt.models.prompt_forms import Bilinear, Fourier, Shared
+from vpt.models.prompt_starts import NUM_STEPS, start_from_patches, start_from_task
+from vpt.models.task_file import open_task
+from vpt.models.vit import preprocessing_of
+
+EXACT = "donot_use_mm_for_euclid_dist"
+
+
+def entering(vit, images, block):
+    """Plainly: the patch tokens that enter a block, by a hook on timm's own forward pass."""
+    seen = []
+    hook = vit.blocks[block].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        vit.forward_features(images)
+    hook.remove()
+    return seen[0][:, vit.num_prefix_tokens :]
+
+
+@pytest.mark.parametrize("impl", ["auto", "concat"])
+def test_patches_that_enter_prompted_blocks_are_those_of_the_bare_vit(tiny_vit, images, impl):
+    backbone = vpt.PromptedViT(tiny_vit, "deep", num_tokens=5, blocks=[0, 2], impl=impl)
+    with torch.no_grad():
+        found = list(backbone.entering_patches(images))
+    assert len(found) == 2
+    for patches, block in zip(found, (0, 2), strict=True):
+        torch.testing.assert_close(patches, entering(tiny_vit, images, block))
+
+
+def test_a_prompt_starts_at_the_same_patches_in_every_block(images):
+    vit = make_tiny_vit()
+    backbone = vpt.PromptedViT(vit, "deep", num_tokens=6)
+    start_from_patches(backbone, images.split(3), seed=3)
+    chosen = []
+    for block in range(3):
+        patches = entering(vit, images, block).flatten(0, 1)
+        distance, index = torch.cdist(backbone.prompt.tokens[block], patches, compute_mode=EXACT).min(1)
+        assert distance.max() < 1e-4
+        chosen.append(index.tolist())
+    assert chosen[0] == chosen[1] == chosen[2]
+    assert len(set(chosen[0])) == 6
+    assert len({index // 16 for index in chosen[0]}) > 1  # patches of more than one image
+
+
+def test_the_seed_decides_which_and_no_other_random_number_is_drawn(images):
+    tokens = {}
+    for name, seed in {"one": 1, "same": 1, "other": 2}.items():
+        backbone = vpt.PromptedViT(make_tiny_vit(), "deep", num_tokens=4)
+        state = torch.get_rng_state()
+        start_from_patches(backbone, [images], seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        tokens[name] = backbone.prompt.tokens.detach()
+    assert torch.equal(tokens["one"], tokens["same"])
+    assert not torch.equal(tokens["one"], tokens["other"])
+
+
+def test_prototypes_are_the_centres_that_plain_k_means_finds(images):
+    vit = make_tiny_vit()
+    drawn, grouped = (vpt.PromptedViT(vit, "deep", num_tokens=4, blocks=[1, 2]) for _ in range(2))
+    start_from_patches(drawn, [images], seed=5)
+    start_from_patches(grouped, [images], "prototype", seed=5)
+    for row, block in enumerate((1, 2)):
+        patches = entering(vit, images, block).flatten(0, 1).double().numpy()
+        centres = drawn.prompt.tokens[row].detach().double().numpy()
+        for _ in range(NUM_STEPS):
+            nearest = [int(np.argmin([np.sum((patch - centre) ** 2) for centre in centres])) for patch in patches]
+            centres = np.stack([patches[np.equal(nearest, group)].mean(0) for group in range(4)])
+        np.testing.assert_allclose(grouped.prompt.tokens[row].detach().numpy(), centres, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["patch", "prototype"])
+@pytest.mark.parametrize("form", [None, Shared(), Bilinear(4), Fourier(0.5)])
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_every_form_starts_from_patches_as_near_as_it_can(kind, form, start, images):
+    plain, other = (vpt.PromptedViT(make_tiny_vit(), kind, num_tokens=4, form=way) for way in (None, form))
+    for backbone in (plain, other):
+        start_from_patches(backbone, [images], start)
+    tokens, wanted = other.prompt.tokens.detach(), plain.prompt.tokens.detach()
+    if isinstance(form, Fourier):
+        assert torch.equal(tokens[:, 2:], wanted[:, 2:])
+        assert torch.linalg.norm(tokens - wanted) < torch.linalg.norm(wanted)
+    else:
+        wanted = wanted[:1].expand_as(wanted) if isinstance(form, Shared) else wanted
+        torch.testing.assert_close(tokens, wanted, rtol=1e-4, atol=1e-5)
+    other(images).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in other.prompt.parameters())
+
+
+def test_a_backbone_in_bfloat16_gives_float32_tokens(images):
+    backbone = vpt.PromptedViT(make_tiny_vit().bfloat16(), "deep", num_tokens=4)
+    start_from_patches(backbone, [images])
+    assert backbone.prompt.tokens.dtype == torch.float32
+
+
+def test_pictures_that_cannot_start_a_prompt_are_refused(images):
+    backbone = vpt.PromptedViT(make_tiny_vit(), "deep", num_tokens=65)
+    before = backbone.prompt.tokens.detach().clone()
+    with pytest.raises(ValueError, match=r"num_tokens=65: the pictures have only 64 patches to start from; use fewer"):
+        start_from_patches(backbone, [images])
+    with pytest.raises(ValueError, match="no pictures"):
+        start_from_patches(backbone, [])
+    with pytest.raises(ValueError, match="patch, prototype, got 'mean'"):
+        start_from_patches(backbone, [images], "mean")
+    with pytest.raises(ValueError, match="no prompt that could start"):
+        start_from_patches(vpt.PromptedViT(make_tiny_vit(), None), [images])
+    assert torch.equal(backbone.prompt.tokens, before)
+
+
+# Another task's prompt.
+
+
+@pytest.fixture
+def task(tmp_path):
+    torch.manual_seed(3)
+    model = vpt.create_model(make_tiny_vit(), num_classes=3, num_tokens=4, blocks=[0, 2], form=Bilinear(2))
+    return vpt.save_task(model, tmp_path / "task.safetensors"), model.backbone.prompt.tokens.detach()
+
+
+@pytest.mark.parametrize("form", [None, Bilinear(2), Bilinear(4)])
+def test_a_prompt_starts_from_that_of_a_task_file(task, form):
+    path, tokens = task
+    backbone = vpt.PromptedViT(make_tiny_vit(), "deep", num_tokens=4, blocks=[0, 2], form=form)
+    start_from_task(backbone, path)
+    torch.testing.assert_close(backbone.prompt.tokens.detach(), tokens, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_tokens": 5}, r"num_tokens=4, blocks=0,2, but the new one kind=deep, num_tokens=5, blocks=0,2; use the"),
+        ({"blocks": "all"}, r"blocks=0,2, but the new one kind=deep, num_tokens=4, blocks=0-2"),
+        ({"prompt": "shallow", "blocks": "all"}, "kind=deep, .* but the new one kind=shallow"),
+        ({"prompt": None}, "there is no prompt to start"),
+    ],
+)
+def test_a_prompt_of_another_layout_is_refused(task, options, message):
+    backbone = vpt.PromptedViT(make_tiny_vit(), **{"prompt": "deep", "num_tokens": 4, "blocks": [0, 2], **options})
+    with pytest.raises(ValueError, match=f"task.safetensors: .*{message}"):
+        start_from_task(backbone, task[0])
+
+
+def test_a_file_without_a_prompt_of_another_backbone_or_none_at_all_is_refused(task, tmp_path):
+    backbone = vpt.PromptedViT(make_tiny_vit(), "deep", num_tokens=4, blocks=[0, 2])
+    linear = vpt.create_model(make_tiny_vit(), num_classes=3, prompt=None)
+    with pytest.raises(ValueError, match=r"linear\.safetensors: has no prompt"):
+        start_from_task(backbone, vpt.save_task(linear, tmp_path / "linear.safetensors"))
+    other = vpt.PromptedViT(make_tiny_vit("no_prefix"), "deep", num_tokens=4, blocks=[0, 2])
+    with pytest.raises(
+        ValueError, match=r"made for the backbone vit_tiny_patch16_224.*, its prompt cannot start another"
+    ):
+        start_from_task(other, task[0])
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        start_from_task(backbone, tmp_path / "gone.safetensors")
+
+
+# From the config.
+
+
+def options_of(photos, *overrides):
+    return [*SMALL, "dataset=folder", f"dataset.root={photos}", "train.batch_size=4", "num_workers=0", *overrides]
+
+
+@pytest.mark.parametrize("init", ["patch", "prototype"])
+def test_the_prompt_of_a_run_starts_at_patches_of_its_train_pictures(init, photos):
+    config = to_config(compose_config(options_of(photos, f"prompt.init={init}")))
+    build.seed_everything(0, deterministic=False)
+    kind = kind_of(config)
+    samples = kind.read()
+    model = build.build_model(config, samples["train"].classes)
+    data = kind.build_data(samples, preprocessing_of(model.backbone.vit))
+    state = torch.get_rng_state()
+    build.start_prompt(config, model, data)
+    assert torch.equal(torch.get_rng_state(), state)
+    if init == "patch":
+        pictures = torch.stack([data.datasets["train"][(0, index)][0] for index in range(18)])
+        patches = entering(model.backbone.vit, pictures, 0).flatten(0, 1)
+        assert torch.cdist(model.backbone.prompt.tokens[0], patches, compute_mode=EXACT).min(1).values.max() < 1e-4
+
+
+def test_the_config_says_how_tokens_start():
+    def tokens(*overrides):
+        torch.manual_seed(0)
+        return build.build_model(to_config(compose_config(overrides)), ("a", "b")).backbone.prompt.tokens
+
+    assert tokens("prompt.num_tokens=200", "prompt.init=normal").std().item() == pytest.approx(0.02, rel=0.01)
+    assert tokens("prompt.num_tokens=200").std().item() > 0.04
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["prompt.init=patches"], "prompt.init"),
+        (["prompt.init=patch", "prompt.init_from=a.safetensors"], "init=patch and prompt.init_from=a.safetensors both"),
+        (["prompt=none", "prompt.init_from=a.safetensors"], "there is no prompt to start; leave it out"),
+    ],
+)
+def test_starts_that_cannot_be_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        to_config(compose_config(overrides))
+
+
+def test_a_run_that_goes_on_does_not_start_again_and_ends_with_the_same_bytes(photos, tmp_path, monkeypatch):
+    options = options_of(photos, "prompt.init=patch", "train.ema=0.5")
+    train_with(*options, f"run.root={tmp_path}/whole")
+    killed = [*options, f"run.root={tmp_path}/killed"]
+    assert attempt(tmp_path / "log", killed, "behind a step", 7) != 0
+    assert (tmp_path / "killed/run/last.checkpoint").is_file()
+    monkeypatch.setattr(build, "start_prompt", lambda *_: pytest.fail("it starts again"))
+    train_with(*killed)
+    assert kept(tmp_path / "killed") == kept(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_the_command_starts_from_a_task_file_and_refuses_another_before_there_is_a_folder(photos, tmp_path):
+    def train(*overrides):
+        command = [sys.executable, "-m", "vpt.train", *options_of(photos, *overrides), "train.epochs=1"]
+        return subprocess.run([*command, f"run.root={tmp_path}"], capture_output=True, text=True, check=False)
+
+    assert train("run.name=first").returncode == 0
+    file = tmp_path / "first" / "task.safetensors"
+    assert train("run.name=second", f"prompt.init_from={file}", "optim.prompt_lr=1e-12").returncode == 0
+    first, second = (open_task(tmp_path / name / "task.safetensors")[1] for name in ("first", "second"))
+    torch.testing.assert_close(first["prompt.tokens"], second["prompt.tokens"], rtol=1e-4, atol=1e-6)
+    refused = train("run.name=third", f"prompt.init_from={file}", "prompt.num_tokens=4")
+    assert refused.returncode == 2
+    assert "num_tokens=3" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "third").exists()
