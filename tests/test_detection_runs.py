@@ -198,6 +198,7 @@ def test_every_choice_trains_and_its_task_can_be_used(tmp_path, boxes, overrides
     assert evaluate_run(EvaluateOptions(str(run_dir), device="cpu"))["map"] >= 0
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_with_and_without_workers_and_cache(tmp_path, boxes):
     one = train(tmp_path / "a", boxes, "augment=boxes")
     two = train(tmp_path / "b", boxes, "augment=boxes", "num_workers=2", "cache=off")

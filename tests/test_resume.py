@@ -256,6 +256,7 @@ def test_without_a_whole_checkpoint_nothing_is_done(tmp_path, roots):
     }
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, roots, capsys):
     options = [*SMALL, *KINDS["classification"], roots["classification"], "num_workers=0"]
     assert attempt(tmp_path / "log", [*options, f"run.root={tmp_path}/whole"]) == 0
@@ -269,6 +270,7 @@ def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, roots, capsys):
     assert kept(tmp_path / "killed") == kept(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_room_made", [True, False])
 def test_a_full_disk_does_not_end_a_run_but_its_end_tells(tmp_path, roots, is_room_made, capsys):
     disk = tmp_path / "disk"

@@ -206,10 +206,10 @@ class _Training:
         reading: dict[str, Any] = {"precision": settings.precision, "max_batches": settings.max_batches}
         evaluator = self.kind.evaluator(self.data, "val")
         found = {"val": evaluate(self.model, self.data.loaders["val"], evaluator, **reading)}
-        self.kind.log_end(monitor, self.data, evaluator, result)
         if "test" in self.data.loaders:
             of_test = self.kind.evaluator(self.data, "test")
             found["test"] = evaluate(self.model, self.data.loaders["test"], of_test, description="test", **reading)
+        self.kind.log_end(monitor, self.data, evaluator, result)  # late: a run that dies here logs it once more
         return found
 
     def _finish(self, result: "FitResult", found: dict[str, dict[str, float]]) -> None:
