@@ -130,6 +130,16 @@ def test_of_a_finished_run_data_in_another_place_are_looked_at_first(tmp_path):
         assert not again.is_finished
 
 
+def test_where_runs_lie_makes_no_other_run(tmp_path):
+    folder = begin(tmp_path)
+    finish(folder)
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    config = to_config(compose_config([f"run.root={tmp_path}/moved"]))
+    with RunFolder(config, config) as again:
+        assert again.path.name == folder.path.name
+        assert again.is_finished
+
+
 def test_keys_that_are_not_in_an_old_config_had_their_defaults_and_unknown_ones_are_named(tmp_path):
     path = begin(tmp_path, "run.name=mine").path / "config.yaml"
     values = yaml.safe_load(path.read_text())

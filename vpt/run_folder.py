@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -119,7 +119,7 @@ class RunFolder:
         """Go on in the folder, or find that there is nothing to do; that takes no lock, and no right to write."""
         before = self._refuse_changes()
         is_done = self.result_file.is_file() and self.task.is_file()
-        if is_done and dict(_flat(before, PLACES)) == dict(_flat(self.values, PLACES)):
+        if is_done and dict(_places(before)) == dict(_places(self.values)):
             self.is_finished = True  # data of another place are compared with those of the checkpoint first
         else:
             self._lock()
@@ -209,7 +209,7 @@ def _digest(values: Mapping[str, Any], is_sweep: bool) -> str:
     ignored = ("run", "fresh") if is_sweep else (*WITHOUT_EFFECT, *ROUNDING)
     absolute = {
         key: str(Path(value).expanduser().absolute()) if isinstance(value, str) else value
-        for key, value in _flat(values, PLACES)
+        for key, value in _places(values)
     }
     found = {key: value for key, value in _flat(values) if not set(key.split(".")) & set(ignored)}
     return hashlib.sha256(json.dumps({**found, **absolute}, sort_keys=True).encode()).hexdigest()
@@ -223,10 +223,17 @@ def _decisive(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, Path(value).name if is_place else value
 
 
-def _flat(values: Mapping[str, Any], names: Sequence[str] | None = None, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys such as "train.epochs" and their values; only those whose last part is in `names`, if it is given."""
+def _places(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values that say where data and weights lie; not where the run does."""
+    for key, value in _flat(values):
+        if key.rpartition(".")[2] in PLACES and not key.startswith("run."):
+            yield key, value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys such as "train.epochs" and their values."""
     for key, value in values.items():
         if isinstance(value, dict) and key not in PLACES:
-            yield from _flat(value, names, f"{prefix}{key}.")
-        elif names is None or key in names:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
             yield prefix + str(key), value
