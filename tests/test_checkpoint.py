@@ -50,6 +50,15 @@ def test_a_flipped_byte_anywhere_is_noticed_and_the_previous_one_taken(two, caps
     assert capsys.readouterr().err.count("going on from previous.checkpoint") == len(range(0, len(whole), 97))
 
 
+def test_a_damaged_file_never_takes_the_place_of_the_whole_one(two):
+    two.last.write_bytes(b"damaged")
+    assert two.load().numbers["step"] == 1
+    assert two.save(tensors(3), {"step": 3})
+    assert two.load().numbers["step"] == 3
+    two.last.unlink()
+    assert two.load().numbers["step"] == 1
+
+
 def test_when_none_is_whole_that_is_an_error_that_says_what_to_type(two):
     for path in (two.last, two.previous):
         path.write_bytes(path.read_bytes()[:500])

@@ -38,6 +38,7 @@ class Checkpoints:
         self.made_from = dict(made_from or {})
         self.last, self.previous = (run_dir / name for name in NAMES)
         self.error: OSError | None = None
+        self._is_damaged = False  # the last file, so that it must not take the place of the previous one
 
     def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> bool:
         """Write a state and read it again, before it takes the place of the last one, which becomes the previous one.
@@ -55,9 +56,10 @@ class Checkpoints:
         try:
             write_tensors(new, tensors, {**numbers, "made_from": self.made_from})
             read_tensors(new, max_bytes=float("inf"))
-            if self.last.exists():
+            if self.last.exists() and not self._is_damaged:
                 replace(self.last, self.previous)
             replace(new, self.last)
+            self._is_damaged = False
         except (OSError, ValueError) as error:
             self.error = error if isinstance(error, OSError) else OSError(str(error))
             new.unlink(missing_ok=True)
@@ -79,6 +81,7 @@ class Checkpoints:
                 tensors, numbers = read_tensors(path, max_bytes=float("inf"))
             except (ValueError, OSError) as error:
                 errors.append(str(error))
+                self._is_damaged |= path == self.last
                 continue
             if errors:
                 warn(f"{errors[0]}; going on from {path.name}")
