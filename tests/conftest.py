@@ -1,6 +1,7 @@
 """Fixtures: tiny ViTs with 0, 1 and 5 prefix tokens and each kind of position, random weights."""
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -64,6 +65,23 @@ def photos(tmp_path_factory):
                 pixels[..., 2 - channel] += 120
                 Image.fromarray(pixels).save(root / split / name / f"{i}.png")
     return root
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function from a size such as "64k" to the folder of an empty disk of that size."""
+    disk = tmp_path / "disk"
+
+    def mount(size):
+        disk.mkdir()
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True
+        ).returncode:
+            pytest.skip("no right to mount a small disk")
+        return disk
+
+    yield mount
+    subprocess.run(["umount", "--lazy", disk], capture_output=True)  # TensorBoard's writer may still have its file
 
 
 def train_with(*overrides):

@@ -267,6 +267,17 @@ DIRT = {
 }
 
 
+def check_verdict(*words):
+    """What the doctor says of a run is what the run does."""
+    plan = checkup_of(*words).plan
+    try:
+        used = {split: len(samples) for split, samples in kind_of(configure(*words)).read().items()}
+    except ValueError:
+        assert not plan.would_run
+    else:
+        assert (plan.would_run, plan.pictures) == (True, used)
+
+
 @pytest.mark.parametrize("dirt", DIRT)
 def test_the_verdict_is_what_a_run_does(folder, dirt):
     broken, options = DIRT[dirt]
@@ -276,13 +287,7 @@ def test_the_verdict_is_what_a_run_does(folder, dirt):
     words = ["dataset=folder", f"dataset.root={folder}", "data.on_error=skip"]
     words.append(f"data.max_skipped={options.get('max_skipped', 0.2)}")
     words.append(f"dataset.num_per_class={options.get('num_per_class', 'null')}")
-    plan = checkup_of(*words).plan
-    try:
-        used = {split: len(samples) for split, samples in kind_of(configure(*words)).read().items()}
-    except ValueError:
-        assert not plan.would_run
-    else:
-        assert (plan.would_run, plan.pictures) == (True, used)
+    check_verdict(*words)
 
 
 def test_names_that_are_no_text_are_told_with_escapes(folder):
@@ -385,13 +390,7 @@ def test_the_verdict_on_boxes_is_what_a_run_does(dirty_boxes, broken, num_bytes,
     if broken:
         (dirty_boxes / broken).write_bytes((dirty_boxes / broken).read_bytes()[:num_bytes])
     words = ["dataset=coco", f"dataset.root={dirty_boxes}", "data.on_error=skip", f"data.max_skipped={limit}"]
-    plan = checkup_of(*words).plan
-    try:
-        used = {split: len(samples) for split, samples in kind_of(configure(*words)).read().items()}
-    except ValueError:
-        assert not plan.would_run
-    else:
-        assert (plan.would_run, plan.pictures) == (True, used)
+    check_verdict(*words)
 
 
 def test_labels_without_a_box_in_val_stop_training(dirty_boxes):

@@ -212,23 +212,17 @@ def test_events_are_still_written_when_the_metrics_fail_on_the_way(tmp_path, cap
     assert len(events_of(tmp_path).Scalars("train/loss")) == 2
 
 
-def test_a_disk_that_is_full_for_a_while_leaves_no_half_lines(tmp_path, capsys):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("no right to mount a small disk")
-    try:
-        with Monitor(disk) as monitor:
-            for step in range(2000):
-                monitor.scalars({f"train/{name}": step / 3 for name in "abcdefgh"}, step)
-                if step == 1500:
-                    (disk / "metrics.jsonl").write_text("")
-        lines = lines_of(disk)
-        assert 0 < len(lines) < 600
-        assert all(len(line) == 9 for line in lines)
-        assert capsys.readouterr().err.count("metrics.jsonl of") == 1
-    finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)
+def test_a_disk_that_is_full_for_a_while_leaves_no_half_lines(small_disk, capsys):
+    disk = small_disk("64k")
+    with Monitor(disk) as monitor:
+        for step in range(2000):
+            monitor.scalars({f"train/{name}": step / 3 for name in "abcdefgh"}, step)
+            if step == 1500:
+                (disk / "metrics.jsonl").write_text("")
+    lines = lines_of(disk)
+    assert 0 < len(lines) < 600
+    assert all(len(line) == 9 for line in lines)
+    assert capsys.readouterr().err.count("metrics.jsonl of") == 1
 
 
 def test_importing_the_monitor_imports_neither_tensorboard_nor_torch():

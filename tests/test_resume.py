@@ -272,11 +272,8 @@ def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, roots, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_room_made", [True, False])
-def test_a_full_disk_does_not_end_a_run_but_its_end_tells(tmp_path, roots, is_room_made, capsys):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("no right to mount a small disk")
+def test_a_full_disk_does_not_end_a_run_but_its_end_tells(small_disk, tmp_path, roots, is_room_made, capsys):
+    disk = small_disk("2m")
     options = [*SMALL, *KINDS["classification"], roots["classification"], "num_workers=0", "train.epochs=5"]
     epochs, filler = [], disk / "filler"
 
@@ -291,25 +288,22 @@ def test_a_full_disk_does_not_end_a_run_but_its_end_tells(tmp_path, roots, is_ro
         return compute(evaluator)
 
     compute = ClassificationMetrics.compute
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ClassificationMetrics, "compute", fill)
-            if is_room_made:
-                train_with(*options, f"run.root={disk}")
-            else:
-                with pytest.raises(OSError, match="No space left on device"):
-                    train_with(*options, f"run.root={disk}")
-        said = capsys.readouterr()
-        assert "Training goes on, and the next checkpoint is tried again" in said.err
-        assert "epoch 5/5: val" in said.out
-        assert said.err.count("metrics.jsonl of") == 1
-        saved = Checkpoints(disk / "run").load()
-        assert saved.numbers["epoch"] == (6 if is_room_made else 2)
-        if not is_room_made:
-            filler.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClassificationMetrics, "compute", fill)
+        if is_room_made:
             train_with(*options, f"run.root={disk}")
-        assert (disk / "run/result.json").exists()
-        train_with(*options, f"run.root={tmp_path}/whole")
-        assert (disk / "run/task.safetensors").read_bytes() == (tmp_path / "whole/run/task.safetensors").read_bytes()
-    finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)  # TensorBoard's writer still has its file
+        else:
+            with pytest.raises(OSError, match="No space left on device"):
+                train_with(*options, f"run.root={disk}")
+    said = capsys.readouterr()
+    assert "Training goes on, and the next checkpoint is tried again" in said.err
+    assert "epoch 5/5: val" in said.out
+    assert said.err.count("metrics.jsonl of") == 1
+    saved = Checkpoints(disk / "run").load()
+    assert saved.numbers["epoch"] == (6 if is_room_made else 2)
+    if not is_room_made:
+        filler.unlink()
+        train_with(*options, f"run.root={disk}")
+    assert (disk / "run/result.json").exists()
+    train_with(*options, f"run.root={tmp_path}/whole")
+    assert (disk / "run/task.safetensors").read_bytes() == (tmp_path / "whole/run/task.safetensors").read_bytes()
