@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 
+from vpt.models.attention import keys_values_width
 from vpt.models.backbone import PromptedViT
 
 FAMILIES = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva", "beit", "vitamin")
@@ -144,6 +145,22 @@ def test_each_architecture_is_exact_with_and_without_a_prompt(name):
         with_gradient = {key for key, parameter in fast.named_parameters() if parameter.grad is not None}
         assert with_gradient == {"prompt.tokens"}
         assert (fast.prompt.tokens.grad.flatten(1).norm(dim=1) > 0).all()
+
+
+@walk
+def test_each_architecture_takes_keys_and_values_in_the_place_of_tokens(name):
+    vit = make_tiny(name)
+    images = make_images(vit)
+    deep = PromptedViT(vit, "deep", num_tokens=3)
+    if set(deep.paths.values()) != {"kv"} or len({keys_values_width(block) for block in vit.blocks}) > 1:
+        with pytest.raises(ValueError, match="use prompt=deep"):
+            PromptedViT(vit, "kv", num_tokens=3)
+    elif runs_in_float64(vit, images):
+        learned = PromptedViT(vit.double(), "kv", num_tokens=3).double()
+        tokens = torch.randn(3, deep.embed_dim, dtype=torch.float64).expand(deep.depth, -1, -1)
+        for backbone in (deep.double(), learned):
+            backbone.start_prompt(tokens)
+        torch.testing.assert_close(learned(images.double()), deep(images.double()), rtol=1e-9, atol=1e-9)
 
 
 @walk

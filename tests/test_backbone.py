@@ -13,7 +13,7 @@ from vpt.models.backbone import PromptedViT
 from vpt.models.prompts import VisualPrompt
 
 
-@pytest.mark.parametrize("kind", ["shallow", "deep"])
+@pytest.mark.parametrize("kind", ["shallow", "deep", "kv"])
 def test_gradients_reach_exactly_the_prompt(tiny_vit, images, kind):
     backbone = PromptedViT(tiny_vit, prompt=kind, num_tokens=2)
     backbone(images).square().sum().backward()
@@ -69,6 +69,33 @@ def test_models_that_are_no_plain_vit_are_refused_with_what_is_supported(name):
         model = timm.create_model(name)
     with pytest.raises(TypeError, match=r"cannot be prompted; supported are plain ViTs"):
         PromptedViT(model)
+
+
+def test_keys_and_values_are_refused_where_a_block_cannot_be_given_them(images):
+    with pytest.raises(ValueError, match=r"prompt\.impl=concat inserts tokens, and a kv prompt has none"):
+        PromptedViT(make_tiny_vit(), "kv", impl="concat")
+    vit = make_tiny_vit()
+    handle = vit.blocks[1].attn.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="block 1 cannot be given keys and values: attn has hooks; use prompt=deep"):
+        PromptedViT(vit, "kv")
+    handle.remove()
+    backbone = PromptedViT(vit, "kv", num_tokens=3)
+    assert set(backbone.paths.values()) == {"kv"}
+    vit.blocks[2].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="block 2 cannot be given keys and values: the block has hooks"):
+        backbone(images)
+    with pytest.raises(ValueError, match="its tokens, of width 60, do not fit this ViT"):
+        PromptedViT(make_tiny_vit(), VisualPrompt(3, 32, kind="kv", blocks=range(3), width=60))
+
+
+def test_keys_and_values_start_as_those_of_a_deep_prompt(tiny_vit, images):
+    tokens = torch.randn(3, 4, 32, dtype=torch.float64) / 10
+    features = []
+    for kind in ("deep", "kv"):
+        backbone = PromptedViT(tiny_vit.double(), kind, num_tokens=4).double()
+        backbone.start_prompt(tokens)
+        features.append(backbone(images.double()))
+    torch.testing.assert_close(features[1], features[0], rtol=1e-10, atol=1e-10)
 
 
 def test_a_vit_with_another_forward_is_refused():
@@ -127,7 +154,7 @@ def num_projections(monkeypatch):
         calls.append(block)
         return attention.prompt_keys_values(block, tokens, num_queries)
 
-    monkeypatch.setattr(vpt.models.backbone, "prompt_keys_values", counted)
+    monkeypatch.setattr(vpt.models.prompts, "prompt_keys_values", counted)
     return calls
 
 
@@ -265,7 +292,7 @@ def shapes_in(module, call):
     return shapes
 
 
-@pytest.mark.parametrize("prompt", ["deep", "shallow"])
+@pytest.mark.parametrize("prompt", ["deep", "kv", "shallow"])
 @pytest.mark.parametrize("kind", ["cls", "cls_and_4_registers", "rope_with_cls_and_4_registers"])
 def test_the_last_block_computes_prefix_tokens_only_where_they_are_all_that_is_pooled(kind, prompt, images):
     vit = make_tiny_vit(kind, global_pool="token")
@@ -298,7 +325,7 @@ def test_a_vit_with_a_pooling_of_its_own_gets_all_tokens(images):
 # Company: the rest of torch.
 
 
-@pytest.mark.parametrize("prompt", ["deep", "shallow", None])
+@pytest.mark.parametrize("prompt", ["deep", "kv", "shallow", None])
 @pytest.mark.parametrize("blocks", ["all", "last:1"])
 def test_the_two_halves_of_a_forward_pass_are_the_whole(tiny_vit, images, prompt, blocks):
     backbone = PromptedViT(tiny_vit, prompt, num_tokens=3, blocks="all" if prompt != "deep" else blocks)
@@ -313,8 +340,10 @@ def test_the_two_halves_of_a_forward_pass_are_the_whole(tiny_vit, images, prompt
         assert not set(seen) & set(tiny_vit.blocks[:-1])
 
 
-@pytest.mark.parametrize("impl", ["auto", "concat"])
-@pytest.mark.parametrize("prompt", ["deep", "shallow"])
+@pytest.mark.parametrize(
+    ("prompt", "impl"),
+    [("deep", "auto"), ("deep", "concat"), ("kv", "auto"), ("shallow", "auto"), ("shallow", "concat")],
+)
 def test_activation_checkpointing_changes_memory_and_nothing_else(tiny_vit, images, prompt, impl):
     backbone = PromptedViT(tiny_vit, prompt, num_tokens=3, dropout=0.3, impl=impl).train()
     results = []
@@ -357,7 +386,7 @@ def test_it_is_captured_whole_by_torch_compile(kind, prompt, training, images):
         torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("prompt", ["deep", "shallow"])
+@pytest.mark.parametrize("prompt", ["deep", "kv", "shallow"])
 def test_torch_export_gives_a_program_for_any_batch_size(tiny_vit, images, prompt):
     backbone = PromptedViT(tiny_vit, prompt, num_tokens=3).eval()
     with torch.no_grad():

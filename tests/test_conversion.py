@@ -21,7 +21,7 @@ P, D, DEPTH, K = 4, 32, 3, 5
 def make_task(kind, folder):
     """A task file with everything that one can hold; its prompt or head is of this kind."""
     torch.manual_seed(3)
-    options = {"prompt": kind} if kind in ("shallow", "deep") else {"prompt": None}
+    options = {"prompt": kind} if kind in ("shallow", "deep", "kv") else {"prompt": None}
     if kind == "detection":
         options = {"task": "detection", "channels": 16, "num_convs": 1, "category_ids": [1, 7, 90]}
     if kind == "bias":
@@ -33,7 +33,7 @@ def make_task(kind, folder):
     return vpt.save_task(model, folder / f"{kind}.safetensors", **values, config={"lr": 1e-3}, licence="MIT", note="n")
 
 
-KINDS = ["none", "shallow", "deep", "bias", "detection"]
+KINDS = ["none", "shallow", "deep", "kv", "bias", "detection"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -53,12 +53,12 @@ def test_a_task_comes_back_from_a_folder_bit_for_bit(tmp_path, kind):
 def test_the_config_of_a_folder_has_the_keys_of_peft(tmp_path, kind):
     folder = write_folder(tmp_path / "folder", *open_task(make_task(kind, tmp_path)))
     config = json.loads((folder / "adapter_config.json").read_text())
-    is_prompted = kind in ("shallow", "deep", "detection")
+    is_prompted = kind in ("shallow", "deep", "kv", "detection")
     assert config["peft_type"] == "VISUAL_PROMPT_TUNING"
     assert config["task_type"] == ("OBJECT_DETECTION" if kind == "detection" else "IMAGE_CLASSIFICATION")
     assert config["base_model_name_or_path"].startswith("vit_tiny_patch16_224")
     assert config["num_virtual_tokens"] == (P if is_prompted else 0)
-    assert config["token_dim"] == (D if is_prompted else None)
+    assert config["token_dim"] == ({"kv": 2 * D}.get(kind, D) if is_prompted else None)
     assert config["num_layers"] == {"none": 0, "bias": 0, "shallow": 1}.get(kind, DEPTH)
     assert config["vpt"]["classes"] == ["cat", "dög", "eel"]
 

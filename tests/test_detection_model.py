@@ -26,7 +26,7 @@ def make_targets(*boxes):
     ]
 
 
-@pytest.mark.parametrize("prompt", ["deep", "shallow", None])
+@pytest.mark.parametrize("prompt", ["deep", "kv", "shallow", None])
 @pytest.mark.parametrize("kind", ["cls", "no_prefix", "rope_with_cls_and_4_registers", "relative_position_bias"])
 def test_losses_in_train_mode_reach_exactly_what_trains(kind, prompt):
     model = make_model(kind, prompt).train()

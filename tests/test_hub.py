@@ -291,7 +291,7 @@ def describe(**changes):
     fields = {
         "backbone": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
         "fingerprint": "0" * 64,
-        "prompt": {"kind": "deep", "num_tokens": 4, "embed_dim": 32, "blocks": [0, 1, 2], "dropout": 0.0},
+        "prompt": {"kind": "deep", "num_tokens": 4, "embed_dim": 32, "width": 32, "blocks": [0, 1, 2], "dropout": 0.0},
         "num_classes": len(changes.get("classes") or "abc"),
         "classes": ["cat", "dog", "eel"],
         "preprocessing": preprocessing,

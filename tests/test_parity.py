@@ -18,10 +18,11 @@ def embed(vit, images):
     return vit.norm_pre(tokens), rope
 
 
-def block_with_prompts(block, x, prompts, e, rope, heads, bias_of_positions=None):
+def block_with_prompts(block, x, prompts, e, rope, heads, bias_of_positions=None, learned=None):
     """One block L_i on [x, P, E], attention written out; prompt tokens have no position.
 
-    x (B, prefix, D), prompts (B, P, D), e (B, M, D); a pre-norm block with layer scale.
+    x (B, prefix, D), prompts (B, P, D), e (B, M, D); a pre-norm block with layer scale. Prefix tuning: `learned` keys
+    and values, (P, 2 D), stand before those of the sequence in each head.
     """
     sequence = torch.cat([x, prompts, e], dim=1)
     B, N, D = sequence.shape
@@ -43,11 +44,15 @@ def block_with_prompts(block, x, prompts, e, rope, heads, bias_of_positions=None
             return torch.cat([t[:, :, :first_patch], patches * cosines + turned * sines], dim=2)
 
         q, k = rotate(q), rotate(k)
+    if learned is not None:
+        own_k, own_v = (t.view(1, -1, heads, D // heads).transpose(1, 2) for t in learned.split(D, dim=-1))
+        k, v = (torch.cat([own.expand(B, -1, -1, -1), t], dim=2) for own, t in ((own_k, k), (own_v, v)))
     scores = q @ k.transpose(-2, -1) / (D // heads) ** 0.5
     if bias_of_positions is not None:  # (heads, M + 1, M + 1) between tokens that have a position
         placed = [i for i in range(N) if not x.shape[1] <= i < x.shape[1] + prompts.shape[1]]
         for row, i in enumerate(placed):
-            scores[:, :, i, placed] = scores[:, :, i, placed] + bias_of_positions[:, row]
+            columns = [column + k.shape[2] - N for column in placed]
+            scores[:, :, i, columns] = scores[:, :, i, columns] + bias_of_positions[:, row]
     weights = scores.softmax(dim=-1)
     mixed = (weights @ v).transpose(1, 2).reshape(B, N, D)
     scale1 = block.gamma_1 if hasattr(block, "gamma_1") else getattr(block.ls1, "gamma", 1.0)
@@ -58,18 +63,19 @@ def block_with_prompts(block, x, prompts, e, rope, heads, bias_of_positions=None
     return sequence[:, : x.shape[1]], sequence[:, x.shape[1] : x.shape[1] + num], sequence[:, x.shape[1] + num :]
 
 
-def paper_tokens(vit, images, tokens, deep):
-    """Equations 4 to 7: deep replaces the prompts before each block, shallow keeps their outputs."""
+def paper_tokens(vit, images, tokens, kind):
+    """Equations 4 to 7: deep replaces the prompts before each block, shallow keeps their outputs; kv has none."""
     embedded, rope = embed(vit, images)
     prefix = vit.num_prefix_tokens
     x, e = embedded[:, :prefix], embedded[:, prefix:]
-    z = tokens[0].expand(len(images), -1, -1)
+    z = e[:, :0] if kind == "kv" else tokens[0].expand(len(images), -1, -1)
     for i, block in enumerate(vit.blocks):
-        prompts = tokens[i].expand(len(images), -1, -1) if deep else z
+        prompts = tokens[i].expand(len(images), -1, -1) if kind == "deep" else z
+        learned = tokens[i] if kind == "kv" else None
         bias = None
         if isinstance(vit, timm.models.Beit):
             bias = vit.rel_pos_bias() + block.attn._get_rel_pos_bias()[0]
-        x, z, e = block_with_prompts(block, x, prompts, e, rope, heads=2, bias_of_positions=bias)
+        x, z, e = block_with_prompts(block, x, prompts, e, rope, 2, bias, learned)
     return vit.norm(torch.cat([x, e], dim=1))
 
 
@@ -79,11 +85,11 @@ def test_without_a_prompt_the_result_equals_timm_bit_for_bit(tiny_vit, images):
     assert torch.equal(backbone.forward_features(images), tiny_vit.forward_features(images))
 
 
-@pytest.mark.parametrize("kind", ["shallow", "deep"])
+@pytest.mark.parametrize("kind", ["shallow", "deep", "kv"])
 def test_a_prompted_backbone_equals_the_equations_of_the_paper(tiny_vit, images, kind):
     vit, images = tiny_vit.double(), images.double()
     backbone = PromptedViT(vit, prompt=kind, num_tokens=5).double()
-    expected = paper_tokens(vit, images, backbone.prompt.tokens, deep=kind == "deep")
+    expected = paper_tokens(vit, images, backbone.prompt.tokens, kind)
     actual = backbone.forward_features(images)
     assert actual.shape == vit.forward_features(images).shape
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
@@ -91,14 +97,14 @@ def test_a_prompted_backbone_equals_the_equations_of_the_paper(tiny_vit, images,
     torch.testing.assert_close(backbone(images), vit.forward_head(expected, pre_logits=True), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["shallow", "deep"])
+@pytest.mark.parametrize("kind", ["shallow", "deep", "kv"])
 def test_gradients_of_prompt_tokens_equal_those_of_the_equations(tiny_vit, images, kind):
     vit, images = tiny_vit.double(), images.double()
     backbone = PromptedViT(vit, prompt=kind, num_tokens=3).double()
     tokens = backbone.prompt.tokens
     weights = torch.randn_like(vit(images))
     (expected,) = torch.autograd.grad(
-        (vit.forward_head(paper_tokens(vit, images, tokens, kind == "deep"), pre_logits=True) * weights).sum(), tokens
+        (vit.forward_head(paper_tokens(vit, images, tokens, kind), pre_logits=True) * weights).sum(), tokens
     )
     (backbone(images) * weights).sum().backward()
     torch.testing.assert_close(tokens.grad, expected, rtol=1e-9, atol=1e-11)

@@ -101,7 +101,7 @@ def test_the_prompt_of_a_program_is_a_constant(images):
     assert not torch.allclose(model(images), before)
 
 
-@pytest.mark.parametrize("prompt", ["deep", "shallow", None])
+@pytest.mark.parametrize("prompt", ["deep", "kv", "shallow", None])
 def test_a_detection_program_gives_all_boxes_and_scores(prompt):
     model = make_detector(prompt=prompt, channels=32).eval()
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))

@@ -20,6 +20,8 @@ from vpt.models.prompts import VisualPrompt
 LIVES = {
     "deep": {"prompt": "deep"},
     "shallow": {"prompt": "shallow"},
+    "kv": {"prompt": "kv"},
+    "kv bilinear": {"prompt": "kv", "form": Bilinear(2)},
     "shared": {"prompt": "deep", "form": Shared()},
     "bilinear": {"prompt": "deep", "form": Bilinear(2)},
     "bilinear shallow": {"prompt": "shallow", "form": Bilinear(2)},
@@ -31,6 +33,8 @@ LIVES = {
 LEARNED = {  # shapes of what is learned
     "deep": [(3, 4, 32)],
     "shallow": [(1, 4, 32)],
+    "kv": [(3, 4, 64)],
+    "kv bilinear": [(3, 4, 2), (3, 2, 64)],
     "shared": [(1, 4, 32)],
     "bilinear": [(3, 4, 2), (3, 2, 32)],
     "bilinear shallow": [(1, 4, 2), (1, 2, 32)],
@@ -78,7 +82,7 @@ def name(request):
 def test_gradients_reach_all_that_is_learned_and_nothing_else(name, images):
     model = make(name)
     prompt = model.backbone.prompt
-    assert prompt.tokens.shape == (len(prompt.blocks), 4, 32)
+    assert prompt.tokens.shape == (len(prompt.blocks), 4, prompt.width)
     assert [tuple(parameter.shape) for parameter in prompt.parameters()] == LEARNED[name]
     model(images).square().sum().backward()
     with_gradient = [key for key, parameter in model.named_parameters() if parameter.grad is not None]
@@ -98,6 +102,7 @@ def test_a_step_changes_the_tokens_of_every_block_and_the_logits(name, images):
     assert not torch.allclose(logits, logits_of(model, images))
 
 
+@pytest.mark.parametrize("name", [name for name in LIVES if "kv" not in name])
 def test_both_ways_of_computing_a_prompt_agree_also_in_gradients(name, images):
     vit, grads = make_tiny_vit().double(), []
     for impl in ("auto", "concat"):

@@ -82,7 +82,7 @@ def test_prototypes_are_the_centres_that_plain_k_means_finds(images):
 
 @pytest.mark.parametrize("start", ["patch", "prototype"])
 @pytest.mark.parametrize("form", [None, Shared(), Bilinear(4), Fourier(0.5)])
-@pytest.mark.parametrize("kind", ["deep", "shallow"])
+@pytest.mark.parametrize("kind", ["deep", "kv", "shallow"])
 def test_every_form_starts_from_patches_as_near_as_it_can(kind, form, start, images):
     plain, other = (vpt.PromptedViT(make_tiny_vit(), kind, num_tokens=4, form=way) for way in (None, form))
     for backbone in (plain, other):

@@ -75,7 +75,7 @@ def test_blocks_that_do_not_exist_are_refused(blocks):
     [
         ({"num_tokens": 0}, r"prompt\.num_tokens must be at least 1, got 0"),
         ({"dropout": 1.0}, r"prompt\.dropout must be in \[0, 1\), got 1\.0"),
-        ({"kind": "wide"}, "one of shallow, deep, got 'wide'"),
+        ({"kind": "wide"}, "one of shallow, deep, kv, got 'wide'"),
         ({"kind": "shallow", "blocks": (0, 1)}, "a shallow prompt enters block 0 only"),
         ({"blocks": (1, 0)}, "ascending"),
         ({"blocks": ()}, "at least one"),

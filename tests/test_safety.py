@@ -271,12 +271,15 @@ def test_metadata_of_a_million_keys_is_read_in_seconds(pets):
     assert time.perf_counter() - start < 20
 
 
+PROMPT = {"kind": "deep", "num_tokens": 10, "embed_dim": 192, "width": 192, "blocks": [0], "dropout": 0.0}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"num_classes": 10**9},
-        {"prompt": {"kind": "deep", "num_tokens": 10**12, "embed_dim": 192, "blocks": [0], "dropout": 0.0}},
-        {"prompt": {"kind": "deep", "num_tokens": 10_000, "embed_dim": 16_384, "blocks": [0, 1], "dropout": 0.0}},
+        {"prompt": {**PROMPT, "num_tokens": 10**12}},
+        {"prompt": {**PROMPT, "num_tokens": 10_000, "embed_dim": 16_384, "width": 16_384, "blocks": [0, 1]}},
         {"preprocessing": {"size": [float("nan"), 64]}},
         {"preprocessing": {"size": [10**30, 64]}},
         {"fingerprint": "${oc.env:HOME}"},

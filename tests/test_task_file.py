@@ -54,7 +54,7 @@ def make_model(prompt="deep", **options):
     return model
 
 
-@pytest.mark.parametrize("prompt", [None, "shallow", "deep"])
+@pytest.mark.parametrize("prompt", [None, "shallow", "deep", "kv"])
 def test_a_task_gives_the_same_logits_on_the_same_backbone(tmp_path, images, prompt):
     model = make_model(prompt).eval()
     path = vpt.save_task(
@@ -104,8 +104,8 @@ def test_a_task_file_holds_prompt_and_head_only_and_is_small(tmp_path):
     with safe_open(path, framework="pt") as file:
         assert set(file.keys()) == {"prompt.tokens", "head.weight", "head.bias"}
         metadata = json.loads(file.metadata()["vpt"])
-    assert metadata["format_version"] == 1
-    assert metadata["prompt"] == {"kind": "deep", "num_tokens": 4, "embed_dim": 32, "blocks": [0, 1, 2], "dropout": 0.0}
+    assert metadata["format_version"] == 2
+    assert metadata["prompt"] == PROMPT
     assert path.stat().st_size < 4 * (3 * 4 * 32 + 3 * 33) + 2000
 
 
@@ -133,15 +133,15 @@ def change_metadata(path, **changes):
 
 
 PREPROCESSING = preprocessing_of(make_tiny_vit())
-PROMPT = {"kind": "deep", "num_tokens": 4, "embed_dim": 32, "blocks": [0, 1, 2], "dropout": 0.0}
+PROMPT = {"kind": "deep", "num_tokens": 4, "embed_dim": 32, "width": 32, "blocks": [0, 1, 2], "dropout": 0.0}
 HEAD = {"head": "dense", "taps": [0, 1, 2], "channels": 16, "strides": [8, 16, 32], "num_convs": 1}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "task format 2; this version of vpt reads 1"),
-        ({"format_version": True}, "task format True; this version of vpt reads 1"),
+        ({"format_version": 3}, "task format 3; this version of vpt reads 2"),
+        ({"format_version": True}, "task format True; this version of vpt reads 2"),
         ({"_target_": "os.system"}, r"missing or unknown fields \(_target_\)"),
         ({"num_classes": 7, "classes": None}, r"not those that its metadata describes \(head\.bias\)"),
         ({"prompt": None}, r"not those that its metadata describes \(prompt\.tokens\)"),
@@ -183,8 +183,11 @@ def replaced(values, **changes):
         ({"category_ids": [1, 2, 3]}, "category_ids is .* in a task of kind classification"),
         ({"tuned_backbone": 1}, "tuned_backbone is 1; allowed: true or false"),
         ({"prompt": "deep"}, "prompt is 'deep'"),
-        ({"prompt": {"code": "deep"}}, "prompt is .*; its fields must be kind, num_tokens, embed_dim, blocks, dropout"),
-        ({"prompt": replaced(PROMPT, kind="odd")}, "prompt.kind is 'odd'; allowed: shallow or deep"),
+        (
+            {"prompt": {"code": "deep"}},
+            "prompt is .* fields must be kind, num_tokens, embed_dim, width, blocks, dropout",
+        ),
+        ({"prompt": replaced(PROMPT, kind="odd")}, "prompt.kind is 'odd'; allowed: shallow or deep or kv"),
         ({"prompt": replaced(PROMPT, num_tokens=-1)}, "prompt.num_tokens is -1"),
         ({"prompt": replaced(PROMPT, num_tokens=10**9)}, "prompt.num_tokens is 1000000000"),
         ({"prompt": replaced(PROMPT, embed_dim="32")}, "prompt.embed_dim is '32'"),

@@ -33,8 +33,12 @@ def task_files(draw):
     num_classes, width = draw(st.integers(1, 5)), draw(st.integers(1, 6))
     blocks = sorted(draw(st.sets(st.integers(0, 30), min_size=1, max_size=3)))
     num_tokens = draw(st.integers(1, 4))
-    kind = {"kind": draw(st.sampled_from(["deep", "shallow"])), "blocks": blocks, "dropout": draw(st.floats(0, 0.99))}
-    prompt = draw(st.none() | st.just({**kind, "num_tokens": num_tokens, "embed_dim": width}))
+    kind = {
+        "kind": draw(st.sampled_from(["deep", "shallow", "kv"])),
+        "blocks": blocks,
+        "dropout": draw(st.floats(0, 0.99)),
+    }
+    prompt = draw(st.none() | st.just({**kind, "num_tokens": num_tokens, "embed_dim": width, "width": width}))
     metadata = TaskMetadata(
         backbone=draw(st.from_regex(r"\A\w[\w.-]{0,30}\Z")),
         fingerprint=draw(st.from_regex(r"\A[0-9a-f]{64}\Z")),

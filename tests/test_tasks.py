@@ -397,7 +397,7 @@ def test_the_page_names_every_field_and_every_limit():
 
 def make_vit_b_task(num_tokens, kind, num_blocks):
     blocks = list(range(12 - num_blocks, 12)) if kind == "deep" else [0]
-    prompt = {"kind": kind, "num_tokens": num_tokens, "embed_dim": 768, "blocks": blocks, "dropout": 0.0}
+    prompt = {"kind": kind, "num_tokens": num_tokens, "embed_dim": 768, "width": 768, "blocks": blocks, "dropout": 0.0}
     metadata = TaskMetadata(
         backbone="vit_base_patch16_224.augreg_in21k",
         fingerprint="0" * 64,

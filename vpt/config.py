@@ -31,6 +31,7 @@ class PromptName(StrEnum):
     none = "none"
     shallow = "shallow"
     deep = "deep"
+    kv = "kv"
 
 
 class PromptImplName(StrEnum):

@@ -10,6 +10,8 @@ values need not be computed either: q . (W_k x) = (W_k^T q) . x, and a weighted 
 of x. The biases drop out of the softmax (keys) or join after it (values), since the weights of a query sum to one. So
 the queries look at the normed tokens themselves: "absorbed" below.
 
+Keys and values may also be learned themselves (prefix tuning); then there are no tokens that they are computed of.
+
 Queries are projected apart from keys and values: the joined keys and values are then the only copies that the backward
 pass keeps, and the fused projection's output is freed.
 
@@ -65,6 +67,25 @@ def prompt_keys_values(block: Any, tokens: Tensor, num_queries: int | None = Non
     return _maybe(block.attn, "k_norm", keys), values
 
 
+def split_keys_values(block: Any, learned: Tensor) -> KeysValues:
+    """Keys and values that are learned themselves, keys first: (B, P, 2 h d) -> two of (B, h, P, d)."""
+    attention = block.attn
+    heads = getattr(attention, "num_kv_heads", attention.num_heads)
+    keys, values = (torch.unflatten(half, -1, (heads, -1)).transpose(1, 2) for half in learned.chunk(2, dim=-1))
+    return keys, values
+
+
+def join_keys_values(keys: Tensor, values: Tensor) -> Tensor:
+    """The opposite of `split_keys_values`: two of (B, h, P, d) -> (B, P, 2 h d)."""
+    return torch.cat([part.transpose(1, 2).flatten(2) for part in (keys, values)], dim=-1)
+
+
+def keys_values_width(block: Any) -> int:
+    """Numbers of a key and its value in all heads, 2 h d."""
+    attention = block.attn
+    return int(2 * attention.k_proj.out_features if attention.qkv is None else 2 * attention.qkv.out_features // 3)
+
+
 def run_block(
     block: Any,
     tokens: Tensor,
@@ -80,7 +101,8 @@ def run_block(
     Args:
         block: A block for which `why_not_fast` has no objection.
         tokens: The sequence.
-        prompt: Keys and values that join those of the sequence, of `prompt_keys_values` with the same `num_queries`.
+        prompt: Keys and values that join those of the sequence, of `prompt_keys_values` with the same `num_queries`, or
+            of `split_keys_values`.
         rope: Rotary embedding of all tokens but the block's prefix tokens.
         bias: Relative position bias (1, h, N, N) of the sequence; that of the prompt is zero.
         mask: What each image may look at, (B, 1, 1, P + N), the prompt first: 0, or -inf for what is not there.
@@ -93,7 +115,7 @@ def run_block(
     normed = _enter(block, 1, tokens)
     asking = normed if num_queries is None else normed[:, :num_queries]
     bias = bias if bias is None or num_queries is None else bias[:, :, :num_queries]
-    if _absorbs(block, num_queries):
+    if _absorbs(block, num_queries) and (prompt is None or prompt[0].shape[1] == 1):
         mixed = _attend_absorbed(block.attn, asking, normed, prompt, bias, mask)
     else:
         mixed = _attend(block.attn, asking, normed, prompt, rope, bias, mask, rotates=num_queries is None)
@@ -114,10 +136,13 @@ def relative_bias(block: Any, shared: Tensor | None) -> Tensor | None:
 
 
 def _absorbs(block: Any, num_queries: int | None) -> bool:
-    """Whether a block answers its queries without keys and values: they are few, and nothing acts on single keys."""
+    """Whether a block answers its queries without keys and values: they are few, and nothing acts on single keys.
+
+    There must be several heads, so that the shape of a prompt says which of the two it is.
+    """
     attention = block.attn
     k_norm = getattr(attention, "k_norm", None)
-    knows_no_position = type(attention) in (Attention, beit.Attention)
+    knows_no_position = type(attention) in (Attention, beit.Attention) and attention.num_heads > 1
     return num_queries is not None and knows_no_position and isinstance(k_norm, nn.Identity | None)
 
 

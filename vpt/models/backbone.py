@@ -2,18 +2,26 @@
 
 The sequence in a prompted block is `[prefix tokens, prompt tokens, patch tokens]`. The prompt enters after the position
 embedding and has no position of its own: where a block rotates queries and keys (RoPE), prompt tokens are not rotated.
+Keys and values that are learned themselves (kind kv) enter attention only, and never the sequence.
 
 Legend: B batch, C channels, H, W pixels, M patch tokens, P prompt tokens, N prefix + patch tokens, D embed_dim.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from vpt.models.attention import KeysValues, prompt_keys_values, run_block, why_not_fast
+from vpt.models.attention import (
+    KeysValues,
+    join_keys_values,
+    keys_values_width,
+    prompt_keys_values,
+    run_block,
+    why_not_fast,
+)
 from vpt.models.constants import Constants
 from vpt.models.prompts import Blocks, PromptInit, PromptKind, VisualPrompt, format_blocks, resolve_blocks
 from vpt.models.vit import ViT, check_supported, embed, name_of, pools_prefix_only, rope_and_bias, run_timm_block
@@ -31,14 +39,16 @@ class PromptedViT(nn.Module):
     Args:
         vit: A plain timm ViT: anything that timm builds on `VisionTransformer`, `Eva` or `Beit`. A classifier in it is
             not used.
-        prompt: "deep", "shallow", None, or a ready `VisualPrompt`, which brings what the next five say.
+        prompt: "deep", "shallow", "kv", None, or a ready `VisualPrompt`, which brings what the next five say.
         num_tokens: P, prompt tokens in each prompted block.
-        blocks: Blocks that a deep prompt enters: "all", "first:k", "last:k" or a list of indices.
+        blocks: Blocks that a prompt enters: "all", "first:k", "last:k" or a list of indices; a shallow one enters 0.
         dropout: Dropout of prompt tokens, drawn for each sample.
-        init: How the tokens start, "uniform" or "normal", see `VisualPrompt`.
+        init: How the tokens start, "uniform" or "normal", see `VisualPrompt`; keys and values start as those of such
+            tokens.
         form: What is learned in the place of the tokens, such as `prompt_forms.Bilinear(rank=8)`.
         impl: "auto" computes a deep prompt as keys and values in every block that `attention.py` understands, with the
-            same result for less work; "concat" always inserts the tokens, the plain reading of the paper.
+            same result for less work; "concat" always inserts the tokens, the plain reading of the paper. A kv prompt
+            has none that could be inserted.
 
     Raises:
         TypeError: `vit` is not a model that can be prompted.
@@ -73,20 +83,28 @@ class PromptedViT(nn.Module):
             raise ValueError(f"prompt.impl must be one of {', '.join(get_args(PromptImpl))}, got {impl!r}")
         check_supported(vit)
         self.vit = vit.requires_grad_(False).eval()
+        self.impl: PromptImpl = impl
+        is_new = isinstance(prompt, str)
         if isinstance(prompt, str):
+            entered = (0,) if prompt == "shallow" and blocks == "all" else resolve_blocks(blocks, self.depth)
             prompt = VisualPrompt(
                 num_tokens,
                 self.embed_dim,
                 kind=prompt,
-                blocks=(0,) if prompt == "shallow" and blocks == "all" else resolve_blocks(blocks, self.depth),
+                blocks=entered,
                 dropout=dropout,
                 patch_size=vit.patch_embed.patch_size,
                 init=init,
                 form=form,
+                width=self._width(prompt, entered),
             )
         self.prompt = prompt
-        self.impl: PromptImpl = impl
         self._check_prompt()
+        if is_new and prompt is not None and prompt.kind == "kv":
+            like = VisualPrompt(
+                num_tokens, self.embed_dim, blocks=prompt.blocks, patch_size=vit.patch_embed.patch_size, init=init
+            )
+            self.start_prompt(like.tokens.detach())
         self._constants: Constants[KeysValues] = Constants()
 
     @property
@@ -195,6 +213,19 @@ class PromptedViT(nn.Module):
             tokens, first = self._run_blocks(tokens, position, None, first=first, last=block), block
             yield tokens[:, self.num_prefix_tokens :]
 
+    @torch.no_grad()
+    def start_prompt(self, tokens: Tensor) -> None:
+        """Begin with given tokens (L, P, D), or for a kv prompt with the keys and values that blocks make of them.
+
+        Raises:
+            ValueError: There is no prompt, or the tokens are of another shape or not finite.
+        """
+        if self.prompt is None:
+            raise ValueError("there is no prompt that could start; give the backbone one")
+        if self.prompt.kind == "kv":
+            tokens = self._keys_values_of(tokens)
+        self.prompt.start_from(tokens)
+
     def describe_paths(self) -> str:
         """The path of each prompted block, in a line."""
         by_path: dict[str, list[int]] = {}
@@ -215,6 +246,35 @@ class PromptedViT(nn.Module):
         prompt = self.prompt
         if prompt is not None and (prompt.embed_dim != self.embed_dim or prompt.blocks[-1] >= self.depth):
             raise ValueError(f"{prompt} does not fit a ViT of embed_dim {self.embed_dim} and {self.depth} blocks")
+        if prompt is not None and prompt.width != self._width(prompt.kind, prompt.blocks):
+            raise ValueError(f"{prompt}: its tokens, of width {prompt.width}, do not fit this ViT")
+
+    def _width(self, kind: PromptKind, blocks: Sequence[int]) -> int:
+        """Numbers of a prompt token: D, or of kind kv those of keys and values in these blocks.
+
+        Raises:
+            ValueError: The blocks cannot be given keys and values of one width.
+        """
+        if kind != "kv":
+            return self.embed_dim
+        if self.impl == "concat":
+            raise ValueError("prompt.impl=concat inserts tokens, and a kv prompt has none; use prompt.impl=auto")
+        for index in blocks:
+            reason = why_not_fast(self.vit.blocks[index])
+            if reason is not None:
+                raise ValueError(f"block {index} cannot be given keys and values: {reason}; use prompt=deep")
+        widths = {keys_values_width(self.vit.blocks[index]) for index in blocks}
+        if len(widths) > 1:
+            raise ValueError(f"keys of blocks {format_blocks(blocks)} differ in width; use prompt=deep")
+        return widths.pop()
+
+    def _keys_values_of(self, tokens: Tensor) -> Tensor:
+        """What the prompted blocks make of tokens (L, P, D): their keys and values, (L, P, 2 h d)."""
+        assert self.prompt is not None
+        blocks = [self.vit.blocks[index] for index in self.prompt.blocks]
+        like = next(self.vit.parameters())
+        pairs = [prompt_keys_values(block, row[None].to(like)) for block, row in zip(blocks, tokens, strict=True)]
+        return torch.cat([join_keys_values(*pair) for pair in pairs])
 
     def _path(self, index: int) -> str:
         """How a prompted block is computed. Asked anew each time: prompts are swapped, adapters come and go."""
@@ -281,7 +341,7 @@ class PromptedViT(nn.Module):
         batch_size, dtype = tokens.shape[0], tokens.dtype
 
         def compute() -> KeysValues:
-            return prompt_keys_values(block, prompt(index, batch_size).to(dtype), num_read)
+            return prompt.keys_values(block, index, batch_size, dtype, num_read)
 
         if torch.is_grad_enabled() or prompt.draws or torch.compiler.is_compiling():
             return compute()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vpt.models.attention import KeysValues, prompt_keys_values
+from vpt.models.attention import KeysValues
 from vpt.models.detection import DetectionModel, Sizes
 from vpt.models.task_file import Model, TaskMetadata
 from vpt.models.vit import pools_prefix_only
@@ -31,7 +31,7 @@ class HeldTask:
     Args:
         model: Prompt and head on the backbone, in eval mode.
         metadata: What the task file says of itself.
-        keys_values: Of a deep prompt, by block and by how many tokens are read of it (None is all of them).
+        keys_values: Of a deep or kv prompt, by block and by how many tokens are read of it (None is all of them).
         is_shared: Whether it may go through the backbone together with others.
     """
 
@@ -75,7 +75,7 @@ class HeldTask:
 
 
 def keys_values_of(model: Model) -> dict[tuple[int, int | None], KeysValues]:
-    """Keys and values of a deep prompt in each of its blocks, for all ways in which a block may be read."""
+    """Keys and values of a prompt in each of its blocks, for all ways in which a block may be read."""
     vit, prompt = model.backbone.vit, model.backbone.prompt
     if prompt is None or prompt.kind == "shallow":
         return {}
@@ -85,7 +85,7 @@ def keys_values_of(model: Model) -> dict[tuple[int, int | None], KeysValues]:
         readings[len(vit.blocks) - 1].append(vit.num_prefix_tokens)
     with torch.no_grad():
         return {
-            (index, num_read): prompt_keys_values(vit.blocks[index], prompt(index, 1).to(dtype), num_read)
+            (index, num_read): prompt.keys_values(vit.blocks[index], index, 1, dtype, num_read)
             for index, ways in readings.items()
             for num_read in ways
         }
@@ -135,6 +135,8 @@ class Mix:
             tokens: The sequence (B, N, D) that enters it.
         """
         parts = {task: task.keys_values.get((block, num_read)) for task in self.tasks}
+        if len({part[0].shape[1] for part in parts.values() if part is not None}) > 1:  # one has keys of its own
+            parts = {task: task.keys_values.get((block, None)) for task in self.tasks}
         lengths = {task: 0 if part is None else part[0].shape[2] for task, part in parts.items()}
         counts = tuple(lengths[task] for task in self.rows)
         if counts not in self._masks:

@@ -242,8 +242,8 @@ class ConstantPromptViT(PromptedViT):
         for index in [index for index, path in self.paths.items() if path == "kv"]:
             assert self.prompt is not None
             with torch.no_grad():
-                tokens = self.prompt.tokens[self.prompt.blocks.index(index)][None]
-                pair = prompt_keys_values(self.vit.blocks[index], tokens, num_read if index == self.depth - 1 else None)
+                last = num_read if index == self.depth - 1 else None
+                pair = self.prompt.keys_values(self.vit.blocks[index], index, 1, torch.float32, last)
             for name, tensor in zip(("keys", "values"), pair, strict=True):
                 self.register_buffer(f"{name}_{index}", tensor.clone(memory_format=torch.contiguous_format))
 
@@ -330,10 +330,13 @@ def check_shareable(path: Path, metadata: TaskMetadata, first: TaskMetadata) -> 
     """Refuse a task that cannot share the backbone with the first one.
 
     Raises:
-        ValueError: It is no classification, its backbone was tuned, or it was made for another backbone.
+        ValueError: It is no classification, its backbone was tuned, its prompt has no tokens, or it was made for
+            another backbone.
     """
     if metadata.kind != "classification":
         raise ValueError(f"{path}: a task of kind {metadata.kind} cannot share a backbone; export it alone")
+    if metadata.prompt is not None and metadata.prompt["kind"] == "kv":
+        raise ValueError(f"{path}: has keys and values, and a shared program takes prompt tokens; export it alone")
     if metadata.tuned_backbone:
         raise ValueError(f"{path}: parameters of the backbone were tuned, so it cannot be shared; export it alone")
     if metadata.fingerprint != first.fingerprint:

@@ -59,7 +59,7 @@ def start_from_patches(
     tokens = patches[:, : prompt.num_tokens]
     if start == "prototype":
         tokens = torch.stack([_centres(*block) for block in zip(patches, tokens, strict=True)])
-    prompt.start_from(tokens)
+    backbone.start_prompt(tokens)
 
 
 def start_from_task(backbone: PromptedViT, path: str | Path) -> None:

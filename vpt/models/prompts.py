@@ -1,9 +1,10 @@
 """VisualPrompt: the learned tokens, the blocks that they enter, their initialisation and their dropout.
 
 A *shallow* prompt enters once, before the first block, and its tokens travel through all blocks. A *deep* prompt has
-fresh tokens for each prompted block, and drops their outputs after that block (Jia et al., 2022, equations 4 to 7).
+fresh tokens for each prompted block, and drops their outputs after that block (Jia et al., 2022, equations 4 to 7). A
+*kv* prompt has, in the place of each token of a deep one, a key and a value (prefix tuning; Li & Liang, 2021).
 
-Legend: B batch, P prompt tokens, D embed_dim, L prompted blocks.
+Legend: B batch, P prompt tokens, D embed_dim, L prompted blocks, h heads of keys, d their width.
 """
 
 import copy
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-PromptKind = Literal["shallow", "deep"]
+from vpt.models.attention import KeysValues, prompt_keys_values, split_keys_values
+
+PromptKind = Literal["shallow", "deep", "kv"]
 PromptInit = Literal["uniform", "normal"]
 Blocks = str | Sequence[int]
 
 
 class VisualPrompt(nn.Module):
-    """Learned tokens and the blocks that they enter; one parameter, `tokens`, of shape (L, P, D).
+    """Learned tokens and the blocks that they enter; one parameter, `tokens`, (L, P, D), or (L, P, 2 h d) of kind kv.
 
     With a form something else is learned, `tokens` are computed of it in each reading, and
     `torch.nn.utils.parametrize.remove_parametrizations(prompt, "tokens")` makes them a parameter again. They carry no
@@ -31,19 +34,21 @@ class VisualPrompt(nn.Module):
     Args:
         num_tokens: P, prompt tokens in each prompted block.
         embed_dim: D, token width of the backbone.
-        kind: "shallow" or "deep".
-        blocks: Indices of the prompted blocks, ascending. A deep prompt needs them; a shallow one enters block 0 only.
+        kind: "shallow", "deep" or "kv".
+        blocks: Indices of the prompted blocks, ascending. All kinds need them but a shallow one, which enters block 0.
         dropout: Probability that an element of a prompt token is zeroed, drawn anew for each sample.
         patch_size: Height and width of a patch in pixels; used by the initialisation only.
         init: How tokens start. "uniform": in +-sqrt(6 / (3 * ph * pw + D)) for patches of ph x pw pixels, the bound of
             a patch embedding under Xavier's rule. "normal": with standard deviation 0.02. See also `start_from`.
         form: What is learned in their place, such as `prompt_forms.Bilinear(rank=8)`; None: the tokens themselves.
+        width: Numbers of a token. None: D, or for kind kv 2 D; 2 h d where the heads of a ViT have another width.
 
     Raises:
         ValueError: A number is out of range, or a shallow prompt is given other blocks than (0,).
 
     References:
-        Visual Prompt Tuning (Jia et al., 2022), https://arxiv.org/abs/2203.12119, section 3.2.
+        Visual Prompt Tuning (Jia et al., 2022), https://arxiv.org/abs/2203.12119, section 3.2. Prefix-Tuning (Li and
+        Liang, 2021), https://arxiv.org/abs/2101.00190, section 4, for kind kv; without its reparametrisation.
 
     Example:
         >>> VisualPrompt(num_tokens=10, embed_dim=192, kind="deep", blocks=range(12))
@@ -61,6 +66,7 @@ class VisualPrompt(nn.Module):
         patch_size: tuple[int, int] = (16, 16),
         init: PromptInit = "uniform",
         form: nn.Module | None = None,
+        width: int | None = None,
     ) -> None:
         super().__init__()
         if kind not in get_args(PromptKind):
@@ -70,8 +76,8 @@ class VisualPrompt(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"prompt.dropout must be in [0, 1), got {dropout}")
         if blocks is None:
-            if kind == "deep":
-                raise ValueError("a deep prompt needs its blocks, such as blocks=range(12)")
+            if kind != "shallow":
+                raise ValueError(f"a {kind} prompt needs its blocks, such as blocks=range(12)")
             blocks = (0,)
         if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0:
             raise ValueError(f"prompt.blocks must be ascending block indices, at least one, got {list(blocks)}")
@@ -81,7 +87,8 @@ class VisualPrompt(nn.Module):
         self.blocks = tuple(blocks)
         self.dropout = nn.Dropout(dropout)
         self.num_tokens, self.embed_dim = num_tokens, embed_dim
-        self.tokens = nn.Parameter(torch.empty(len(self.blocks), num_tokens, embed_dim))
+        self.width = width or (2 if kind == "kv" else 1) * embed_dim
+        self.tokens = nn.Parameter(torch.empty(len(self.blocks), num_tokens, self.width))
         _initialise(self.tokens, init, patch_size)
         if form is not None:
             parametrize.register_parametrization(self, "tokens", copy.deepcopy(form))
@@ -105,12 +112,12 @@ class VisualPrompt(nn.Module):
 
     @torch.no_grad()
     def start_from(self, tokens: Tensor) -> None:
-        """Begin with given tokens (L, P, D), or with a form as near to them as it can.
+        """Begin with given tokens, of the shape of `tokens`, or with a form as near to them as it can.
 
         Raises:
             ValueError: They are of another shape, or not finite.
         """
-        shape = (len(self.blocks), self.num_tokens, self.embed_dim)
+        shape = (len(self.blocks), self.num_tokens, self.width)
         if tuple(tokens.shape) != shape or not tokens.isfinite().all():
             raise ValueError(f"tokens of shape {tuple(tokens.shape)} cannot start {self}; finite ones of {shape} can")
         tokens = tokens.to(next(self.parameters()))
@@ -128,16 +135,25 @@ class VisualPrompt(nn.Module):
             return self
         prompt = VisualPrompt.__new__(VisualPrompt)
         nn.Module.__init__(prompt)
-        for name in ("kind", "blocks", "num_tokens", "embed_dim", "dropout", "tokens", "training"):
+        for name in ("kind", "blocks", "num_tokens", "embed_dim", "width", "dropout", "tokens", "training"):
             setattr(prompt, name, getattr(self, name))
         return prompt
 
     def forward(self, block: int, batch_size: int) -> Tensor:
-        """Tokens that enter `block`: (1, P, D) for all samples, or (B, P, D) where dropout draws a mask for each."""
+        """Tokens of `block`: (1, P, D) for all samples, or (B, P, D) where dropout draws a mask for each."""
         tokens = self.tokens[self.blocks.index(block)][None]
         if not self.draws:
             return tokens
         return self.dropout(tokens.expand(batch_size, -1, -1))  # type: ignore[no-any-return]
+
+    def keys_values(
+        self, block: nn.Module, index: int, batch_size: int, dtype: torch.dtype, num_queries: int | None = None
+    ) -> KeysValues:
+        """Keys and values in the block of this index, as `attention.run_block` takes them with these `num_queries`."""
+        learned = self(index, batch_size).to(dtype)
+        if self.kind == "kv":
+            return split_keys_values(block, learned)
+        return prompt_keys_values(block, learned, num_queries)
 
     def extra_repr(self) -> str:
         """Kind, sizes and blocks, on one line."""

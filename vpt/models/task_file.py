@@ -1,9 +1,9 @@
 """The task file: a prompt and a head in one small safetensors file, with what is needed to use or refuse it.
 
-Tensors: `prompt.tokens` (L, P, D) when there is a prompt; `head.*`, which are `head.weight` (K, D) and `head.bias` (K,)
-for classification; `neck.*` for detection; and `backbone.*`, by timm's names, for the backbone's parameters that were
-tuned. The metadata, JSON under the key "vpt", has the fields of `TaskMetadata`. docs/task_format.md says all that
-another program needs.
+Tensors: `prompt.tokens` (L, P, D) when there is a prompt, (L, P, 2 h d) of kind kv; `head.*`, which are `head.weight`
+(K, D) and `head.bias` (K,) for classification; `neck.*` for detection; and `backbone.*`, by timm's names, for the
+backbone's parameters that were tuned. The metadata, JSON under the key "vpt", has the fields of `TaskMetadata`.
+docs/task_format.md says all that another program needs.
 
 A file may come from a stranger: every field is checked before it is used, and tensors are compared by name and shape
 with a model that takes no memory, before one that does is made.
@@ -31,7 +31,7 @@ from vpt.models.prompts import PromptKind, VisualPrompt
 from vpt.models.tuning import Origin, origin_of, set_origin
 from vpt.models.vit import ViT, fingerprint, load_vit, name_of, preprocessing_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_CLASSES = 100_000
 MAX_TOKENS = 10_000
 MAX_WIDTH = 16_384  # of a token
@@ -57,7 +57,7 @@ class TaskMetadata:
     Args:
         backbone: timm name of the backbone, with its pretrained tag.
         fingerprint: Digest of the backbone's pretrained weights.
-        prompt: Kind, num_tokens, embed_dim, blocks and dropout of the prompt; None without one.
+        prompt: Kind, num_tokens, embed_dim, width, blocks and dropout of the prompt; None without one.
         num_classes: K.
         classes: Names of the classes, in the order of the logits; None when nobody named them.
         preprocessing: Size, mean, std, interpolation, crop_pct and crop_mode of the input pictures.
@@ -339,7 +339,7 @@ def _check_described(path: Path, metadata: TaskMetadata, tensors: Mapping[str, T
     wanted: dict[str, tuple[int, ...]] = {}
     if metadata.prompt is not None:
         prompt = metadata.prompt
-        wanted["prompt.tokens"] = (len(prompt["blocks"]), prompt["num_tokens"], prompt["embed_dim"])
+        wanted["prompt.tokens"] = (len(prompt["blocks"]), prompt["num_tokens"], prompt["width"])
     parts = ("head.", "neck.", "backbone.") if metadata.kind == "detection" else ("backbone.",)
     if metadata.kind == "classification":
         width = shapes.get("head.weight", (0, 0))[-1]
@@ -401,6 +401,7 @@ def _describe_prompt(prompt: VisualPrompt) -> dict[str, Any]:
         "kind": prompt.kind,
         "num_tokens": prompt.num_tokens,
         "embed_dim": prompt.embed_dim,
+        "width": prompt.width,
         "blocks": list(prompt.blocks),
         "dropout": prompt.dropout.p,
     }
@@ -511,6 +512,7 @@ PROMPT_RULES: dict[str, Rule] = {
     "kind": _one_of(get_args(PromptKind)),
     "num_tokens": _integer(1, MAX_TOKENS),
     "embed_dim": _integer(1, MAX_WIDTH),
+    "width": _integer(1, 2 * MAX_WIDTH),
     "blocks": BLOCKS,
     "dropout": (lambda value: type(value) in (int, float) and 0 <= value < 1, "a number in [0, 1)"),
 }
