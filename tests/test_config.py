@@ -41,7 +41,10 @@ def test_an_experiment_is_an_overlay_that_the_command_line_wins_over():
         (["prompt.num_tokns=3"], r"unknown key prompt\.num_tokns; did you mean prompt\.num_tokens\?"),
         (["prompt.lenght=3"], r"unknown key prompt\.lenght; "),
         (["bacbone=vit_tiny"], r"unknown key bacbone; did you mean backbone\?"),
-        (["prompt=deeep"], r"prompt=deeep: no such choice; did you mean deep\? Choices: bilinear, deep, fourier, none"),
+        (
+            ["prompt=deeep"],
+            r"prompt=deeep: no such choice; did you mean deep\? Choices: bilinear, deep, f",
+        ),
         (["+experiment=quickstrat"], r"experiment=quickstrat: no such choice; did you mean quickstart\?"),
         (["experiment=quickstart"], r"type \+experiment=quickstart"),
         (["train.epochs=three"], r"train\.epochs: Value 'three' of type 'str' could not be converted to Integer"),

@@ -185,7 +185,7 @@ def replaced(values, **changes):
         ({"prompt": "deep"}, "prompt is 'deep'"),
         (
             {"prompt": {"code": "deep"}},
-            "prompt is .* fields must be kind, num_tokens, embed_dim, width, blocks, dropout",
+            "prompt is .* must be kind, num_tokens, embed_dim, width, blocks, dropout",
         ),
         ({"prompt": replaced(PROMPT, kind="odd")}, "prompt.kind is 'odd'; allowed: shallow or deep or kv"),
         ({"prompt": replaced(PROMPT, num_tokens=-1)}, "prompt.num_tokens is -1"),

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 import vpt
 from tests.conftest import make_tiny_vit
 from vpt import files, tasks
-from vpt.models import conversion, task_file
+from vpt.models import adapters, conversion, task_file
 from vpt.models.task_file import TaskMetadata, open_task, read_task, write_task
 from vpt.models.vit import fingerprint, load_vit
 
@@ -378,6 +378,7 @@ def test_the_page_names_every_field_and_every_limit():
     described = {name: allowed for names, allowed in rows for name in re.findall(r"`([\w.]+)`", names)}
     assert {entry.name for entry in fields(TaskMetadata)} <= described.keys()
     assert {f"prompt.{name}" for name in task_file.PROMPT_RULES} <= described.keys()
+    assert {f"adapters.{name}" for name in task_file.ADAPTERS_RULES} <= described.keys()
     assert task_file.PREPROCESSING_RULES.keys() | task_file.HEAD_RULES.keys() <= described.keys()
     for name, limit in {
         "num_classes": task_file.MAX_CLASSES,
@@ -387,6 +388,7 @@ def test_the_page_names_every_field_and_every_limit():
         "channels": task_file.MAX_CHANNELS,
         "size": task_file.MAX_SIDE,
         "note": task_file.MAX_NOTE,
+        "adapters.options": adapters.MAX_NUMBER,
     }.items():
         assert f"{limit:,}" in described[name], name
     assert f'"Text" is at most {task_file.MAX_TEXT:,} characters' in PAGE

@@ -13,7 +13,7 @@ from vpt.models.backbone import PromptedViT
 from vpt.models.detection import DetectionModel
 from vpt.models.tuning import tuned_parts
 
-WAYS = ["bias", "partial", "full"]
+WAYS = ["bias", "proj_bias", "norm", "partial", "full"]
 TARGETS = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0], [10.0, 20.0, 30.0, 60.0]]), "labels": torch.tensor([0, 2])}]
 
 
@@ -129,6 +129,38 @@ def test_a_key_bias_that_stands_apart_is_left_out_where_the_softmax_takes_it_awa
     assert torch.allclose(model(images), before, rtol=1e-10, atol=1e-10) is not rotates
 
 
+@pytest.mark.parametrize("kind", TINY_VITS)
+def test_norm_trains_every_norm_and_proj_bias_the_bias_behind_attention(kind, images):
+    model = make_classifier(make_tiny_vit(kind, num_classes=7), "deep")
+    vit = model.backbone.vit
+    vpt.tune(model, "norm")
+    assert tuned_of_vit(model) == {name for name, _ in vit.named_parameters() if "norm" in name}
+    model(images).square().sum().backward()
+    assert with_gradient(model) == set(vpt.tuned_parameters(model))
+    vpt.tune(model, "proj_bias")
+    assert tuned_of_vit(model) == {f"blocks.{index}.attn.proj.bias" for index in range(3)}
+
+
+def test_a_bias_of_values_is_one_behind_the_projection(tiny_vit, images):
+    """What a prompted block makes of a bias on all values, prompt tokens among them: the weights sum to one."""
+    backbone, changed = (PromptedViT(copy.deepcopy(tiny_vit).double(), "deep", num_tokens=3).double() for _ in range(2))
+    changed.prompt.load_state_dict(backbone.prompt.state_dict())
+    torch.manual_seed(3)
+    change = torch.randn(32, dtype=torch.float64)
+    attention, other = backbone.vit.blocks[1].attn, changed.vit.blocks[1].attn
+    if hasattr(attention, "q_bias"):  # of EVA and BEiT, apart
+        zeros = torch.zeros(32, dtype=torch.float64)
+        if attention.q_bias is None:
+            attention.q_bias, attention.k_bias = nn.Parameter(zeros), zeros
+        attention.v_bias = nn.Parameter(change if attention.v_bias is None else attention.v_bias + change)
+    else:
+        attention.qkv.bias.data[64:] += change
+    other.proj.bias.data += other.proj.weight @ change
+    torch.testing.assert_close(backbone(images.double()), changed(images.double()), rtol=1e-10, atol=1e-10)
+    unchanged = PromptedViT(tiny_vit.double(), backbone.prompt)(images.double())
+    assert not torch.allclose(backbone(images.double()), unchanged)
+
+
 @pytest.mark.parametrize("num_blocks", [1, 3])
 def test_partial_trains_the_last_blocks_and_the_final_norm(num_blocks, images):
     for kind, norm in (("cls", "norm."), ("no_prefix", "fc_norm.")):
@@ -154,7 +186,7 @@ def test_refusals_leave_what_trains_as_it_was():
     before = list(vpt.tuned_parameters(model))
     with pytest.raises(ValueError, match="use prompt=none or tuning=prompt"):
         vpt.tune(model, "linear")
-    with pytest.raises(ValueError, match="tuning must be one of prompt, linear, bias, partial, full, got 'lora'"):
+    with pytest.raises(ValueError, match=r"tuning must be one of prompt, linear, bias, .*, adapters, got 'lora'"):
         vpt.tune(model, "lora")
     model.backbone.vit.bfloat16()
     with pytest.raises(ValueError, match=r"tuning=full trains .* held in torch\.bfloat16; use backbone\.dtype=fp32"):

@@ -25,6 +25,7 @@ from vpt.config import (
     PromptInitName,
     PromptName,
     TaskName,
+    TuningConfig,
     TuningName,
     first_line,
     load_config,
@@ -35,6 +36,7 @@ from vpt.engine.optim import MovingAverage, make_optimizer, warmup_cosine
 from vpt.engine.state import RunState
 from vpt.engine.steps import FitSettings, Loader, NamesOf
 from vpt.engine.watch import RowWatch
+from vpt.models.adapters import Adapters
 from vpt.models.bank import TaskBank
 from vpt.models.classification import ClassificationModel
 from vpt.models.create import create_model
@@ -129,7 +131,8 @@ def build_loaders(
 def build_model(config: Config, classes: tuple[str, ...], category_ids: tuple[int, ...] | None = None) -> Model:
     """The backbone with its prompt, and a head for these classes, which the source of boxes calls `category_ids`."""
     backbone, prompt, head = config.backbone, config.prompt, config.head
-    is_prompted = config.tuning.kind is TuningName.prompt and prompt.kind is not PromptName.none
+    tuning = config.tuning
+    is_prompted = prompt.kind is not PromptName.none and (tuning.kind is TuningName.prompt or tuning.with_prompt)
     options: dict[str, Any]
     if config.task is TaskName.detection:
         options = {
@@ -148,7 +151,8 @@ def build_model(config: Config, classes: tuple[str, ...], category_ids: tuple[in
         "impl": prompt.impl.value,
         "form": build_form(prompt),
         "init": "normal" if prompt.init is PromptInitName.normal else "uniform",
-        "tuning": config.tuning.kind.value,
+        "tuning": tuning.kind.value,
+        "adapters": build_adapters(tuning),
     }
     model: Model = create_model(
         backbone.name,
@@ -156,7 +160,7 @@ def build_model(config: Config, classes: tuple[str, ...], category_ids: tuple[in
         num_tokens=prompt.num_tokens,
         blocks=prompt.blocks,
         dropout=prompt.dropout,
-        num_blocks=config.tuning.num_blocks,
+        num_blocks=tuning.num_blocks,
         pretrained=backbone.pretrained,
         checkpoint=backbone.checkpoint,
         img_size=backbone.img_size,
@@ -166,6 +170,20 @@ def build_model(config: Config, classes: tuple[str, ...], category_ids: tuple[in
     )
     model.backbone.vit.set_grad_checkpointing(config.grad_checkpointing)
     return model
+
+
+def build_adapters(tuning: TuningConfig) -> Adapters | None:
+    """What is put into the backbone; None where nothing is.
+
+    Raises:
+        ConfigError: The method or an option is none.
+    """
+    if tuning.kind is not TuningName.adapters:
+        return None
+    try:
+        return Adapters(tuning.adapters, tuning.options or {})
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"tuning.adapters={tuning.adapters}, tuning.options={tuning.options}: {error}") from error
 
 
 def build_form(prompt: PromptConfig) -> nn.Module | None:

@@ -65,8 +65,11 @@ class TuningName(StrEnum):
     prompt = "prompt"
     linear = "linear"
     bias = "bias"
+    proj_bias = "proj_bias"
+    norm = "norm"
     partial = "partial"
     full = "full"
+    adapters = "adapters"
 
 
 class TaskName(StrEnum):
@@ -211,10 +214,11 @@ class BackboneConfig:
 class PromptConfig:
     """The prompt tokens and the blocks that they enter; `rank` is of form bilinear, `fraction` of form fourier.
 
-    Tokens start as `init` says, or as those of the task file `init_from`.
+    `title` is its name in that of a run. Tokens start as `init` says, or as those of the task file `init_from`.
     """
 
     kind: PromptName = PromptName.deep
+    title: str = "deep"
     num_tokens: int = number(10, low=1, high=10_000)
     blocks: Any = "all"
     dropout: float = number(0.0, low=0, high=0.99)
@@ -244,10 +248,16 @@ class HeadConfig:
 
 @dataclass
 class TuningConfig:
-    """What trains, beside the head; `title` is its name in that of a run."""
+    """What trains, beside the head and, where `with_prompt` says so, the prompt; `title` is its name in that of a run.
+
+    `adapters` is the method of adapters, and `options` are what the method takes.
+    """
 
     kind: TuningName = TuningName.prompt
+    with_prompt: bool = False
     num_blocks: int = number(1, low=1)
+    adapters: str = "sequential"
+    options: Any = None
     lr: float = number(1e-4, above=0)
     title: str = MISSING
 

@@ -31,9 +31,11 @@ def summarise(model: Model, data: Data, config: Config, described: Sequence[str]
     held = "" if config.backbone.dtype is Dtype.fp32 else f" in {config.backbone.dtype.value}"
     options = {"grad_checkpointing": config.grad_checkpointing, "compile": config.compile}
     ways = [choose_precision(config, device), *(name for name, is_on in options.items() if is_on)]
-    parts = {"prompt": count.prompt, "neck": count.neck, "head": count.head, "backbone": count.backbone_tuned}
+    parts = {"prompt": count.prompt, "neck": count.neck, "head": count.head}
+    parts["adapters" if count.adapters else "backbone"] = count.backbone_tuned
     tuned = " + ".join(f"{name} {num:,}" for name, num in parts.items() if num)
     frozen = "frozen" if not count.backbone_tuned else f"{config.tuning.kind.value} tuned"
+    frozen = f"frozen, with {config.tuning.adapters} adapters" if count.adapters else frozen
     no_prompt = "none" if count.backbone_tuned else "none (linear probe)" if not count.neck else "none (head only)"
     rows = [
         ["backbone", f"{model.backbone.name}, {count.backbone:,} parameters, {frozen}{held}, {height} x {width} px"],

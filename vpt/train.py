@@ -147,10 +147,10 @@ class _Training:
 
     def _checkpoints(self) -> "Checkpoints":
         from vpt.engine.checkpoint import Checkpoints
-        from vpt.models.vit import fingerprint
+        from vpt.models.tuning import pretrained_fingerprint
         from vpt.run_folder import digest_of
 
-        weights = fingerprint(self.model.backbone.vit)  # before a checkpoint of tuning=full changes them
+        weights = pretrained_fingerprint(self.model.backbone.vit)
         return Checkpoints(self.folder.path, {"pictures or labels": digest_of(self.samples), "backbone": weights})
 
     def _fit(self, state: "RunState", checkpoints: "Checkpoints", monitor: "Monitor") -> "FitResult":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
+from vpt.models.adapters import peft_layers
 from vpt.models.attention import (
     KeysValues,
     join_keys_values,
@@ -148,6 +149,8 @@ class PromptedViT(nn.Module):
         """Set the mode of the prompt; the frozen ViT stays in eval mode."""
         super().train(mode)
         self.vit.eval()
+        for layer in peft_layers(self.vit):
+            layer.train(mode)
         self._constants.clear()  # an edit through `.data` or NumPy leaves no other trace
         return self
 

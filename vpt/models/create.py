@@ -7,6 +7,7 @@ from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 import torch
 from torch import nn
 
+from vpt.models.adapters import Adapters
 from vpt.models.backbone import PromptedViT, PromptImpl
 from vpt.models.classification import ClassificationModel
 from vpt.models.detection import DetectionModel
@@ -31,6 +32,7 @@ class Options(TypedDict, total=False):
     impl: PromptImpl
     tuning: Tuning
     num_blocks: int
+    adapters: Adapters | None
     pretrained: bool
     checkpoint: str | Path | None
     img_size: int | tuple[int, int] | None
@@ -80,6 +82,7 @@ def create_model(
     impl: PromptImpl = "auto",
     tuning: Tuning = "prompt",
     num_blocks: int = 1,
+    adapters: Adapters | None = None,
     pretrained: bool = True,
     checkpoint: str | Path | None = None,
     img_size: int | tuple[int, int] | None = None,
@@ -99,17 +102,18 @@ def create_model(
         backbone: A timm name, or a timm ViT that is in memory already; it is held and not copied.
         num_classes: K.
         task: "classification" or "detection".
-        prompt: "deep", "shallow", None, or a ready `VisualPrompt`. "auto" is "deep" with tuning="prompt", and no prompt
-            with the other ways of tuning, which may also be given one; "linear" may not.
+        prompt: "deep", "shallow", "kv", None, or a ready `VisualPrompt`. "auto" is "deep" with tuning="prompt", and no
+            prompt with the other ways of tuning, which may also be given one; "linear" may not.
         num_tokens: P, prompt tokens in each prompted block.
         blocks: Blocks that a deep prompt enters: "all", "first:k", "last:k" or a list of indices.
         dropout: Dropout of prompt tokens, drawn for each sample.
         init: How prompt tokens start, "uniform" or "normal", see `VisualPrompt`.
         form: What is learned in the place of the tokens, such as `prompt_forms.Bilinear(rank=8)`.
         impl: How prompts are computed, "auto" or "concat", see `PromptedViT`.
-        tuning: What trains: "prompt", "linear", "bias", "partial" or "full", see `tune`. The last three change the
-            backbone itself.
+        tuning: What trains: "prompt", "linear", "bias", "proj_bias", "norm", "partial", "full" or "adapters", see
+            `tune`. All but the first two change the backbone itself.
         num_blocks: Blocks that tuning="partial" trains.
+        adapters: What tuning="adapters" puts into the backbone, such as `Adapters("lora", {"r": 8})`.
         pretrained: Load the weights that timm knows under the name.
         checkpoint: Load the backbone's weights from this file instead.
         img_size: Input size in pixels, one side or (height, width); None keeps the model's own.
@@ -160,7 +164,7 @@ def create_model(
     )
     kind = ClassificationModel if task == "classification" else DetectionModel
     model = kind(prompted, num_classes, classes=classes, **_given(own))
-    tune(model, tuning, num_blocks=num_blocks)
+    tune(model, tuning, num_blocks=num_blocks, adapters=adapters)
     return model
 
 

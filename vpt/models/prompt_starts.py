@@ -17,8 +17,7 @@ from torch import Tensor
 from vpt.models.backbone import PromptedViT
 from vpt.models.prompts import VisualPrompt, format_blocks
 from vpt.models.task_file import open_task
-from vpt.models.tuning import origin_of
-from vpt.models.vit import fingerprint
+from vpt.models.tuning import pretrained_fingerprint
 
 PatchStart = Literal["patch", "prototype"]
 
@@ -75,8 +74,8 @@ def start_from_task(backbone: PromptedViT, path: str | Path) -> None:
             damaged, or of another backbone.
     """
     metadata, tensors = open_task(Path(path))
-    origin, prompt = origin_of(backbone.vit), backbone.prompt
-    if (fingerprint(backbone.vit) if origin is None else origin.fingerprint) != metadata.fingerprint:
+    prompt = backbone.prompt
+    if pretrained_fingerprint(backbone.vit) != metadata.fingerprint:
         raise ValueError(f"{path}: made for the backbone {metadata.backbone}, its prompt cannot start another one's")
     if prompt is None or metadata.prompt is None:
         raise ValueError(f"{path}: {'there is no prompt to start' if prompt is None else 'has no prompt'}")

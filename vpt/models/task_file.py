@@ -24,12 +24,13 @@ from torch import Tensor
 
 from vpt import __version__
 from vpt.files import read_tensors, write_tensors
+from vpt.models.adapters import METHODS, Adapters, add_adapters
 from vpt.models.backbone import PromptedViT
 from vpt.models.classification import ClassificationModel
 from vpt.models.detection import DetectionModel
 from vpt.models.prompts import PromptKind, VisualPrompt
-from vpt.models.tuning import Origin, origin_of, set_origin
-from vpt.models.vit import ViT, fingerprint, load_vit, name_of, preprocessing_of
+from vpt.models.tuning import Origin, origin_of, pretrained_fingerprint, set_origin
+from vpt.models.vit import ViT, load_vit, name_of, preprocessing_of
 
 FORMAT_VERSION = 2
 MAX_CLASSES = 100_000
@@ -67,6 +68,7 @@ class TaskMetadata:
         head: `DetectionModel.layout`; None for classification.
         category_ids: Detection: the data's own number of each class; None when they are not known.
         tuned_backbone: Whether parameters of the backbone were tuned, so that the file holds them.
+        adapters: Method and options of the adapters in the backbone, whose tensors are among those; None without any.
         config: The config that it was trained with; None when it was trained otherwise.
         versions: Of vpt, torch and timm when the file was written.
         licence: Under which terms the file may be used, such as "CC-BY-4.0"; empty when nobody said.
@@ -88,6 +90,7 @@ class TaskMetadata:
     head: dict[str, Any] | None = None
     category_ids: list[int] | None = None
     tuned_backbone: bool = False
+    adapters: dict[str, Any] | None = None
     config: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     licence: str = ""
@@ -102,6 +105,9 @@ class TaskMetadata:
         _check_values("versions", self.versions, TEXT)
         if self.prompt is not None:
             _check_fields("prompt", self.prompt, PROMPT_RULES)
+        if self.adapters is not None:
+            _check_fields("adapters", self.adapters, ADAPTERS_RULES)
+            Adapters(**self.adapters)
         if self.head is not None:
             _check_fields("head", self.head, HEAD_RULES)
         if (self.head is not None) != (self.kind == "detection"):
@@ -153,7 +159,7 @@ def save_task(
     given = metrics or {}
     metadata = TaskMetadata(
         backbone=model.backbone.name,
-        fingerprint=_pretrained_fingerprint(vit),
+        fingerprint=_known_fingerprint(vit),
         prompt=None if prompt is None else _describe_prompt(prompt),
         num_classes=model.num_classes,
         classes=None if classes is None else list(classes),
@@ -163,6 +169,7 @@ def save_task(
         head=_plain(model.layout) if isinstance(model, DetectionModel) else None,
         category_ids=None if category_ids is None else list(category_ids),
         tuned_backbone=bool(_backbone_tensors(vit)),
+        adapters=_describe_adapters(vit),
         config=None if config is None else dict(config),
         versions={"vpt": __version__, **{name: version(name) for name in ("torch", "timm")}},
         licence=licence,
@@ -205,16 +212,21 @@ def put_task(path: str | Path, vit: ViT, *, shares: bool = False) -> tuple[Model
     metadata, tensors = open_task(path)
     _check_backbone(path, metadata, tensors, vit)
     tuned = _backbone_names(tensors)
+    added: frozenset[str] = frozenset()
     if tuned:
         named = (*vit.named_parameters(), *vit.named_buffers())
         vit = copy.deepcopy(vit, {id(part): part for name, part in named if shares and name not in tuned})
+        added = _add_adapters(path, metadata, vit)
     with torch.device("meta"):
         expected = _own_tensors(_make_model(path, metadata, vit))
-    expected |= {f"backbone.{name}": value for name, value in vit.named_parameters() if name in tuned}
+    state = vit.state_dict(keep_vars=True)
+    expected |= {f"backbone.{name}": state[name] for name in (tuned & state.keys()) | added}
     _check_tensors(path, tensors, expected)
+    _make_real(vit, {name: tensors[f"backbone.{name}"] for name in added})
     model = _make_model(path, metadata, vit)
     if tuned:
-        set_origin(vit, Origin(metadata.fingerprint, tuned))
+        adapters = None if metadata.adapters is None else Adapters(**metadata.adapters)
+        set_origin(vit, Origin(metadata.fingerprint, tuned, adapters))
     held = task_tensors(model)
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -310,7 +322,7 @@ def _backbone_tensors(vit: ViT) -> dict[str, Tensor]:
     """Parameters of the backbone that train, or did and may no longer be as pretrained."""
     origin = origin_of(vit)
     tuned = frozenset() if origin is None else origin.tuned
-    named = vit.named_parameters()
+    named = vit.state_dict(keep_vars=True).items()
     return {f"backbone.{name}": value for name, value in named if value.requires_grad or name in tuned}
 
 
@@ -318,8 +330,8 @@ def _backbone_names(tensors: Mapping[str, Tensor]) -> frozenset[str]:
     return frozenset(name.removeprefix("backbone.") for name in tensors if name.startswith("backbone."))
 
 
-def _pretrained_fingerprint(vit: ViT) -> str:
-    """The digest of the weights before any of them were tuned."""
+def _known_fingerprint(vit: ViT) -> str:
+    """The digest of the weights before any of them were tuned; refuse a ViT of which that is not known."""
     origin = origin_of(vit)
     known = frozenset() if origin is None else origin.tuned
     odd = _backbone_names(_backbone_tensors(vit)) - known
@@ -328,7 +340,31 @@ def _pretrained_fingerprint(vit: ViT) -> str:
             f"parameters of the backbone train that vpt.tune has not chosen ({min(odd)}), and what they were before "
             "is not known; call vpt.tune before training, on loaded weights"
         )
-    return fingerprint(vit) if origin is None else origin.fingerprint
+    return pretrained_fingerprint(vit)
+
+
+def _add_adapters(path: Path, metadata: TaskMetadata, vit: ViT) -> frozenset[str]:
+    """Put a file's adapters into a ViT, without memory for their parameters; the names of their tensors."""
+    if metadata.adapters is None:
+        return frozenset()
+    try:
+        return add_adapters(vit, Adapters(**metadata.adapters), is_empty=True)
+    except ValueError as error:
+        raise ValueError(f"{path}: its adapters cannot be used ({error})") from error
+
+
+def _make_real(vit: ViT, given: Mapping[str, Tensor]) -> None:
+    """Give tensors of adapters, which have no memory, that of given ones, in their own dtype."""
+    like, state = next(vit.parameters()), vit.state_dict()
+    real = {name: tensor.to(like.device, state[name].dtype) for name, tensor in given.items()}
+    vit.load_state_dict(real, strict=False, assign=True)
+
+
+def _describe_adapters(vit: ViT) -> dict[str, Any] | None:
+    origin = origin_of(vit)
+    if origin is None or origin.adapters is None:
+        return None
+    return {"method": origin.adapters.method, "options": dict(origin.adapters.options)}
 
 
 def _check_described(path: Path, metadata: TaskMetadata, tensors: Mapping[str, Tensor]) -> None:
@@ -360,13 +396,13 @@ def _not_described(path: Path, name: str) -> ValueError:
 def _check_backbone(path: Path, metadata: TaskMetadata, tensors: Mapping[str, Tensor], vit: ViT) -> None:
     """Refuse a ViT that is not the pretrained one, of another input size, or without the file's parameters."""
     origin, name = origin_of(vit), name_of(vit)
-    if (fingerprint(vit) if origin is None else origin.fingerprint) != metadata.fingerprint:
+    if pretrained_fingerprint(vit) != metadata.fingerprint:
         raise ValueError(
             f"{path}: made for the backbone {metadata.backbone}, but the given one is {name}"
             + (" with other weights" if name == metadata.backbone else "")
             + f"; load {metadata.backbone} and try again"
         )
-    if origin is not None and not origin.tuned <= _backbone_names(tensors):
+    if origin is not None and (origin.adapters is not None or not origin.tuned <= _backbone_names(tensors)):
         raise ValueError(f"{path}: made for pretrained weights, but the given {name} was tuned; load {name} anew")
     wanted = metadata.preprocessing["size"]
     size = list(vit.patch_embed.img_size or wanted)
@@ -492,6 +528,7 @@ RULES: dict[str, Rule] = {
     "kind": _one_of(get_args(Kind)),
     "head": _or_none(IS_OBJECT),
     "category_ids": _or_none(_list(_integer(0, 2**63 - 1), 1, MAX_CLASSES)),
+    "adapters": _or_none(IS_OBJECT),
     "tuned_backbone": (lambda value: type(value) is bool, "true or false"),
     "config": _or_none(
         (lambda value: isinstance(value, dict) and _is_shallow(value), f"an object of at most {MAX_DEPTH} levels")
@@ -516,6 +553,7 @@ PROMPT_RULES: dict[str, Rule] = {
     "blocks": BLOCKS,
     "dropout": (lambda value: type(value) in (int, float) and 0 <= value < 1, "a number in [0, 1)"),
 }
+ADAPTERS_RULES: dict[str, Rule] = {"method": _one_of(METHODS), "options": IS_OBJECT}
 HEAD_RULES: dict[str, Rule] = {
     "head": TEXT,
     "taps": BLOCKS,

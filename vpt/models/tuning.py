@@ -1,27 +1,32 @@
-"""What trains: how much of the held ViT beside prompt, neck and head; the tuned parameters, and how many there are."""
+"""What trains: what of the held ViT, or in it, beside prompt, neck and head; the tuned parameters, and how many."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
+from vpt.models.adapters import Adapters, add_adapters
 from vpt.models.backbone import PromptedViT
 from vpt.models.detection import DetectionModel
-from vpt.models.vit import ViT, fingerprint
+from vpt.models.vit import ViT, fingerprint, norms_of
 
-Tuning = Literal["prompt", "linear", "bias", "partial", "full"]
+Tuning = Literal["prompt", "linear", "bias", "proj_bias", "norm", "partial", "full", "adapters"]
 
 BIASES = ("bias", "q_bias", "v_bias", "mlp_bias")  # what timm's modules call their bias vectors
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of parameters: of prompt, neck, head and held ViT; how many of the ViT train, and how many in all."""
+    """Numbers of parameters: of prompt, neck, head, adapters and held ViT; how many of the last two train, and in all.
+
+    Adapters are counted in `backbone_tuned` and not in `backbone`.
+    """
 
     prompt: int
     neck: int
     head: int
+    adapters: int
     backbone: int
     backbone_tuned: int
     tuned: int
@@ -38,14 +43,16 @@ class Origin:
 
     Args:
         fingerprint: Digest of the pretrained weights.
-        tuned: Names of the ViT's parameters that may have changed since.
+        tuned: Names of the ViT's parameters that may have changed since, and of what adapters brought.
+        adapters: What was put into the ViT.
     """
 
     fingerprint: str
     tuned: frozenset[str]
+    adapters: Adapters | None = None
 
 
-def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1) -> None:
+def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1, adapters: Adapters | None = None) -> None:
     """Say what trains of the held ViT; all else in it is frozen, whatever was said before.
 
     Neck, head and the prompt, if there is one, always train. Of the ViT:
@@ -54,35 +61,47 @@ def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1) -> None:
     - "linear": nothing, and there must be no prompt.
     - "bias": every bias vector, those of norms too. A fused bias of queries, keys and values trains whole. A key bias
       that stands apart is left out where keys are neither normed nor rotated: the softmax takes it away.
+    - "proj_bias": the bias of the output projection of each block's attention, the companion of a prompt. A bias of
+      values would be the same: the weights of a query sum to one, so it joins every output alike. It is a weight of the
+      ViT as any other, and costs nothing in inference.
+    - "norm": weights and biases of all norms.
     - "partial": the last `num_blocks` blocks and the final norm.
     - "full": everything.
+    - "adapters": the modules that `adapters` puts into it, and nothing else of it.
 
     What the model does not use stays frozen: the ViT's own classifier; for a detection model also the final norm and
     pooling, and blocks behind the last tap. The ViT stays in eval mode.
 
-    The ViT is held and not copied. With "bias", "partial" and "full" training changes it for every model that holds
-    it: give such a model a ViT of its own, as `load_task` does.
+    The ViT is held and not copied. All ways but "prompt" and "linear" change it for every model that holds it: give
+    such a model a ViT of its own, as `load_task` does.
 
     Args:
         model: A prompted backbone, or a model that holds one as `.backbone`; its pretrained weights are loaded.
         tuning: One of the above.
         num_blocks: Blocks that "partial" tunes; the other ways do not use it.
+        adapters: For "adapters".
 
     Raises:
         TypeError: There is no prompted backbone in the model.
-        ValueError: An unknown way, a prompt with "linear", too few or too many blocks, or weights that would train are
-            held in less than float32. The model stays as it was.
+        ValueError: An unknown way, a prompt with "linear", too few or too many blocks, adapters that do not fit or are
+            there already, or weights that would train are held in less than float32. The model stays as it was, but
+            for adapters.
+        ImportError: The adapters are those of PEFT, and `peft` is not installed.
 
     References:
-        BitFit (Zaken et al., 2022), https://arxiv.org/abs/2106.10199, section 3, for "bias"; Visual Prompt Tuning (Jia
-        et al., 2022), https://arxiv.org/abs/2203.12119, section 4.1, for the others.
+        BitFit (Zaken et al., 2022), https://arxiv.org/abs/2106.10199, section 3, for "bias"; DA-VPT (Ren et al., CVPR
+        2025) for the idea of a bias beside prompts; Visual Prompt Tuning (Jia et al., 2022),
+        https://arxiv.org/abs/2203.12119, section 4.1, for the others. Adapters have their own.
     """
     backbone = _held_backbone(model)
     if tuning not in get_args(Tuning):
         raise ValueError(f"tuning must be one of {', '.join(get_args(Tuning))}, got {tuning!r}")
     if tuning == "linear" and backbone.prompt is not None:
         raise ValueError("tuning=linear trains the head alone, but there is a prompt; use prompt=none or tuning=prompt")
-    chosen = _choose(model, backbone, tuning, num_blocks)
+    if (tuning == "adapters") != (adapters is not None):
+        raise ValueError("tuning=adapters needs adapters, such as Adapters('sequential'), and no other way has any")
+    added = frozenset() if adapters is None else _add(backbone.vit, adapters)
+    chosen = _choose(model, backbone, tuning, num_blocks, added)
     narrow = {parameter.dtype for parameter in chosen if torch.finfo(parameter.dtype).bits < 32}
     if narrow:
         raise ValueError(
@@ -128,13 +147,23 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         TypeError: There is no prompted backbone in the model.
     """
     backbone = _held_backbone(model)
+    origin = origin_of(backbone.vit)
+    own = dict(backbone.vit.named_parameters())
+    pretrained = set(own) if origin is None or origin.adapters is None else set(own) - origin.tuned
     return ParameterCount(
         prompt=_count(backbone.prompt),
         **{name: _count(part) for name, part in _neck_and_head(model).items()},
-        backbone=_count(backbone.vit),
+        adapters=sum(parameter.numel() for name, parameter in own.items() if name not in pretrained),
+        backbone=sum(own[name].numel() for name in pretrained),
         backbone_tuned=sum(parameter.numel() for parameter in backbone.vit.parameters() if parameter.requires_grad),
         tuned=sum(parameter.numel() for parameter in tuned_parameters(model).values()),
     )
+
+
+def pretrained_fingerprint(vit: ViT) -> str:
+    """Digest of the weights that a ViT had before any of them were tuned."""
+    origin = origin_of(vit)
+    return fingerprint(vit) if origin is None else origin.fingerprint
 
 
 def origin_of(vit: ViT) -> Origin | None:
@@ -158,8 +187,23 @@ def _neck_and_head(model: nn.Module) -> dict[str, nn.Module | None]:
     return {"neck": getattr(model, "pyramid", None), "head": getattr(model, "head", None)}
 
 
-def _choose(model: nn.Module, backbone: PromptedViT, tuning: Tuning, num_blocks: int) -> list[nn.Parameter]:
-    """The parameters of the ViT that a way of tuning trains."""
+def _add(vit: ViT, adapters: Adapters) -> frozenset[str]:
+    """Put adapters into a ViT, and note what it was before."""
+    known = origin_of(vit)
+    if known is not None and known.adapters is not None:
+        raise ValueError(f"this ViT has {known.adapters.method} adapters already; load it anew for others")
+    before = pretrained_fingerprint(vit)
+    adapters = adapters.for_vit(vit)
+    added = add_adapters(vit, adapters)
+    tuned = frozenset() if known is None else known.tuned
+    set_origin(vit, Origin(before, tuned | added, adapters))
+    return added
+
+
+def _choose(
+    model: nn.Module, backbone: PromptedViT, tuning: Tuning, num_blocks: int, added: frozenset[str]
+) -> list[nn.Parameter]:
+    """The parameters of the ViT that a way of tuning trains; `added` came with adapters."""
     vit: Any = backbone.vit
     num_used = max(model.taps) + 1 if isinstance(model, DetectionModel) else backbone.depth
     if tuning == "partial" and not 1 <= num_blocks <= num_used:
@@ -171,6 +215,12 @@ def _choose(model: nn.Module, backbone: PromptedViT, tuning: Tuning, num_blocks:
     chosen: list[nn.Parameter] = []
     if tuning == "bias":
         chosen = _bias_vectors(vit)
+    elif tuning == "proj_bias":
+        chosen = _projection_biases(vit)
+    elif tuning == "norm":
+        chosen = [parameter for norm in norms_of(vit) for parameter in norm.parameters()]
+    elif tuning == "adapters":
+        chosen = [parameter for name, parameter in vit.named_parameters() if name in added]
     elif tuning == "partial":
         behind = (*vit.blocks[num_used - num_blocks : num_used], vit.norm, vit.fc_norm)
         chosen = [parameter for module in behind for parameter in module.parameters()]
@@ -193,6 +243,14 @@ def _bias_vectors(vit: Any) -> list[nn.Parameter]:
     return [bias for bias in found if isinstance(bias, nn.Parameter) and bias not in without_effect]
 
 
+def _projection_biases(vit: Any) -> list[nn.Parameter]:
+    found = [getattr(getattr(getattr(block, "attn", None), "proj", None), "bias", None) for block in vit.blocks]
+    biases = [bias for bias in found if isinstance(bias, nn.Parameter)]
+    if len(biases) < len(found):
+        raise ValueError("tuning=proj_bias: this ViT has blocks without a bias behind attention; use tuning=bias")
+    return biases
+
+
 def _remember(vit: ViT, chosen: list[nn.Parameter]) -> None:
     """Note the pretrained weights' digest, before any training, and what will no longer be as pretrained."""
     if not chosen or chosen[0].is_meta:  # there are no weights on the meta device
@@ -200,7 +258,7 @@ def _remember(vit: ViT, chosen: list[nn.Parameter]) -> None:
     changing = set(chosen)
     names = {name for name, parameter in vit.named_parameters() if parameter in changing}
     known = origin_of(vit) or Origin(fingerprint(vit), frozenset())
-    set_origin(vit, Origin(known.fingerprint, known.tuned | names))
+    set_origin(vit, replace(known, tuned=known.tuned | names))
 
 
 def _count(module: nn.Module | None) -> int:

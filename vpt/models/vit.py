@@ -20,6 +20,7 @@ import timm
 import torch
 from huggingface_hub import constants
 from timm.data.config import resolve_model_data_config
+from timm.layers.norm import RmsNorm, SimpleNorm
 from timm.models import Beit, Eva, VisionTransformer, beit, eva, load_state_dict, vision_transformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ import vpt.models.nano  # noqa: F401  # registers the backbone that ships in the
 from vpt.models.attention import relative_bias, run_block
 
 ViT = VisionTransformer | Eva | Beit
+NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, SimpleNorm)
 
 
 def load_vit(
@@ -123,6 +125,11 @@ def fingerprint(vit: ViT) -> str:
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         digest.update(values[::step][:64].to("cpu", torch.bfloat16).float().numpy().tobytes())
     return digest.hexdigest()
+
+
+def norms_of(vit: ViT) -> list[nn.Module]:
+    """The norms of a ViT that have parameters, but for those of a convolutional stem."""
+    return [module for module in vit.modules() if isinstance(module, NORMS)]
 
 
 def check_supported(vit: nn.Module) -> None:

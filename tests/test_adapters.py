@@ -1,0 +1,283 @@
+"""Adapters in a ViT: they start as nothing, learn, live through a task file, and fold where they can."""
+
+import copy
+
+import pytest
+import timm
+import torch
+
+import vpt
+from tests.conftest import TINY, make_tiny_vit
+from vpt.models.adapters import METHODS, PEFT_METHODS, Adapters, Bottleneck, add_adapters, fold_adapters, peft_layers
+from vpt.models.task_file import open_task, read_task
+from vpt.models.tuning import origin_of
+
+OPTIONS = {  # what a method needs on so small a ViT
+    "miss": {"r": 8},
+    "road": {"group_size": 32},
+    "waveft": {"n_frequency": 100},
+    "fourierft": {"n_frequency": 100},
+    "sequential": {"width": 4},
+    "parallel": {"width": 4, "scale": 0.5},
+}
+STARTS_ELSEWHERE = {"fourierft", "waveft"}  # some draw what others begin with at zero
+NOT_FOLDED = {"sequential", "parallel", "lily"}
+
+
+def adapters_of(method, **options):
+    return Adapters(method, OPTIONS.get(method, {}) | options)
+
+
+def make_model(method, vit=None, **options):
+    torch.manual_seed(1)
+    model = vpt.create_model(
+        vit or make_tiny_vit(), num_classes=3, tuning="adapters", adapters=adapters_of(method), **options
+    )
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def train(model, images, num_steps=3):
+    optimizer = torch.optim.SGD(vpt.tuned_parameters(model).values(), lr=0.1)
+    model.train()
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), torch.tensor([0, 1, 2, 0])).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def walked(method):
+    return (
+        method if method in ("sequential", "parallel", "lora", "oft") else pytest.param(method, marks=pytest.mark.slow)
+    )
+
+
+@pytest.fixture(params=map(walked, METHODS))
+def method(request):
+    return request.param
+
+
+def test_exactly_the_adapters_and_the_head_train_and_all_of_them_get_a_gradient(method, images):
+    vit = make_tiny_vit()
+    pretrained = dict(vit.named_parameters())
+    model = make_model(method, vit)
+    tuned = vpt.tuned_parameters(model)
+    assert not any(parameter is other for parameter in tuned.values() for other in pretrained.values())
+    train(model, images)
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == set(tuned)
+    before = make_tiny_vit().state_dict()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in pretrained.items())
+    count = vpt.count_parameters(model)
+    assert count.backbone == sum(parameter.numel() for parameter in pretrained.values())
+    assert count.adapters == count.backbone_tuned == count.tuned - count.head > 0
+
+
+def test_a_vit_starts_as_it_was_and_learns(method, images):
+    bare, model = make_tiny_vit(), make_model(method)
+    start, features = model.backbone(images).detach(), bare(images)
+    if method not in STARTS_ELSEWHERE:
+        torch.testing.assert_close(start, features, rtol=1e-5, atol=1e-5)
+    train(model, images)
+    assert not torch.allclose(model.backbone(images), start, atol=1e-4)
+
+
+def test_a_task_file_holds_adapters_and_gives_the_same_logits_on_a_bare_vit(method, images, tmp_path):
+    model = train(make_model(method), images)
+    path = vpt.save_task(model, tmp_path / "task.safetensors", classes=("a", "b", "c"))
+    metadata, tensors = open_task(path)
+    assert metadata.adapters["method"] == method
+    assert not any(name.endswith(("qkv.weight", "fc1.weight", "base_layer.weight")) for name in tensors)
+    for shares in (False, True):
+        vit = make_tiny_vit()
+        state = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+        loaded = vpt.models.task_file.put_task(path, vit, shares=shares)[0]
+        assert torch.equal(loaded(images), model(images))
+        assert all(torch.equal(tensor, state[name]) for name, tensor in vit.state_dict().items())
+        assert not any(parameter.is_meta for parameter in loaded.parameters())
+        assert vpt.save_task(loaded, tmp_path / "again.safetensors", classes=("a", "b", "c")).read_bytes() == (
+            path.read_bytes()
+        )
+
+
+def test_folding_leaves_the_logits_and_a_bare_vit_where_a_method_can(method, images):
+    model = train(make_model(method), images)
+    logits = model(images)
+    fold_adapters(model.backbone.vit)
+    torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-4)
+    is_bare = set(model.backbone.vit.state_dict()) == set(make_tiny_vit().state_dict())
+    assert is_bare is (method not in NOT_FOLDED)
+    assert (list(peft_layers(model.backbone.vit)) == []) is (method != "lily")
+
+
+def test_bottlenecks_are_those_of_the_papers():
+    torch.manual_seed(0)
+    mlp, tokens = torch.nn.Linear(8, 8), torch.randn(2, 5, 8)
+    for is_parallel in (False, True):
+        adapted = Bottleneck(mlp, 8, width=3, scale=0.5, is_parallel=is_parallel)
+        assert torch.equal(adapted(tokens), mlp(tokens))
+        for parameter in (adapted.up.weight, adapted.up.bias, adapted.down.bias):
+            torch.nn.init.normal_(parameter)
+        h = mlp(tokens)
+        if is_parallel:
+            inner = torch.relu(tokens @ adapted.down.weight.T + adapted.down.bias)
+        else:
+            inner = torch.nn.functional.gelu(h @ adapted.down.weight.T + adapted.down.bias)
+        expected = h + 0.5 * (inner @ adapted.up.weight.T + adapted.up.bias)
+        torch.testing.assert_close(adapted(tokens), expected)
+
+
+def test_low_rank_adapters_are_those_of_the_paper(images):
+    model = train(make_model("lora"), images)
+    bare = make_tiny_vit()
+    for index, block in enumerate(model.backbone.vit.blocks):
+        for name in ("qkv", "proj"):
+            layer = getattr(block.attn, name)
+            change = layer.lora_B["vpt"].weight @ layer.lora_A["vpt"].weight  # scale alpha / r = 8 / 8
+            getattr(bare.blocks[index].attn, name).weight.data += change
+    torch.testing.assert_close(model.backbone(images), bare(images), rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_of_a_method_acts_in_training_and_nothing_else_of_the_vit_does(images):
+    vit = make_tiny_vit(proj_drop_rate=0.5, drop_path_rate=0.5)
+    model = vpt.create_model(vit, num_classes=3, tuning="adapters", adapters=Adapters("lora", {"lora_dropout": 0.5}))
+    train(model, images)
+    model.train()
+    assert not torch.equal(model.backbone(images), model.backbone(images))
+    assert not vit.blocks[0].drop_path1.training
+    model.eval()
+    assert torch.equal(model.backbone(images), model.backbone(images))
+    without = make_model("lora", make_tiny_vit(proj_drop_rate=0.5, drop_path_rate=0.5)).train()
+    assert torch.equal(without.backbone(images), without.backbone(images))
+
+
+@pytest.mark.parametrize("method", ["sequential", "parallel", "lora", "loha"])
+@pytest.mark.parametrize("kind", ["no_prefix", "rope_with_cls_and_4_registers"])
+def test_a_prompt_and_adapters_train_together_and_both_ways_agree(method, kind, images):
+    results = []
+    for impl in ("auto", "concat"):
+        torch.manual_seed(2)
+        model = make_model(method, make_tiny_vit(kind).double(), prompt="deep", impl=impl).double()
+        train(model, images.double())
+        results.append(model(images.double()))
+        assert vpt.count_parameters(model).prompt == 3 * 10 * 32
+    torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-8)
+
+
+def test_a_detector_takes_adapters(images, tmp_path):
+    vit = make_tiny_vit(img_size=64)
+    options = {"task": "detection", "num_classes": 2, "channels": 16, "num_convs": 1}
+    model = vpt.create_model(vit, tuning="adapters", adapters=Adapters("lora"), **options)
+    pictures = torch.randn(2, 3, 64, 64)
+    targets = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}] * 2
+    sum(model.train()(pictures, targets).values()).backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == set(
+        vpt.tuned_parameters(model)
+    )
+    path = vpt.save_task(model, tmp_path / "task.safetensors")
+    loaded = vpt.load_task(path, make_tiny_vit(img_size=64))
+    for one, other in zip(loaded(pictures), model.eval()(pictures), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_bank_serves_adapters_beside_prompts(images, tmp_path):
+    vit = make_tiny_vit()
+    models = {"lora": train(make_model("lora"), images), "deep": vpt.create_model(vit, num_classes=3)}
+    torch.nn.init.normal_(models["deep"].head.weight)
+    bank = vpt.TaskBank(vit)
+    for name, model in models.items():
+        bank.load(vpt.save_task(model.eval(), tmp_path / f"{name}.safetensors"), name)
+    for logits, name in zip(bank(images, ["lora", "deep", "lora", "deep"]), ["lora", "deep"] * 2, strict=True):
+        assert any(torch.allclose(logits, one, atol=1e-5) for one in models[name](images))
+
+
+def test_weights_that_a_vit_reads_without_a_call_cannot_be_adapted(images):
+    vit = timm.create_model("eva02_tiny_patch14_224", **TINY | {"qkv_fused": True})
+    model = vpt.create_model(vit, num_classes=3, tuning="adapters", adapters=Adapters("lora"))
+    assert origin_of(vit).adapters.options["target_modules"] == [f"blocks.{index}.attn.proj" for index in range(3)]
+    train(model, images)
+    vit = timm.create_model("eva02_tiny_patch14_224", **TINY | {"qkv_fused": True})
+    with pytest.raises(ValueError, match=r"around blocks\.0\.attn\.qkv would change nothing"):
+        add_adapters(vit, Adapters("lora", {"target_modules": ["attn.qkv"]}))
+    assert not any(module._forward_hooks for module in vit.modules())
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("lorra", {}, "adapters must be one of sequential, parallel, lora"),
+        ("lora", {"r": "8"}, "r='8' cannot be an option"),
+        ("lora", {"r": 10**9}, "r=1000000000 cannot be an option"),
+        ("lora", {"lora_alpha": float("nan")}, "lora_alpha=nan cannot be an option"),
+        ("lora", {"megatron_core": "os"}, "megatron_core='os' cannot be an option"),
+        ("lora", {"init_lora_weights": "pissa"}, "init_lora_weights='pissa' cannot be an option"),
+        ("lora", {"target_modules": ["a b"]}, r"target_modules=\['a b'\] cannot be an option"),
+        ("lora", {"rank": 8}, "lora adapters: .*unexpected keyword argument 'rank'"),
+        ("lora", {"r": 0}, "lora adapters: `r` should be a positive integer"),
+        ("lora", {"target_modules": ["nowhere"]}, "lora adapters: "),
+        ("sequential", {"r": 8}, "r is no option of sequential adapters, which have width and scale"),
+        ("parallel", {"width": 0}, "adapters have a width of at least 1"),
+        ("parallel", {"scale": ["a"]}, "adapters have a width of at least 1 and a number as scale"),
+    ],
+)
+def test_what_cannot_be_an_adapter_is_refused(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        vpt.create_model(make_tiny_vit(), num_classes=3, tuning="adapters", adapters=Adapters(method, options))
+
+
+def test_a_method_that_an_older_peft_does_not_know_is_refused(monkeypatch):
+    from peft import mapping
+
+    kinds = {kind: config for kind, config in mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value != "LORA"}
+    monkeypatch.setattr(mapping, "PEFT_TYPE_TO_CONFIG_MAPPING", kinds)
+    with pytest.raises(ValueError, match=r"peft \S+ does not know lora; install a newer one"):
+        add_adapters(make_tiny_vit(), Adapters("lora"))
+
+
+def test_a_vit_has_adapters_once(images, tmp_path):
+    vit = make_tiny_vit()
+    model = make_model("lora", vit)
+    with pytest.raises(ValueError, match="has lora adapters already; load it anew"):
+        vpt.tune(model, "adapters", adapters=Adapters("sequential"))
+    path = vpt.save_task(model, tmp_path / "task.safetensors")
+    with pytest.raises(ValueError, match=r"was tuned; load .* anew"):
+        vpt.load_task(path, vit)
+    with pytest.raises(ValueError, match="tuning=adapters needs adapters"):
+        vpt.create_model(make_tiny_vit(), num_classes=3, tuning="adapters")
+    with pytest.raises(ValueError, match="tuning=adapters needs adapters"):
+        vpt.create_model(make_tiny_vit(), num_classes=3, tuning="bias", adapters=Adapters("lora"))
+
+
+def test_copies_of_a_vit_have_adapters_of_their_own(method, images):
+    model = train(make_model(method), images)
+    copied = copy.deepcopy(model)
+    logits = model(images)
+    train(copied, images)
+    assert torch.equal(model(images), logits)
+    assert origin_of(copied.backbone.vit) == origin_of(model.backbone.vit)
+
+
+def test_a_files_adapters_are_checked_before_they_are_made(images, tmp_path):
+    path = vpt.save_task(make_model("lora"), tmp_path / "task.safetensors")
+    metadata, tensors = open_task(path)
+    for adapters, message in (
+        ({"method": "vera", "options": {}}, "adapters.method is 'vera'"),
+        ({"method": "lora", "options": {"megatron_core": "os"}}, "cannot be an option"),
+        ({"method": "lora"}, "its fields must be method, options"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vpt.models.task_file.TaskMetadata(**{**vars(metadata), "adapters": adapters})
+    for options in ({"r": 4}, {"r": 8, "target_modules": ["attn.proj"]}, {"r": 8, "nothing": 1}):
+        changed = {**vars(metadata), "adapters": {"method": "lora", "options": options}}
+        vpt.models.task_file.write_task(path, vpt.models.task_file.TaskMetadata(**changed), tensors)
+        with pytest.raises(ValueError, match=r"its tensors are not those|its adapters cannot be used"):
+            vpt.load_task(path, make_tiny_vit())
+    changed = {**vars(metadata), "adapters": None}
+    vpt.models.task_file.write_task(path, vpt.models.task_file.TaskMetadata(**changed), tensors)
+    with pytest.raises(ValueError, match="its tensors are not those"):
+        vpt.load_task(path, make_tiny_vit())
+    assert read_task(path).adapters is None
+
+
+def test_all_methods_of_peft_are_walked():
+    assert set(METHODS) - set(PEFT_METHODS) == {"sequential", "parallel"}

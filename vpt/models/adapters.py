@@ -1,0 +1,236 @@
+"""Adapters: small modules that are added to a ViT and train in the place of its weights; ours, and those of PEFT.
+
+Ours stand at the MLP of each block. All others are the layers of the library `peft`, by the name of their method,
+around linear layers of the blocks. They are put into the ViT itself; `tuning.origin_of` tells of what was added.
+
+Legend: B batch, N tokens in the sequence, D embed_dim, w width of the bottleneck.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpt.models.vit import ViT, preprocessing_of
+
+Option = bool | int | float | list[str]
+
+PEFT_METHODS = (  # those whose every number is a parameter or a buffer that a task file can hold; a test walks them
+    *("lora", "loha", "lokr", "ia3", "oft", "hra", "fourierft", "beft", "deft", "delora", "glora", "gralora"),
+    *("hira", "lily", "miss", "peanut", "psoft", "road", "waveft"),
+)
+METHODS = ("sequential", "parallel", *PEFT_METHODS)
+MODULE_NAME = re.compile(r"[A-Za-z0-9_.]{1,100}")
+MAX_NUMBER = 16_384
+MAX_NAMES = 10_000
+ADAPTER = "vpt"  # what our layers are called among those that a peft layer may have
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Which adapters a ViT gets.
+
+    Args:
+        method: "sequential" or "parallel", see `Bottleneck`; or a method of PEFT, such as "lora".
+        options: `width` and `scale` of a bottleneck. For PEFT: numbers, true or false, and lists of names of modules,
+            by PEFT's keys, such as r, lora_alpha, use_dora, target_modules; by default all linear layers of attention.
+
+    Raises:
+        ValueError: An unknown method, or an option that is none or cannot be stored.
+    """
+
+    method: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"adapters must be one of {', '.join(METHODS)}, got {self.method!r}")
+        for name, value in self.options.items():
+            if not (isinstance(name, str) and MODULE_NAME.fullmatch(name) and _is_option(value)):
+                raise ValueError(
+                    f"{name}={value!r} cannot be an option of adapters: it must be a number of at most {MAX_NUMBER}, "
+                    "true, false, or a list of names of modules"
+                )
+
+    def for_vit(self, vit: ViT) -> "Adapters":
+        """The same with the names of modules that a method of PEFT takes by default."""
+        if self.method not in PEFT_METHODS:
+            return self
+        default: dict[str, Option] = {"target_modules": _attention_layers(vit)}
+        if self.method == "ia3":
+            default["feedforward_modules"] = []
+        return Adapters(self.method, default | dict(self.options))
+
+
+class Bottleneck(nn.Module):
+    """An MLP with an adapter: tokens (B, N, D) -> (B, N, D).
+
+    - sequential: h + s W_up GELU(W_down h), with h = MLP(x), for what the MLP makes of x;
+    - parallel: MLP(x) + s W_up ReLU(W_down x).
+
+    W_up starts at zero, so that the ViT starts as it was. W_down starts at random: with both at zero, as in the
+    original VPT code, no gradient would ever reach either of them.
+
+    Args:
+        mlp: The MLP of a block, which stays as it is.
+        embed_dim: D.
+        width: w.
+        scale: s.
+        is_parallel: Whether the adapter looks at what the MLP looks at.
+
+    References:
+        Sequential: Parameter-Efficient Transfer Learning for NLP (Houlsby et al., 2019),
+        https://arxiv.org/abs/1902.00751, section 2.1, after the MLP only (Pfeiffer et al., 2021,
+        https://arxiv.org/abs/2005.00247). Parallel: AdaptFormer (Chen et al., NeurIPS 2022),
+        https://arxiv.org/abs/2205.13535, equations 4 and 5.
+
+    Example:
+        >>> mlp = nn.Linear(8, 8)
+        >>> adapted, tokens = Bottleneck(mlp, 8, width=2), torch.randn(1, 5, 8)
+        >>> torch.equal(adapted(tokens), mlp(tokens))
+        True
+    """
+
+    def __init__(
+        self, mlp: nn.Module, embed_dim: int, *, width: int = 8, scale: float = 1.0, is_parallel: bool = False
+    ) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.down, self.up = nn.Linear(embed_dim, width), nn.Linear(width, embed_dim)
+        self.activation = nn.ReLU() if is_parallel else nn.GELU()
+        self.scale, self.is_parallel = scale, is_parallel
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        for zeros in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zeros)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """What the MLP makes of tokens, and the adapter of either."""
+        made: Tensor = self.mlp(tokens)
+        seen = tokens if self.is_parallel else made
+        changed: Tensor = self.up(self.activation(self.down(seen)))
+        return made + self.scale * changed
+
+    def extra_repr(self) -> str:
+        """Where it stands, and its scale."""
+        return f"{'parallel' if self.is_parallel else 'sequential'}, scale={self.scale}"
+
+
+def add_adapters(vit: ViT, adapters: Adapters, *, is_empty: bool = False) -> frozenset[str]:
+    """Put adapters into a ViT, in place; return the names of the tensors in its state that came with them.
+
+    Args:
+        vit: It has none yet.
+        adapters: Which.
+        is_empty: Make their parameters without memory, on the meta device, to be given later.
+
+    Raises:
+        ValueError: Options that are unknown or do not go together, or modules that the ViT has not or does not call;
+            the ViT may then have some of them.
+        ImportError: The method is one of PEFT, and `peft` is not installed.
+    """
+    before = set(map(id, vit.state_dict(keep_vars=True).values()))
+    if adapters.method in PEFT_METHODS:
+        _add_peft(vit, adapters, is_empty)
+    else:
+        with torch.device("meta" if is_empty else next(vit.parameters()).device):
+            _add_bottlenecks(vit, adapters)
+    if not is_empty:
+        _check_called(vit)
+    return frozenset(name for name, tensor in vit.state_dict(keep_vars=True).items() if id(tensor) not in before)
+
+
+def peft_layers(vit: nn.Module) -> Iterator[nn.Module]:
+    """PEFT's layers in a ViT; they may have dropout, so their mode is that of training, unlike the ViT's."""
+    return (module for module in vit.modules() if _is_peft(module))
+
+
+def fold_adapters(vit: ViT) -> ViT:
+    """Add what adapters changed to the weights, in place, as far as their method can; return the ViT.
+
+    Changes of a weight, such as low-rank ones, then cost nothing in inference; an adapter that is a function of tokens
+    cannot be folded and stays.
+    """
+    for name, module in list(vit.named_modules()):
+        if not _is_peft(module):
+            continue
+        layer: Any = module
+        try:
+            layer.merge(safe_merge=True)
+        except NotImplementedError:
+            continue
+        parent, _, last = name.rpartition(".")
+        setattr(vit.get_submodule(parent), last, layer.get_base_layer())
+    return vit
+
+
+def _add_bottlenecks(vit: Any, adapters: Adapters) -> None:
+    odd = sorted(set(adapters.options) - {"width", "scale"})
+    if odd:
+        raise ValueError(f"{odd[0]} is no option of {adapters.method} adapters, which have width and scale")
+    width, scale = adapters.options.get("width", 8), adapters.options.get("scale", 1.0)
+    if type(width) is not int or width < 1 or isinstance(scale, list):
+        raise ValueError(f"adapters have a width of at least 1 and a number as scale, got {width!r} and {scale!r}")
+    if any(not isinstance(getattr(block, "mlp", None), nn.Module) for block in vit.blocks):
+        raise ValueError(f"{adapters.method} adapters stand at the MLP of each block, and this ViT has blocks without")
+    for block in vit.blocks:
+        is_parallel = adapters.method == "parallel"
+        block.mlp = Bottleneck(block.mlp, vit.embed_dim, width=width, scale=float(scale), is_parallel=is_parallel)
+
+
+def _add_peft(vit: ViT, adapters: Adapters, is_empty: bool) -> None:
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kinds = {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if adapters.method not in kinds:
+        raise ValueError(f"peft {peft.__version__} does not know {adapters.method}; install a newer one")
+    try:
+        make_config: Any = kinds[adapters.method]
+        config = make_config(**adapters.options)
+        peft.inject_adapter_in_model(config, vit, adapter_name=ADAPTER, low_cpu_mem_usage=is_empty)
+    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise ValueError(f"{adapters.method} adapters: {str(error).splitlines()[0]}") from error
+
+
+def _attention_layers(vit: Any) -> list[str]:
+    """Names of the linear layers of attention, but for one of which the ViT reads the weight and does not call it."""
+    named = dict(vit.named_modules())
+    return [
+        name
+        for name, module in named.items()
+        if isinstance(module, nn.Linear)
+        and name.rpartition(".")[0] in {f"blocks.{index}.attn" for index in range(len(vit.blocks))}
+        and not (name.endswith(".qkv") and getattr(named[name.rpartition(".")[0]], "q_bias", None) is not None)
+    ]
+
+
+@torch.no_grad()
+def _check_called(vit: Any) -> None:
+    """Refuse adapters around a layer of which the ViT reads the weight, since they would change nothing."""
+    around = {name: module for name, module in vit.named_modules() if _is_peft(module)}
+    like = next(vit.parameters())
+    if not around or like.is_meta:
+        return
+    called: set[nn.Module] = set()
+    hooks = [module.register_forward_hook(lambda module, *_: called.add(module)) for module in around.values()]
+    vit.forward_features(like.new_zeros(1, 3, *preprocessing_of(vit)["size"]))
+    for hook in hooks:
+        hook.remove()
+    odd = [name for name, module in around.items() if module not in called]
+    if odd:
+        raise ValueError(f"adapters around {odd[0]} would change nothing: this ViT reads its weight and never calls it")
+
+
+def _is_peft(module: nn.Module) -> bool:
+    """Whether it is one of PEFT's layers; without an import of peft, which takes seconds."""
+    return type(module).__module__.startswith("peft.") and hasattr(module, "get_base_layer")
+
+
+def _is_option(value: object) -> bool:
+    if isinstance(value, list):
+        return len(value) <= MAX_NAMES and all(isinstance(name, str) and MODULE_NAME.fullmatch(name) for name in value)
+    return isinstance(value, int | float) and math.isfinite(value) and abs(value) <= MAX_NUMBER
