@@ -1,6 +1,7 @@
 """Adapters in a ViT: they start as nothing, learn, live through a task file, and fold where they can."""
 
 import copy
+import sys
 
 import pytest
 import timm
@@ -232,6 +233,13 @@ def test_a_method_that_an_older_peft_does_not_know_is_refused(monkeypatch):
     monkeypatch.setattr(mapping, "PEFT_TYPE_TO_CONFIG_MAPPING", kinds)
     with pytest.raises(ValueError, match=r"peft \S+ does not know lora; install a newer one"):
         add_adapters(make_tiny_vit(), Adapters("lora"))
+
+
+def test_without_peft_its_methods_are_refused_with_what_to_type(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=r'lora adapters are those of PEFT .*; type pip install "vpt\[baselines\]"'):
+        add_adapters(make_tiny_vit(), Adapters("lora"))
+    assert len(add_adapters(make_tiny_vit(), Adapters("sequential"))) == 12
 
 
 def test_a_vit_has_adapters_once(images, tmp_path):

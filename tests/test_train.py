@@ -306,3 +306,43 @@ def test_torch_compiles_a_run(tmp_path, photos):
     plain = train(tmp_path, photos, "prompt.blocks=last:1", "augment=none")
     compiled = train(tmp_path / "b", photos, "prompt.blocks=last:1", "augment=none", "compile=true")
     assert results_of(compiled)["test"]["loss"] == pytest.approx(results_of(plain)["test"]["loss"], rel=1e-3)
+
+
+TUNINGS = {
+    "norm": [],
+    "adapter": ["tuning.options.width=2"],
+    "adaptformer": [],
+    "lora": ["tuning.options.r=2"],
+    "peft": ["tuning.adapters=oft", "tuning.options={oft_block_size: 32}"],
+    "prompt_bias": [],
+    "prompt_proj_bias": ["prompt=bilinear", "prompt.rank=2"],
+}
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_every_way_of_tuning_trains_is_evaluated_and_predicts(photos, tmp_path, tuning):
+    folder = train(tmp_path, photos, f"tuning={tuning}", *TUNINGS[tuning])
+    metadata = vpt.read_task(folder / "task.safetensors")
+    assert metadata.tuned_backbone
+    assert (metadata.prompt is not None) == tuning.startswith("prompt")
+    assert (metadata.adapters is None) == (tuning in ("norm", "prompt_bias", "prompt_proj_bias"))
+    found = evaluate_run(EvaluateOptions(run=str(folder), split="test", device="cpu"))
+    assert found["top1"] == pytest.approx(metadata.metrics["test"]["top1"])
+    rows = predict_run(PredictOptions(run=str(folder), input=str(photos / "test"), output=str(tmp_path / "found.csv")))
+    assert rows is not None or (tmp_path / "found.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tuning=peft", "tuning.adapters=lorra"], r"tuning\.adapters=lorra, .*adapters must be one of sequential"),
+        (["tuning=lora", "tuning.options.rank=2"], r"to add it, type \+tuning\.options\.rank="),
+        (["tuning=lora", "+tuning.options.rank=2"], "lora adapters: .*unexpected keyword argument 'rank'"),
+        (["tuning=lora", "tuning.options.r=nine"], r"tuning\.adapters=lora, .*r='nine' cannot be an option"),
+        (["tuning=lora", "tuning.options=3"], r"tuning\.adapters=lora, tuning\.options=3: "),
+        (["tuning=linear", "tuning.with_prompt=true"], "tuning=linear trains the head alone, but there is a prompt"),
+    ],
+)
+def test_ways_of_tuning_that_cannot_be_are_refused(photos, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, photos, *overrides)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vpt.hub import from_pretrained, push_to_hub
+    from vpt.models.adapters import Adapters
     from vpt.models.backbone import PromptedViT
     from vpt.models.bank import TaskBank
     from vpt.models.classification import ClassificationModel
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # or the hub is told which versions of what are installed
 
 _HOMES = {
+    "Adapters": "vpt.models.adapters",
     "ClassificationModel": "vpt.models.classification",
     "DetectionModel": "vpt.models.detection",
     "PromptedViT": "vpt.models.backbone",
@@ -40,6 +42,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Adapters",
     "ClassificationModel",
     "DetectionModel",
     "PromptedViT",

@@ -624,6 +624,8 @@ def explain(error: Exception) -> str:
     full_key = re.search(r"full_key: (\S+)", message)
     if unknown_key:
         key = full_key[1] if full_key else unknown_key[1]
+        if key.startswith("tuning.options."):
+            return f"{key} is none of the options that are there; to add it, type +{key}=..."
         return f"unknown key {key}{did_you_mean(key, list(schema_keys()))}"
     missing = re.search(
         r"Missing mandatory value: (\S+)|Structured config of type .* has missing mandatory value: (\S+)", message

@@ -161,13 +161,17 @@ def _read_pictures(options: ExportOptions, kind: str) -> list["Image"]:
 
 
 def _load(options: ExportOptions, paths: Sequence[Path], tasks: Sequence["TaskMetadata"]) -> list["Model"]:
-    """The models of the tasks, all on one backbone."""
+    """The models of the tasks, all on one backbone; adapters that are changes of weights are folded into them."""
+    from vpt.models.adapters import fold_adapters
     from vpt.models.task_file import load_task
     from vpt.models.vit import load_vit
 
     height, width = tasks[0].preprocessing["size"]
     vit = load_vit(options.backbone or tasks[0].backbone, checkpoint=options.checkpoint, img_size=(height, width))
-    return [load_task(path, vit) for path in paths]
+    models = [load_task(path, vit) for path in paths]
+    for model in models:
+        fold_adapters(model.backbone.vit)
+    return models
 
 
 def _make_program(options: ExportOptions, models: Sequence["Model"]) -> "Program":

@@ -156,6 +156,7 @@ def verify_tasks(path: Path, options: VerifyOptions) -> bool:
 def convert_task(source: Path, target: Path, options: ConvertOptions) -> bool:
     """Make a task file or a PEFT-style folder of a task, and print what was made."""
     from vpt.models.conversion import DTYPES, PICKLE_ENDINGS, write_folder
+    from vpt.models.peft_folder import why_no_peft_folder, write_peft_folder
     from vpt.models.task_file import to_dtype, write_task
 
     if options.dtype not in (None, *DTYPES):
@@ -171,8 +172,12 @@ def convert_task(source: Path, target: Path, options: ConvertOptions) -> bool:
         tensors = tensors if options.dtype is None else to_dtype(tensors, DTYPES[options.dtype])
     except ValueError as error:
         raise ConfigError(f"{source}: {error}") from error
-    written = write_task(target, metadata, tensors) if is_file else write_folder(target, metadata, tensors)
+    is_for_peft = not is_file and why_no_peft_folder(metadata) is None
+    write = write_task if is_file else write_peft_folder if is_for_peft else write_folder
+    written = write(target, metadata, tensors)
     _say(f"{written} written ({_kilobytes(tensors)} kB of tensors, {_dtypes(tensors)})")
+    if is_for_peft:
+        _say("note: PEFT reads this folder; there is no way back, so keep the task file")
     if is_original and metadata.note:
         _say(f"note: {_line(metadata.note)}")
     return True
@@ -293,8 +298,10 @@ def _prompt(metadata: "TaskMetadata") -> str:
 
     prompt = metadata.prompt
     said = "none" if prompt is None else f"{prompt['kind']}, P={prompt['num_tokens']}"
-    if prompt is not None and prompt["kind"] == "deep":
+    if prompt is not None and prompt["kind"] != "shallow":
         said += f", blocks {format_blocks(prompt['blocks'])}"
+    if metadata.adapters is not None:
+        return f"{said}, {metadata.adapters['method']} adapters"
     return f"{said}, backbone tuned" if metadata.tuned_backbone else said
 
 

@@ -128,9 +128,8 @@ def add_adapters(vit: ViT, adapters: Adapters, *, is_empty: bool = False) -> fro
         is_empty: Make their parameters without memory, on the meta device, to be given later.
 
     Raises:
-        ValueError: Options that are unknown or do not go together, or modules that the ViT has not or does not call;
-            the ViT may then have some of them.
-        ImportError: The method is one of PEFT, and `peft` is not installed.
+        ValueError: Options that are unknown or do not go together, modules that the ViT has not or does not call, or a
+            method of PEFT without PEFT; the ViT may then have some of the adapters.
     """
     before = set(map(id, vit.state_dict(keep_vars=True).values()))
     if adapters.method in PEFT_METHODS:
@@ -182,18 +181,39 @@ def _add_bottlenecks(vit: Any, adapters: Adapters) -> None:
 
 
 def _add_peft(vit: ViT, adapters: Adapters, is_empty: bool) -> None:
-    import peft
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    config = peft_config(adapters.method, adapters.options)
+    from peft import inject_adapter_in_model
+
+    try:
+        inject_adapter_in_model(config, vit, adapter_name=ADAPTER, low_cpu_mem_usage=is_empty)
+    except (TypeError, AttributeError, NotImplementedError, ValueError) as error:
+        raise _refused(adapters.method, error) from error
+
+
+def peft_config(method: str, options: Mapping[str, Option]) -> Any:
+    """PEFT's own config of one of its methods.
+
+    Raises:
+        ValueError: PEFT is not installed, or does not know the method or an option.
+    """
+    try:
+        import peft
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    except ImportError as error:
+        raise ValueError(f'{method} adapters are those of PEFT ({error}); type pip install "vpt[baselines]"') from error
 
     kinds = {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if adapters.method not in kinds:
-        raise ValueError(f"peft {peft.__version__} does not know {adapters.method}; install a newer one")
+    if method not in kinds:
+        raise ValueError(f"peft {peft.__version__} does not know {method}; install a newer one")
+    make_config: Any = kinds[method]
     try:
-        make_config: Any = kinds[adapters.method]
-        config = make_config(**adapters.options)
-        peft.inject_adapter_in_model(config, vit, adapter_name=ADAPTER, low_cpu_mem_usage=is_empty)
-    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
-        raise ValueError(f"{adapters.method} adapters: {str(error).splitlines()[0]}") from error
+        return make_config(**options)
+    except (TypeError, ValueError) as error:
+        raise _refused(method, error) from error
+
+
+def _refused(method: str, error: Exception) -> ValueError:
+    return ValueError(f"{method} adapters: {str(error).splitlines()[0]}")
 
 
 def _attention_layers(vit: Any) -> list[str]:

@@ -86,7 +86,6 @@ def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1, adapters: Ada
         ValueError: An unknown way, a prompt with "linear", too few or too many blocks, adapters that do not fit or are
             there already, or weights that would train are held in less than float32. The model stays as it was, but
             for adapters.
-        ImportError: The adapters are those of PEFT, and `peft` is not installed.
 
     References:
         BitFit (Zaken et al., 2022), https://arxiv.org/abs/2106.10199, section 3, for "bias"; DA-VPT (Ren et al., CVPR
