@@ -1,6 +1,8 @@
 """What trains, and that its gradients are right however the prompt is computed."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,9 +11,13 @@ from torch import nn
 
 import vpt
 from tests.conftest import TINY, TINY_VITS, make_tiny_vit
+from vpt.build import tuning_options
+from vpt.config import compose_config, to_config
+from vpt.models.adapters import PEFT_METHODS
 from vpt.models.backbone import PromptedViT
 from vpt.models.detection import DetectionModel
 from vpt.models.tuning import tuned_parts
+from vpt.report import task_file_bytes
 
 WAYS = ["bias", "proj_bias", "norm", "partial", "full"]
 TARGETS = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0], [10.0, 20.0, 30.0, 60.0]]), "labels": torch.tensor([0, 2])}]
@@ -302,3 +308,23 @@ def test_grad_checkpointing_gives_the_same_gradients_of_the_backbone(images):
     backbone.vit.set_grad_checkpointing()
     actual = gradients_and_result(backbone, lambda b: b(images.double()))[0]
     torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| `")]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].strip("`"))
+def test_the_page_of_methods_tells_what_trains_and_how_large_its_file_is(row):
+    config = to_config(compose_config(["backbone=vit_base", *row[0].strip("`").split()]))
+    with torch.device("meta"):
+        vit = timm.create_model("vit_base_patch16_224", num_classes=0)
+        model = vpt.create_model(vit, num_classes=100, **tuning_options(config))
+    count, num_bytes = vpt.count_parameters(model), task_file_bytes(model)
+    assert f"{count.tuned - count.head:,}" == row[2]
+    assert f"{num_bytes / 1000:,.0f}" == row[3]
+    assert (row[5] == "yes") == (count.backbone_tuned == 0)
+
+
+def test_the_page_of_methods_names_those_of_peft():
+    assert set(re.findall(r"`(\w+)`", PAGE.split("whichever of")[1].split(". ")[0])) == set(PEFT_METHODS)

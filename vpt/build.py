@@ -130,10 +130,8 @@ def build_loaders(
 
 def build_model(config: Config, classes: tuple[str, ...], category_ids: tuple[int, ...] | None = None) -> Model:
     """The backbone with its prompt, and a head for these classes, which the source of boxes calls `category_ids`."""
-    backbone, prompt, head = config.backbone, config.prompt, config.head
-    tuning = config.tuning
-    is_prompted = prompt.kind is not PromptName.none and (tuning.kind is TuningName.prompt or tuning.with_prompt)
-    options: dict[str, Any]
+    backbone, head = config.backbone, config.head
+    options: dict[str, Any] = {"head_init": head.init.value}
     if config.task is TaskName.detection:
         options = {
             "task": "detection",
@@ -144,32 +142,37 @@ def build_model(config: Config, classes: tuple[str, ...], category_ids: tuple[in
             "strides": head.strides,
             "num_convs": head.num_convs,
         }
-    else:
-        options = {"head_init": head.init.value}
-    options |= {
-        "prompt": prompt.kind.value if is_prompted else None,
-        "impl": prompt.impl.value,
-        "form": build_form(prompt),
-        "init": "normal" if prompt.init is PromptInitName.normal else "uniform",
-        "tuning": tuning.kind.value,
-        "adapters": build_adapters(tuning),
-    }
     model: Model = create_model(
         backbone.name,
         num_classes=len(classes),
-        num_tokens=prompt.num_tokens,
-        blocks=prompt.blocks,
-        dropout=prompt.dropout,
-        num_blocks=tuning.num_blocks,
         pretrained=backbone.pretrained,
         checkpoint=backbone.checkpoint,
         img_size=backbone.img_size,
         dtype=DTYPES[backbone.dtype],
         classes=classes,
         **options,
+        **tuning_options(config),
     )
     model.backbone.vit.set_grad_checkpointing(config.grad_checkpointing)
     return model
+
+
+def tuning_options(config: Config) -> dict[str, Any]:
+    """What `create_model` must know of the prompt, and of what trains beside it."""
+    prompt, tuning = config.prompt, config.tuning
+    is_prompted = prompt.kind is not PromptName.none and (tuning.kind is TuningName.prompt or tuning.with_prompt)
+    return {
+        "prompt": prompt.kind.value if is_prompted else None,
+        "num_tokens": prompt.num_tokens,
+        "blocks": prompt.blocks,
+        "dropout": prompt.dropout,
+        "init": "normal" if prompt.init is PromptInitName.normal else "uniform",
+        "form": build_form(prompt),
+        "impl": prompt.impl.value,
+        "tuning": tuning.kind.value,
+        "num_blocks": tuning.num_blocks,
+        "adapters": build_adapters(tuning),
+    }
 
 
 def build_adapters(tuning: TuningConfig) -> Adapters | None:

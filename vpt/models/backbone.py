@@ -101,7 +101,7 @@ class PromptedViT(nn.Module):
             )
         self.prompt = prompt
         self._check_prompt()
-        if is_new and prompt is not None and prompt.kind == "kv":
+        if is_new and prompt is not None and prompt.kind == "kv" and not next(prompt.parameters()).is_meta:
             like = VisualPrompt(
                 num_tokens, self.embed_dim, blocks=prompt.blocks, patch_size=vit.patch_embed.patch_size, init=init
             )

@@ -191,9 +191,10 @@ def _add(vit: ViT, adapters: Adapters) -> frozenset[str]:
     known = origin_of(vit)
     if known is not None and known.adapters is not None:
         raise ValueError(f"this ViT has {known.adapters.method} adapters already; load it anew for others")
-    before = pretrained_fingerprint(vit)
+    is_empty = next(vit.parameters()).is_meta  # there are no weights on the meta device
+    before = "" if is_empty else pretrained_fingerprint(vit)
     adapters = adapters.for_vit(vit)
-    added = add_adapters(vit, adapters)
+    added = add_adapters(vit, adapters, is_empty=is_empty)
     tuned = frozenset() if known is None else known.tuned
     set_origin(vit, Origin(before, tuned | added, adapters))
     return added
