@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vpt.models.classification import ClassificationModel
     from vpt.models.create import create_model
     from vpt.models.detection import DetectionModel
+    from vpt.models.inspection import inspect_attention, nearest_patches
     from vpt.models.prompts import VisualPrompt
     from vpt.models.task_file import load_task, read_task, save_task
     from vpt.models.tuning import count_parameters, tune, tuned_parameters
@@ -33,7 +34,9 @@ _HOMES = {
     "count_parameters": "vpt.models.tuning",
     "create_model": "vpt.models.create",
     "from_pretrained": "vpt.hub",
+    "inspect_attention": "vpt.models.inspection",
     "load_task": "vpt.models.task_file",
+    "nearest_patches": "vpt.models.inspection",
     "push_to_hub": "vpt.hub",
     "read_task": "vpt.models.task_file",
     "save_task": "vpt.models.task_file",
@@ -51,7 +54,9 @@ __all__ = [
     "count_parameters",
     "create_model",
     "from_pretrained",
+    "inspect_attention",
     "load_task",
+    "nearest_patches",
     "push_to_hub",
     "read_task",
     "save_task",

@@ -1,0 +1,314 @@
+"""Looking inside a prompted backbone: what blocks attend to, how alike prompt tokens are, which patches are like them.
+
+Attention is read where a block computes it, on whatever path: a block hands queries and keys to torch's fused
+attention, which keeps the weights to itself, so they are computed once more of the same queries and keys,
+softmax(q k^T / sqrt(d) + bias). No kind of block, prompt or adapter need be known for that.
+
+Legend: B batch, h heads, N prefix and patch tokens, M patch tokens, P prompt tokens that a block sees, D embed_dim, T
+tokens of any kind.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from vpt.models.backbone import PromptedViT
+from vpt.models.prompts import Blocks, resolve_blocks
+from vpt.models.vit import embed
+
+
+@dataclass(frozen=True)
+class BlockAttention:
+    """The attention of one block: how much each token of the sequence looks at each token that it sees.
+
+    Args:
+        block: Index of the block.
+        weights: (B, h, N, P + N), rows that sum to one: of prefix tokens, then patches, to the prompt's tokens, prefix
+            tokens, patches. What prompt tokens themselves look at is left out.
+        num_prefix_tokens: CLS and registers.
+        has_cls: Whether the first of them is CLS.
+        grid_size: Rows and columns of the patches.
+    """
+
+    block: int
+    weights: Tensor
+    num_prefix_tokens: int
+    has_cls: bool
+    grid_size: tuple[int, int]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """P; 0 where the block sees no prompt."""
+        return self.weights.shape[3] - self.weights.shape[2]
+
+    @property
+    def uniform_share(self) -> float:
+        """P / (P + N), the share of the prompt if every token were looked at alike."""
+        return self.num_prompt_tokens / self.weights.shape[3]
+
+    @property
+    def to_prompt(self) -> Tensor:
+        """(B, N, P): how much each token looks at each prompt token, mean over heads."""
+        return self.weights[..., : self.num_prompt_tokens].mean(1)
+
+    @property
+    def prompt_shares(self) -> dict[str, Tensor]:
+        """The share of attention that goes to the prompt, (B,): that of "cls", if there is one, and of "patches"."""
+        shares = self.to_prompt.sum(2)
+        patches = shares[:, self.num_prefix_tokens :].mean(1)
+        return {"cls": shares[:, 0], "patches": patches} if self.has_cls else {"patches": patches}
+
+    @property
+    def prompt_map(self) -> Tensor:
+        """(B, rows, columns): the share of each patch's attention that goes to the prompt."""
+        return torch.unflatten(self.to_prompt.sum(2)[:, self.num_prefix_tokens :], 1, self.grid_size)
+
+    @property
+    def patch_map(self) -> Tensor:
+        """(B, rows, columns): how CLS spreads over the patches what it gives to them, times M, so that 1 is even.
+
+        Without a CLS token it is the mean of what all patches look at.
+        """
+        first = self.num_prefix_tokens
+        asking = self.weights[:, :, :1] if self.has_cls else self.weights[:, :, first:]
+        looked_at = asking[..., self.num_prompt_tokens + first :].mean((1, 2))
+        even = looked_at.mean(1, keepdim=True).clamp(min=torch.finfo(looked_at.dtype).tiny)
+        return torch.unflatten(looked_at / even, 1, self.grid_size)
+
+
+@torch.no_grad()
+def inspect_attention(
+    backbone: PromptedViT, images: Tensor, blocks: Blocks = "all", *, prompted: bool = True
+) -> Iterator[BlockAttention]:
+    """The attention of blocks, one after the other; only one block's weights are in memory unless you keep them.
+
+    Args:
+        backbone: In eval mode, or dropout of the prompt draws.
+        images: Normalised (B, 3, H, W). Weights take 4 B h N (P + N) bytes.
+        blocks: "all", "first:k", "last:k" or a list of indices. Blocks behind the last one are not run.
+        prompted: False leaves the prompt out, and all else as it is.
+
+    Raises:
+        ValueError: A block that the backbone does not have, or one that calls no fused attention.
+
+    Example:
+        >>> import timm
+        >>> backbone = PromptedViT(timm.create_model("vit_nano_patch8_64", num_classes=0), "deep", num_tokens=10)
+        >>> for attention in inspect_attention(backbone, torch.zeros(2, 3, 64, 64), [0, 4]):
+        ...     print(attention.block, tuple(attention.weights.shape), tuple(attention.patch_map.shape))
+        0 (2, 3, 65, 75) (2, 8, 8)
+        4 (2, 3, 65, 75) (2, 8, 8)
+    """
+    vit: Any = backbone.vit
+    grid_size = vit.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+    tokens, position = embed(vit, images)
+    num_tokens, prefix = tokens.shape[1], backbone.num_prefix_tokens
+    prompt, first = backbone.prompt if prompted else None, 0
+    for block in resolve_blocks(blocks, backbone.depth, key="blocks"):
+        tokens = backbone._run_blocks(tokens, position, prompt, first=first, last=block)
+        with _Watch() as watch:
+            tokens = backbone._run_blocks(tokens, position, prompt, first=block, last=block + 1)
+        if not watch.weights:
+            raise ValueError(
+                f"block {block} calls no fused attention, so that its weights cannot be seen; is TIMM_FUSED_ATTN=0 set?"
+            )
+        weights = _prompt_first(torch.cat(watch.weights, 1), num_tokens, prefix)
+        yield BlockAttention(block, weights, prefix, has_cls(backbone), grid_size)
+        first = block + 1
+
+
+@dataclass(frozen=True)
+class TokenSimilarity:
+    """How alike the prompt tokens of a block are.
+
+    Args:
+        block: Index of the block that they enter.
+        cosines: (P, P), of each token with each.
+        mean_cosine: Of two different tokens: 1 if all point the same way; nan for a single token.
+        effective_rank: Of the tokens as a matrix: from 1, all the same but for their length, to P.
+    """
+
+    block: int
+    cosines: Tensor
+    mean_cosine: float
+    effective_rank: float
+
+
+@torch.no_grad()
+def compare_tokens(backbone: PromptedViT) -> list[TokenSimilarity]:
+    """How alike prompt tokens are, for each prompted block.
+
+    Raises:
+        ValueError: There is no prompt, or one without tokens.
+
+    Example:
+        >>> import timm
+        >>> backbone = PromptedViT(timm.create_model("vit_nano_patch8_64", num_classes=0), "deep", num_tokens=10)
+        >>> len(compare_tokens(backbone)), compare_tokens(backbone)[0].cosines.shape
+        (5, torch.Size([10, 10]))
+    """
+    found = []
+    for block, tokens in _tokens_by_block(backbone).items():
+        unit = F.normalize(tokens, dim=1)
+        cosines, num = unit @ unit.mT, len(tokens)
+        mean = float((cosines.sum() - cosines.trace()) / (num * (num - 1))) if num > 1 else math.nan
+        found.append(TokenSimilarity(block, cosines, mean, effective_rank(tokens)))
+    return found
+
+
+def has_tokens(backbone: PromptedViT) -> bool:
+    """Whether there is a prompt of tokens, and not of keys and values that are learned themselves."""
+    return backbone.prompt is not None and backbone.prompt.kind in ("shallow", "deep")
+
+
+def has_cls(backbone: PromptedViT) -> bool:
+    """Whether the first token of the sequence is CLS."""
+    return backbone.vit.cls_token is not None
+
+
+def effective_rank(tokens: Tensor) -> float:
+    """The number of directions that tokens (T, D) make use of: the effective number of their singular values.
+
+    References:
+        The Effective Rank: A Measure of Effective Dimensionality (Roy & Vetterli, EUSIPCO 2007), definition 1.
+
+    Example:
+        >>> round(effective_rank(torch.eye(4, 16)), 4), round(effective_rank(torch.ones(4, 16)), 4)
+        (4.0, 1.0)
+    """
+    return effective_number(torch.linalg.svdvals(tokens.float()))
+
+
+def effective_number(amounts: Tensor) -> float:
+    """How many of some amounts >= 0 count, exp of the entropy of their shares: k if k are equal and the others are 0.
+
+    Example:
+        >>> round(effective_number(torch.tensor([3.0, 3.0, 0.0])), 4)
+        2.0
+    """
+    shares = amounts / amounts.sum()
+    return float(torch.special.entr(shares).sum().exp())
+
+
+@dataclass(frozen=True)
+class NearestPatches:
+    """The patches that are most like each prompt token of a block, the nearest first; all tensors are (P, k).
+
+    Args:
+        block: Index of the block that tokens and patches enter.
+        cosines: Of token and patch.
+        images: Index of the image.
+        rows: Of the patch in the image, from above.
+        columns: Of the patch, from the left.
+    """
+
+    block: int
+    cosines: Tensor
+    images: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+@torch.no_grad()
+def nearest_patches(
+    backbone: PromptedViT, images: Tensor, num: int = 5, *, among: Tensor | None = None
+) -> Iterator[NearestPatches]:
+    """For each prompted block, the patches that are nearest to its prompt tokens, by the cosine.
+
+    Patch tokens are those that enter the block when there is no prompt, so that they show what a prompt resembles and
+    not what it has made of the patches.
+
+    Args:
+        backbone: With a prompt that has tokens.
+        images: Normalised (B, 3, H, W).
+        num: k, patches for each token; fewer if there are not as many.
+        among: (B, rows, columns) bool, the patches that may be found; None: all.
+
+    Raises:
+        ValueError: There is no prompt, or one without tokens, or `num` is below 1.
+
+    Example:
+        >>> import timm
+        >>> backbone = PromptedViT(timm.create_model("vit_nano_patch8_64", num_classes=0), "shallow", num_tokens=10)
+        >>> [(found.block, tuple(found.rows.shape)) for found in nearest_patches(backbone, torch.rand(2, 3, 64, 64))]
+        [(0, (10, 5))]
+    """
+    if num < 1:
+        raise ValueError(f"num must be at least 1, got {num}")
+    tokens_by_block = _tokens_by_block(backbone)
+    size = images.shape[-2], images.shape[-1]
+    rows, columns = backbone.vit.patch_embed.dynamic_feat_size(size)
+    for (block, tokens), patches in zip(tokens_by_block.items(), backbone.entering_patches(images), strict=True):
+        unit = F.normalize(patches.to(tokens.dtype), dim=2).flatten(0, 1)
+        cosines = F.normalize(tokens, dim=1) @ unit.mT
+        num_found = cosines.shape[1]
+        if among is not None:
+            among = among.to(cosines.device)
+            cosines = cosines.masked_fill(~among.flatten(), -math.inf)
+            num_found = int(among.sum())
+        best, index = cosines.topk(min(num, num_found))
+        place = index % (rows * columns)
+        yield NearestPatches(block, best, index // (rows * columns), place // columns, place % columns)
+
+
+def _tokens_by_block(backbone: PromptedViT) -> dict[int, Tensor]:
+    """Prompt tokens (P, D) of each prompted block, in float32 or wider."""
+    prompt = backbone.prompt
+    if prompt is None:
+        raise ValueError("there is no prompt whose tokens could be looked at")
+    if not has_tokens(backbone):
+        raise ValueError(f"{prompt} is learned as keys and values, it has no tokens that could be looked at")
+    tokens = prompt.tokens.detach()
+    return dict(zip(prompt.blocks, tokens.to(torch.promote_types(tokens.dtype, torch.float32)), strict=True))
+
+
+class _Watch(TorchFunctionMode):
+    """While it is entered, keeps the weights (B, h, queries, keys) of each call of torch's fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.weights.append(_attention_weights(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
+def _attention_weights(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(q k^T scale + mask) of what `scaled_dot_product_attention` is called with, in float32 or wider."""
+    assert not is_causal
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    scores = queries.to(dtype) @ keys.to(dtype).mT * (queries.shape[-1] ** -0.5 if scale is None else scale)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(-1)
+
+
+def _prompt_first(weights: Tensor, num_tokens: int, num_prefix_tokens: int) -> Tensor:
+    """Weights (B, h, N, P + N) with the prompt's columns first and no rows of it.
+
+    As keys and values it is like that already. In the sequence it stands behind the prefix tokens, and asks, too.
+    """
+    if weights.shape[2] == num_tokens:
+        return weights
+    prefix, behind = num_prefix_tokens, num_prefix_tokens + weights.shape[3] - num_tokens
+    own = [*range(prefix), *range(behind, weights.shape[3])]
+    return weights[:, :, own][..., [*range(prefix, behind), *own]]
