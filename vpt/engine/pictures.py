@@ -22,7 +22,7 @@ WRONG: Colour = (197, 34, 31)
 """Colour of a caption under a picture that was predicted wrong."""
 
 # From white to dark blue: the darker, the more; also legible when printed in grey.
-_BLUES = np.array([(255, 255, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107)], dtype=np.float64)
+BLUES = np.array([(255, 255, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107)], dtype=np.float64)
 _GRID = (228, 230, 233)
 _MIN_TILE = 128  # pixels that a caption of about 18 letters needs
 _GAP = 6
@@ -101,7 +101,7 @@ def confusion_picture(confusion: ArrayLike, classes: Sequence[str]) -> NDArray[n
         raise ValueError(f"A confusion matrix of {K} classes is ({K}, {K}), not {counts.shape}.")
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     cell = max(1, min(_MAX_CELL, _MAX_MATRIX // K))
-    matrix = Image.fromarray(_colour_map(np.sqrt(shares)).repeat(cell, axis=0).repeat(cell, axis=1))
+    matrix = Image.fromarray(colour_map(np.sqrt(shares)).repeat(cell, axis=0).repeat(cell, axis=1))
     if K <= _MAX_COUNTED:
         _write_counts(matrix, counts, shares, cell)
     return _with_axes(matrix, classes, cell)
@@ -151,10 +151,10 @@ def draw_upright(canvas: Image.Image, text: str, font: Font, top: tuple[float, f
     canvas.paste(INK, (round(x - 12), round(y)), stencil.transpose(Image.Transpose.ROTATE_90))
 
 
-def _colour_map(values: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Values in [0, 1] of any shape -> colours with a last axis of 3, uint8."""
-    stops = np.linspace(0, 1, len(_BLUES))
-    colours = np.stack([np.interp(values, stops, channel) for channel in _BLUES.T], axis=-1)
+def colour_map(values: NDArray[np.float64], table: NDArray[np.float64] = BLUES) -> NDArray[np.uint8]:
+    """Values in [0, 1] of any shape -> colours with a last axis of 3, uint8, between evenly spread ones of a table."""
+    stops = np.linspace(0, 1, len(table))
+    colours = np.stack([np.interp(values, stops, channel) for channel in table.T], axis=-1)
     return colours.round().astype(np.uint8)
 
 
