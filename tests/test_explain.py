@@ -1,0 +1,292 @@
+"""python -m vpt.explain: what it writes of tasks of both kinds, and what it refuses."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import vpt
+import vpt.explain
+from tests.conftest import train_with
+from vpt.data.images import read_image
+from vpt.data.transforms import EvalTransform, Preprocessing
+from vpt.models.inspection import inspect_attention
+from vpt.models.task_file import read_task
+from vpt.models.vit import load_vit
+
+NANO = "vit_nano_patch8_64"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder of task files on the embedded backbone: random prompts and heads."""
+    folder = tmp_path_factory.mktemp("tasks")
+    vit = load_vit(NANO)
+    torch.manual_seed(0)
+
+    def save(name, **options):
+        model = vpt.create_model(vit, **options)
+        for parameter in vpt.tuned_parameters(model).values():
+            torch.nn.init.normal_(parameter, std=0.2)
+        vpt.save_task(model, folder / f"{name}.safetensors", classes=[f"{name} {i}" for i in range(3)])
+
+    save("deep", num_classes=3, prompt="deep", num_tokens=3)
+    save("late", num_classes=3, prompt="deep", num_tokens=14, blocks="last:2")
+    save("shallow", num_classes=3, prompt="shallow", num_tokens=2)
+    save("single", num_classes=3, prompt="deep", num_tokens=1)
+    save("kv", num_classes=3, prompt="kv", num_tokens=2)
+    save("linear", num_classes=3, prompt=None)
+    save("boxes", num_classes=3, task="detection", prompt="deep", num_tokens=2, channels=16, num_convs=1)
+    return folder
+
+
+@pytest.fixture
+def album(tmp_path, monkeypatch):
+    """Five photos of several shapes, and the current folder beside it."""
+    (tmp_path / "album" / "sub").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(5):
+        pixels = generator.integers(0, 255, (40 + 30 * number, 90, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "album" / ("sub" if number % 2 else "") / f"{number:02d}.png")
+    monkeypatch.chdir(tmp_path)
+    return Path("album")
+
+
+def explain(monkeypatch, *arguments):
+    """The exit code of the command, called in this process."""
+    monkeypatch.setattr(sys, "argv", ["vpt.explain", *map(str, arguments), "device=cpu"])
+    try:
+        vpt.explain.main()
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def numbers_of(folder):
+    return json.loads((Path(folder) / "explain.json").read_text())
+
+
+def pages_of(folder):
+    return sorted(path.name for path in Path(folder).glob("*.png"))
+
+
+def events_of(folder):
+    events = EventAccumulator(str(folder)).Reload()
+    return events, set(events.Tags()["scalars"]), set(events.Tags()["images"])
+
+
+def test_a_task_with_a_deep_prompt_is_explained_by_pages_numbers_and_events(tasks, album, monkeypatch, capsys):
+    assert explain(monkeypatch, f"task={tasks}/deep.safetensors", "input=album", "output=out", "blocks=0,3") == 0
+    assert capsys.readouterr().out == "5 pictures explained, 9 pages and explain.json written to out\n"
+    pictures = [f"picture_{number:02d}.png" for number in range(5)]
+    assert pages_of("out") == [
+        "nearest_block_00.png",
+        "nearest_block_03.png",
+        *pictures,
+        "prompt.png",
+        "similarity.png",
+    ]
+    numbers = numbers_of("out")
+    paths = sorted(map(str, album.rglob("*.png")))
+    assert [picture["path"] for picture in numbers["pictures"]] == paths
+    assert [found["block"] for found in numbers["attention_to_prompt"]] == [0, 1, 2, 3, 4]
+    assert [found["block"] for found in numbers["nearest_patches"]] == [0, 1, 2, 3, 4]
+    events, scalars, images = events_of("out")
+    assert images == {f"explain/{Path(name).stem}" for name in pages_of("out")}
+    names = ("cls", "patches", "uniform", "tokens_in_use")
+    assert scalars == {f"attention_to_prompt/{name}" for name in names} | {
+        f"prompt_tokens/{name}" for name in ("mean_cosine", "effective_rank")
+    }
+    logged = [(event.step, event.value) for event in events.Scalars("attention_to_prompt/cls")]
+    expected = [(found["block"], pytest.approx(found["cls"], rel=1e-6)) for found in numbers["attention_to_prompt"]]
+    assert logged == expected
+
+
+def test_the_numbers_are_those_of_the_functions_for_notebooks(tasks, album, monkeypatch):
+    explain(monkeypatch, f"task={tasks}/deep.safetensors", "input=album", "output=out")
+    path = tasks / "deep.safetensors"
+    model, metadata = vpt.load_task(path, NANO), read_task(path)
+    transform = EvalTransform(Preprocessing.from_dict(metadata.preprocessing))
+    numbers = numbers_of("out")
+    images = torch.stack([transform(read_image(picture["path"])) for picture in numbers["pictures"]])
+    with torch.no_grad():
+        probabilities, labels = model(images).softmax(1).max(1)
+    for picture, probability, label in zip(numbers["pictures"], probabilities, labels, strict=True):
+        assert picture["class"] == metadata.classes[label]
+        assert picture["probability"] == pytest.approx(probability.item(), abs=1e-5)
+    for found, attention in zip(numbers["attention_to_prompt"], inspect_attention(model.backbone, images), strict=True):
+        assert (found["num_tokens"], found["uniform"]) == (3, pytest.approx(3 / 68))
+        weights = attention.weights[..., :3].mean(1)
+        assert found["cls_by_picture"] == pytest.approx(weights[:, 0].sum(1).tolist(), abs=1e-5)
+        assert found["cls"] == pytest.approx(weights[:, 0].sum(1).mean().item(), abs=1e-5)
+        assert found["patches"] == pytest.approx(weights[:, 1:].sum(2).mean().item(), abs=1e-5)
+        assert found["patches_over_uniform"] == pytest.approx(found["patches"] * 68 / 3)
+        shares = weights.mean((0, 1)) / weights.mean((0, 1)).sum()
+        assert found["tokens_in_use"] == pytest.approx(math.exp(-(shares * shares.log()).sum()), rel=1e-4)
+    tokens = model.backbone.prompt.tokens.detach()
+    entering = list(model.backbone.entering_patches(images))
+    for block, found in enumerate(numbers["nearest_patches"]):
+        cosines = torch.nn.functional.cosine_similarity(tokens[block][:, None], entering[block].flatten(0, 1)[None], -1)
+        for token, places in enumerate(found["tokens"]):
+            assert [place["cosine"] for place in places] == pytest.approx(
+                cosines[token].topk(8).values.tolist(), abs=1e-5
+            )
+            image, patch = divmod(cosines[token].argmax().item(), 64)
+            first = places[0]
+            assert first["picture"] == numbers["pictures"][image]["path"]
+            assert (first["row"], first["column"]) == divmod(patch, 8)
+
+
+def test_a_prompt_in_the_last_blocks_is_seen_there_only(tasks, album, monkeypatch):
+    assert explain(monkeypatch, f"task={tasks}/late.safetensors", "input=album", "output=out", "blocks=all") == 0
+    assert [found["block"] for found in numbers_of("out")["attention_to_prompt"]] == [3, 4]
+    assert [name for name in pages_of("out") if name.startswith("nearest")] == [
+        "nearest_block_03.png",
+        "nearest_block_04.png",
+    ]
+
+
+def test_a_shallow_prompt_is_looked_at_in_all_blocks_and_compared_where_it_enters(tasks, album, monkeypatch):
+    assert explain(monkeypatch, f"task={tasks}/shallow.safetensors", "input=album", "output=out") == 0
+    numbers = numbers_of("out")
+    assert [found["block"] for found in numbers["attention_to_prompt"]] == [0, 1, 2, 3, 4]
+    assert [found["block"] for found in numbers["prompt_tokens"]] == [0]
+    assert [found["block"] for found in numbers["nearest_patches"]] == [0]
+
+
+def test_a_single_prompt_token_has_no_mean_cosine(tasks, album, monkeypatch):
+    assert explain(monkeypatch, f"task={tasks}/single.safetensors", "input=album/00.png", "output=out") == 0
+    assert {found["mean_cosine"] for found in numbers_of("out")["prompt_tokens"]} == {None}
+    assert "prompt_tokens/mean_cosine" not in events_of("out")[1]
+
+
+def test_a_task_without_a_prompt_has_attention_maps_and_says_so(tasks, album, monkeypatch, capsys):
+    assert explain(monkeypatch, f"task={tasks}/linear.safetensors", "input=album", "output=out") == 0
+    printed = capsys.readouterr().out
+    assert "note: there is no prompt: attention maps are all that there is to see" in printed
+    assert pages_of("out") == [f"picture_{number:02d}.png" for number in range(5)]
+    numbers = numbers_of("out")
+    assert numbers["prompt"] is None
+    assert numbers["attention_to_prompt"] == numbers["prompt_tokens"] == numbers["nearest_patches"] == []
+    assert "there is no prompt" in numbers["note"]
+
+
+def test_a_prompt_of_keys_and_values_has_shares_but_no_tokens_to_compare(tasks, album, monkeypatch, capsys):
+    assert explain(monkeypatch, f"task={tasks}/kv.safetensors", "input=album", "output=out") == 0
+    assert "note: the prompt is learned as keys and values" in capsys.readouterr().out
+    assert pages_of("out") == [*(f"picture_{number:02d}.png" for number in range(5)), "prompt.png"]
+    assert all(0 < found["cls"] < 1 for found in numbers_of("out")["attention_to_prompt"])
+
+
+def test_a_detector_is_shown_on_what_of_the_input_is_picture(tasks, album, monkeypatch):
+    assert explain(monkeypatch, f"task={tasks}/boxes.safetensors", "input=album", "output=out") == 0
+    numbers = numbers_of("out")
+    heights = {f"{number:02d}.png": min(64, math.ceil(64 * (40 + 30 * number) / 90)) for number in range(5)}
+    widths = {f"{number:02d}.png": min(64, math.ceil(64 * 90 / (40 + 30 * number))) for number in range(5)}
+    for picture in numbers["pictures"]:
+        assert isinstance(picture["boxes"], list)
+    for found in numbers["nearest_patches"]:
+        for place in (place for places in found["tokens"] for place in places):
+            name = Path(place["picture"]).name
+            assert place["row"] * 8 < heights[name]
+            assert place["column"] * 8 < widths[name]
+
+
+def test_a_run_is_explained_as_its_task_file(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["prompt.num_tokens=2", "train.epochs=1", "train.batch_size=8", "num_workers=0", "run.name=colours"]
+    run = train_with("dataset=folder", f"dataset.root={photos}", *small)
+    assert explain(monkeypatch, f"run={run}", f"input={photos}/test/*/0.png", "output=of_run") == 0
+    assert explain(monkeypatch, f"task={run}/task.safetensors", f"input={photos}/test/*/0.png", "output=of_task") == 0
+    of_run, of_task = numbers_of("of_run"), numbers_of("of_task")
+    assert (of_run.pop("task"), of_task.pop("task")) == (f"run={run}", f"task={run}/task.safetensors")
+    assert of_run == of_task
+    assert {picture["class"] for picture in of_run["pictures"]} <= {"blue sky", "grass", "rose"}
+    metrics = (run / "metrics.jsonl").read_bytes()
+    assert explain(monkeypatch, f"run={run}", f"input={photos}/test", f"output={run}") == 2  # it would be overwritten
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_of_many_pictures_some_are_taken_evenly_spread(tasks, album, monkeypatch, capsys):
+    arguments = [f"task={tasks}/deep.safetensors", "input=album/**/*.png", "output=out", "max_pictures=3"]
+    assert explain(monkeypatch, *arguments) == 0
+    assert "3 of 5 pictures explained" in capsys.readouterr().out
+    paths = sorted(map(str, album.rglob("*.png")))
+    assert [picture["path"] for picture in numbers_of("out")["pictures"]] == paths[::2]
+
+
+def test_a_second_explanation_takes_the_place_of_the_first(tasks, album, monkeypatch):
+    explain(monkeypatch, f"task={tasks}/deep.safetensors", "input=album", "output=out")
+    Path("out/notes.txt").write_text("mine")
+    assert explain(monkeypatch, f"task={tasks}/linear.safetensors", "input=album/00.png", "output=out") == 0
+    assert pages_of("out") == ["picture_00.png"]
+    assert Path("out/notes.txt").read_text() == "mine"
+    assert len(list(Path("out").glob("events.*"))) == 1
+    assert events_of("out")[1:] == (set(), {"explain/picture_00"})
+
+
+def test_pictures_that_cannot_be_read_are_told_by_name_and_the_others_explained(tasks, album, monkeypatch, capsys):
+    Path("album/broken.jpg").write_bytes(Path("album/00.png").read_bytes()[:200])
+    assert explain(monkeypatch, f"task={tasks}/deep.safetensors", "input=album", "output=out") == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("skipped: album/broken.jpg: broken picture")
+    assert printed.err.count("\n") == 1
+    assert "5 of 6 pictures explained" in printed.out
+    assert len(numbers_of("out")["pictures"]) == 5
+    assert explain(monkeypatch, f"task={tasks}/deep.safetensors", "input=album/broken.jpg", "output=none") == 1
+    assert "none of its pictures can be read; nothing was written" in capsys.readouterr().err
+    assert not Path("none").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["input=album"], "output is needed: type output=..."),
+        (["input=album", "output=out"], "run is needed: type run=FOLDER, or task=FILE"),
+        (["run=nowhere", "input=album", "output=out"], "run=nowhere: not a run folder, it has no task.safetensors"),
+        (["run=album", "task=DEEP", "input=album", "output=out"], "name a task file or a run, not both"),
+        (["task=nowhere", "input=album", "output=out"], "task=nowhere: no such file"),
+        (["task=DEEP,LATE", "input=album", "output=out"], "one task is explained at a time; name one file"),
+        (["task=DEEP", "input=nowhere", "output=out"], "nowhere: no such file or folder"),
+        (["task=DEEP", "input=album/*.gif", "output=out"], "album/*.gif: matches no picture"),
+        (["task=DEEP", "input=empty", "output=out"], "input=empty: holds no pictures"),
+        (["task=DEEP", "input=film.mp4", "output=out"], "input=film.mp4: is a video"),
+        (["task=DEEP", "input=album", "output=album"], "output=album: holds other files; name a new folder"),
+        (["task=DEEP", "input=album", "output=album/00.png"], "output=album/00.png: is a file; name a folder"),
+        (["task=DEEP", "input=album", "output=out", "blocks=5"], "blocks=[5]: the backbone has blocks 0 to 4"),
+        (["task=DEEP", "input=album", "output=out", "blocks=some"], "blocks must be all, first:k, last:k or a list"),
+        (["task=DEEP", "input=album", "output=out", "max_pictures=0"], "max_pictures=0 is out of range"),
+        (["task=DEEP", "input=album", "output=out", "max_picture=4"], "did you mean max_pictures?"),
+        (["task=DEEP", "input=album", "output=out", "checkpoint=no.pth"], "checkpoint=no.pth: no such file"),
+    ],
+)
+def test_misuse_is_refused_in_a_line(tasks, album, monkeypatch, capsys, arguments, message):
+    Path("empty").mkdir()
+    Path("film.mp4").write_bytes(b"film")
+    words = [word.replace("DEEP", f"{tasks}/deep.safetensors") for word in arguments]
+    assert explain(monkeypatch, *[word.replace("LATE", f"{tasks}/late.safetensors") for word in words]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys; sys.argv = ['x', '--help']; import vpt.explain\n"
+    code += "try: vpt.explain.main()\nexcept SystemExit: print({'torch', 'timm', 'PIL'} & set(sys.modules))"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert time.monotonic() - start < 10
+    assert done.stdout.startswith("python -m vpt.explain: ")
+    assert done.stdout.endswith("set()\n")
