@@ -87,6 +87,18 @@ def test_prompts_of_both_kinds_and_none_are_seen_in_each_block(kind, prompt):
     assert_weights(inspect_attention(bare, IMAGES), plain_weights(backbone, prompted=False))
 
 
+@pytest.mark.parametrize("prompt", ["shallow", "deep"])
+def test_a_projection_that_was_put_in_the_place_of_the_backbones_own_is_seen(prompt):
+    backbone = PromptedViT(make_tiny_vit(), prompt, num_tokens=5).double()
+    before = [attention.weights for attention in inspect_attention(backbone, IMAGES)]
+    attn = backbone.vit.blocks[1].attn
+    attn.qkv = nn.Sequential(attn.qkv, nn.Linear(96, 96).double())  # as an adapter would
+    after = [attention.weights for attention in inspect_attention(backbone, IMAGES)]
+    assert torch.equal(before[0], after[0])
+    assert not torch.allclose(before[1], after[1])
+    assert_weights(inspect_attention(backbone, IMAGES), plain_weights(backbone))
+
+
 @pytest.mark.parametrize("impl", ["auto", "concat"])
 def test_weights_times_values_are_what_the_block_makes_of_its_tokens(impl):
     backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=5, impl=impl).double()
