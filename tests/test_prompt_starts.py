@@ -172,9 +172,10 @@ def options_of(photos, *overrides):
     return [*SMALL, "dataset=folder", f"dataset.root={photos}", "train.batch_size=4", "num_workers=0", *overrides]
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("init", ["patch", "prototype"])
-def test_the_prompt_of_a_run_starts_at_patches_of_its_train_pictures(init, photos):
-    config = to_config(compose_config(options_of(photos, f"prompt.init={init}")))
+def test_the_prompt_of_a_run_starts_at_patches_of_its_train_pictures(init, num_workers, photos):
+    config = to_config(compose_config(options_of(photos, f"prompt.init={init}", f"num_workers={num_workers}")))
     build.seed_everything(0, deterministic=False)
     kind = kind_of(config)
     samples = kind.read()

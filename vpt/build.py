@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -212,14 +212,23 @@ def start_prompt(config: Config, model: Model, data: Data) -> None:
         start_from_task(backbone, Path(prompt.init_from).expanduser())
     if backbone.prompt is None or prompt.init not in (PromptInitName.patch, PromptInitName.prototype):
         return
-    like = data.loaders["train"]
-    loader = build_loader(
-        data.datasets["train"], config.train.batch_size, shuffle=True, seed=config.seed, collate=like.collate_fn
-    )
-    batches = (batch[0] for batch in islice(loader, -(-START_PICTURES // config.train.batch_size)))
     start_from_patches(
-        backbone, batches, "patch" if prompt.init is PromptInitName.patch else "prototype", seed=config.seed
+        backbone,
+        _start_pictures(config, data),
+        "patch" if prompt.init is PromptInitName.patch else "prototype",
+        seed=config.seed,
     )
+
+
+def _start_pictures(config: Config, data: Data) -> Iterator[torch.Tensor]:
+    """Batches of some train pictures, the same ones in each call."""
+    size = config.train.batch_size
+    loader = build_loader(data.datasets["train"], size, shuffle=True, seed=config.seed, collate=_stack_images)
+    return islice(loader, -(-START_PICTURES // size))
+
+
+def _stack_images(items: Sequence[tuple[torch.Tensor, Any]]) -> torch.Tensor:
+    return torch.stack([image for image, _ in items])
 
 
 def check_compiler(device: torch.device) -> None:
