@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vpt
 from tests.conftest import make_tiny_vit
+from vpt.models.attention import key_value_weights, prompt_keys_values, queries_of
 from vpt.models.backbone import PromptedViT
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
@@ -252,3 +253,34 @@ def test_shallow_prompts_travel_with_the_sequence_and_print_says_which_path_each
 def test_the_choice_reaches_create_model():
     model = vpt.create_model(make_tiny_vit(), num_classes=2, impl="concat")
     assert model.backbone.impl == "concat"
+
+
+@pytest.mark.parametrize("name", [name for name in FAST if "qk-norm" not in name])
+def test_the_projections_of_tokens_are_what_keys_and_values_change_by(name):
+    """A key and a value are linear in the token over its deviation, but for a bias."""
+    torch.manual_seed(0)
+    block = timm.create_model(name.split()[0], **{**TINY, **FAST[name]}).double().blocks[1]
+    for parameter in block.parameters():
+        parameter.data.normal_(std=0.5).add_(0.1)
+    weights = key_value_weights(block)
+    is_normed = "post-norm" not in name
+    mean_goes = isinstance(block.norm1, nn.LayerNorm) and is_normed
+    found = []
+    for token in torch.randn(3, 32, dtype=torch.float64):
+        deviation = ((token - token.mean() * mean_goes).square().mean() + 1e-6).sqrt() if is_normed else 1
+        pair = prompt_keys_values(block, token[None, None])
+        parts = zip(pair, weights, strict=True)
+        found.append([part[0, :, 0].flatten() - weight @ token / deviation for part, weight in parts])
+    for other in found[1:]:
+        for bias, same in zip(found[0], other, strict=True):
+            torch.testing.assert_close(bias, same, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_queries_are_what_the_block_attends_with(qk_norm):
+    block = make_tiny_vit(qk_norm=qk_norm).blocks[1]
+    tokens = torch.randn(6, 32)
+    plain = nn.functional.linear(block.norm1(tokens), block.attn.qkv.weight[:32], block.attn.qkv.bias[:32])
+    if qk_norm:
+        plain = block.attn.q_norm(plain.unflatten(-1, (2, 16))).flatten(-2)
+    torch.testing.assert_close(queries_of(block, tokens), plain)

@@ -124,6 +124,34 @@ def run_block(
     return kept + _leave(block, 2, block.mlp(_enter(block, 2, kept)))
 
 
+def queries_of(block: Any, tokens: Tensor) -> Tensor:
+    """What tokens (T, D) ask for in a block, before any rotation, the heads side by side: (T, h d)."""
+    (queries,) = _project(block.attn, _enter(block, 1, tokens[None]), parts=(0,))
+    return _maybe(block.attn, "q_norm", queries)[0].transpose(0, 1).flatten(1)
+
+
+def key_value_weights(block: Any) -> tuple[Tensor, Tensor]:
+    """Projections of tokens, as they enter a block, to keys and to values: two matrices (h d, D).
+
+    The scale of the first norm is in them, and so is that a layer norm takes the mean away. Its division by the
+    standard deviation, norms of keys, and biases are not.
+    """
+    attention: Any = block.attn
+    if attention.qkv is None:
+        groups = getattr(attention, "num_kv_groups", 1)
+        apart = (part.weight.unflatten(0, (-1, attention.head_dim)) for part in (attention.k_proj, attention.v_proj))
+        weights = [weight.repeat_interleave(groups, dim=0).flatten(0, 1) for weight in apart]
+    else:
+        weights = list(attention.qkv.weight.chunk(3)[1:])
+    if not isinstance(block, POST_NORM):
+        scale = getattr(block.norm1, "weight", None)
+        weights = weights if scale is None else [weight * scale for weight in weights]
+        if isinstance(block.norm1, nn.LayerNorm):
+            weights = [weight - weight.mean(dim=1, keepdim=True) for weight in weights]
+    keys, values = weights
+    return keys, values
+
+
 def relative_bias(block: Any, shared: Tensor | None) -> Tensor | None:
     """The relative position bias (1, h, N, N) of a BEiT block: its own, and the one that all blocks share."""
     attention = block.attn
