@@ -14,8 +14,11 @@ from vpt import build
 from vpt.config import ConfigError, compose_config, to_config
 from vpt.engine.optim import MovingAverage, warmup_cosine
 from vpt.engine.state import RunState
+from vpt.models.programs import describe_task, make_program, open_program, write_program
 from vpt.models.prompt_forms import Bilinear, Fourier, Shared
+from vpt.models.prompt_starts import start_from_patches
 from vpt.models.prompts import VisualPrompt
+from vpt.models.whitening import whiten_from_patches
 
 LIVES = {
     "deep": {"prompt": "deep"},
@@ -26,6 +29,8 @@ LIVES = {
     "bilinear": {"prompt": "deep", "form": Bilinear(2)},
     "bilinear shallow": {"prompt": "shallow", "form": Bilinear(2)},
     "bilinear in some blocks": {"prompt": "deep", "form": Bilinear(3), "blocks": [0, 2]},
+    "whitened": {"prompt": "deep", "form": Bilinear(2, whiten=True)},
+    "whitened shallow": {"prompt": "shallow", "form": Bilinear(2, whiten=True)},
     "fourier": {"prompt": "deep", "form": Fourier(0.5)},
     "fourier shallow": {"prompt": "shallow", "form": Fourier(1.0)},
     "fourier with dropout": {"prompt": "deep", "form": Fourier(0.5), "dropout": 0.1},
@@ -39,18 +44,28 @@ LEARNED = {  # shapes of what is learned
     "bilinear": [(3, 4, 2), (3, 2, 32)],
     "bilinear shallow": [(1, 4, 2), (1, 2, 32)],
     "bilinear in some blocks": [(2, 4, 3), (2, 3, 32)],
+    "whitened": [(3, 4, 2), (3, 2, 32)],
+    "whitened shallow": [(1, 4, 2), (1, 2, 32)],
     "fourier": [(3, 4, 32)],
     "fourier shallow": [(1, 4, 32)],
     "fourier with dropout": [(3, 4, 32)],
 }
+STARTS = ("uniform", "normal", "patch", "prototype", "vipamin")
 CLASSES = ("a", "b", "c")
 
 
-def make(name, vit=None, **options):
+def make(name, vit=None, start="uniform", **options):
     """A classifier on a tiny ViT, with a prompt of four tokens and a head that is not zero."""
     torch.manual_seed(1)
-    model = vpt.create_model(vit or make_tiny_vit(), num_classes=3, num_tokens=4, **LIVES[name], **options)
+    init = start if start == "normal" else "uniform"
+    vit = vit or make_tiny_vit()
+    model = vpt.create_model(vit, num_classes=3, num_tokens=4, init=init, **LIVES[name], **options)
     torch.nn.init.normal_(model.head.weight)
+    pictures = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(9)).to(next(vit.parameters()))
+    if name.startswith("whitened"):
+        whiten_from_patches(model.backbone, [pictures])
+    if start not in ("uniform", "normal"):
+        start_from_patches(model.backbone, [pictures], start)
     return model
 
 
@@ -139,7 +154,33 @@ def test_the_task_file_holds_plain_tokens_and_equals_the_live_model(name, images
     loaded = vpt.load_task(path, vit)
     assert loaded.backbone.prompt.form is None
     assert torch.equal(loaded.backbone.prompt.tokens, model.backbone.prompt.tokens)
-    torch.testing.assert_close(logits_of(loaded, images), logits_of(model, images), rtol=1e-6, atol=1e-6)
+    assert torch.equal(logits_of(loaded, images), logits_of(model, images))
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_wherever_it_starts_it_learns_and_its_file_serves_as_the_live_model_does(name, start, images, tmp_path):
+    vit = make_tiny_vit()
+    model = make(name, vit, start)
+    before, state = model.backbone.prompt.tokens.detach().clone(), state_of(model)
+    for _ in range(2):
+        step(model, images, state)
+    assert ((model.backbone.prompt.tokens.detach() - before).flatten(1).norm(dim=1) > 1e-4).all()
+    path, live = vpt.save_task(model, tmp_path / "task.safetensors", classes=CLASSES), logits_of(model, images)
+    assert torch.equal(logits_of(vpt.load_task(path, vit), images), live)
+    bank = vpt.TaskBank(vit)
+    bank.load(path)
+    torch.testing.assert_close(bank(images, "task"), live, rtol=1e-5, atol=1e-5)
+
+
+def test_its_file_is_exported_for_other_programs_and_answers_as_the_live_model_does(name, images, tmp_path):
+    vit = make_tiny_vit()
+    model = make(name, vit)
+    step(model, images, state_of(model))
+    path = vpt.save_task(model, tmp_path / "task.safetensors", classes=CLASSES)
+    program = tmp_path / "task.pt2"
+    write_program(make_program(vpt.load_task(path, vit)), program, describe_task(vpt.read_task(path)))
+    found = open_program(program)({"images": images.numpy()})["logits"]
+    torch.testing.assert_close(torch.from_numpy(found), logits_of(model, images), rtol=1e-4, atol=1e-5)
 
 
 def test_torch_bakes_a_prompt_in_place(name, images):
@@ -149,7 +190,7 @@ def test_torch_bakes_a_prompt_in_place(name, images):
         parametrize.remove_parametrizations(prompt, "tokens")
     assert type(prompt) is VisualPrompt
     assert list(prompt.state_dict()) == ["tokens"]
-    torch.testing.assert_close(logits_of(model, images), live, rtol=1e-6, atol=1e-6)
+    assert torch.equal(logits_of(model, images), live)
 
 
 def test_a_bank_mixes_it_with_another_task_and_answers_as_it_does_alone(name, images, tmp_path):
@@ -210,7 +251,7 @@ def test_in_inference_keys_and_values_stay_until_what_is_learned_changes(images)
     torch.testing.assert_close(changed, backbone(images).detach())  # with gradients nothing is kept
 
 
-@pytest.mark.parametrize("name", ["shared", "bilinear", "fourier shallow"])
+@pytest.mark.parametrize("name", ["shared", "bilinear", "whitened", "fourier shallow"])
 def test_it_is_captured_whole_by_torch_compile_and_exported_alive(name, images):
     torch.compiler.reset()
     model = make(name)
@@ -300,6 +341,7 @@ def test_a_fraction_of_the_tokens_is_transformed_and_at_least_one(fraction, num_
         (lambda: Fourier(0.0), r"prompt\.fraction must be in \(0, 1\], got 0\.0"),
         (lambda: Fourier(1.5), r"prompt\.fraction must be in \(0, 1\], got 1\.5"),
         (lambda: VisualPrompt(4, 32, blocks=(0,), form=Bilinear(5)), r"prompt\.rank=5 is above 4, the rank that 4"),
+        (lambda: VisualPrompt(4, 32, blocks=(0,), form=Bilinear(5, whiten=True)), r"prompt\.rank=5 is above 4"),
     ],
 )
 def test_options_out_of_range_are_refused(make_form, message):
@@ -307,7 +349,7 @@ def test_options_out_of_range_are_refused(make_form, message):
         make_form()
 
 
-@pytest.mark.parametrize("form", [Shared(), Bilinear(2), Fourier(0.5)])
+@pytest.mark.parametrize("form", [Shared(), Bilinear(2), Bilinear(2, whiten=True), Fourier(0.5)])
 def test_a_prompt_with_a_form_can_be_made_without_memory_to_count_it(form):
     with torch.device("meta"):
         prompt = VisualPrompt(4, 32, blocks=range(3), form=form)
@@ -348,6 +390,7 @@ def test_the_config_chooses_the_form_and_the_watches_follow(choice, form):
     [
         ("prompt.rank=0", "prompt.rank=0 is out of range"),
         ("prompt.fraction=0", "prompt.fraction=0.0 is out of range"),
+        ("prompt.whiten=true", "prompt.whiten=true is for prompt=bilinear, and prompt.form=plain: leave it out"),
         ("prompt.form=wide", "prompt.form"),
         ("prompt=biliner", "did you mean bilinear"),
     ],
@@ -358,11 +401,16 @@ def test_what_the_config_does_not_have_is_refused(override, message):
 
 
 @pytest.mark.parametrize(
-    "choice", ["bilinear", *(pytest.param(choice, marks=pytest.mark.slow) for choice in ("shared", "fourier"))]
+    "choice",
+    [
+        ["prompt=bilinear", "prompt.whiten=true", "prompt.init=vipamin"],
+        *(pytest.param([f"prompt={form}"], marks=pytest.mark.slow) for form in ("shared", "bilinear", "fourier")),
+    ],
+    ids=" ".join,
 )
 def test_a_run_that_is_killed_ends_with_the_same_bytes(choice, photos, tmp_path):
     options = [*SMALL, "dataset=folder", f"dataset.root={photos}", "train.batch_size=4", "num_workers=0"]
-    options += [f"prompt={choice}", "prompt.num_tokens=3", "prompt.rank=2", "train.ema=0.5"]
+    options += [*choice, "prompt.num_tokens=3", "prompt.rank=2", "train.ema=0.5"]
     train_with(*options, f"run.root={tmp_path}/whole")
     killed = [*options, f"run.root={tmp_path}/killed"]
     assert attempt(tmp_path / "log", killed, "behind a step", 7) != 0

@@ -12,7 +12,7 @@ from vpt import build
 from vpt.config import ConfigError, compose_config, to_config
 from vpt.kinds.kind import kind_of
 from vpt.models.prompt_forms import Bilinear, Fourier, Shared
-from vpt.models.prompt_starts import NUM_STEPS, start_from_patches, start_from_task
+from vpt.models.prompt_starts import NEW_SHARE, NUM_MATCHED, NUM_STEPS, start_from_patches, start_from_task
 from vpt.models.task_file import open_task
 from vpt.models.vit import preprocessing_of
 
@@ -80,7 +80,7 @@ def test_prototypes_are_the_centres_that_plain_k_means_finds(images):
         np.testing.assert_allclose(grouped.prompt.tokens[row].detach().numpy(), centres, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("start", ["patch", "prototype"])
+@pytest.mark.parametrize("start", ["patch", "prototype", "vipamin"])
 @pytest.mark.parametrize("form", [None, Shared(), Bilinear(4), Fourier(0.5)])
 @pytest.mark.parametrize("kind", ["deep", "kv", "shallow"])
 def test_every_form_starts_from_patches_as_near_as_it_can(kind, form, start, images):
@@ -111,11 +111,53 @@ def test_pictures_that_cannot_start_a_prompt_are_refused(images):
         start_from_patches(backbone, [images])
     with pytest.raises(ValueError, match="no pictures"):
         start_from_patches(backbone, [])
-    with pytest.raises(ValueError, match="patch, prototype, got 'mean'"):
+    with pytest.raises(ValueError, match="no pictures"):
+        start_from_patches(backbone, [], "vipamin")
+    with pytest.raises(ValueError, match="patch, prototype, vipamin, got 'mean'"):
         start_from_patches(backbone, [images], "mean")
     with pytest.raises(ValueError, match="no prompt that could start"):
         start_from_patches(vpt.PromptedViT(make_tiny_vit(), None), [images])
     assert torch.equal(backbone.prompt.tokens, before)
+
+
+@pytest.mark.parametrize("blocks", [[0, 2], "all"])
+def test_vipamin_matches_keys_and_adds_a_value_that_the_patches_do_not_have(blocks, images):
+    vit = make_tiny_vit()
+    backbone = vpt.PromptedViT(vit, "deep", num_tokens=5, blocks=blocks)
+    start_from_patches(backbone, images.split(3), "vipamin", seed=4)
+    generator, size = torch.Generator().manual_seed(4), vit.embed_dim
+    centring = torch.eye(size, dtype=torch.float64) - 1 / size
+    for row, index in enumerate(backbone.prompt.blocks):
+        block = vit.blocks[index]
+        mean = entering(vit, images, index).mean(0).double()
+        of_keys, of_values = (
+            part @ torch.diag(block.norm1.weight.double()) @ centring
+            for part in block.attn.qkv.weight.double().chunk(3)[1:]
+        )
+        basis = np.linalg.svd((mean @ of_values.T).numpy())[2][:16]
+        drawn = torch.randn(5, size, generator=generator).double()
+        for token, direction in zip(backbone.prompt.tokens[row].detach().double(), drawn, strict=True):
+            near = sorted(mean, key=lambda patch: -torch.cosine_similarity(of_keys @ direction, of_keys @ patch, dim=0))
+            matched = torch.stack(near[:NUM_MATCHED]).mean(0)
+            new = (token - (1 - NEW_SHARE) * matched) / NEW_SHARE
+            assert new.norm().item() == pytest.approx(matched.norm().item(), rel=1e-3)
+            value = (of_values @ new).numpy()
+            assert np.linalg.norm(basis @ value) < 1e-3 * np.linalg.norm(value)
+            left = (of_values @ direction).numpy()
+            left = left - basis.T @ (basis @ left)
+            assert left @ value == pytest.approx(np.linalg.norm(left) * np.linalg.norm(value), rel=1e-4)
+
+
+@pytest.mark.parametrize("prompt", ["deep", "shallow"])
+def test_vipamin_starts_a_prompt_on_every_family_of_backbones(tiny_vit, prompt, images):
+    backbone = vpt.PromptedViT(tiny_vit, prompt, num_tokens=70)  # more than the pictures have patches
+    start_from_patches(backbone, [images], "vipamin")
+    tokens = backbone.prompt.tokens.detach()
+    assert tokens.isfinite().all()
+    assert len(tokens[0].unique(dim=0)) == 70
+    tiny_vit.blocks[0].attn.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"vipamin reads keys and values, but in block 0 attn has hooks"):
+        start_from_patches(backbone, [images], "vipamin")
 
 
 # Another task's prompt.
@@ -173,7 +215,7 @@ def options_of(photos, *overrides):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("init", ["patch", "prototype"])
+@pytest.mark.parametrize("init", ["patch", "prototype", "vipamin"])
 def test_the_prompt_of_a_run_starts_at_patches_of_its_train_pictures(init, num_workers, photos):
     config = to_config(compose_config(options_of(photos, f"prompt.init={init}", f"num_workers={num_workers}")))
     build.seed_everything(0, deterministic=False)
@@ -184,6 +226,7 @@ def test_the_prompt_of_a_run_starts_at_patches_of_its_train_pictures(init, num_w
     state = torch.get_rng_state()
     build.start_prompt(config, model, data)
     assert torch.equal(torch.get_rng_state(), state)
+    assert model.backbone.prompt.tokens.norm(dim=-1).min() > 2  # those of a uniform start are about 1
     if init == "patch":
         pictures = torch.stack([data.datasets["train"][(0, index)][0] for index in range(18)])
         patches = entering(model.backbone.vit, pictures, 0).flatten(0, 1)

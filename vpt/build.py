@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -42,10 +42,11 @@ from vpt.models.classification import ClassificationModel
 from vpt.models.create import create_model
 from vpt.models.detection import DetectionModel
 from vpt.models.prompt_forms import Bilinear, Fourier, Shared
-from vpt.models.prompt_starts import start_from_patches, start_from_task
+from vpt.models.prompt_starts import PatchStart, start_from_patches, start_from_task
 from vpt.models.task_file import TaskMetadata, load_task, read_task
 from vpt.models.tuning import tuned_parameters, tuned_parts
 from vpt.models.vit import load_vit
+from vpt.models.whitening import whiten_from_patches
 
 Model = ClassificationModel | DetectionModel
 
@@ -195,7 +196,7 @@ def build_form(prompt: PromptConfig) -> nn.Module | None:
         case PromptFormName.shared:
             return Shared()
         case PromptFormName.bilinear:
-            return Bilinear(prompt.rank)
+            return Bilinear(prompt.rank, whiten=prompt.whiten)
         case PromptFormName.fourier:
             return Fourier(prompt.fraction)
     return None
@@ -210,14 +211,18 @@ def start_prompt(config: Config, model: Model, data: Data) -> None:
     prompt, backbone = config.prompt, model.backbone
     if backbone.prompt is not None and prompt.init_from is not None:
         start_from_task(backbone, Path(prompt.init_from).expanduser())
-    if backbone.prompt is None or prompt.init not in (PromptInitName.patch, PromptInitName.prototype):
-        return
-    start_from_patches(
-        backbone,
-        _start_pictures(config, data),
-        "patch" if prompt.init is PromptInitName.patch else "prototype",
-        seed=config.seed,
-    )
+    if backbone.prompt is not None and prompt.init.value in get_args(PatchStart):
+        start_from_patches(backbone, _start_pictures(config, data), prompt.init.value, seed=config.seed)  # type: ignore[arg-type]
+
+
+def whiten_prompt(config: Config, model: Model, data: Data) -> None:
+    """Fix the coordinates that the prompt is learned in, if the config says so; of a run that goes on, too.
+
+    Raises:
+        ValueError: A block of the backbone is not understood.
+    """
+    if config.prompt.whiten and model.backbone.prompt is not None:
+        whiten_from_patches(model.backbone, _start_pictures(config, data), seed=config.seed)
 
 
 def _start_pictures(config: Config, data: Data) -> Iterator[torch.Tensor]:

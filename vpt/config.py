@@ -51,12 +51,13 @@ class PromptFormName(StrEnum):
 
 
 class PromptInitName(StrEnum):
-    """Where prompt tokens start: at random, at patch tokens of train pictures, or at the centres of groups of them."""
+    """Where prompt tokens start: at random, or at patch tokens of train pictures in one of three ways."""
 
     uniform = "uniform"
     normal = "normal"
     patch = "patch"
     prototype = "prototype"
+    vipamin = "vipamin"
 
 
 class TuningName(StrEnum):
@@ -212,7 +213,7 @@ class BackboneConfig:
 
 @dataclass
 class PromptConfig:
-    """The prompt tokens and the blocks that they enter; `rank` is of form bilinear, `fraction` of form fourier.
+    """The prompt tokens and the blocks that they enter; `rank`, `whiten` are of form bilinear, `fraction` of fourier.
 
     `title` is its name in that of a run. Tokens start as `init` says, or as those of the task file `init_from`.
     """
@@ -224,6 +225,7 @@ class PromptConfig:
     dropout: float = number(0.0, low=0, high=0.99)
     form: PromptFormName = PromptFormName.plain
     rank: int = number(8, low=1)
+    whiten: bool = False
     fraction: float = number(0.3, above=0, high=1)
     init: PromptInitName = PromptInitName.uniform
     init_from: str | None = None
@@ -605,7 +607,9 @@ def _check_task(config: Config) -> None:
 
 
 def _check_start(prompt: PromptConfig) -> None:
-    """Refuse two ways in which a prompt would start, and one for no prompt."""
+    """Refuse two ways in which a prompt would start, one for no prompt, and a whitening that nothing would use."""
+    if prompt.whiten and prompt.form is not PromptFormName.bilinear:
+        raise ConfigError(f"prompt.whiten=true is for prompt=bilinear, and prompt.form={prompt.form}: leave it out")
     if prompt.init_from is not None and prompt.kind is PromptName.none:
         raise ConfigError(f"prompt.init_from={prompt.init_from}: there is no prompt to start; leave it out")
     if prompt.init_from is not None and prompt.init is not PromptInitName.uniform:

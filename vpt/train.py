@@ -237,7 +237,9 @@ def _prepare(config: Config) -> "tuple[Kind, Model, dict[str, Any], Data]":
     samples = kind.read()
     train = samples["train"]
     model = build.build_model(config, train.classes, getattr(train, "category_ids", None)).to(device)
-    return kind, model, samples, kind.build_data(samples, preprocessing_of(model.backbone.vit))
+    data = kind.build_data(samples, preprocessing_of(model.backbone.vit))
+    build.whiten_prompt(config, model, data)
+    return kind, model, samples, data
 
 
 def _restore(saved: "Saved", state: "RunState") -> tuple[int, int]:

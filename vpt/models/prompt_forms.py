@@ -42,17 +42,22 @@ class Bilinear(nn.Module):
     """Tokens of low rank: tokens_i = A_i B_i, with A_i (P, r) and B_i (r, D); r (P + D) numbers a block for P D.
 
     It starts at the best approximation of that rank, the truncated singular value decomposition, which is split evenly
-    between the two. The paper's whitening is left out.
+    between the two.
+
+    Whitened, tokens_i = A_i B_i W_i, with a fixed W_i (D, D) for each block, see `whitening.whiten_from_patches`; what
+    it starts at is then nearest in the whitened space. Until that is called W_i changes nothing.
 
     Args:
         rank: r, at most P and D.
+        whiten: Whether there are the W_i.
 
     Raises:
         ValueError: The rank is below 1, or above P or D (when a prompt takes the form).
 
     References:
-        Attention to Burstiness: Low-Rank Bilinear Prompt Tuning (Wang et al., ICCV 2025),
-        https://arxiv.org/abs/2506.22908, the low-rank version.
+        Attention to the Burstiness in Visual Prompt Tuning! (Wang et al., ICCV 2025),
+        https://arxiv.org/abs/2506.22908: the low-rank version, and with `whiten` its product with a fixed whitening
+        matrix, which the paper multiplies with tokens that are learned directly.
 
     Example:
         >>> form = Bilinear(rank=4)
@@ -61,17 +66,21 @@ class Bilinear(nn.Module):
         (torch.Size([12, 10, 4]), torch.Size([12, 4, 192]), torch.Size([12, 10, 192]))
     """
 
-    def __init__(self, rank: int = 8) -> None:
+    whitening: Tensor | None
+
+    def __init__(self, rank: int = 8, *, whiten: bool = False) -> None:
         super().__init__()
         if rank < 1:
             raise ValueError(f"prompt.rank must be at least 1, got {rank}")
-        self.rank = rank
+        self.rank, self.whiten = rank, whiten
+        self.register_buffer("whitening", None)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """Tokens (L, P, D) of A, (L, P, r), and B, (L, r, D)."""
         device = "cpu" if left.is_meta else left.device.type
         with torch.autocast(device, enabled=False):  # the tokens that a task file will hold, to the bit
-            return left @ right
+            tokens = left @ right
+            return tokens if self.whitening is None else tokens @ self.whitening
 
     def right_inverse(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """A and B whose product is nearest to the tokens (L, P, D)."""
@@ -81,13 +90,17 @@ class Bilinear(nn.Module):
                 f"prompt.rank={self.rank} is above {largest}, the rank that {tokens.shape[1]} tokens of width "
                 f"{tokens.shape[2]} can have; use a smaller rank or more prompt.num_tokens"
             )
+        if self.whiten and self.whitening is None:
+            self.whitening = torch.eye(tokens.shape[2]).to(tokens).repeat(len(tokens), 1, 1)
+        if self.whitening is not None:
+            tokens = torch.linalg.solve(self.whitening, tokens, left=False)
         left, values, right = torch.linalg.svd(tokens, full_matrices=False)
         scale = values[:, None, : self.rank].sqrt()
         return left[..., : self.rank] * scale, right[:, : self.rank] * scale.mT
 
     def extra_repr(self) -> str:
-        """The rank."""
-        return f"rank={self.rank}"
+        """The rank, and whether it is whitened."""
+        return f"rank={self.rank}{', whiten=True' if self.whiten else ''}"
 
 
 class Fourier(nn.Module):
