@@ -2,12 +2,10 @@
 
 import sys
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from vpt.command_line import INTERRUPTED, check_file, fail, is_for_user, parse_options
-from vpt.config import ConfigError, OnError, number
+from vpt.config import OnError, number
 
 USAGE = """python -m vpt.evaluate: metrics of a trained run on one split of its data.
 
@@ -53,45 +51,25 @@ def evaluate_run(options: EvaluateOptions) -> dict[str, float]:
     from vpt import build, report
     from vpt.engine.trainer import evaluate
     from vpt.files import write_json
-    from vpt.kinds.kind import kind_of
+    from vpt.run_data import read_run
 
     output = None if options.output is None else Path(options.output).expanduser()
     if output is not None:
         check_file("output", output, (".json",))
     run = build.load_run(Path(options.run).expanduser(), checkpoint=options.checkpoint, device=options.device)
-    config = run.config
-    config.dataset.root = options.root or config.dataset.root
-    config.train.batch_size, config.num_workers = options.batch_size or config.train.batch_size, options.num_workers
-    config.augment.transforms = []  # train is evaluated as the others are
     if options.split != "train":
-        config.data.on_error = OnError.stop  # none but train pictures are skipped, so that none need be decoded twice
-    kind = kind_of(config)
-    samples = kind.read()
-    if options.split not in samples:
-        raise ConfigError(f"split={options.split}: this data set has {', '.join(samples)}")
-    _check_classes(options, samples[options.split], run.model)
-    data = kind.build_data(samples, run.metadata.preprocessing)
+        run.config.data.on_error = OnError.stop  # none but train pictures are skipped, so none need be decoded twice
+    kind, data = read_run(
+        run, [options.split], root=options.root, batch_size=options.batch_size, num_workers=options.num_workers
+    )
     evaluator = kind.evaluator(data, options.split)
-    precision = build.choose_precision(config, next(run.model.parameters()).device)
+    precision = build.choose_precision(run.config, next(run.model.parameters()).device)
     values = evaluate(run.model, data.loaders[options.split], evaluator, precision=precision, description=options.split)
     print(report.result_table({options.split: values}))
     print(kind.class_table(evaluator, data, options.split))
     if output is not None:
         write_json(output, {"run": options.run, "split": options.split, "metrics": values})
     return values
-
-
-def _check_classes(options: EvaluateOptions, samples: Any, model: Any) -> None:
-    """Labels must mean the same to the data as to the model."""
-    given = f"run={options.run}" if options.root is None else f"root={options.root}"
-    for key in ("classes", "category_ids"):
-        of_data, of_task = getattr(samples, key, None) or (), getattr(model, key, None) or ()
-        for label, (one, other) in enumerate(zip_longest(of_data, of_task, fillvalue="missing")):
-            if one != other:
-                raise ConfigError(
-                    f"{given}: {key}[{label}] is {one} in the data, and {other} in the task file; the data must have "
-                    f"what the task file has, in this order: {', '.join(map(str, of_task[:20]))}"
-                )
 
 
 if __name__ == "__main__":
