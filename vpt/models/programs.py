@@ -244,8 +244,9 @@ class ConstantPromptViT(PromptedViT):
             with torch.no_grad():
                 last = num_read if index == self.depth - 1 else None
                 pair = self.prompt.keys_values(self.vit.blocks[index], index, 1, torch.float32, last)
-            for name, tensor in zip(("keys", "values"), pair, strict=True):
-                self.register_buffer(f"{name}_{index}", tensor.clone(memory_format=torch.contiguous_format))
+                copies = [tensor.clone(memory_format=torch.contiguous_format) for tensor in pair]
+            for name, tensor in zip(("keys", "values"), copies, strict=True):
+                self.register_buffer(f"{name}_{index}", tensor)
 
     def _keys_values(self, prompt: VisualPrompt, index: int, tokens: Tensor, num_read: int | None) -> KeysValues:
         return self.get_buffer(f"keys_{index}"), self.get_buffer(f"values_{index}")
