@@ -37,7 +37,7 @@ def loss_of(model, images, masks):
         return F.cross_entropy(masked(images), TARGETS, reduction="none")
 
 
-@pytest.mark.parametrize("prompt", ["deep", "shallow"])
+@pytest.mark.parametrize("prompt", ["deep", "shallow", "kv"])
 def test_a_mask_of_zero_is_the_model_without_the_token_one_changes_nothing_two_doubles_it(tiny_vit, prompt, images):
     images, model = images.double(), make(tiny_vit, prompt=prompt)
     own, blocks = model.backbone.prompt, model.backbone.prompt.blocks
@@ -46,7 +46,7 @@ def test_a_mask_of_zero_is_the_model_without_the_token_one_changes_nothing_two_d
     torch.testing.assert_close(loss_of(model, images, masks), plain, rtol=1e-9, atol=1e-9)
     for factor, rows in ((0.0, [0, 1, 3]), (2.0, [0, 1, 2, 2, 3])):
         masks[:, :, 2] = factor
-        other = VisualPrompt(len(rows), own.embed_dim, kind=own.kind, blocks=blocks).double()
+        other = VisualPrompt(len(rows), own.embed_dim, kind=own.kind, blocks=blocks, width=own.width).double()
         other.tokens.data = own.tokens.detach()[:, rows]
         changed = make(tiny_vit, prompt=prompt)
         changed.backbone.prompt = other
@@ -55,7 +55,9 @@ def test_a_mask_of_zero_is_the_model_without_the_token_one_changes_nothing_two_d
         )
 
 
-@pytest.mark.parametrize("options", [{}, {"prompt": "shallow"}, {"blocks": [0, 2]}, {"form": Bilinear(2)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"prompt": "shallow"}, {"prompt": "kv"}, {"blocks": [0, 2]}, {"form": Bilinear(2)}]
+)
 def test_scores_are_the_mean_size_of_differences_that_each_token_makes_to_the_loss_of_a_picture(options, images):
     images, model, step = images.double(), make(**options), 1e-6
     found = token_importance(model, [(images[:3], TARGETS[:3]), (images[3:], TARGETS[3:])], losses)
@@ -120,9 +122,10 @@ def test_the_tokens_with_the_largest_scores_are_kept_in_their_order():
     assert [name for name, _ in smaller.named_parameters()] == ["tokens"]
 
 
+@pytest.mark.parametrize("kind", ["deep", "kv"])
 @pytest.mark.parametrize("form", [Shared(), Bilinear(2)])
-def test_what_is_kept_of_a_prompt_with_a_form_is_plain_and_in_a_task_file(form, images, tmp_path):
-    model = make(form=form).float()
+def test_what_is_kept_of_a_prompt_with_a_form_is_plain_and_in_a_task_file(kind, form, images, tmp_path):
+    model = make(prompt=kind, form=form).float()
     before = model(images)
     prompt = model.backbone.prompt
     model.backbone.prompt = keep_tokens(prompt, torch.rand(3, 4), 3)

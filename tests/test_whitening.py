@@ -90,6 +90,9 @@ def test_what_cannot_be_whitened_is_refused(images):
     backbone = vpt.PromptedViT(make_tiny_vit(), num_tokens=4, form=Bilinear(2, whiten=True))
     with pytest.raises(ValueError, match="no pictures"):
         whiten_from_patches(backbone, [])
+    of_keys = vpt.PromptedViT(make_tiny_vit(), "kv", num_tokens=4, form=Bilinear(2, whiten=True))
+    with pytest.raises(ValueError, match=r"kind=kv.* has no tokens that could be whitened; use prompt\.kind=deep"):
+        whiten_from_patches(of_keys, [images])
     backbone.vit.blocks[1].attn.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"prompt\.whiten=true reads queries, but in block 1 attn has hooks"):
         whiten_from_patches(backbone, [images])
