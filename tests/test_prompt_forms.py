@@ -172,6 +172,9 @@ def test_wherever_it_starts_it_learns_and_its_file_serves_as_the_live_model_does
     torch.testing.assert_close(bank(images, "task"), live, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("whitened", "kv") else pytest.mark.slow) for name in LIVES]
+)
 def test_its_file_is_exported_for_other_programs_and_answers_as_the_live_model_does(name, images, tmp_path):
     vit = make_tiny_vit()
     model = make(name, vit)
@@ -251,7 +254,10 @@ def test_in_inference_keys_and_values_stay_until_what_is_learned_changes(images)
     torch.testing.assert_close(changed, backbone(images).detach())  # with gradients nothing is kept
 
 
-@pytest.mark.parametrize("name", ["shared", "bilinear", "whitened", "fourier shallow"])
+@pytest.mark.parametrize(
+    "name",
+    ["whitened", *(pytest.param(name, marks=pytest.mark.slow) for name in ("shared", "bilinear", "fourier shallow"))],
+)
 def test_it_is_captured_whole_by_torch_compile_and_exported_alive(name, images):
     torch.compiler.reset()
     model = make(name)

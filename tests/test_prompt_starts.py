@@ -255,6 +255,7 @@ def test_starts_that_cannot_be_are_refused(overrides, message):
         to_config(compose_config(overrides))
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_does_not_start_again_and_ends_with_the_same_bytes(photos, tmp_path, monkeypatch):
     options = options_of(photos, "prompt.init=patch", "train.ema=0.5")
     train_with(*options, f"run.root={tmp_path}/whole")

@@ -319,7 +319,10 @@ TUNINGS = {
 }
 
 
-@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize(
+    "tuning",
+    [pytest.param(name, marks=() if name in ("lora", "prompt_bias") else pytest.mark.slow) for name in TUNINGS],
+)
 def test_every_way_of_tuning_trains_is_evaluated_and_predicts(photos, tmp_path, tuning):
     folder = train(tmp_path, photos, f"tuning={tuning}", *TUNINGS[tuning])
     metadata = vpt.read_task(folder / "task.safetensors")
