@@ -17,6 +17,7 @@ from vpt.config import (
     ConfigError,
     check_ranges,
     compose_config,
+    conceal,
     config_folder,
     did_you_mean,
     first_line,
@@ -70,6 +71,18 @@ def read_config(arguments: Sequence[str]) -> Config:
     check_command_line(arguments)
     words, config_dir = _split_arguments(arguments)
     return to_config(compose_config(words, config_dir))
+
+
+def compose_run(arguments: Sequence[str]) -> tuple[Config, Config]:
+    """The config of one run and what of it may be written down, see `conceal`, of arguments that were checked.
+
+    Raises:
+        ConfigError: They cannot be used together.
+    """
+    words, config_dir = _split_arguments(arguments)
+    composed = compose_config(words, config_dir)
+    config = to_config(composed)
+    return config, conceal(config, composed)
 
 
 def parse_options(schema: type[OptionsT], arguments: Sequence[str], usage: str) -> OptionsT:

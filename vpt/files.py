@@ -83,7 +83,7 @@ def reserve(handle: int, num_bytes: int) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a mapping as indented JSON; nan and inf become null."""
-    write_bytes(path, (json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_bytes(path, (json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -95,7 +95,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         metadata: Plain JSON values, stored under the safetensors metadata key "vpt"; nan and inf become null.
     """
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    described = json.dumps({"sha256": UNSEALED, **_finite(metadata)}, ensure_ascii=False, allow_nan=False)
+    described = json.dumps({"sha256": UNSEALED, **finite(metadata)}, ensure_ascii=False, allow_nan=False)
     # One key only: safetensors writes several in an order that changes from process to process.
     write_bytes(path, save(tensors, {"vpt": described.replace(UNSEALED, sha256_of(tensors, described), 1)}))
 
@@ -180,15 +180,15 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same plain values, with null for numbers that JSON does not have."""
     match value:
         case float():
             return value if math.isfinite(value) else None
         case dict():
-            return {key: _finite(part) for key, part in value.items()}
+            return {key: finite(part) for key, part in value.items()}
         case list() | tuple():
-            return [_finite(part) for part in value]
+            return [finite(part) for part in value]
     return value
 
 

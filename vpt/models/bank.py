@@ -120,6 +120,14 @@ class TaskBank:
         kept = {id(part): part for pair in task.keys_values.values() for part in pair}
         return sum(tensor.nbytes for tensor in (*kept.values(), *task_tensors(task.model).values()))
 
+    def is_shared(self, name: str) -> bool:
+        """Whether images of a task go through the backbone together with those of other tasks.
+
+        Raises:
+            ValueError: There is no such task.
+        """
+        return _find(self._tasks, [name])[name].is_shared
+
     def select(self, name: str, selection: Selection) -> None:
         """Say which detections a task gives out from now on.
 

@@ -1,0 +1,343 @@
+"""python -m vpt.compare: what it trains and what it does not train again, its table, and what it refuses."""
+
+import csv
+import json
+import multiprocessing
+import os
+import signal
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+import vpt.compare
+from tests.conftest import train_with
+from tests.test_cli import ROOT
+from vpt import build, train
+from vpt.comparison import answers, runs
+from vpt.models.task_file import read_task
+from vpt.models.tuning import count_parameters
+
+METHODS = ["linear", "bias", "few"]
+SMALL = ["train.epochs=2", "train.batch_size=8", "num_workers=0", "device=cpu", "augment=none"]
+
+
+def compare(monkeypatch, *words):
+    """The exit code of the command, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["vpt.compare", *map(str, words)])
+    try:
+        vpt.compare.main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def words_of(photos, output, *words):
+    """A command, in which what is given stands in the place of what usually stands there."""
+    own = ["methods=[linear,bias]", 'define.few="prompt=deep prompt.num_tokens=3"', "seeds=2", "rates=[1,30]"]
+    given = {word.partition("=")[0] for word in words}
+    rest = [f"output={output}", "dataset=folder", f"dataset.root={photos}", *SMALL]
+    return [*(word for word in [*own, *rest] if word.partition("=")[0] not in given), *words]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, photos):
+    """The folder of a comparison of three methods, two rates and two seeds."""
+    output = tmp_path_factory.mktemp("made") / "colours"
+    vpt.compare.compare(vpt.compare.read_options(words_of(photos, output)))
+    return output
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The names of the run folders that were trained in."""
+    names, whole = [], train._Training.run
+
+    def counted(training):
+        names.append(training.folder.path.name)
+        whole(training)
+
+    monkeypatch.setattr(train._Training, "run", counted)
+    return names
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def result_of(output, run):
+    return json.loads((output / run["folder"] / "result.json").read_text())
+
+
+# What is in the files.
+
+
+def test_every_run_is_a_line_that_says_what_its_result_says(made):
+    lines = read(made / "runs.csv")
+    wanted = {(name, seed, rate) for name in METHODS for seed, rate in ((0, 1.0), (0, 30.0))}
+    chosen = {line["method"]: float(line["rate"]) for line in lines if line["chosen"] == "True"}
+    wanted |= {(name, 1, rate) for name, rate in chosen.items()}
+    assert {(line["method"], int(line["seed"]), float(line["rate"])) for line in lines} == wanted
+    assert len(lines) == 9
+    for line in lines:
+        result = result_of(made, line)
+        for split in ("val", "test"):
+            for name, value in result["metrics"][split].items():
+                assert float(line[f"{split}_{name}"]) == value
+        assert int(line["epochs"]) == result["epochs"] == 2
+        assert int(line["task_bytes"]) == (made / line["folder"] / "task.safetensors").stat().st_size
+
+
+def test_the_table_is_of_the_chosen_runs(made):
+    table, lines = read(made / "table.csv"), read(made / "runs.csv")
+    assert [row["method"] for row in table] == METHODS
+    for row in table:
+        chosen = [line for line in lines if line["method"] == row["method"] and line["chosen"] == "True"]
+        assert [line["seed"] for line in chosen] == ["0", "1"]
+        tops = [result_of(made, line)["metrics"]["test"]["top1"] for line in chosen]
+        assert float(row["mean"]) == pytest.approx(sum(tops) / 2)
+        assert (float(row["min"]), float(row["max"])) == (min(tops), max(tops))
+        assert float(row["std"]) == pytest.approx(statistics.stdev(tops))
+        seconds = [result_of(made, line)["seconds"] for line in chosen]
+        assert float(row["train_seconds"]) == pytest.approx(sum(seconds) / 2)
+        assert (row["split"], row["metric"], row["runs"], row["failed"]) == ("test", "top1", "2", "")
+
+
+def test_val_chooses_the_rate_and_test_is_not_asked(made):
+    lines = read(made / "runs.csv")
+    for row in read(made / "table.csv"):
+        search = [line for line in lines if line["method"] == row["method"] and line["seed"] == "0"]
+        best = max(search, key=lambda line: (float(line["val_top1"]), -float(line["val_loss"])))
+        assert float(row["rate"]) == float(best["rate"])
+        assert row["rate_at_edge"] == "True"  # of two rates each is at an edge
+
+
+def test_costs_are_those_of_the_models(made):
+    rows, lines = ({row["method"]: row for row in read(made / name)} for name in ("table.csv", "runs.csv"))
+    for name, row in rows.items():
+        model = build.load_run(made / lines[name]["folder"], device="cpu").model
+        tuned = sum(parameter.numel() for parameter in model.head.parameters())
+        assert int(row["trained_head"]) == tuned
+        if name == "few":
+            assert int(row["trained_prompt"]) == count_parameters(model).prompt
+            tuned += count_parameters(model).prompt
+        if name == "bias":
+            of_file = read_task(made / lines[name]["folder"] / "task.safetensors")
+            assert of_file.tuned_backbone
+            tuned += int(row["trained_backbone"])
+        assert int(row["trained"]) == tuned
+        assert float(row["switch_ms"]) > 0
+    assert int(rows["bias"]["trained_backbone"]) > 0
+    assert int(rows["bias"]["backward_bytes"]) > int(rows["linear"]["backward_bytes"]) > 0
+    assert int(rows["bias"]["step_flops"]) > int(rows["linear"]["step_flops"]) > 0
+    assert float(rows["linear"]["inference_flops_vs_bare"]) == 1
+    assert [rows[name]["shares_batches"] for name in METHODS] == ["True", "False", "True"]
+
+
+def test_answers_are_those_that_the_run_was_measured_by(made):
+    for line in read(made / "runs.csv"):
+        file = made / line["folder"] / answers.FILE
+        assert file.exists() == (line["chosen"] == "True" and line["seed"] == "0")
+        if file.exists():
+            said = json.loads(file.read_text())["predictions"]
+            right = sum(label == index // 4 for index, label in enumerate(said))  # four test pictures of each class
+            assert right / 12 == pytest.approx(float(line["test_top1"]))
+
+
+# What is done before is not done again.
+
+
+def test_the_same_command_again_trains_nothing_and_answers_nothing_anew(monkeypatch, capsys, photos, made, trained):
+    before = [(made / name).read_bytes() for name in ("table.csv", "runs.csv")]
+    for module, name in ((answers, "_find"), (runs, "measure_cost")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("it was done before"))
+    assert compare(monkeypatch, *words_of(photos, made)) == 0
+    assert trained == []
+    assert [(made / name).read_bytes() for name in ("table.csv", "runs.csv")] == before
+    text = capsys.readouterr().out
+    assert text.count("(done before)") == 9
+    assert f"{made} holds report.html, table.csv and runs.csv" in text
+
+
+def test_one_more_seed_trains_no_more_than_that(monkeypatch, photos, made, trained):
+    assert compare(monkeypatch, *words_of(photos, made, "seeds=3")) == 0
+    assert sorted(name.partition("_")[0] for name in trained) == sorted(METHODS)
+    assert all("_seed2_" in name for name in trained)
+    assert compare(monkeypatch, *words_of(photos, made)) == 0  # the report of the others is made again
+    assert len(trained) == 3
+
+
+@pytest.mark.slow
+def test_a_kill_costs_the_run_that_it_hit(tmp_path, monkeypatch, photos, trained):
+    words = words_of(photos, tmp_path / "c", "rates=1")
+
+    def child():
+        sys.stdout = sys.stderr = (tmp_path / "log").open("w")
+        counted = train._Training.run
+
+        def dying(training):
+            if len(trained) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            counted(training)
+
+        train._Training.run = dying
+        vpt.compare.compare(vpt.compare.read_options(words))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert not (tmp_path / "c" / "report.html").exists()
+    assert compare(monkeypatch, *words) == 0
+    assert [name.rpartition("_")[0] for name in trained] == ["bias_seed0", "bias_seed1", "few_seed0", "few_seed1"]
+    assert (tmp_path / "c" / "report.html").exists()
+
+
+def test_a_signal_ends_it_with_75_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, photos, trained):
+    words = words_of(photos, tmp_path / "c", "methods=linear", "seeds=1", "rates=1")
+    counted = train._Training.run
+
+    def stopping(training):
+        if trained:
+            signal.raise_signal(signal.SIGTERM)
+        counted(training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Training, "run", stopping)
+        assert compare(patch, *words) == 75
+    assert "stopped by SIGTERM; type the same command again" in capsys.readouterr().err
+    assert compare(monkeypatch, *words) == 0
+    assert [name.rpartition("_")[0] for name in trained] == ["linear_seed0", "few_seed0"]
+
+
+# What fails.
+
+
+def test_a_rate_that_diverges_is_told_and_another_is_chosen(tmp_path, monkeypatch, capsys, photos):
+    words = words_of(photos, tmp_path / "c", "methods=few", "rates=[1,1e38]", "seeds=1")
+    assert compare(monkeypatch, *words) == 0
+    (row,) = read(tmp_path / "c" / "table.csv")
+    assert (float(row["rate"]), row["failed"]) == (1.0, "")
+    failed = read(tmp_path / "c" / "runs.csv")[1]
+    assert (failed["chosen"], failed["test_top1"]) == ("False", "")
+    assert failed["failed"].startswith("the loss is nan at step 2, epoch 1")
+    assert (
+        "    failed: the loss is nan at step 2, epoch 1 (lr/prompt 6.7e+35, lr/head 0.00067)\n"
+        in capsys.readouterr().out
+    )
+
+
+def test_a_method_of_which_no_run_ends_well_is_a_row_that_says_so(tmp_path, monkeypatch, capsys, photos):
+    words = words_of(photos, tmp_path / "c", "methods=[few,linear]", "rates=1", "optim.prompt_lr=1e36")
+    assert compare(monkeypatch, *words) == 1
+    few, linear = read(tmp_path / "c" / "table.csv")
+    assert (few["mean"], few["runs"], linear["runs"]) == ("", "0", "2")
+    assert few["failed"].startswith("2 failed: ")
+    assert "few: 2 failed: " in capsys.readouterr().out
+    words = words_of(photos, tmp_path / "c", "methods=few", "rates=[1,2]", "seeds=1", "optim.prompt_lr=1e36")
+    assert compare(monkeypatch, *words) == 1
+    (few,) = read(tmp_path / "c" / "table.csv")
+    assert (few["rate"], few["runs"]) == ("", "0")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["methods=[linaer]"], "methods: there is no method linaer; did you mean linear?"),
+        (["methods=[linear,linear]"], "methods: linear stands twice"),
+        (["methods=linear", "methods=bias"], "methods=bias: methods stands twice"),
+        (["methods="], "methods=: must be names"),
+        (["method=[linear]"], "unknown key method; did you mean methods?"),
+        (["shot=3"], "unknown key shot; did you mean shots?"),
+        (["prompt.num_tokns=3"], "unknown key prompt.num_tokns; did you mean prompt.num_tokens?"),
+        (["seeds=0"], "seeds=0: must be how many, such as 3, or a list such as [0,1,2]"),
+        (["seeds=[1,1]"], "seeds: 1 stands twice"),
+        (["seeds"], "seeds: not an option of the form key=value"),
+        (["rates=[1,-1]"], "rates=[1,-1]: must be numbers above 0"),
+        (["shots=[0]"], "shots=[0]: must be whole numbers from 1"),
+        (["shots=[1"], "shots=[1: cannot be read"),
+        (["shots=5", "dataset.num_per_class=3"], "dataset.num_per_class=3: shots says how many"),
+        (["shots=99"], "fewer than num_per_class=99; lower it"),
+        (["seed=3"], "seed=3: a comparison decides this itself; type seeds=3"),
+        (["run.name=a"], "run.name=a: a comparison decides this itself; type output=FOLDER"),
+        (["mode=dry"], "mode=dry: a comparison decides this itself"),
+        (["-m"], "-m: not an option of this command"),
+        (["methods=prompt_deep", "prompt=shallow"], "prompt=shallow: method prompt_deep sets prompt itself"),
+        (["define.few="], "define: type define.NAME="),
+        (["define=3"], "define=3: type define.NAME="),
+        (["define.linear=tuning=bias"], "define.linear: linear is a method already"),
+        (["define.few=tuning=bais"], "method few: tuning=bais: no such choice; did you mean bias?"),
+        (["define.few=seed=1"], "define.few: seed is the same for all methods"),
+        (["define.few=fast"], "define.few: fast is no override of the form key=value"),
+        (
+            ["define.few=prompt=deep prompt.blocks=last:9"],
+            "method few: prompt.blocks=last:9: the backbone has 5 blocks",
+        ),
+        (["dataset=folder", "dataset.root=nowhere"], "dataset.root=nowhere is no folder"),
+        (["output="], "output=: name a folder"),
+    ],
+)
+def test_a_command_that_cannot_be_used_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    names = {word.partition("=")[0] for word in words}
+    assert compare(monkeypatch, *words, *([] if names & {"methods", "method"} else ["methods=linear"])) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_somebody_else_are_left_alone(monkeypatch, capsys, tmp_path, photos):
+    (tmp_path / "table.csv").write_text("mine")
+    assert compare(monkeypatch, *words_of(photos, tmp_path)) == 2
+    assert f"output={tmp_path}: holds other files; name a new folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_without_a_test_split_val_is_reported_and_that_is_said(monkeypatch, capsys, tmp_path, photos):
+    words = words_of(photos / "train", tmp_path / "c", "methods=linear", "seeds=1", "rates=1")
+    assert compare(monkeypatch, *words) == 0
+    assert "there is no test split" in capsys.readouterr().out
+    assert {row["split"] for row in read(tmp_path / "c" / "table.csv")} == {"val"}
+
+
+def test_help_lists_the_methods_and_loads_nothing_heavy():
+    code = "import sys; sys.argv = ['x', '--help']; import vpt.compare; vpt.compare.main(); "
+    code += "print(sorted({'torch', 'timm', 'albumentations', 'PIL'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("python -m vpt.compare: ")
+    assert "prompt_bilinear" in done.stdout
+    assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.slow
+def test_boxes_are_compared_too(tmp_path, monkeypatch, capsys, boxes):
+    words = ["dataset=coco", f"dataset.root={boxes}", "train.epochs=1", "train.batch_size=4", "num_workers=0"]
+    words += ["head.channels=16", "backbone.img_size=96", "device=cpu", "seeds=2", f"output={tmp_path / 'c'}"]
+    assert compare(monkeypatch, *words, "methods=[linear,prompt_deep]") == 0
+    rows = read(tmp_path / "c" / "table.csv")
+    assert [(row["metric"], row["runs"]) for row in rows] == [("map", "2")] * 2
+    assert all(float(row["inference_flops_vs_bare"]) >= 1 for row in rows)
+    assert int(rows[0]["trained_neck"]) > 0
+    for line in read(tmp_path / "c" / "runs.csv"):
+        if line["seed"] == "0":
+            found = json.loads((tmp_path / "c" / line["folder"] / answers.FILE).read_text())
+            assert [len(of_class) for of_class in found["precision"].values()] == [2, 2]
+            known = [value for value in found["precision"]["map"] if value is not None]
+            assert sum(known) / len(known) == pytest.approx(float(line["test_map"]))
+    assert compare(monkeypatch, *words, "methods=linear", "shots=1") == 2
+    assert "dataset.num_per_class=1 is for classification" in capsys.readouterr().err
+
+
+def test_a_run_is_what_the_command_of_training_makes(made, tmp_path, photos):
+    (line,) = [
+        line for line in read(made / "runs.csv") if (line["method"], line["seed"], line["rate"]) == ("bias", "0", "1.0")
+    ]
+    words = ["dataset=folder", f"dataset.root={photos}", *SMALL, "tuning=bias", f"run.root={tmp_path}", "run.name=x"]
+    train_with(*words)
+    task = [(folder / "task.safetensors").read_bytes() for folder in (made / line["folder"], tmp_path / "x")]
+    metrics = [(folder / "metrics.jsonl").read_bytes() for folder in (made / line["folder"], tmp_path / "x")]
+    assert metrics[0] == metrics[1]
+    assert len(task[0]) == pytest.approx(len(task[1]), abs=200)  # the title of the run is in the file
