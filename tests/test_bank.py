@@ -175,6 +175,14 @@ def test_a_mixed_batch_calls_the_patch_embedding_once(tmp_path):
     assert sizes == [14]
 
 
+def test_a_bank_says_which_tasks_share_batches(tmp_path):
+    make_tasks(tmp_path, names=["deep", "biases"])
+    bank = make_bank(tmp_path, names=["deep", "biases"])
+    assert (bank.is_shared("deep"), bank.is_shared("biases")) == (True, False)
+    with pytest.raises(ValueError, match="there is no task gone"):
+        bank.is_shared("gone")
+
+
 def test_a_bank_holds_the_vit_and_tuned_tasks_share_what_they_did_not_tune(tmp_path):
     make_tasks(tmp_path, names=["deep", "biases"])
     vit = make_tiny_vit()

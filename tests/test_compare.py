@@ -289,6 +289,15 @@ def test_a_command_that_cannot_be_used_is_one_line_and_exit_code_2(monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_lists_are_typed_with_brackets_or_without():
+    words = ["methods=linear,bias", "seeds=7,8", "rates=0.3,1", "shots=1,all", "+experiment=quickstart"]
+    plan = vpt.compare.read_options(words).plan
+    assert [*plan.methods] == ["linear", "bias"]
+    assert (plan.seeds, plan.rates, plan.shots) == ((7, 8), (0.3, 1.0), (1, "all"))
+    brackets = [*(f"{word.replace('=', '=[')}]" for word in words[:4]), words[4]]
+    assert vpt.compare.read_options(brackets).plan == plan
+
+
 def test_files_of_somebody_else_are_left_alone(monkeypatch, capsys, tmp_path, photos):
     (tmp_path / "table.csv").write_text("mine")
     assert compare(monkeypatch, *words_of(photos, tmp_path)) == 2

@@ -156,6 +156,13 @@ def test_seeds_that_failed_do_not_count_and_are_told():
     assert text.endswith("bias: 1 failed: nan")
 
 
+def test_every_column_of_the_table_stands_in_the_page():
+    page = (TEMPLATE.parents[2] / "docs" / "compare.md").read_text()
+    named = page.replace("`_", "`trained_")
+    columns = [name for name in table_columns(row_of(outcome())) if name != "trained_adapter"]
+    assert [name for name in columns if f"`{name}`" not in named] == []
+
+
 def test_a_spread_of_nothing_is_a_dash():
     assert str(Spread.of([])) == str(Spread.of([math.nan])) == "-"
     assert str(Spread.of([0.25])) == "25.0 %"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vpt.comparison.runs import Train
 
 STOPPED = 75  # EX_TEMPFAIL: type the same command again
+LISTS = ("methods", "seeds", "rates", "shots")
 MARK = "comparison.json"  # makes a folder known as that of a comparison
 
 USAGE = f"""python -m vpt.compare: train several methods on the same data; a table, CSV and a report that opens offline.
@@ -36,6 +37,7 @@ USAGE = f"""python -m vpt.compare: train several methods on the same data; a tab
   shots=[1,5,20,all]   the whole comparison for each number of train pictures per class
   output=FOLDER        report.html, table.csv, runs.csv and the runs; runs/compare_... when left out
 
+Lists are typed with brackets or without, methods=linear,bias.
 All else goes to every run, as if typed to `python -m vpt.train`: +experiment=NAME dataset=... train.epochs=...
 The same command again goes on: a run that is done is not done again, also with other methods, seeds, rates or shots.
 
@@ -155,11 +157,12 @@ def _check_output(output: Path) -> None:
 
 def _read_word(word: str, values: dict[str, Any]) -> dict[str, Any]:
     """The value of an option, as YAML reads it; a definition joins those before it."""
-    key, equals, _ = word.partition("=")
+    key, equals, text = word.partition("=")
     if not equals:
         raise ConfigError(f"{word}: not an option of the form key=value")
+    is_list = key in LISTS and "," in text and not text.startswith("[")  # some shells want quotes around brackets
     try:
-        read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=False)
+        read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}=[{text}]" if is_list else word]))
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{word}: cannot be read ({first_line(error)})") from error
     option, _, rest = key.partition(".")
@@ -173,8 +176,8 @@ def _read_word(word: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_names(value: Any) -> list[str]:
-    """Names of methods, in brackets or with commas between them."""
-    names = value.split(",") if isinstance(value, str) else listed(value)
+    """Names of methods."""
+    names = listed(value)
     if not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"methods={value or ''}: must be names, such as methods=[linear,prompt_deep]")
     return names
