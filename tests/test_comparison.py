@@ -182,6 +182,7 @@ def test_pictures_are_ordered_by_how_much_methods_disagree():
     assert disagreement([0, 1, 2]) == pytest.approx(math.log2(3))
     assert most_disputed(answers, targets, 9) == [2, 4, 1, 3]
     assert most_disputed(answers, targets, 1) == [2]
+    assert most_disputed([[0, 0, 1, 1], [1, 1, 0, 0]], [0, 0, 1, 1], 4) == [0, 2, 1, 3]  # of each class in turn
 
 
 def test_no_text_ends_the_script_that_holds_it():

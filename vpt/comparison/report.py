@@ -106,18 +106,21 @@ def disagreement(answers: Sequence[int]) -> float:
 
 
 def most_disputed(answers: Sequence[Sequence[int]], targets: Sequence[int], num: int) -> list[int]:
-    """Indices of the pictures that most methods disagree on, those first that one of them gets right.
+    """Indices of the pictures that methods disagree on most, those first that one of them gets right.
+
+    Of pictures that are alike in that, one of each class comes first, then a second one, and so on.
 
     Args:
         answers: Of each method, the class of each picture.
         targets: The true class of each picture.
         num: At most so many; a picture on which all agree is none.
     """
-    ranks = []
+    ranks, of_class = [], Counter[tuple[float, bool, int]]()
     for index, (target, *given) in enumerate(zip(targets, *answers, strict=True)):
-        amount = disagreement(given)
+        amount, is_missed = round(disagreement(given), 9), target not in given
         if amount > 0:
-            ranks.append((-round(amount, 9), target not in given, index))
+            ranks.append((-amount, is_missed, of_class[amount, is_missed, target], index))
+            of_class[amount, is_missed, target] += 1
     return [index for *_, index in sorted(ranks)[:num]]
 
 
