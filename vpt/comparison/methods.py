@@ -10,9 +10,6 @@ from dataclasses import dataclass
 
 from vpt.config import RUN_NAME, ConfigError, did_you_mean
 
-PROMPT = ("optim.prompt_lr",)
-HEAD = ("optim.head_lr",)
-BACKBONE = ("tuning.lr",)
 MAX_NAME = 30  # characters; it is in the name of each run
 SAME_FOR_ALL = ("seed", "dataset", "data", "run", "mode", "fresh", "experiment")  # keys that no method may set
 
@@ -24,13 +21,11 @@ class Method:
     Args:
         title: What a person calls it.
         overrides: What is typed to `python -m vpt.train` for it.
-        rates: Keys of the learning rates that its search multiplies.
         needs: A module of another package that it needs; empty for none.
     """
 
     title: str
     overrides: tuple[str, ...]
-    rates: tuple[str, ...]
     needs: str = ""
 
     @property
@@ -40,18 +35,24 @@ class Method:
 
 
 METHODS: Mapping[str, Method] = {
-    "linear": Method("head only", ("tuning=linear",), HEAD),
-    "prompt_shallow": Method("shallow prompt", ("tuning=prompt", "prompt=shallow"), PROMPT),
-    "prompt_deep": Method("deep prompt", ("tuning=prompt", "prompt=deep"), PROMPT),
-    "prompt_last4": Method("deep, last 4 blocks", ("tuning=prompt", "prompt=deep", "prompt.blocks=last:4"), PROMPT),
-    "prompt_patch": Method("deep, from patches", ("tuning=prompt", "prompt=deep", "prompt.init=patch"), PROMPT),
-    "prompt_bilinear": Method("bilinear prompt", ("tuning=prompt", "prompt=bilinear"), PROMPT),
-    "prompt_fourier": Method("Fourier prompt", ("tuning=prompt", "prompt=fourier"), PROMPT),
-    "prompt_kv": Method("keys and values", ("tuning=prompt", "prompt=kv"), PROMPT),
-    "prompt_shared": Method("shared prompt", ("tuning=prompt", "prompt=shared"), PROMPT),
-    "bias": Method("bias (BitFit)", ("tuning=bias",), BACKBONE),
-    "partial": Method("last block", ("tuning=partial",), BACKBONE),
-    "full": Method("full fine-tuning", ("tuning=full",), BACKBONE),
+    "linear": Method("head only", ("tuning=linear",)),
+    "prompt_shallow": Method("shallow prompt", ("tuning=prompt", "prompt=shallow")),
+    "prompt_deep": Method("deep prompt", ("tuning=prompt", "prompt=deep")),
+    "prompt_last4": Method("deep, last 4 blocks", ("tuning=prompt", "prompt=deep", "prompt.blocks=last:4")),
+    "prompt_patch": Method("deep, from patches", ("tuning=prompt", "prompt=deep", "prompt.init=patch")),
+    "prompt_bilinear": Method("bilinear prompt", ("tuning=prompt", "prompt=bilinear")),
+    "prompt_fourier": Method("Fourier prompt", ("tuning=prompt", "prompt=fourier")),
+    "prompt_kv": Method("keys and values", ("tuning=prompt", "prompt=kv")),
+    "prompt_shared": Method("shared prompt", ("tuning=prompt", "prompt=shared")),
+    "prompt_bias": Method("deep prompt, biases", ("tuning=prompt_bias", "prompt=deep")),
+    "prompt_proj_bias": Method("deep, attention biases", ("tuning=prompt_proj_bias", "prompt=deep")),
+    "bias": Method("biases (BitFit)", ("tuning=bias",)),
+    "norm": Method("norms", ("tuning=norm",)),
+    "adapter": Method("adapters", ("tuning=adapter",)),
+    "adaptformer": Method("parallel adapters", ("tuning=adaptformer",)),
+    "lora": Method("LoRA", ("tuning=lora",), needs="peft"),
+    "partial": Method("last block", ("tuning=partial",)),
+    "full": Method("full fine-tuning", ("tuning=full",)),
 }
 
 
@@ -106,13 +107,4 @@ def _define(name: str, text: str) -> Method:
             raise ConfigError(f"{where}: {word} is no override of the form key=value")
         if key.split(".")[0] in SAME_FOR_ALL:
             raise ConfigError(f"{where}: {key} is the same for all methods; leave it out, or type it for all")
-    return Method(name, words, _searched_by(words))
-
-
-def _searched_by(words: Sequence[str]) -> tuple[str, ...]:
-    """The learning rates of what a method trains, beside the head."""
-    choices = dict(word.partition("=")[::2] for word in words)
-    tuning = choices.get("tuning", "prompt")
-    if tuning == "prompt":
-        return HEAD if choices.get("prompt") == "none" else PROMPT
-    return HEAD if tuning == "linear" else BACKBONE
+    return Method(name, words)

@@ -9,7 +9,17 @@ from typing import Any
 
 from vpt.command_line import compose_run, read_config
 from vpt.comparison.methods import Method, key_of
-from vpt.config import Config, ConfigError, did_you_mean, group_choices, schema_keys
+from vpt.config import (
+    Config,
+    ConfigError,
+    PromptConfig,
+    PromptName,
+    TuningConfig,
+    TuningName,
+    did_you_mean,
+    group_choices,
+    schema_keys,
+)
 
 ALL = "all"  # of shots: every train picture
 OWN_RUNS = {  # what a comparison decides itself, and what to type instead
@@ -111,7 +121,8 @@ class Plan:
 
     def rates_of(self, method: str) -> dict[str, float]:
         """The learning rates that the search of a method multiplies, as its config has them."""
-        return {key: _get(self._base[method], key) for key in self.methods[method].rates}
+        config = self._base[method]
+        return {key: _get(config, key) for key in searched_rates(config)}
 
     def _try(self, trial: Trial) -> Config:
         try:
@@ -201,10 +212,19 @@ def describe_shots(shots: int | str | None) -> str:
     return "all pictures" if shots in (None, ALL) else f"{shots} a class"
 
 
+def searched_rates(config: Config) -> list[str]:
+    """Keys of the learning rates of what a config trains; that of the head where nothing else trains."""
+    tuning, prompt = config.tuning, config.prompt
+    trains_prompt = tuning.kind is TuningName.prompt or tuning.with_prompt
+    keys = ["optim.prompt_lr"] if trains_prompt and prompt.kind is not PromptName.none else []
+    keys += [] if tuning.kind in (TuningName.prompt, TuningName.linear) else ["tuning.lr"]
+    return keys or ["optim.head_lr"]
+
+
 def bare_config(config: Config) -> Config:
     """The config of the same backbone with nothing in it that is learned, and the same head."""
     bare = copy.deepcopy(config)
-    bare.tuning.kind, bare.prompt.kind = type(bare.tuning.kind).linear, type(bare.prompt.kind).none
+    bare.tuning, bare.prompt = TuningConfig(kind=TuningName.linear), PromptConfig(kind=PromptName.none)
     return bare
 
 
