@@ -161,6 +161,7 @@ def test_the_same_command_again_trains_nothing_and_answers_nothing_anew(monkeypa
     assert f"{made} holds report.html, table.csv and runs.csv" in text
 
 
+@pytest.mark.slow
 def test_one_more_seed_trains_no_more_than_that(monkeypatch, photos, made, trained):
     assert compare(monkeypatch, *words_of(photos, made, "seeds=3")) == 0
     assert sorted(name.partition("_")[0] for name in trained) == sorted(METHODS)
@@ -195,6 +196,7 @@ def test_a_kill_costs_the_run_that_it_hit(tmp_path, monkeypatch, photos, trained
     assert (tmp_path / "c" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_ends_it_with_75_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, photos, trained):
     words = words_of(photos, tmp_path / "c", "methods=linear", "seeds=1", "rates=1")
     counted = train._Training.run
@@ -229,6 +231,7 @@ def test_a_rate_that_diverges_is_told_and_another_is_chosen(tmp_path, monkeypatc
     )
 
 
+@pytest.mark.slow
 def test_a_method_of_which_no_run_ends_well_is_a_row_that_says_so(tmp_path, monkeypatch, capsys, photos):
     words = words_of(photos, tmp_path / "c", "methods=[few,linear]", "rates=1", "optim.prompt_lr=1e36")
     assert compare(monkeypatch, *words) == 1
@@ -305,6 +308,7 @@ def test_files_of_somebody_else_are_left_alone(monkeypatch, capsys, tmp_path, ph
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
 
 
+@pytest.mark.slow
 def test_without_a_test_split_val_is_reported_and_that_is_said(monkeypatch, capsys, tmp_path, photos):
     words = words_of(photos / "train", tmp_path / "c", "methods=linear", "seeds=1", "rates=1")
     assert compare(monkeypatch, *words) == 0
