@@ -25,14 +25,11 @@ def plan_of(*names, words=DATA, seeds=(0, 1), rates=(1.0,), shots=(None,), **def
 # Methods.
 
 
+BOXES = ["dataset=boxes", "dataset.root=x"]
+
+
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize(
-    "data",
-    [
-        pytest.param(DATA, id="classes"),
-        pytest.param(["dataset=boxes", "dataset.root=x"], id="boxes", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("data", [DATA, pytest.param(BOXES, marks=pytest.mark.slow)], ids=["classes", "boxes"])
 def test_every_method_is_a_config_and_its_search_has_learning_rates(name, data):
     method = METHODS[name]
     to_config(compose_config([*data, *method.overrides]))
