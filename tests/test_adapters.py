@@ -10,7 +10,7 @@ import torch
 import vpt
 from tests.conftest import TINY, make_tiny_vit
 from vpt.models.adapters import METHODS, PEFT_METHODS, Adapters, Bottleneck, add_adapters, fold_adapters, peft_layers
-from vpt.models.task_file import open_task, read_task
+from vpt.models.task_file import TaskMetadata, open_task, read_task, write_task
 from vpt.models.tuning import origin_of
 
 OPTIONS = {  # what a method needs on so small a ViT
@@ -207,18 +207,23 @@ def test_weights_that_a_vit_reads_without_a_call_cannot_be_adapted(images):
     ("method", "options", "message"),
     [
         ("lorra", {}, "adapters must be one of sequential, parallel, lora"),
-        ("lora", {"r": "8"}, "r='8' cannot be an option"),
+        ("lora", {"r": "8"}, "r=8 cannot be an option of adapters: it must be a whole number from 0 to 1024"),
         ("lora", {"r": 10**9}, "r=1000000000 cannot be an option"),
+        ("lora", {"r": 0.5}, "r=0.5 cannot be an option"),
         ("lora", {"lora_alpha": float("nan")}, "lora_alpha=nan cannot be an option"),
-        ("lora", {"megatron_core": "os"}, "megatron_core='os' cannot be an option"),
-        ("lora", {"init_lora_weights": "pissa"}, "init_lora_weights='pissa' cannot be an option"),
+        ("lora", {"use_dora": 1}, "use_dora=1 cannot be an option of adapters: it must be true or false"),
+        ("lora", {"megatron_config": 1}, "megatron_config is none of the options that are known: width, r, "),
+        ("lora", {"modules_to_save": ["blocks.0"]}, "modules_to_save is none of the options"),
+        ("peanut", {"depth": 16384}, "depth is none of the options"),
+        ("lora", {"init_lora_weights": "pissa"}, "init_lora_weights is none of the options"),
         ("lora", {"target_modules": ["a b"]}, r"target_modules=\['a b'\] cannot be an option"),
-        ("lora", {"rank": 8}, "lora adapters: .*unexpected keyword argument 'rank'"),
+        ("lora", {"n_frequency": 8}, "lora adapters: .*unexpected keyword argument 'n_frequency'"),
+        ("oft", {"oft_block_size": 7}, "oft adapters: "),
         ("lora", {"r": 0}, "lora adapters: `r` should be a positive integer"),
         ("lora", {"target_modules": ["nowhere"]}, "lora adapters: "),
         ("sequential", {"r": 8}, "r is no option of sequential adapters, which have width and scale"),
-        ("parallel", {"width": 0}, "adapters have a width of at least 1"),
-        ("parallel", {"scale": ["a"]}, "adapters have a width of at least 1 and a number as scale"),
+        ("parallel", {"width": 0}, "width=0 cannot be an option of adapters: it must be a whole number from 1"),
+        ("parallel", {"scale": ["a"]}, r"scale=\['a'\] cannot be an option"),
     ],
 )
 def test_what_cannot_be_an_adapter_is_refused(method, options, message):
@@ -242,11 +247,13 @@ def test_without_peft_its_methods_are_refused_with_what_to_type(monkeypatch):
     assert len(add_adapters(make_tiny_vit(), Adapters("sequential"))) == 12
 
 
-def test_a_vit_has_adapters_once(images, tmp_path):
+def test_a_vit_has_adapters_once_and_keeps_its_weights(images, tmp_path):
     vit = make_tiny_vit()
     model = make_model("lora", vit)
     with pytest.raises(ValueError, match="has lora adapters already; load it anew"):
         vpt.tune(model, "adapters", adapters=Adapters("sequential"))
+    with pytest.raises(ValueError, match="tuning=bias: this ViT has lora adapters; load it anew"):
+        vpt.tune(model, "bias")
     path = vpt.save_task(model, tmp_path / "task.safetensors")
     with pytest.raises(ValueError, match=r"was tuned; load .* anew"):
         vpt.load_task(path, vit)
@@ -254,6 +261,35 @@ def test_a_vit_has_adapters_once(images, tmp_path):
         vpt.create_model(make_tiny_vit(), num_classes=3, tuning="adapters")
     with pytest.raises(ValueError, match="tuning=adapters needs adapters"):
         vpt.create_model(make_tiny_vit(), num_classes=3, tuning="bias", adapters=Adapters("lora"))
+    tuned = vpt.create_model(make_tiny_vit(), num_classes=3, tuning="bias")
+    with pytest.raises(ValueError, match="weights of this ViT were tuned"):
+        vpt.tune(tuned, "adapters", adapters=Adapters("lora"))
+
+
+def test_folded_adapters_are_not_saved_as_if_there_were_none(images, tmp_path):
+    model = train(make_model("lora"), images)
+    fold_adapters(model.backbone.vit)
+    with pytest.raises(ValueError, match=r"lora_A\.vpt\.weight was tuned and is no longer in the backbone"):
+        vpt.save_task(model, tmp_path / "task.safetensors")
+
+
+def test_learned_keys_and_values_and_adapters_of_attention_do_not_go_together():
+    with pytest.raises(ValueError, match=r"block 0 cannot be given keys and values: qkv is a peft\."):
+        make_model("lora", prompt="kv")
+    assert make_model("sequential", prompt="kv").backbone.paths == dict.fromkeys(range(3), "kv")
+
+
+@pytest.mark.parametrize("method", ["sequential", "parallel", "lora"])
+def test_a_backbone_held_in_bfloat16_serves_adapters(method, images, tmp_path):
+    model = train(make_model(method), images)
+    path = vpt.save_task(model, tmp_path / "task.safetensors")
+    logits = vpt.load_task(path, make_tiny_vit().bfloat16())(images.bfloat16())
+    torch.testing.assert_close(logits.float(), model(images), rtol=0.2, atol=0.5)
+    if method == "lora":
+        with pytest.raises(ValueError, match=r"adapters that follow its weights, which are held in torch\.bfloat16"):
+            make_model(method, make_tiny_vit().bfloat16())
+    else:
+        train(make_model(method, make_tiny_vit().bfloat16()), images.bfloat16())
 
 
 def test_copies_of_a_vit_have_adapters_of_their_own(method, images):
@@ -270,21 +306,42 @@ def test_a_files_adapters_are_checked_before_they_are_made(images, tmp_path):
     metadata, tensors = open_task(path)
     for adapters, message in (
         ({"method": "vera", "options": {}}, "adapters.method is 'vera'"),
-        ({"method": "lora", "options": {"megatron_core": "os"}}, "cannot be an option"),
+        ({"method": "lora", "options": {"megatron_config": 1}}, "megatron_config is none of the options"),
         ({"method": "lora"}, "its fields must be method, options"),
     ):
         with pytest.raises(ValueError, match=message):
-            vpt.models.task_file.TaskMetadata(**{**vars(metadata), "adapters": adapters})
-    for options in ({"r": 4}, {"r": 8, "target_modules": ["attn.proj"]}, {"r": 8, "nothing": 1}):
-        changed = {**vars(metadata), "adapters": {"method": "lora", "options": options}}
-        vpt.models.task_file.write_task(path, vpt.models.task_file.TaskMetadata(**changed), tensors)
+            TaskMetadata(**{**vars(metadata), "adapters": adapters})
+    with pytest.raises(ValueError, match="adapters are named, but tuned_backbone is False"):
+        TaskMetadata(**{**vars(metadata), "tuned_backbone": False})
+    for options in ({"r": 4}, {"r": 8, "target_modules": ["attn.proj"]}, {"r": 8, "n_frequency": 1}):
+        adapters = {"method": "lora", "options": options}
+        write_task(path, TaskMetadata(**{**vars(metadata), "adapters": adapters}), tensors)
         with pytest.raises(ValueError, match=r"its tensors are not those|its adapters cannot be used"):
             vpt.load_task(path, make_tiny_vit())
-    changed = {**vars(metadata), "adapters": None}
-    vpt.models.task_file.write_task(path, vpt.models.task_file.TaskMetadata(**changed), tensors)
+    write_task(path, TaskMetadata(**{**vars(metadata), "adapters": None}), tensors)
     with pytest.raises(ValueError, match="its tensors are not those"):
         vpt.load_task(path, make_tiny_vit())
     assert read_task(path).adapters is None
+
+
+@pytest.mark.parametrize("method", ["lora", "sequential"])
+def test_a_file_never_writes_into_the_backbone_that_a_bank_shares(method, images, tmp_path):
+    metadata, tensors = open_task(vpt.save_task(make_model(method), tmp_path / "task.safetensors"))
+    vit = make_tiny_vit()
+    bank = vpt.TaskBank(vit)
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    for name, shape in {
+        "blocks.0.attn.qkv.base_layer.weight": (96, 32),
+        "blocks.0.attn.qkv.weight": (96, 32),
+        "blocks.0.mlp.mlp.fc1.bias": (128,),
+        "blocks.0.mlp.fc1.bias": (128,),
+        "norm.weight": (32,),
+    }.items():
+        crafted = {**tensors, f"backbone.{name}": torch.zeros(shape)}
+        with pytest.raises(ValueError, match="its tensors are not those"):
+            bank.load(write_task(tmp_path / "crafted.safetensors", metadata, crafted))
+    bank.load(tmp_path / "task.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())
 
 
 def test_all_methods_of_peft_are_walked():

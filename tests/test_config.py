@@ -3,6 +3,7 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
+from vpt.build import build_adapters
 from vpt.command_line import check_command_line, parse_options, quote_paths
 from vpt.config import (
     Config,
@@ -231,3 +232,19 @@ def test_a_recipe_has_what_decides_the_result_and_tells_nothing_of_the_disk():
     assert told["optim"]["prompt_lr"] == 0.01
     assert not {"run", "num_workers", "cache"} & told.keys()
     assert "/home" not in json.dumps(told)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tuning=lora", "tuning.options.r=4", "+tuning.options.use_dora=true"],
+        ["tuning=lora", "+tuning.options.target_modules=[attn.qkv,mlp.fc1]"],
+        ["tuning=adapter", "tuning.options.width=4"],
+        ["tuning=peft", "tuning.adapters=loha", "tuning.options={r: 4}"],
+    ],
+    ids=" ".join,
+)
+def test_options_of_adapters_are_typed_on_the_command_line(arguments):
+    check_command_line(arguments)
+    tuning = to_config(compose_config(arguments)).tuning
+    assert build_adapters(tuning).options == tuning.options

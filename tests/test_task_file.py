@@ -465,3 +465,17 @@ def test_config_licence_note_and_versions_come_back(tmp_path):
 def test_a_metric_that_is_not_a_number_is_stored_as_null(tmp_path):
     path = vpt.save_task(make_model(), tmp_path / "a.safetensors", metrics={"val": {"map": float("nan"), "loss": 1}})
     assert vpt.read_task(path).metrics == {"val": {"map": None, "loss": 1.0}}
+
+
+@pytest.mark.parametrize("prompt", [None, "deep"])
+def test_a_file_of_version_1_is_read(tmp_path, images, prompt):
+    model = make_model(prompt).eval()
+    path = vpt.save_task(model, tmp_path / "pets.safetensors")
+    logits = model(images)
+    tensors, values = read_tensors(path)
+    del values["adapters"]
+    if prompt is not None:
+        del values["prompt"]["width"]
+    write_tensors(path, tensors, {**values, "format_version": 1})
+    assert vpt.read_task(path).format_version == 2
+    assert torch.equal(vpt.load_task(path, model.backbone.vit)(images), logits)

@@ -235,7 +235,7 @@ def _check_key(override: Override, config_dir: Path | None) -> None:
     if key == "experiment" and not override.is_add():
         raise ConfigError(f"an experiment is added: type +experiment={values[0]}")
     keys = [*schema_keys(), *(folder.name for folder in config_folder().iterdir() if folder.is_dir())]
-    if not choices and key not in keys:
+    if not choices and key not in keys and not key.startswith("tuning.options."):
         raise ConfigError(f"unknown key {key}{did_you_mean(key, keys)}")
 
 

@@ -430,6 +430,10 @@ def to_config(composed: DictConfig) -> Config:
     _check_dataset(config.dataset)
     _check_task(config)
     _check_start(config.prompt)
+    if config.tuning.options and config.tuning.kind is not TuningName.adapters:
+        raise ConfigError(
+            f"tuning.options={config.tuning.options} are of adapters: type tuning=lora, or leave them out"
+        )
     for key, name in {"name": config.run.name, "title": config.run.title}.items():
         if name is not None and not RUN_NAME.fullmatch(name):
             shown = name if name.isprintable() else repr(name)

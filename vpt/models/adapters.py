@@ -8,7 +8,7 @@ Legend: B batch, N tokens in the sequence, D embed_dim, w width of the bottlenec
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,16 @@ PEFT_METHODS = (  # those whose every number is a parameter or a buffer that a t
 )
 METHODS = ("sequential", "parallel", *PEFT_METHODS)
 MODULE_NAME = re.compile(r"[A-Za-z0-9_.]{1,100}")
-MAX_NUMBER = 16_384
 MAX_NAMES = 10_000
+MAX_NUMBER = 16_384
+# Options and their ranges. There are no others: some of PEFT's import modules, copy parts of the ViT or run for ever.
+INTEGERS = {
+    **{"width": (1, 16_384), "r": (0, 1024), "oft_block_size": (0, 1024), "decompose_factor": (-1, 1024)},
+    **{"n_frequency": (1, 1_000_000), "random_loc_seed": (0, 2**31 - 1), "group_size": (1, 1024)},
+}
+NUMBERS = ("scale", "lora_alpha", "alpha", "lora_dropout", "rank_dropout", "module_dropout", "eps", "scaling")
+SWITCHES = ("use_rslora", "use_dora", "coft", "block_share", "decompose_both", "apply_GS")
+LISTS = ("target_modules", "feedforward_modules")
 ADAPTER = "vpt"  # what our layers are called among those that a peft layer may have
 
 
@@ -36,11 +44,11 @@ class Adapters:
 
     Args:
         method: "sequential" or "parallel", see `Bottleneck`; or a method of PEFT, such as "lora".
-        options: `width` and `scale` of a bottleneck. For PEFT: numbers, true or false, and lists of names of modules,
-            by PEFT's keys, such as r, lora_alpha, use_dora, target_modules; by default all linear layers of attention.
+        options: `width` and `scale` of a bottleneck. For PEFT those of its own that are in the lists above, such as r,
+            lora_alpha, use_dora; its target_modules are by default all linear layers of attention.
 
     Raises:
-        ValueError: An unknown method, or an option that is none or cannot be stored.
+        ValueError: An unknown method or option, or a value out of its range.
     """
 
     method: str
@@ -50,11 +58,12 @@ class Adapters:
         if self.method not in METHODS:
             raise ValueError(f"adapters must be one of {', '.join(METHODS)}, got {self.method!r}")
         for name, value in self.options.items():
-            if not (isinstance(name, str) and MODULE_NAME.fullmatch(name) and _is_option(value)):
-                raise ValueError(
-                    f"{name}={value!r} cannot be an option of adapters: it must be a number of at most {MAX_NUMBER}, "
-                    "true, false, or a list of names of modules"
-                )
+            allowed = _allowed(name)
+            if allowed is None:
+                known = ", ".join((*INTEGERS, *NUMBERS, *SWITCHES, *LISTS))
+                raise ValueError(f"{str(name)[:100]} is none of the options that are known: {known}")
+            if not allowed[0](value):
+                raise ValueError(f"{name}={str(value)[:100]} cannot be an option of adapters: it must be {allowed[1]}")
 
     def for_vit(self, vit: ViT) -> "Adapters":
         """The same with the names of modules that a method of PEFT takes by default."""
@@ -110,9 +119,9 @@ class Bottleneck(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """What the MLP makes of tokens, and the adapter of either."""
         made: Tensor = self.mlp(tokens)
-        seen = tokens if self.is_parallel else made
+        seen = (tokens if self.is_parallel else made).to(self.down.weight.dtype)
         changed: Tensor = self.up(self.activation(self.down(seen)))
-        return made + self.scale * changed
+        return made + (self.scale * changed).to(made.dtype)
 
     def extra_repr(self) -> str:
         """Where it stands, and its scale."""
@@ -171,8 +180,8 @@ def _add_bottlenecks(vit: Any, adapters: Adapters) -> None:
     if odd:
         raise ValueError(f"{odd[0]} is no option of {adapters.method} adapters, which have width and scale")
     width, scale = adapters.options.get("width", 8), adapters.options.get("scale", 1.0)
-    if type(width) is not int or width < 1 or isinstance(scale, list):
-        raise ValueError(f"adapters have a width of at least 1 and a number as scale, got {width!r} and {scale!r}")
+    assert isinstance(width, int)  # as `Adapters` has checked
+    assert isinstance(scale, int | float)
     if any(not isinstance(getattr(block, "mlp", None), nn.Module) for block in vit.blocks):
         raise ValueError(f"{adapters.method} adapters stand at the MLP of each block, and this ViT has blocks without")
     for block in vit.blocks:
@@ -186,7 +195,7 @@ def _add_peft(vit: ViT, adapters: Adapters, is_empty: bool) -> None:
 
     try:
         inject_adapter_in_model(config, vit, adapter_name=ADAPTER, low_cpu_mem_usage=is_empty)
-    except (TypeError, AttributeError, NotImplementedError, ValueError) as error:
+    except Exception as error:  # its methods raise kinds of their own
         raise _refused(adapters.method, error) from error
 
 
@@ -208,7 +217,7 @@ def peft_config(method: str, options: Mapping[str, Option]) -> Any:
     make_config: Any = kinds[method]
     try:
         return make_config(**options)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # its configs, too
         raise _refused(method, error) from error
 
 
@@ -250,7 +259,20 @@ def _is_peft(module: nn.Module) -> bool:
     return type(module).__module__.startswith("peft.") and hasattr(module, "get_base_layer")
 
 
-def _is_option(value: object) -> bool:
-    if isinstance(value, list):
-        return len(value) <= MAX_NAMES and all(isinstance(name, str) and MODULE_NAME.fullmatch(name) for name in value)
-    return isinstance(value, int | float) and math.isfinite(value) and abs(value) <= MAX_NUMBER
+def _allowed(name: object) -> tuple[Callable[[Any], bool], str] | None:
+    """Whether a value may be that of an option, and what may; None for what is no option."""
+    if name in INTEGERS:
+        low, high = INTEGERS[str(name)]
+        return lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}"
+    if name in NUMBERS:
+        return lambda value: type(value) in (int, float) and abs(value) <= MAX_NUMBER, f"at most {MAX_NUMBER} in size"
+    if name in SWITCHES:
+        return lambda value: type(value) is bool, "true or false"
+    if name in LISTS:
+        return _is_list_of_modules, "a list of names of modules"
+    return None
+
+
+def _is_list_of_modules(value: object) -> bool:
+    is_short = isinstance(value, list) and len(value) <= MAX_NAMES
+    return is_short and all(isinstance(name, str) and MODULE_NAME.fullmatch(name) for name in value)  # type: ignore[attr-defined]

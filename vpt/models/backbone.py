@@ -100,7 +100,7 @@ class PromptedViT(nn.Module):
                 width=self._width(prompt, entered),
             )
         self.prompt = prompt
-        self._check_prompt()
+        self.check_prompt()
         if is_new and prompt is not None and prompt.kind == "kv" and not next(prompt.parameters()).is_meta:
             like = VisualPrompt(
                 num_tokens, self.embed_dim, blocks=prompt.blocks, patch_size=vit.patch_embed.patch_size, init=init
@@ -244,8 +244,12 @@ class PromptedViT(nn.Module):
             lines.append(f"block {self.depth - 1}: {read} (pooled: {self.vit.global_pool or 'all'})")
         return "; ".join(lines)
 
-    def _check_prompt(self) -> None:
-        """Refuse a prompt that does not fit, also one that was put in the place of another."""
+    def check_prompt(self) -> None:
+        """Refuse a prompt that does not fit, also one that was put in the place of another.
+
+        Raises:
+            ValueError: It is for another width or depth, or the ViT has changed so that it cannot be computed.
+        """
         prompt = self.prompt
         if prompt is not None and (prompt.embed_dim != self.embed_dim or prompt.blocks[-1] >= self.depth):
             raise ValueError(f"{prompt} does not fit a ViT of embed_dim {self.embed_dim} and {self.depth} blocks")
@@ -306,7 +310,7 @@ class PromptedViT(nn.Module):
         num_read: int | None = None,
     ) -> Tensor:
         """Run blocks `first` to `last`, which is left out; of the very last block only `num_read` tokens are wanted."""
-        self._check_prompt()
+        self.check_prompt()
         for index in range(first, self.depth if last is None else last):
             arguments = (prompt, index, tokens, position, num_read if index == self.depth - 1 else None)
             if self.vit.grad_checkpointing and torch.is_grad_enabled():

@@ -108,6 +108,8 @@ class TaskMetadata:
         if self.adapters is not None:
             _check_fields("adapters", self.adapters, ADAPTERS_RULES)
             Adapters(**self.adapters)
+            if not self.tuned_backbone:
+                raise ValueError("adapters are named, but tuned_backbone is False, so there are none")
         if self.head is not None:
             _check_fields("head", self.head, HEAD_RULES)
         if (self.head is not None) != (self.kind == "detection"):
@@ -212,7 +214,7 @@ def put_task(path: str | Path, vit: ViT, *, shares: bool = False) -> tuple[Model
     metadata, tensors = open_task(path)
     _check_backbone(path, metadata, tensors, vit)
     tuned = _backbone_names(tensors)
-    added: frozenset[str] = frozenset()
+    added, own = frozenset[str](), frozenset(vit.state_dict())
     if tuned:
         named = (*vit.named_parameters(), *vit.named_buffers())
         vit = copy.deepcopy(vit, {id(part): part for name, part in named if shares and name not in tuned})
@@ -220,7 +222,7 @@ def put_task(path: str | Path, vit: ViT, *, shares: bool = False) -> tuple[Model
     with torch.device("meta"):
         expected = _own_tensors(_make_model(path, metadata, vit))
     state = vit.state_dict(keep_vars=True)
-    expected |= {f"backbone.{name}": state[name] for name in (tuned & state.keys()) | added}
+    expected |= {f"backbone.{name}": state[name] for name in added or tuned & own}
     _check_tensors(path, tensors, expected)
     _make_real(vit, {name: tensors[f"backbone.{name}"] for name in added})
     model = _make_model(path, metadata, vit)
@@ -254,6 +256,7 @@ def open_task(path: str | Path) -> tuple[TaskMetadata, dict[str, Tensor]]:
     """
     path = Path(path)
     tensors, values = read_tensors(path)
+    values = _newest(values)
     version_ = values.get("format_version")
     if type(version_) is not int or version_ != FORMAT_VERSION:
         raise ValueError(f"{path}: task format {reprlib.repr(version_)}; this version of vpt reads {FORMAT_VERSION}")
@@ -267,6 +270,16 @@ def open_task(path: str | Path) -> tuple[TaskMetadata, dict[str, Tensor]]:
         raise ValueError(f"{path}: in its metadata, {error}") from error
     _check_described(path, metadata, tensors)
     return metadata, tensors
+
+
+def _newest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of version 1, which knew neither adapters nor tokens of another width, as those of version 2."""
+    if values.get("format_version") != 1 or type(values["format_version"]) is not int or "adapters" in values:
+        return dict(values)
+    prompt = values.get("prompt")
+    if isinstance(prompt, dict) and "width" not in prompt:
+        prompt = {**prompt, "width": prompt.get("embed_dim")}
+    return {**values, "format_version": FORMAT_VERSION, "prompt": prompt, "adapters": None}
 
 
 def write_task(
@@ -340,6 +353,9 @@ def _known_fingerprint(vit: ViT) -> str:
             f"parameters of the backbone train that vpt.tune has not chosen ({min(odd)}), and what they were before "
             "is not known; call vpt.tune before training, on loaded weights"
         )
+    gone = known - vit.state_dict().keys()
+    if gone:
+        raise ValueError(f"{min(gone)} was tuned and is no longer in the backbone; save the task before it is changed")
     return pretrained_fingerprint(vit)
 
 

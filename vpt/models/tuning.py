@@ -100,12 +100,16 @@ def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1, adapters: Ada
     if (tuning == "adapters") != (adapters is not None):
         raise ValueError("tuning=adapters needs adapters, such as Adapters('sequential'), and no other way has any")
     added = frozenset() if adapters is None else _add(backbone.vit, adapters)
+    backbone.check_prompt()
     chosen = _choose(model, backbone, tuning, num_blocks, added)
+    origin = origin_of(backbone.vit)
+    if chosen and adapters is None and origin is not None and origin.adapters is not None:
+        raise ValueError(f"tuning={tuning}: this ViT has {origin.adapters.method} adapters; load it anew")
     narrow = {parameter.dtype for parameter in chosen if torch.finfo(parameter.dtype).bits < 32}
     if narrow:
+        what = "weights of the backbone" if adapters is None else "adapters that follow its weights"
         raise ValueError(
-            f"tuning={tuning} trains weights of the backbone, which are held in {narrow.pop()}; "
-            "use backbone.dtype=fp32 or tuning=prompt"
+            f"tuning={tuning} trains {what}, which are held in {narrow.pop()}; use backbone.dtype=fp32 or tuning=prompt"
         )
     _remember(backbone.vit, chosen)
     model.requires_grad_(False)
@@ -191,12 +195,13 @@ def _add(vit: ViT, adapters: Adapters) -> frozenset[str]:
     known = origin_of(vit)
     if known is not None and known.adapters is not None:
         raise ValueError(f"this ViT has {known.adapters.method} adapters already; load it anew for others")
+    if known is not None and known.tuned:
+        raise ValueError("weights of this ViT were tuned, and what has adapters keeps its weights; load it anew")
     is_empty = next(vit.parameters()).is_meta  # there are no weights on the meta device
     before = "" if is_empty else pretrained_fingerprint(vit)
     adapters = adapters.for_vit(vit)
     added = add_adapters(vit, adapters, is_empty=is_empty)
-    tuned = frozenset() if known is None else known.tuned
-    set_origin(vit, Origin(before, tuned | added, adapters))
+    set_origin(vit, Origin(before, added, adapters))
     return added
 
 
