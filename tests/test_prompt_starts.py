@@ -11,6 +11,7 @@ from tests.test_resume import SMALL, attempt, kept
 from vpt import build
 from vpt.config import ConfigError, compose_config, to_config
 from vpt.kinds.kind import kind_of
+from vpt.models import prompt_starts
 from vpt.models.prompt_forms import Bilinear, Fourier, Shared
 from vpt.models.prompt_starts import NEW_SHARE, NUM_MATCHED, NUM_STEPS, start_from_patches, start_from_task
 from vpt.models.task_file import open_task
@@ -29,6 +30,30 @@ def entering(vit, images, block):
     return seen[0][:, vit.num_prefix_tokens :]
 
 
+@pytest.fixture
+def as_long_as_they_are(monkeypatch):
+    monkeypatch.setattr(prompt_starts, "_shorten", lambda backbone, prompt, tokens: tokens)
+
+
+def test_tokens_from_patches_are_as_long_as_uniform_ones_and_give_the_results_of_the_patches(
+    tiny_vit, images, monkeypatch
+):
+    vit, images = tiny_vit.double(), images.double()
+    short, whole = (vpt.PromptedViT(vit, "deep", num_tokens=4).double() for _ in range(2))
+    uniform = short.prompt.tokens.detach().square().mean().sqrt()
+    start_from_patches(short, [images])
+    lengths = short.prompt.tokens.detach().square().mean(-1).sqrt()
+    assert torch.allclose(lengths, lengths[0, 0])
+    assert lengths[0, 0].item() == pytest.approx(uniform.item(), rel=0.1)
+    monkeypatch.setattr(prompt_starts, "_shorten", lambda backbone, prompt, tokens: tokens)
+    start_from_patches(whole, [images])
+    assert whole.prompt.tokens.detach().square().mean().sqrt() > 2 * uniform
+    torch.testing.assert_close(short(images), whole(images), rtol=1e-3, atol=1e-3)  # a norm adds 1e-6 to the variance
+    travelling = vpt.PromptedViT(vit, "shallow", num_tokens=4).double()
+    start_from_patches(travelling, [images])
+    assert torch.equal(travelling.prompt.tokens[0], whole.prompt.tokens[0])
+
+
 @pytest.mark.parametrize("impl", ["auto", "concat"])
 def test_patches_that_enter_prompted_blocks_are_those_of_the_bare_vit(tiny_vit, images, impl):
     backbone = vpt.PromptedViT(tiny_vit, "deep", num_tokens=5, blocks=[0, 2], impl=impl)
@@ -39,7 +64,7 @@ def test_patches_that_enter_prompted_blocks_are_those_of_the_bare_vit(tiny_vit, 
         torch.testing.assert_close(patches, entering(tiny_vit, images, block))
 
 
-def test_a_prompt_starts_at_the_same_patches_in_every_block(images):
+def test_a_prompt_starts_at_the_same_patches_in_every_block(images, as_long_as_they_are):
     vit = make_tiny_vit()
     backbone = vpt.PromptedViT(vit, "deep", num_tokens=6)
     start_from_patches(backbone, images.split(3), seed=3)
@@ -66,7 +91,7 @@ def test_the_seed_decides_which_and_no_other_random_number_is_drawn(images):
     assert not torch.equal(tokens["one"], tokens["other"])
 
 
-def test_prototypes_are_the_centres_that_plain_k_means_finds(images):
+def test_prototypes_are_the_centres_that_plain_k_means_finds(images, as_long_as_they_are):
     vit = make_tiny_vit()
     drawn, grouped = (vpt.PromptedViT(vit, "deep", num_tokens=4, blocks=[1, 2]) for _ in range(2))
     start_from_patches(drawn, [images], seed=5)
@@ -121,7 +146,7 @@ def test_pictures_that_cannot_start_a_prompt_are_refused(images):
 
 
 @pytest.mark.parametrize("blocks", [[0, 2], "all"])
-def test_vipamin_matches_keys_and_adds_a_value_that_the_patches_do_not_have(blocks, images):
+def test_vipamin_matches_keys_and_adds_a_value_that_the_patches_do_not_have(blocks, images, as_long_as_they_are):
     vit = make_tiny_vit()
     backbone = vpt.PromptedViT(vit, "deep", num_tokens=5, blocks=blocks)
     start_from_patches(backbone, images.split(3), "vipamin", seed=4)
@@ -226,10 +251,10 @@ def test_the_prompt_of_a_run_starts_at_patches_of_its_train_pictures(init, num_w
     state = torch.get_rng_state()
     build.start_prompt(config, model, data)
     assert torch.equal(torch.get_rng_state(), state)
-    assert model.backbone.prompt.tokens.norm(dim=-1).min() > 2  # those of a uniform start are about 1
     if init == "patch":
         pictures = torch.stack([data.datasets["train"][(0, index)][0] for index in range(18)])
         patches = entering(model.backbone.vit, pictures, 0).flatten(0, 1)
+        patches = patches / patches.norm(dim=1, keepdim=True) * model.backbone.prompt.tokens[0, 0].norm()
         assert torch.cdist(model.backbone.prompt.tokens[0], patches, compute_mode=EXACT).min(1).values.max() < 1e-4
 
 

@@ -7,16 +7,17 @@ Legend: B images, M patch tokens of an image, T patch tokens that are looked at,
 embed_dim, h heads, d their width.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from vpt.models.attention import key_value_weights, why_not_fast
+from vpt.models.attention import PRE_NORM, key_value_weights, why_not_fast
 from vpt.models.backbone import PromptedViT
-from vpt.models.prompts import VisualPrompt, format_blocks
+from vpt.models.prompts import VisualPrompt, format_blocks, uniform_bound
 from vpt.models.task_file import open_task
 from vpt.models.tuning import pretrained_fingerprint
 
@@ -34,6 +35,10 @@ def start_from_patches(
     backbone: PromptedViT, batches: Iterable[Tensor], start: PatchStart = "patch", *, seed: int = 0
 ) -> None:
     """Let the prompt start at patch tokens of images, which the bare backbone is run on once.
+
+    A block that norms first sees but the direction of a deep prompt's token. Its length only says how far a step turns
+    it, and patch tokens are some ten times as long as those of a uniform start, which learning rates are made for; so
+    they are made as long as those, which changes no result.
 
     Args:
         backbone: Its prompt starts anew; nothing else of it changes.
@@ -61,7 +66,7 @@ def start_from_patches(
         tokens = _match_in_blocks(backbone, prompt, batches, generator)
     else:
         tokens = _draw(look_at(backbone, prompt, batches, generator), prompt.num_tokens, start)
-    backbone.start_prompt(tokens)
+    backbone.start_prompt(_shorten(backbone, prompt, tokens))
 
 
 def start_from_task(backbone: PromptedViT, path: str | Path) -> None:
@@ -163,6 +168,15 @@ def _match_in_blocks(
         keys, values = (weight.float() for weight in key_value_weights(backbone.vit.blocks[index]))
         tokens.append(matched_tokens(patches, keys, values, prompt.num_tokens, generator))
     return torch.stack(tokens)
+
+
+def _shorten(backbone: PromptedViT, prompt: VisualPrompt, tokens: Tensor) -> Tensor:
+    """Tokens (L, P, D) as long as those of a uniform start, where their length says nothing."""
+    vit: Any = backbone.vit
+    if prompt.kind == "shallow" or not all(isinstance(vit.blocks[index], PRE_NORM) for index in prompt.blocks):
+        return tokens
+    scale = uniform_bound(backbone.embed_dim, vit.patch_embed.patch_size) / math.sqrt(3)  # its standard deviation
+    return tokens / tokens.square().mean(-1, keepdim=True).sqrt() * scale
 
 
 def _draw(patches: Tensor, num_tokens: int, start: PatchStart) -> Tensor:

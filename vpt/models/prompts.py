@@ -166,13 +166,18 @@ class VisualPrompt(nn.Module):
         return f"VisualPrompt({self.extra_repr()})"  # torch gives one with a form a class of its own
 
 
+def uniform_bound(embed_dim: int, patch_size: tuple[int, int]) -> float:
+    """The largest number that a uniform start may have, for tokens of this width and patches of so many pixels."""
+    return math.sqrt(6 / (3 * patch_size[0] * patch_size[1] + embed_dim))
+
+
 def _initialise(tokens: Tensor, init: PromptInit, patch_size: tuple[int, int]) -> None:
     if init not in get_args(PromptInit):
         raise ValueError(f"prompt.init must be one of {', '.join(get_args(PromptInit))}, got {init!r}")
     if init == "normal":
         nn.init.normal_(tokens, std=0.02)
     else:
-        bound = math.sqrt(6 / (3 * patch_size[0] * patch_size[1] + tokens.shape[-1]))
+        bound = uniform_bound(tokens.shape[-1], patch_size)
         nn.init.uniform_(tokens, -bound, bound)
 
 
