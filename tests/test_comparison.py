@@ -38,6 +38,7 @@ def test_every_method_is_a_config_and_its_search_has_learning_rates(name, data):
     assert set(rates) <= set(schema_keys())
 
 
+@pytest.mark.slow
 def test_no_two_methods_are_the_same():
     configs = [to_config(compose_config(method.overrides)) for method in METHODS.values()]
     assert all(one != other for index, one in enumerate(configs) for other in configs[:index])

@@ -146,6 +146,7 @@ def test_the_numbers_are_those_of_the_functions_for_notebooks(tasks, album, monk
             assert (first["row"], first["column"]) == divmod(patch, 8)
 
 
+@pytest.mark.slow
 def test_a_prompt_in_the_last_blocks_is_seen_there_only(tasks, album, monkeypatch):
     assert explain(monkeypatch, f"task={tasks}/late.safetensors", "input=album", "output=out", "blocks=all") == 0
     assert [found["block"] for found in numbers_of("out")["attention_to_prompt"]] == [3, 4]
@@ -224,6 +225,7 @@ def test_of_many_pictures_some_are_taken_evenly_spread(tasks, album, monkeypatch
     assert [picture["path"] for picture in numbers_of("out")["pictures"]] == paths[::2]
 
 
+@pytest.mark.slow
 def test_a_second_explanation_takes_the_place_of_the_first(tasks, album, monkeypatch):
     explain(monkeypatch, f"task={tasks}/deep.safetensors", "input=album", "output=out")
     Path("out/notes.txt").write_text("mine")
@@ -234,6 +236,7 @@ def test_a_second_explanation_takes_the_place_of_the_first(tasks, album, monkeyp
     assert events_of("out")[1:] == (set(), {"explain/picture_00"})
 
 
+@pytest.mark.slow
 def test_pictures_that_cannot_be_read_are_told_by_name_and_the_others_explained(tasks, album, monkeypatch, capsys):
     Path("album/broken.jpg").write_bytes(Path("album/00.png").read_bytes()[:200])
     assert explain(monkeypatch, f"task={tasks}/deep.safetensors", "input=album", "output=out") == 1

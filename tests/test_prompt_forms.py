@@ -254,10 +254,8 @@ def test_in_inference_keys_and_values_stay_until_what_is_learned_changes(images)
     torch.testing.assert_close(changed, backbone(images).detach())  # with gradients nothing is kept
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["whitened", *(pytest.param(name, marks=pytest.mark.slow) for name in ("shared", "bilinear", "fourier shallow"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shared", "bilinear", "whitened", "fourier shallow"])
 def test_it_is_captured_whole_by_torch_compile_and_exported_alive(name, images):
     torch.compiler.reset()
     model = make(name)
@@ -406,11 +404,12 @@ def test_what_the_config_does_not_have_is_refused(override, message):
         to_config(compose_config([override]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choice",
     [
         ["prompt=bilinear", "prompt.whiten=true", "prompt.init=vipamin"],
-        *(pytest.param([f"prompt={form}"], marks=pytest.mark.slow) for form in ("shared", "bilinear", "fourier")),
+        *([f"prompt={form}"] for form in ("shared", "bilinear", "fourier")),
     ],
     ids=" ".join,
 )
