@@ -231,6 +231,15 @@ def test_what_cannot_be_an_adapter_is_refused(method, options, message):
         vpt.create_model(make_tiny_vit(), num_classes=3, tuning="adapters", adapters=Adapters(method, options))
 
 
+def test_an_error_of_peft_without_a_word_is_told_by_its_kind(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr("peft.inject_adapter_in_model", refuse)
+    with pytest.raises(ValueError, match="lora adapters: NotImplementedError"):
+        add_adapters(make_tiny_vit(), Adapters("lora"))
+
+
 def test_a_method_that_an_older_peft_does_not_know_is_refused(monkeypatch):
     from peft import mapping
 

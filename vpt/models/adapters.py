@@ -222,7 +222,8 @@ def peft_config(method: str, options: Mapping[str, Option]) -> Any:
 
 
 def _refused(method: str, error: Exception) -> ValueError:
-    return ValueError(f"{method} adapters: {str(error).splitlines()[0]}")
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return ValueError(f"{method} adapters: {reason}")
 
 
 def _attention_layers(vit: Any) -> list[str]:
