@@ -17,13 +17,12 @@ from vpt.command_line import check_folder, fail, is_for_user, quote_paths
 from vpt.comparison.methods import METHODS, choose_methods
 from vpt.comparison.plan import Plan, listed, read_rates, read_seeds, read_shots, split_words
 from vpt.config import Config, ConfigError, first_line
-from vpt.engine.signals import Stopped, StopSignal
+from vpt.engine.signals import STOPPED, Stopped, StopSignal
 
 if TYPE_CHECKING:
     from vpt.comparison.report import Comparison
     from vpt.comparison.runs import Train
 
-STOPPED = 75  # EX_TEMPFAIL: type the same command again
 LISTS = ("methods", "seeds", "rates", "shots")
 MARK = "comparison.json"  # makes a folder known as that of a comparison
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from vpt.command_line import check_command_line, fail, is_for_user, quote_paths, tell
 from vpt.config import Config, ConfigError, Mode, conceal, config_folder, recipe, register_schema, to_config, to_plain
-from vpt.engine.signals import Stopped, StopSignal
+from vpt.engine.signals import STOPPED, Stopped, StopSignal
 
 if TYPE_CHECKING:
     from vpt.build import Data, Model
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 NOT_LEARNED = 1
 NOT_FINITE = 3
-STOPPED = 75  # EX_TEMPFAIL: type the same command again
 GO_ON = "type the same command again, and it goes on where it stopped"
 
 
