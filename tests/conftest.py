@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +66,16 @@ def photos(tmp_path_factory):
                 pixels[..., 2 - channel] += 120
                 Image.fromarray(pixels).save(root / split / name / f"{i}.png")
     return root
+
+
+def make_album(num_photos):
+    """A folder "album" in the current one, of photos of several shapes, some of them in a folder below."""
+    Path("album/sub").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(num_photos):
+        pixels = generator.integers(0, 255, (40 + 30 * (number % 5), 90, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(Path("album") / ("sub" if number % 2 else "") / f"{number:02d}.png")
+    return Path("album")
 
 
 @pytest.fixture

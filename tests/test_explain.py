@@ -7,15 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vpt
 import vpt.explain
-from tests.conftest import train_with
+from tests.conftest import make_album, train_with
 from vpt.data.images import read_image
 from vpt.data.transforms import EvalTransform, Preprocessing
 from vpt.models.inspection import inspect_attention
@@ -51,14 +49,9 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture
 def album(tmp_path, monkeypatch):
-    """Five photos of several shapes, and the current folder beside it."""
-    (tmp_path / "album" / "sub").mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for number in range(5):
-        pixels = generator.integers(0, 255, (40 + 30 * number, 90, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "album" / ("sub" if number % 2 else "") / f"{number:02d}.png")
+    """In the current folder."""
     monkeypatch.chdir(tmp_path)
-    return Path("album")
+    return make_album(5)
 
 
 def explain(monkeypatch, *arguments):

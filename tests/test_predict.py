@@ -10,10 +10,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pyarrow import parquet
 
 import vpt
@@ -21,6 +19,7 @@ import vpt.data.inputs
 import vpt.open_tasks
 import vpt.predict
 import vpt.predictions
+from tests.conftest import make_album
 from vpt.command_line import INTERRUPTED
 from vpt.config import ConfigError
 from vpt.data.images import read_image
@@ -62,14 +61,9 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture
 def album(tmp_path, monkeypatch):
-    """Eleven photos of several sizes, and the current folder beside it."""
-    (tmp_path / "album" / "sub").mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for number in range(11):
-        pixels = generator.integers(0, 255, (40 + 5 * number, 90, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "album" / ("sub" if number % 2 else "") / f"{number:02d}.png")
+    """In the current folder."""
     monkeypatch.chdir(tmp_path)
-    return Path("album")
+    return make_album(11)
 
 
 @pytest.fixture
