@@ -161,7 +161,7 @@ def test_a_prompt_and_adapters_train_together_and_both_ways_agree(method, kind, 
         model = make_model(method, make_tiny_vit(kind).double(), prompt="deep", impl=impl).double()
         train(model, images.double())
         results.append(model(images.double()))
-        assert vpt.count_parameters(model).prompt == 3 * 10 * 32
+        assert vpt.count_parameters(model).prompt == 3 * 20 * 32
     torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-8)
 
 

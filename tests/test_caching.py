@@ -133,7 +133,7 @@ def test_frozen_blocks_see_each_picture_once(tmp_path, photos, monkeypatch):
 
     monkeypatch.setattr(build, "build_model", hooked)
     for cache in ("off", "auto"):
-        train(tmp_path / cache, photos, LAST, f"cache={cache}", "train.batch_size=9")
+        train(tmp_path / cache, photos, LAST, f"cache={cache}", "train.batch_size=9", "prompt.init=uniform")
     at_the_end = NUM_VAL + NUM_TEST  # the whole model is evaluated
     assert sum(counts[0]) == 2 * (NUM_TRAIN + NUM_VAL) + at_the_end
     assert sum(counts[1]) == 1 + NUM_TRAIN + NUM_VAL + at_the_end  # one picture tells shape and dtype

@@ -39,7 +39,7 @@ def test_help_lists_groups_and_keys_and_loads_nothing_heavy(tmp_path):
     done = call("--help", cwd=tmp_path)
     assert done.returncode == 0
     assert "backbone: " in done.stdout
-    assert "num_tokens: 10" in done.stdout
+    assert "num_tokens: 20" in done.stdout
     heavy = "{'torch', 'timm', 'albumentations'}"
     code = f"import sys, vpt.train, vpt.evaluate, vpt.predict; print(sorted({heavy} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

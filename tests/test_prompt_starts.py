@@ -239,10 +239,9 @@ def options_of(photos, *overrides):
     return [*SMALL, "dataset=folder", f"dataset.root={photos}", "train.batch_size=4", "num_workers=0", *overrides]
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("init", ["patch", "prototype", "vipamin"])
-def test_the_prompt_of_a_run_starts_at_patches_of_its_train_pictures(init, num_workers, photos):
-    config = to_config(compose_config(options_of(photos, f"prompt.init={init}", f"num_workers={num_workers}")))
+def started(photos, *overrides):
+    """The model and the data of a run, once its prompt has started."""
+    config = to_config(compose_config(options_of(photos, *overrides)))
     build.seed_everything(0, deterministic=False)
     kind = kind_of(config)
     samples = kind.read()
@@ -251,11 +250,40 @@ def test_the_prompt_of_a_run_starts_at_patches_of_its_train_pictures(init, num_w
     state = torch.get_rng_state()
     build.start_prompt(config, model, data)
     assert torch.equal(torch.get_rng_state(), state)
+    return model, data
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("init", ["patch", "prototype", "vipamin"])
+def test_the_prompt_of_a_run_starts_at_patches_of_its_train_pictures(init, num_workers, photos):
+    model, data = started(photos, f"prompt.init={init}", f"num_workers={num_workers}")
     if init == "patch":
         pictures = torch.stack([data.datasets["train"][(0, index)][0] for index in range(18)])
         patches = entering(model.backbone.vit, pictures, 0).flatten(0, 1)
         patches = patches / patches.norm(dim=1, keepdim=True) * model.backbone.prompt.tokens[0, 0].norm()
         assert torch.cdist(model.backbone.prompt.tokens[0], patches, compute_mode=EXACT).min(1).values.max() < 1e-4
+
+
+def test_a_deep_prompt_starts_at_patches_of_as_many_pictures_as_it_has_tokens(photos, monkeypatch):
+    looks = []
+    monkeypatch.setattr(
+        build,
+        "start_from_patches",
+        lambda backbone, batches, start, seed: looks.append((start, sum(map(len, batches)))),
+    )
+    started(photos)
+    started(photos, "prompt.num_tokens=5")
+    started(photos, "prompt.init=prototype")
+    for overrides in (["prompt.init=uniform"], ["prompt=shallow"], ["tuning=linear"]):
+        started(photos, *overrides)
+    assert looks == [("patch", 3), ("patch", 8), ("prototype", 18)]  # in batches of 4, of 18 pictures
+
+
+def test_a_task_file_is_the_start_whatever_else_the_config_says(photos, tmp_path):
+    model, _ = started(photos, "prompt.init=normal")
+    file = vpt.save_task(model, tmp_path / "task.safetensors")
+    again, _ = started(photos, f"prompt.init_from={file}")
+    assert torch.equal(again.backbone.prompt.tokens, model.backbone.prompt.tokens)
 
 
 def test_the_config_says_how_tokens_start():
@@ -271,7 +299,6 @@ def test_the_config_says_how_tokens_start():
     ("overrides", "message"),
     [
         (["prompt.init=patches"], "prompt.init"),
-        (["prompt.init=patch", "prompt.init_from=a.safetensors"], "init=patch and prompt.init_from=a.safetensors both"),
         (["prompt=none", "prompt.init_from=a.safetensors"], "there is no prompt to start; leave it out"),
     ],
 )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vpt.models.create import create_model
     from vpt.models.detection import DetectionModel
     from vpt.models.inspection import inspect_attention, nearest_patches
+    from vpt.models.prompt_starts import start_from_patches
     from vpt.models.prompts import VisualPrompt
     from vpt.models.task_file import load_task, read_task, save_task
     from vpt.models.tuning import count_parameters, tune, tuned_parameters
@@ -40,6 +41,7 @@ _HOMES = {
     "push_to_hub": "vpt.hub",
     "read_task": "vpt.models.task_file",
     "save_task": "vpt.models.task_file",
+    "start_from_patches": "vpt.models.prompt_starts",
     "tune": "vpt.models.tuning",
     "tuned_parameters": "vpt.models.tuning",
 }
@@ -60,6 +62,7 @@ __all__ = [
     "push_to_hub",
     "read_task",
     "save_task",
+    "start_from_patches",
     "tune",
     "tuned_parameters",
 ]

@@ -51,7 +51,7 @@ from vpt.models.whitening import whiten_from_patches
 Model = ClassificationModel | DetectionModel
 
 DRY_BATCHES = 2
-START_PICTURES = 256  # of train, that a prompt may start from
+STATISTICS_PICTURES = 256  # of train, that groups, means and whitening are computed of
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
 
@@ -209,10 +209,14 @@ def start_prompt(config: Config, model: Model, data: Data) -> None:
         FileNotFoundError, ValueError: The task file or the pictures cannot start this prompt.
     """
     prompt, backbone = config.prompt, model.backbone
-    if backbone.prompt is not None and prompt.init_from is not None:
+    if backbone.prompt is None:
+        return
+    if prompt.init_from is not None:
         start_from_task(backbone, Path(prompt.init_from).expanduser())
-    if backbone.prompt is not None and prompt.init.value in get_args(PatchStart):
-        start_from_patches(backbone, _start_pictures(config, data), prompt.init.value, seed=config.seed)  # type: ignore[arg-type]
+    elif prompt.init.value in get_args(PatchStart):
+        num_pictures = prompt.num_tokens if prompt.init is PromptInitName.patch else STATISTICS_PICTURES
+        pictures = _start_pictures(config, data, num_pictures)
+        start_from_patches(backbone, pictures, prompt.init.value, seed=config.seed)  # type: ignore[arg-type]
 
 
 def whiten_prompt(config: Config, model: Model, data: Data) -> None:
@@ -222,14 +226,14 @@ def whiten_prompt(config: Config, model: Model, data: Data) -> None:
         ValueError: A block of the backbone is not understood.
     """
     if config.prompt.whiten and model.backbone.prompt is not None:
-        whiten_from_patches(model.backbone, _start_pictures(config, data), seed=config.seed)
+        whiten_from_patches(model.backbone, _start_pictures(config, data, STATISTICS_PICTURES), seed=config.seed)
 
 
-def _start_pictures(config: Config, data: Data) -> Iterator[torch.Tensor]:
-    """Batches of some train pictures, the same ones in each call."""
-    size = config.train.batch_size
+def _start_pictures(config: Config, data: Data, num_pictures: int) -> Iterator[torch.Tensor]:
+    """Batches of at least so many train pictures, or of all, the same ones in each call."""
+    size = min(config.train.batch_size, num_pictures)
     loader = build_loader(data.datasets["train"], size, shuffle=True, seed=config.seed, collate=_stack_images)
-    return islice(loader, -(-START_PICTURES // size))
+    return islice(loader, -(-num_pictures // size))
 
 
 def _stack_images(items: Sequence[tuple[torch.Tensor, Any]]) -> torch.Tensor:

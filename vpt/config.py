@@ -215,12 +215,12 @@ class BackboneConfig:
 class PromptConfig:
     """The prompt tokens and the blocks that they enter; `rank`, `whiten` are of form bilinear, `fraction` of fourier.
 
-    `title` is its name in that of a run. Tokens start as `init` says, or as those of the task file `init_from`.
+    `title` is its name in that of a run. Tokens start as those of the task file `init_from`, or else as `init` says.
     """
 
     kind: PromptName = PromptName.deep
     title: str = "deep"
-    num_tokens: int = number(10, low=1, high=10_000)
+    num_tokens: int = number(20, low=1, high=10_000)
     blocks: Any = "all"
     dropout: float = number(0.0, low=0, high=0.99)
     form: PromptFormName = PromptFormName.plain
@@ -611,16 +611,11 @@ def _check_task(config: Config) -> None:
 
 
 def _check_start(prompt: PromptConfig) -> None:
-    """Refuse two ways in which a prompt would start, one for no prompt, and a whitening that nothing would use."""
+    """Refuse a start for no prompt, and a whitening that nothing would use."""
     if prompt.whiten and prompt.form is not PromptFormName.bilinear:
         raise ConfigError(f"prompt.whiten=true is for prompt=bilinear, and prompt.form={prompt.form}: leave it out")
     if prompt.init_from is not None and prompt.kind is PromptName.none:
         raise ConfigError(f"prompt.init_from={prompt.init_from}: there is no prompt to start; leave it out")
-    if prompt.init_from is not None and prompt.init is not PromptInitName.uniform:
-        raise ConfigError(
-            f"prompt.init={prompt.init.value} and prompt.init_from={prompt.init_from} both say where the prompt "
-            "starts: leave one out"
-        )
 
 
 def explain(error: Exception) -> str:

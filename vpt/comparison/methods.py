@@ -39,7 +39,7 @@ METHODS: Mapping[str, Method] = {
     "prompt_shallow": Method("shallow prompt", ("tuning=prompt", "prompt=shallow")),
     "prompt_deep": Method("deep prompt", ("tuning=prompt", "prompt=deep")),
     "prompt_last4": Method("deep, last 4 blocks", ("tuning=prompt", "prompt=deep", "prompt.blocks=last:4")),
-    "prompt_patch": Method("deep, from patches", ("tuning=prompt", "prompt=deep", "prompt.init=patch")),
+    "prompt_uniform": Method("deep, random start", ("tuning=prompt", "prompt=deep", "prompt.init=uniform")),
     "prompt_bilinear": Method("bilinear prompt", ("tuning=prompt", "prompt=bilinear")),
     "prompt_fourier": Method("Fourier prompt", ("tuning=prompt", "prompt=fourier")),
     "prompt_kv": Method("keys and values", ("tuning=prompt", "prompt=kv")),

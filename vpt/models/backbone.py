@@ -72,7 +72,7 @@ class PromptedViT(nn.Module):
         vit: ViT,
         prompt: PromptKind | VisualPrompt | None = "deep",
         *,
-        num_tokens: int = 10,
+        num_tokens: int = 20,
         blocks: Blocks = "all",
         dropout: float = 0.0,
         init: PromptInit = "uniform",

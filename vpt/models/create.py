@@ -74,7 +74,7 @@ def create_model(
     num_classes: int,
     task: Task = "classification",
     prompt: PromptChoice = "auto",
-    num_tokens: int = 10,
+    num_tokens: int = 20,
     blocks: Blocks = "all",
     dropout: float = 0.0,
     init: PromptInit = "uniform",
@@ -107,7 +107,8 @@ def create_model(
         num_tokens: P, prompt tokens in each prompted block.
         blocks: Blocks that a deep prompt enters: "all", "first:k", "last:k" or a list of indices.
         dropout: Dropout of prompt tokens, drawn for each sample.
-        init: How prompt tokens start, "uniform" or "normal", see `VisualPrompt`.
+        init: How prompt tokens start, "uniform" or "normal", see `VisualPrompt`. A deep prompt trains better from
+            patches of your images: `start_from_patches`.
         form: What is learned in the place of the tokens, such as `prompt_forms.Bilinear(rank=8)`.
         impl: How prompts are computed, "auto" or "concat", see `PromptedViT`.
         tuning: What trains: "prompt", "linear", "bias", "proj_bias", "norm", "partial", "full" or "adapters", see
