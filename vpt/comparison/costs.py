@@ -79,8 +79,8 @@ def measure_cost(config: Config, samples: Mapping[str, Any]) -> Cost:
     device = build.pick_device(config.device)
     config.num_workers = 0  # one batch only
     kind, model, data = _prepare(config, samples, device)
-    if config.prompt.init_from is not None:
-        build.start_prompt(config, model, data)
+    build.whiten_prompt(config, model, data)
+    build.start_prompt(config, model, data)
     tuned = {name: sum(map(torch.numel, parameters)) for name, parameters in tuned_parts(model).items()}
     images, targets = move(next(iter(data.loaders["train"])), device)
     counted: dict[str, int] = {}
