@@ -296,6 +296,19 @@ def test_a_command_that_cannot_be_used_is_one_line_and_exit_code_2(monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_in_use_is_refused_before_anything_is_measured(monkeypatch, capsys, tmp_path):
+    (tmp_path / "comparison.json").write_text("{}")
+    code = "import sys; from pathlib import Path; from vpt.lock import locked\n"
+    code += "with locked(Path(sys.argv[1], '.lock'), Path(sys.argv[1])): print('held', flush=True); input()"
+    monkeypatch.setattr(runs, "measure_cost", lambda *_: pytest.fail("it is measured"))
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        assert compare(monkeypatch, "+experiment=quickstart", "methods=linear", f"output={tmp_path}") == 2
+        holder.communicate("\n")
+    assert f"{tmp_path} is in use by process {holder.pid}" in capsys.readouterr().err
+
+
 def test_lists_are_typed_with_brackets_or_without():
     words = ["methods=linear,bias", "seeds=7,8", "rates=0.3,1", "shots=1,all", "+experiment=quickstart"]
     plan = vpt.compare.read_options(words).plan

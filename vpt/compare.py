@@ -120,6 +120,9 @@ def compare(options: CompareOptions, stop: StopSignal | None = None) -> "Compari
     stop.check()
     output = options.output or choose_output(options.plan)
     _check_output(output)
+    if output.is_dir():
+        with locked(output / ".lock", output):  # it is measured for minutes before there is something to write
+            pass
     print(f"{options.plan.num_runs} runs, into {output}", flush=True)
     runs = Runs(options.plan, output, _say)
     output.mkdir(parents=True, exist_ok=True)
