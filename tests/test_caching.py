@@ -14,11 +14,12 @@ import yaml
 
 import vpt.data.classification
 from vpt import build, caching
-from vpt.config import CacheName, ConfigError, compose_config, load_config, to_config, to_plain
+from vpt.config import CacheName, ConfigError, compose_config, to_config
 from vpt.data.tokens import TokenFolder
 from vpt.kinds.classification import Classification
 from vpt.kinds.kind import kind_of
 from vpt.models.vit import fingerprint, preprocessing_of
+from vpt.run_config import load_config, to_plain
 from vpt.train import run
 
 NUM_TRAIN, NUM_VAL, NUM_TEST = 18, 9, 12

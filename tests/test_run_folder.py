@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import yaml
 
-from vpt.config import ConfigError, compose_config, conceal, to_config
+from vpt.config import ConfigError, compose_config, to_config
 from vpt.data.classification import Samples
 from vpt.lock import LockedError
 from vpt.report import result_table
+from vpt.run_config import conceal
 from vpt.run_folder import RunFolder, digest_of
 
 

@@ -21,7 +21,7 @@ from tests.offline import OUTSIDE
 from tests.test_cli import ROOT
 from vpt import command_line, evaluate, export, predict, serve, tasks
 from vpt.card import model_card
-from vpt.config import ConfigError, compose_config, load_config, to_config
+from vpt.config import ConfigError, compose_config, to_config
 from vpt.data.box_files import file_names
 from vpt.data.classification import check_readable, read_folder
 from vpt.data.coco import read_coco
@@ -32,6 +32,7 @@ from vpt.models.conversion import read_folder as read_peft_folder
 from vpt.models.conversion import read_original
 from vpt.models.task_file import open_task
 from vpt.models.vit import load_vit
+from vpt.run_config import load_config
 from vpt.serving.app import make_app
 from vpt.serving.service import Settings
 

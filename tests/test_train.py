@@ -13,12 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import vpt
 from tests.conftest import train_with
 from vpt import build
-from vpt.config import ConfigError, compose_config, conceal, to_config
+from vpt.config import ConfigError, compose_config, to_config
 from vpt.data.classification import Samples
 from vpt.evaluate import EvaluateOptions, evaluate_run
 from vpt.kinds.classification import build_cross_entropy
 from vpt.models.vit import fingerprint, load_vit
 from vpt.predict import PredictOptions, predict_run
+from vpt.run_config import conceal
 from vpt.train import run
 
 SMALL = [

@@ -28,7 +28,6 @@ from vpt.config import (
     TuningConfig,
     TuningName,
     first_line,
-    load_config,
 )
 from vpt.data.loaders import build_loader
 from vpt.data.transforms import Preprocessing
@@ -47,6 +46,7 @@ from vpt.models.task_file import TaskMetadata, load_task, read_task
 from vpt.models.tuning import tuned_parameters, tuned_parts
 from vpt.models.vit import load_vit
 from vpt.models.whitening import whiten_from_patches
+from vpt.run_config import load_config
 
 Model = ClassificationModel | DetectionModel
 

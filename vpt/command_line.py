@@ -17,7 +17,6 @@ from vpt.config import (
     ConfigError,
     check_ranges,
     compose_config,
-    conceal,
     config_folder,
     did_you_mean,
     first_line,
@@ -26,6 +25,7 @@ from vpt.config import (
     schema_keys,
     to_config,
 )
+from vpt.run_config import conceal
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
 OptionsT = TypeVar("OptionsT")

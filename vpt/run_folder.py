@@ -16,11 +16,12 @@ from typing import Any, Self
 import numpy as np
 import yaml
 
-from vpt.config import PLACES, ROUNDING, WITHOUT_EFFECT, Config, ConfigError, Mode, first_line, to_plain
+from vpt.config import Config, ConfigError, Mode, first_line
 from vpt.engine.checkpoint import NAMES, NEW
 from vpt.engine.console import warn
 from vpt.files import write_bytes
 from vpt.lock import locked
+from vpt.run_config import PLACES, ROUNDING, WITHOUT_EFFECT, to_plain
 
 CONFIG, RESULT, TASK, LOCK = "config.yaml", "result.json", "task.safetensors", ".lock"
 

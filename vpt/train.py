@@ -12,8 +12,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from vpt.command_line import check_command_line, fail, is_for_user, quote_paths, tell
-from vpt.config import Config, ConfigError, Mode, conceal, config_folder, recipe, register_schema, to_config, to_plain
+from vpt.config import Config, ConfigError, Mode, config_folder, register_schema, to_config
 from vpt.engine.signals import STOPPED, Stopped, StopSignal
+from vpt.run_config import conceal, recipe, to_plain
 
 if TYPE_CHECKING:
     from vpt.build import Data, Model

@@ -20,9 +20,9 @@ from vpt import build
 from vpt.comparison.plan import Plan, Trial, describe_shots
 from vpt.comparison.runs import Row, Runs
 from vpt.comparison.table import Spread, table_columns
-from vpt.config import recipe
 from vpt.engine.measure import describe_machine
 from vpt.files import finite, write_bytes
+from vpt.run_config import recipe
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PLACE = "/* data */"  # of the JSON in the template
