@@ -76,7 +76,7 @@ def test_tensorboard_has_the_losses_apart_and_the_pictures_of_boxes(finished, re
     expected = {"train/loss", "train/class_loss", "train/box_loss", "lr/prompt", "lr/neck", "lr/head"}
     expected |= {"val/map", "val/map50", "val/map75", "val/map_small", "val/ar100", "val/loss_class", "val/loss_box"}
     expected |= {"val_map/red box", "val_map/blue box", "best/val_map", "best/test_map50"}
-    expected |= {f"prompt_{kind}/block_{block:02d}" for kind in ("norm", "grad_norm") for block in range(5)}
+    expected |= {f"prompt_factor0_{kind}/block_{block:02d}" for kind in ("norm", "grad_norm") for block in range(5)}
     assert expected <= set(tags["scalars"])
     pictures = {"train/augmented", "val/found", "val/precision_recall", "val/confusion", "val/worst"}
     assert set(tags["images"]) == pictures
@@ -225,7 +225,7 @@ def test_the_summary_says_what_trains_and_what_is_wrong_with_the_boxes(tmp_path,
     assert "data       boxes: 2 classes; pictures (boxes): train 16 (23), val 4 (6), test 5 (8)\n" in out
     assert "boxes with a side below 1 px: 1, dropped; first " in out
     assert "boxes of crowds or difficult objects: 1, kept" in out
-    assert "prompt 2,880 + neck " in out
+    assert "prompt 2,925 + neck " in out
     with pytest.raises(ValueError, match=r"_annotations\.coco\.json.*boxes with a side below 1 px \(1\)"):
         train(tmp_path / "runs", copy, "mode=dry", "dataset.strict=true")
 

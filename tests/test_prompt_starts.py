@@ -280,16 +280,17 @@ def test_a_deep_prompt_starts_at_patches_of_as_many_pictures_as_it_has_tokens(ph
 
 
 def test_a_task_file_is_the_start_whatever_else_the_config_says(photos, tmp_path):
-    model, _ = started(photos, "prompt.init=normal")
+    model, _ = started(photos, "prompt=deep", "prompt.init=normal")
     file = vpt.save_task(model, tmp_path / "task.safetensors")
-    again, _ = started(photos, f"prompt.init_from={file}")
+    again, _ = started(photos, "prompt=deep", f"prompt.init_from={file}")
     assert torch.equal(again.backbone.prompt.tokens, model.backbone.prompt.tokens)
 
 
 def test_the_config_says_how_tokens_start():
     def tokens(*overrides):
         torch.manual_seed(0)
-        return build.build_model(to_config(compose_config(overrides)), ("a", "b")).backbone.prompt.tokens
+        config = to_config(compose_config(["prompt=deep", *overrides]))
+        return build.build_model(config, ("a", "b")).backbone.prompt.tokens
 
     assert tokens("prompt.num_tokens=200", "prompt.init=normal").std().item() == pytest.approx(0.02, rel=0.01)
     assert tokens("prompt.num_tokens=200").std().item() > 0.04

@@ -38,7 +38,7 @@ def test_without_a_name_each_config_has_a_folder_of_its_own(tmp_path):
         begin(tmp_path, *overrides).path.name
         for overrides in ([], [], ["seed=1"], ["prompt=shallow"], ["num_workers=3"], ["run.save_minutes=1"])
     }
-    assert sorted(name.rpartition("_")[0] for name in names) == ["fruit_deep", "fruit_deep", "fruit_shallow"]
+    assert sorted(name.rpartition("_")[0] for name in names) == ["fruit_bilinear", "fruit_bilinear", "fruit_shallow"]
 
 
 def test_without_a_name_the_same_folder_name_elsewhere_is_another_data_set(tmp_path):

@@ -75,7 +75,8 @@ def test_tensorboard_has_what_a_person_looks_for(finished):
     blocks = [f"block_{block:02d}" for block in range(5)]
     expected = {"train/loss", "train/grad_norm", "lr/prompt", "lr/head", "val/loss", "val/top1", "val/mean_per_class"}
     expected |= {"perf/images_per_s", "perf/data_wait_fraction", "memory/peak_mib"}
-    expected |= {f"prompt_{kind}/{block}" for kind in ("norm", "grad_norm", "update_ratio") for block in blocks}
+    kinds = [f"prompt_factor{factor}_{name}" for factor in (0, 1) for name in ("norm", "grad_norm", "update_ratio")]
+    expected |= {f"{kind}/{block}" for kind in kinds for block in blocks}
     expected |= {f"val_recall/{name}" for name in ("blue sky", "grass", "rose")}
     expected |= {"best/val_top1", "best/test_top1"}
     assert expected <= set(tags["scalars"])

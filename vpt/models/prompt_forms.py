@@ -48,11 +48,11 @@ class Bilinear(nn.Module):
     it starts at is then nearest in the whitened space. Until that is called W_i changes nothing.
 
     Args:
-        rank: r, at most P and D.
+        rank: r. Tokens have no rank above P or D, so a larger one is theirs.
         whiten: Whether there are the W_i.
 
     Raises:
-        ValueError: The rank is below 1, or above P or D (when a prompt takes the form).
+        ValueError: The rank is below 1.
 
     References:
         Attention to the Burstiness in Visual Prompt Tuning! (Wang et al., ICCV 2025),
@@ -84,12 +84,6 @@ class Bilinear(nn.Module):
 
     def right_inverse(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """A and B whose product is nearest to the tokens (L, P, D)."""
-        largest = min(tokens.shape[1:])
-        if self.rank > largest:
-            raise ValueError(
-                f"prompt.rank={self.rank} is above {largest}, the rank that {tokens.shape[1]} tokens of width "
-                f"{tokens.shape[2]} can have; use a smaller rank or more prompt.num_tokens"
-            )
         if self.whiten and self.whitening is None:
             self.whitening = torch.eye(tokens.shape[2]).to(tokens).repeat(len(tokens), 1, 1)
         if self.whitening is not None:
