@@ -274,10 +274,18 @@ def test_it_is_captured_whole_by_torch_compile_and_exported_alive(name, images):
 # The formulas.
 
 
-def test_shared_tokens_are_those_of_the_first_block_in_every_block():
-    tokens = torch.randn(3, 4, 8)
+def test_shared_tokens_are_the_same_in_every_block_between_those_given_and_as_long():
+    tokens = torch.randn(3, 4, 8, dtype=torch.float64)
     form = Shared()
-    assert torch.equal(form(form.right_inverse(tokens)), tokens[:1].repeat(3, 1, 1))
+    shared = form(form.right_inverse(tokens))
+    assert torch.equal(shared, shared[:1].repeat(3, 1, 1))
+    for index in range(4):
+        between = sum(tokens[block, index] for block in range(3))
+        assert torch.cosine_similarity(shared[0, index], between, dim=0).item() == pytest.approx(1, abs=1e-12)
+        length = sum(tokens[block, index].norm() for block in range(3)) / 3
+        torch.testing.assert_close(shared[0, index].norm(), length)
+    torch.testing.assert_close(form(form.right_inverse(shared)), shared)
+    assert torch.equal(form(form.right_inverse(torch.zeros(3, 4, 8))), torch.zeros(3, 4, 8))
 
 
 def test_bilinear_starts_at_the_best_approximation_of_its_rank():

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 
 class Shared(nn.Module):
-    """One set of tokens for all prompted blocks: tokens_i = T, with T (1, P, D); starts from those of the first block.
+    """One set of tokens for all prompted blocks: tokens_i = T, with T (1, P, D).
+
+    It starts between those of all blocks: in the direction of their mean, and as long as they are. Those of one block
+    alone, patches of the first for example, are strange to the others.
 
     References:
         Visual Prompt Tuning (Jia et al., 2022), https://arxiv.org/abs/2203.12119, the ablation on sharing prompts.
@@ -33,9 +36,10 @@ class Shared(nn.Module):
         return learned.expand(self.num_blocks, -1, -1)
 
     def right_inverse(self, tokens: Tensor) -> Tensor:
-        """What is learned, (1, P, D), of the tokens (L, P, D) of which the first block's are kept."""
+        """What is learned, (1, P, D), of the tokens (L, P, D)."""
         self.num_blocks = len(tokens)
-        return tokens[:1].clone()
+        lengths: Tensor = tokens.norm(dim=2, keepdim=True).mean(0, keepdim=True)
+        return lengths * nn.functional.normalize(tokens.mean(0, keepdim=True), dim=2)
 
 
 class Bilinear(nn.Module):
