@@ -116,6 +116,7 @@ def test_an_error_of_a_picture_is_the_same_one_line_with_and_without_processes(n
         numbers(loader_of(Album("raise"), num_workers))
     assert str(error.value) == "a/7.png: broken picture"
     assert error.value.__cause__ is None
+    assert running() == []  # left to the garbage collection they would be waited for, ten seconds each
     if num_workers:
         assert "misbehave" in error.value.__notes__[0]  # where it was raised, for those who look at a traceback
 

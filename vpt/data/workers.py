@@ -124,6 +124,7 @@ class _Batches(Iterator[Any]):
                 self.end()
                 raise LoaderError(why)  # kept in no variable: a frame that holds its error would hold the loader, too
         if isinstance(batch, _Failure):
+            self.end()
             raise batch.error()
         return batch
 
