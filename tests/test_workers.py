@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import resource_sharer
 from types import SimpleNamespace
 
 import pytest
@@ -88,6 +89,28 @@ def test_a_process_that_dies_is_named_with_its_end_and_its_last_picture(mode, wo
     del loader, error
     assert running() == []
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_process_that_is_about_to_die_when_its_batch_is_fetched_is_named_as_well():
+    class Fading(Album):
+        """Ends as a kernel ends a process: what it has open is closed some time before it is gone."""
+
+        def __getitem__(self, key):
+            if key[1] == self.bad:
+                time.sleep(0.3)  # for the thread that sends the batch before
+                resource_sharer.stop()
+                self.is_bad[0] = 0
+                time.sleep(0.3)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(key)
+
+    album = Fading("none")
+    batches = iter(loader_of(album))
+    while album.is_bad[0]:
+        time.sleep(0.01)
+    with pytest.raises(LoaderError, match=r"loader process 2 of 2 .* was ended by SIGKILL; .*: a/7\.png; "):
+        list(batches)
+    assert running() == []
 
 
 def test_a_process_that_hangs_is_named_and_killed():

@@ -13,6 +13,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
@@ -118,7 +119,7 @@ class _Batches(Iterator[Any]):
             except StopIteration:
                 self.is_finished = True
                 raise
-            except RuntimeError as error:  # torch has one kind for all, a batch that did not come yet among them
+            except (RuntimeError, OSError, EOFError) as error:  # a batch that did not come yet is a RuntimeError, too
                 why = self._why_none(error, time.monotonic() - start)
             if why is not None:
                 self.end()
@@ -137,13 +138,18 @@ class _Batches(Iterator[Any]):
             # Left to its last reference, it could be collected as garbage in a process that was forked meanwhile.
             batches._shutdown_workers()  # type: ignore[attr-defined]
 
-    def _why_none(self, error: RuntimeError, waited_s: float) -> str | None:
+    def _why_none(self, error: Exception, waited_s: float) -> str | None:
         """Why there is no batch; None if it is only slow."""
+        if not isinstance(error, RuntimeError):  # who does not hand over its batch is about to die, and soon dead
+            closed = wait([worker.sentinel for worker in self.workers], timeout=POLL_S)
+            for worker in self.workers:
+                if worker.sentinel in closed:
+                    worker.join(POLL_S)  # its pipe is closed before it is gone
         dead = [number for number, worker in enumerate(self.workers) if worker.exitcode is not None]
         if dead:
             return self.marks.describe(dead[0], self.workers[dead[0]], _ending(self.workers[dead[0]]))
         if "timed out" not in str(error):
-            return " ".join(str(error).split())
+            return " ".join(str(error).split()) or f"the loader processes gave no batch: {type(error).__name__}"
         if waited_s < self.timeout_s:
             return None
         busy = [number for number in range(len(self.workers)) if self.marks.is_busy(number)] or [0]
