@@ -363,11 +363,11 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(tiny_vit, imag
 @pytest.mark.parametrize(
     ("kind", "prompt", "training"),
     [
-        ("cls", "deep", False),
+        pytest.param("cls", "deep", False, marks=pytest.mark.slow),
         ("cls", "deep", True),
         ("cls", "shallow", True),
-        ("rope_with_cls_and_4_registers", "deep", True),
-        ("relative_position_bias", "deep", True),
+        pytest.param("rope_with_cls_and_4_registers", "deep", True, marks=pytest.mark.slow),
+        pytest.param("relative_position_bias", "deep", True, marks=pytest.mark.slow),
     ],
 )
 def test_it_is_captured_whole_by_torch_compile(kind, prompt, training, images):

@@ -63,7 +63,12 @@ def epoch_of(loader, epoch):
 
 @pytest.mark.parametrize(
     ("num_workers", "start_method"),
-    [(0, None), (2, "fork"), (1, "spawn"), pytest.param(1, "forkserver", marks=pytest.mark.slow)],
+    [
+        (0, None),
+        (2, "fork"),
+        pytest.param(1, "spawn", marks=pytest.mark.slow),
+        pytest.param(1, "forkserver", marks=pytest.mark.slow),
+    ],
 )
 def test_epochs_after_the_first_decode_nothing_and_see_the_same_pictures(samples, num_workers, start_method):
     loader = loader_of(cached(samples), num_workers, start_method)

@@ -263,6 +263,7 @@ def learn_pictures(num, num_steps, **options):
     return model.eval(), images, targets
 
 
+@pytest.mark.slow
 def test_four_pictures_are_learned():
     """Every box is found with the right class, and nothing else."""
     model, images, targets = learn_pictures(num=4, num_steps=80)

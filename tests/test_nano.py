@@ -1,5 +1,6 @@
 import json
 
+import pytest
 import timm
 import torch
 
@@ -34,6 +35,7 @@ def nearest_mean_top1(vit):
     return (torch.cdist(found["val"][0], means).argmin(1) == found["val"][1]).float().mean().item()
 
 
+@pytest.mark.slow
 def test_its_features_tell_fruit_apart_better_than_random_weights_do():
     torch.manual_seed(0)
     random, shipped = (load_vit("vit_nano_patch8_64", pretrained=pretrained) for pretrained in (False, True))

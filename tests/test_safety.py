@@ -263,6 +263,7 @@ def test_a_config_of_moderate_depth_is_read(pets):
     assert vpt.read_task(pets).config == config
 
 
+@pytest.mark.slow
 def test_metadata_of_a_million_keys_is_read_in_seconds(pets):
     text = json.dumps({"sha256": UNSEALED, **vars(vpt.read_task(pets)), "config": {}})
     keys = ",".join(f'"{key}":0' for key in range(10**6))

@@ -282,6 +282,7 @@ def wait_for_end(pids, seconds):
     return not any(map(is_running, pids))
 
 
+@pytest.mark.slow
 def test_signals_to_all_processes_leave_the_loader_alone():
     with started("signals") as (process, workers):
         for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
