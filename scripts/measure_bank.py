@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import vpt
-from vpt.command_line import parse_options
-from vpt.config import number
+from vpt.config.command_line import parse_options
+from vpt.config.schema import number
 from vpt.engine.console import format_table
 from vpt.engine.measure import count_flops, median_ratio, time_rounds
 from vpt.models.vit import load_vit

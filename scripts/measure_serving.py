@@ -28,8 +28,8 @@ import torch
 from PIL import Image
 
 import vpt
-from vpt.command_line import fail, parse_options
-from vpt.config import number
+from vpt.config.command_line import fail, parse_options
+from vpt.config.schema import number
 from vpt.engine.console import format_table
 
 SERVERS = {

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vpt.data.classification import ClassificationDataset, Samples, read_folder
 from vpt.data.loaders import build_loader
-from vpt.data.transforms import EvalTransform, Preprocessing
+from vpt.data.readers.folder import read_folder
+from vpt.data.samples import ClassificationDataset, Samples
+from vpt.data.transforms.images import EvalTransform
+from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.models.vit import load_vit, preprocessing_of
 
 

@@ -2,31 +2,16 @@
 
 import json
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
+from tests.helpers import TINY_VITS, make_tiny_vit
 from tests.offline import OUTSIDE
-from vpt.config import compose_config, to_config
-from vpt.train import run
 
 torch.set_num_threads(1)  # tests run in a process for each core
-
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
-TINY_VITS = {
-    "cls": ("vit_tiny_patch16_224", {}),
-    "no_prefix": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
-    "cls_and_4_registers": ("vit_tiny_patch16_224", {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.1}),
-    "rope_with_cls_and_4_registers": ("vit_small_patch16_dinov3", {}),
-    "relative_position_bias": (
-        "beit_base_patch16_224",
-        {"global_pool": "token", "use_rel_pos_bias": True, "use_shared_rel_pos_bias": True},
-    ),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -35,17 +20,6 @@ def stays_on_this_machine():
     OUTSIDE.clear()
     yield
     assert OUTSIDE == []
-
-
-def make_tiny_vit(kind: str = "cls", **options):
-    """A random ViT of three blocks for 32 px images; every parameter is random, also those that timm starts at zero."""
-    name, extra = TINY_VITS[kind]
-    torch.manual_seed(0)
-    vit = timm.create_model(name, **{**TINY, **extra, **options})
-    for parameter_name, parameter in vit.named_parameters():
-        if parameter.ndim in (1, 3) or "relative_position_bias" in parameter_name:
-            parameter.data.normal_(std=0.2).add_(1.0 if parameter.ndim == 1 else 0.0)
-    return vit.eval()
 
 
 @pytest.fixture(params=list(TINY_VITS))
@@ -68,16 +42,6 @@ def photos(tmp_path_factory):
     return root
 
 
-def make_album(num_photos):
-    """A folder "album" in the current one, of photos of several shapes, some of them in a folder below."""
-    Path("album/sub").mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for number in range(num_photos):
-        pixels = generator.integers(0, 255, (40 + 30 * (number % 5), 90, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(Path("album") / ("sub" if number % 2 else "") / f"{number:02d}.png")
-    return Path("album")
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A function from a size such as "64k" to the folder of an empty disk of that size."""
@@ -93,11 +57,6 @@ def small_disk(tmp_path):
 
     yield mount
     subprocess.run(["umount", "--lazy", disk], capture_output=True)  # TensorBoard's writer may still have its file
-
-
-def train_with(*overrides):
-    """One training run as the command does it, in this process; returns its folder, None for mode=overfit."""
-    return run(to_config(compose_config(overrides)))
 
 
 @pytest.fixture

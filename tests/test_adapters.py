@@ -8,44 +8,14 @@ import timm
 import torch
 
 import vpt
-from tests.conftest import TINY, make_tiny_vit
+from tests.helpers import TINY, make_tiny_vit, make_tuned_model, train_steps
 from vpt.models.adapters import METHODS, PEFT_METHODS, Adapters, Bottleneck, add_adapters, fold_adapters, peft_layers
-from vpt.models.task_file import TaskMetadata, open_task, read_task, write_task
+from vpt.models.task_file import open_task, read_task, write_task
+from vpt.models.task_schema import TaskMetadata
 from vpt.models.tuning import origin_of
 
-OPTIONS = {  # what a method needs on so small a ViT
-    "miss": {"r": 8},
-    "road": {"group_size": 32},
-    "waveft": {"n_frequency": 100},
-    "fourierft": {"n_frequency": 100},
-    "sequential": {"width": 4},
-    "parallel": {"width": 4, "scale": 0.5},
-}
 STARTS_ELSEWHERE = {"fourierft", "waveft"}  # some draw what others begin with at zero
 NOT_FOLDED = {"sequential", "parallel", "lily"}
-
-
-def adapters_of(method, **options):
-    return Adapters(method, OPTIONS.get(method, {}) | options)
-
-
-def make_model(method, vit=None, **options):
-    torch.manual_seed(1)
-    model = vpt.create_model(
-        vit or make_tiny_vit(), num_classes=3, tuning="adapters", adapters=adapters_of(method), **options
-    )
-    torch.nn.init.normal_(model.head.weight)
-    return model
-
-
-def train(model, images, num_steps=3):
-    optimizer = torch.optim.SGD(vpt.tuned_parameters(model).values(), lr=0.1)
-    model.train()
-    for _ in range(num_steps):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(images), torch.tensor([0, 1, 2, 0])).backward()
-        optimizer.step()
-    return model.eval()
 
 
 def walked(method):
@@ -62,10 +32,10 @@ def method(request):
 def test_exactly_the_adapters_and_the_head_train_and_all_of_them_get_a_gradient(method, images):
     vit = make_tiny_vit()
     pretrained = dict(vit.named_parameters())
-    model = make_model(method, vit)
+    model = make_tuned_model(method, vit)
     tuned = vpt.tuned_parameters(model)
     assert not any(parameter is other for parameter in tuned.values() for other in pretrained.values())
-    train(model, images)
+    train_steps(model, images)
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == set(tuned)
     before = make_tiny_vit().state_dict()
     assert all(torch.equal(parameter, before[name]) for name, parameter in pretrained.items())
@@ -75,16 +45,16 @@ def test_exactly_the_adapters_and_the_head_train_and_all_of_them_get_a_gradient(
 
 
 def test_a_vit_starts_as_it_was_and_learns(method, images):
-    bare, model = make_tiny_vit(), make_model(method)
+    bare, model = make_tiny_vit(), make_tuned_model(method)
     start, features = model.backbone(images).detach(), bare(images)
     if method not in STARTS_ELSEWHERE:
         torch.testing.assert_close(start, features, rtol=1e-5, atol=1e-5)
-    train(model, images)
+    train_steps(model, images)
     assert not torch.allclose(model.backbone(images), start, atol=1e-4)
 
 
 def test_a_task_file_holds_adapters_and_gives_the_same_logits_on_a_bare_vit(method, images, tmp_path):
-    model = train(make_model(method), images)
+    model = train_steps(make_tuned_model(method), images)
     path = vpt.save_task(model, tmp_path / "task.safetensors", classes=("a", "b", "c"))
     metadata, tensors = open_task(path)
     assert metadata.adapters["method"] == method
@@ -102,7 +72,7 @@ def test_a_task_file_holds_adapters_and_gives_the_same_logits_on_a_bare_vit(meth
 
 
 def test_folding_leaves_the_logits_and_a_bare_vit_where_a_method_can(method, images):
-    model = train(make_model(method), images)
+    model = train_steps(make_tuned_model(method), images)
     logits = model(images)
     fold_adapters(model.backbone.vit)
     torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-4)
@@ -129,7 +99,7 @@ def test_bottlenecks_are_those_of_the_papers():
 
 
 def test_low_rank_adapters_are_those_of_the_paper(images):
-    model = train(make_model("lora"), images)
+    model = train_steps(make_tuned_model("lora"), images)
     bare = make_tiny_vit()
     for index, block in enumerate(model.backbone.vit.blocks):
         for name in ("qkv", "proj"):
@@ -142,13 +112,13 @@ def test_low_rank_adapters_are_those_of_the_paper(images):
 def test_dropout_of_a_method_acts_in_training_and_nothing_else_of_the_vit_does(images):
     vit = make_tiny_vit(proj_drop_rate=0.5, drop_path_rate=0.5)
     model = vpt.create_model(vit, num_classes=3, tuning="adapters", adapters=Adapters("lora", {"lora_dropout": 0.5}))
-    train(model, images)
+    train_steps(model, images)
     model.train()
     assert not torch.equal(model.backbone(images), model.backbone(images))
     assert not vit.blocks[0].drop_path1.training
     model.eval()
     assert torch.equal(model.backbone(images), model.backbone(images))
-    without = make_model("lora", make_tiny_vit(proj_drop_rate=0.5, drop_path_rate=0.5)).train()
+    without = make_tuned_model("lora", make_tiny_vit(proj_drop_rate=0.5, drop_path_rate=0.5)).train()
     assert torch.equal(without.backbone(images), without.backbone(images))
 
 
@@ -158,8 +128,8 @@ def test_a_prompt_and_adapters_train_together_and_both_ways_agree(method, kind, 
     results = []
     for impl in ("auto", "concat"):
         torch.manual_seed(2)
-        model = make_model(method, make_tiny_vit(kind).double(), prompt="deep", impl=impl).double()
-        train(model, images.double())
+        model = make_tuned_model(method, make_tiny_vit(kind).double(), prompt="deep", impl=impl).double()
+        train_steps(model, images.double())
         results.append(model(images.double()))
         assert vpt.count_parameters(model).prompt == 3 * 20 * 32
     torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-8)
@@ -183,7 +153,7 @@ def test_a_detector_takes_adapters(images, tmp_path):
 
 def test_a_bank_serves_adapters_beside_prompts(images, tmp_path):
     vit = make_tiny_vit()
-    models = {"lora": train(make_model("lora"), images), "deep": vpt.create_model(vit, num_classes=3)}
+    models = {"lora": train_steps(make_tuned_model("lora"), images), "deep": vpt.create_model(vit, num_classes=3)}
     torch.nn.init.normal_(models["deep"].head.weight)
     bank = vpt.TaskBank(vit)
     for name, model in models.items():
@@ -196,7 +166,7 @@ def test_weights_that_a_vit_reads_without_a_call_cannot_be_adapted(images):
     vit = timm.create_model("eva02_tiny_patch14_224", **TINY | {"qkv_fused": True})
     model = vpt.create_model(vit, num_classes=3, tuning="adapters", adapters=Adapters("lora"))
     assert origin_of(vit).adapters.options["target_modules"] == [f"blocks.{index}.attn.proj" for index in range(3)]
-    train(model, images)
+    train_steps(model, images)
     vit = timm.create_model("eva02_tiny_patch14_224", **TINY | {"qkv_fused": True})
     with pytest.raises(ValueError, match=r"around blocks\.0\.attn\.qkv would change nothing"):
         add_adapters(vit, Adapters("lora", {"target_modules": ["attn.qkv"]}))
@@ -258,7 +228,7 @@ def test_without_peft_its_methods_are_refused_with_what_to_type(monkeypatch):
 
 def test_a_vit_has_adapters_once_and_keeps_its_weights(images, tmp_path):
     vit = make_tiny_vit()
-    model = make_model("lora", vit)
+    model = make_tuned_model("lora", vit)
     with pytest.raises(ValueError, match="has lora adapters already; load it anew"):
         vpt.tune(model, "adapters", adapters=Adapters("sequential"))
     with pytest.raises(ValueError, match="tuning=bias: this ViT has lora adapters; load it anew"):
@@ -276,7 +246,7 @@ def test_a_vit_has_adapters_once_and_keeps_its_weights(images, tmp_path):
 
 
 def test_folded_adapters_are_not_saved_as_if_there_were_none(images, tmp_path):
-    model = train(make_model("lora"), images)
+    model = train_steps(make_tuned_model("lora"), images)
     fold_adapters(model.backbone.vit)
     with pytest.raises(ValueError, match=r"lora_A\.vpt\.weight was tuned and is no longer in the backbone"):
         vpt.save_task(model, tmp_path / "task.safetensors")
@@ -284,34 +254,34 @@ def test_folded_adapters_are_not_saved_as_if_there_were_none(images, tmp_path):
 
 def test_learned_keys_and_values_and_adapters_of_attention_do_not_go_together():
     with pytest.raises(ValueError, match=r"block 0 cannot be given keys and values: qkv is a peft\."):
-        make_model("lora", prompt="kv")
-    assert make_model("sequential", prompt="kv").backbone.paths == dict.fromkeys(range(3), "kv")
+        make_tuned_model("lora", prompt="kv")
+    assert make_tuned_model("sequential", prompt="kv").backbone.paths == dict.fromkeys(range(3), "kv")
 
 
 @pytest.mark.parametrize("method", ["sequential", "parallel", "lora"])
 def test_a_backbone_held_in_bfloat16_serves_adapters(method, images, tmp_path):
-    model = train(make_model(method), images)
+    model = train_steps(make_tuned_model(method), images)
     path = vpt.save_task(model, tmp_path / "task.safetensors")
     logits = vpt.load_task(path, make_tiny_vit().bfloat16())(images.bfloat16())
     torch.testing.assert_close(logits.float(), model(images), rtol=0.2, atol=0.5)
     if method == "lora":
         with pytest.raises(ValueError, match=r"adapters that follow its weights, which are held in torch\.bfloat16"):
-            make_model(method, make_tiny_vit().bfloat16())
+            make_tuned_model(method, make_tiny_vit().bfloat16())
     else:
-        train(make_model(method, make_tiny_vit().bfloat16()), images.bfloat16())
+        train_steps(make_tuned_model(method, make_tiny_vit().bfloat16()), images.bfloat16())
 
 
 def test_copies_of_a_vit_have_adapters_of_their_own(method, images):
-    model = train(make_model(method), images)
+    model = train_steps(make_tuned_model(method), images)
     copied = copy.deepcopy(model)
     logits = model(images)
-    train(copied, images)
+    train_steps(copied, images)
     assert torch.equal(model(images), logits)
     assert origin_of(copied.backbone.vit) == origin_of(model.backbone.vit)
 
 
 def test_a_files_adapters_are_checked_before_they_are_made(images, tmp_path):
-    path = vpt.save_task(make_model("lora"), tmp_path / "task.safetensors")
+    path = vpt.save_task(make_tuned_model("lora"), tmp_path / "task.safetensors")
     metadata, tensors = open_task(path)
     for adapters, message in (
         ({"method": "vera", "options": {}}, "adapters.method is 'vera'"),
@@ -335,7 +305,7 @@ def test_a_files_adapters_are_checked_before_they_are_made(images, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "sequential"])
 def test_a_file_never_writes_into_the_backbone_that_a_bank_shares(method, images, tmp_path):
-    metadata, tensors = open_task(vpt.save_task(make_model(method), tmp_path / "task.safetensors"))
+    metadata, tensors = open_task(vpt.save_task(make_tuned_model(method), tmp_path / "task.safetensors"))
     vit = make_tiny_vit()
     bank = vpt.TaskBank(vit)
     before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}

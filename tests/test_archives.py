@@ -15,11 +15,12 @@ import zipfile
 import pytest
 import torchvision.datasets
 
-from vpt.config import compose_config, to_config
-from vpt.data import archives
-from vpt.data.archives import ArchiveError, extract, is_archive, open_metered, unpacked
-from vpt.data.torchvision import _guarded_extraction
-from vpt.kinds.kind import kind_of
+from vpt.config.composition import compose_config
+from vpt.config.validation import to_config
+from vpt.data.readers.torchvision import _guarded_extraction
+from vpt.storage import archives
+from vpt.storage.archives import ArchiveError, extract, is_archive, open_metered, unpacked
+from vpt.task_types.base import kind_of
 
 FILES = {"a/x.jpg": b"one", "a/y.jpg": b"", "b/ü z.jpg": b"three" * 1000}
 
@@ -429,7 +430,7 @@ def test_a_pickle_in_the_place_of_a_data_set_of_torchvision_is_not_read(tmp_path
     """CIFAR comes as pickles. torchvision opens them only if their md5 is the one that it knows."""
     import pickle
 
-    from vpt.data.torchvision import read_torchvision
+    from vpt.data.readers.torchvision import read_torchvision
 
     class Evil:
         def __reduce__(self):

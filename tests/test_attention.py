@@ -10,49 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import vpt
-from tests.conftest import make_tiny_vit
+from tests.helpers import FAST, SLOW_PATH, TINY_PAIR, make_pair, make_tiny_vit
 from vpt.models.attention import key_value_weights, prompt_keys_values, queries_of
 from vpt.models.backbone import PromptedViT
-
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
-FAST = {
-    "vit_tiny_patch16_224": {},
-    "deit_tiny_distilled_patch16_224": {},
-    "deit3_small_patch16_224": {},
-    "vit_base_patch16_clip_224": {},
-    "vit_base_patch16_siglip_224": {},
-    "vit_small_patch14_reg4_dinov2": {},
-    "vit_tiny_patch16_224 with qk-norm": {"qk_norm": True},
-    "vit_tiny_patch16_224 with attention norm": {"scale_attn_norm": True, "scale_mlp_norm": True},
-    "eva02_tiny_patch14_224": {},
-    "vit_small_patch16_dinov3": {},
-    "vit_small_patch16_rope_mixed_224": {},
-    "vit_tiny_patch16_224 with post-norm": {"block_fn": timm.models.vision_transformer.ResPostBlock},
-    "vit_tiny_patch16_224 with registers": {"reg_tokens": 4},
-    "vit_small_patch16_dinov3 with projections apart": {"qkv_fused": False},
-    "beit_base_patch16_224": {"global_pool": "token"},
-}
-SLOW_PATH = {
-    "vit_tiny_patch16_224 with parallel blocks": {"block_fn": timm.models.vision_transformer.ParallelScalingBlock},
-    "vit_tiny_patch16_224 with two branches": {"block_fn": timm.models.vision_transformer.ParallelThingsBlock},
-}
-
-
-def make_pair(name, options, **prompt_options):
-    """The same prompted ViT twice, computed the fast way and the plain way, with parameters that are all random."""
-    torch.manual_seed(0)
-    vit = timm.create_model(name.split(" ")[0], **TINY, **options).double().eval()
-    for parameter in vit.parameters():
-        if parameter.ndim == 1:
-            parameter.data.normal_(std=0.3).add_(0.5)
-    try:
-        vit(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
-    except RuntimeError:
-        pytest.skip(f"timm {timm.__version__} cannot run {name} in float64")
-    fast = PromptedViT(vit, "deep", num_tokens=5, **prompt_options).double()
-    plain = PromptedViT(vit, "deep", num_tokens=5, impl="concat", **prompt_options).double()
-    plain.load_state_dict(fast.state_dict())
-    return fast, plain
 
 
 def assert_equal_results_and_gradients(fast, plain):
@@ -259,7 +219,7 @@ def test_the_choice_reaches_create_model():
 def test_the_projections_of_tokens_are_what_keys_and_values_change_by(name):
     """A key and a value are linear in the token over its deviation, but for a bias."""
     torch.manual_seed(0)
-    block = timm.create_model(name.split()[0], **{**TINY, **FAST[name]}).double().blocks[1]
+    block = timm.create_model(name.split()[0], **{**TINY_PAIR, **FAST[name]}).double().blocks[1]
     for parameter in block.parameters():
         parameter.data.normal_(std=0.5).add_(0.1)
     weights = key_value_weights(block)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import vpt.models.backbone
-from tests.conftest import make_tiny_vit
+from tests.helpers import make_tiny_vit
 from vpt.models import attention
 from vpt.models.backbone import PromptedViT
 from vpt.models.prompts import VisualPrompt

@@ -6,12 +6,12 @@ import torch
 from safetensors.torch import save_file
 
 import vpt
-from tests.conftest import TINY_VITS, make_tiny_vit
+from tests.helpers import TINY_VITS, make_tiny_vit
 from vpt.build import open_bank
 from vpt.engine.measure import check_attention_is_counted, count_flops
-from vpt.files import write_bytes
-from vpt.models.detection import Selection
+from vpt.models.detector import Selection
 from vpt.models.vit import load_vit
+from vpt.storage.files import write_bytes
 
 CHOICES = {
     "deep": {"prompt": "deep", "num_tokens": 4, "num_classes": 3},

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vpt import benchmark
-from vpt.command_line import parse_options
+from vpt.benchmark import __main__ as benchmark
+from vpt.config.command_line import parse_options
 
 TINY = ["backbone=vit_tiny_patch16_224", "img_size=32", "batch_size=2", "rounds=1", "num_tokens=5,2", "device=cpu"]
 

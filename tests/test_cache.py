@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 from vpt.data.cache import cache_pictures, decoded_sizes
-from vpt.data.classification import ClassificationDataset, Samples, read_folder
 from vpt.data.images import ImageError, read_image
 from vpt.data.loaders import build_loader
-from vpt.data.transforms import Preprocessing, TrainTransform
+from vpt.data.readers.folder import read_folder
+from vpt.data.samples import ClassificationDataset, Samples
+from vpt.data.transforms.images import TrainTransform
+from vpt.data.transforms.preprocessing import Preprocessing
 
 HALF = (0.5, 0.5, 0.5)
 ORIENTATION = 0x0112  # the EXIF tag

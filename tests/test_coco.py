@@ -3,16 +3,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_detection_data import TRUTH, coco_content, draw, edit_json, write, write_coco, write_roboflow
-from vpt.data.coco import read_coco
-from vpt.data.sources import DataReport, Finding
+from tests.helpers import TRUTH, coco_content, draw_image, edit_json, write_coco, write_roboflow, write_text
+from vpt.data.readers.box_checks import DataReport, Finding
+from vpt.data.readers.coco import read_coco
 
 
 def test_files_given_by_split_are_read_and_pictures_found_below_the_root(tmp_path):
     for split in ("train", "val"):
-        write(tmp_path / "ann" / f"{split}.json", json.dumps(coco_content(TRUTH[split])))
+        write_text(tmp_path / "ann" / f"{split}.json", json.dumps(coco_content(TRUTH[split])))
         for name, (size, _) in TRUTH[split].items():
-            draw(tmp_path / "images" / split / name, size)
+            draw_image(tmp_path / "images" / split / name, size)
     splits = read_coco(tmp_path, {"train": "ann/train.json", "val": tmp_path / "ann" / "val.json"})
     assert {split: samples.names for split, samples in splits.items()} == {
         "train": ("images/train/a.png", "images/train/b.png", "images/train/c.png"),
@@ -31,8 +31,8 @@ def test_pictures_are_found_in_the_usual_places(folder, tmp_path):
 
 
 def test_a_file_name_with_folders_even_of_windows_is_found(tmp_path):
-    draw(tmp_path / "photos" / "x" / "a.png", (64, 32))
-    write(tmp_path / "train.json", json.dumps(coco_content({"photos\\x\\a.png": TRUTH["train"]["a.png"]})))
+    draw_image(tmp_path / "photos" / "x" / "a.png", (64, 32))
+    write_text(tmp_path / "train.json", json.dumps(coco_content({"photos\\x\\a.png": TRUTH["train"]["a.png"]})))
     assert read_coco(tmp_path, {"train": "train.json"}, val_fraction=0)["train"].names == ("photos/x/a.png",)
 
 
@@ -130,6 +130,6 @@ def test_a_missing_file_an_unknown_split_and_two_files_of_one_are_refused(tmp_pa
     with pytest.raises(ValueError, match=r"dataset\.annotations has the key 'dev'; allowed: train, val, test"):
         read_coco(tmp_path, {"train": "train.json", "dev": "val.json"})
     write_coco(tmp_path)
-    write(tmp_path / "annotations" / "instances_train2014.json", "{}")
+    write_text(tmp_path / "annotations" / "instances_train2014.json", "{}")
     with pytest.raises(ValueError, match=r"has train twice"):
         read_coco(tmp_path)

@@ -11,23 +11,23 @@ import sys
 
 import pytest
 
-import vpt.compare
-from tests.conftest import train_with
-from tests.test_cli import ROOT
-from vpt import build, train
-from vpt.comparison import answers, runs
+import vpt.compare.__main__
+from tests.helpers import ROOT, SMALL_COMPARISON, train_with
+from vpt import build
+from vpt.compare import run_predictions as answers
+from vpt.compare import runs
 from vpt.models.task_file import read_task
 from vpt.models.tuning import count_parameters
+from vpt.train import __main__ as train
 
 METHODS = ["linear", "bias", "few"]
-SMALL = ["train.epochs=2", "train.batch_size=8", "num_workers=0", "device=cpu", "augment=none"]
 
 
 def compare(monkeypatch, *words):
     """The exit code of the command, run in this process."""
     monkeypatch.setattr(sys, "argv", ["vpt.compare", *map(str, words)])
     try:
-        vpt.compare.main()
+        vpt.compare.__main__.main()
     except SystemExit as end:
         return end.code or 0
     return 0
@@ -37,7 +37,7 @@ def words_of(photos, output, *words):
     """A command, in which what is given stands in the place of what usually stands there."""
     own = ["methods=[linear,bias]", 'define.few="prompt=deep prompt.num_tokens=3"', "seeds=2", "rates=[1,30]"]
     given = {word.partition("=")[0] for word in words}
-    rest = [f"output={output}", "dataset=folder", f"dataset.root={photos}", *SMALL]
+    rest = [f"output={output}", "dataset=folder", f"dataset.root={photos}", *SMALL_COMPARISON]
     return [*(word for word in [*own, *rest] if word.partition("=")[0] not in given), *words]
 
 
@@ -45,7 +45,7 @@ def words_of(photos, output, *words):
 def made(tmp_path_factory, photos):
     """The folder of a comparison of three methods, two rates and two seeds."""
     output = tmp_path_factory.mktemp("made") / "colours"
-    vpt.compare.compare(vpt.compare.read_options(words_of(photos, output)))
+    vpt.compare.__main__.compare(vpt.compare.__main__.read_options(words_of(photos, output)))
     return output
 
 
@@ -184,7 +184,7 @@ def test_a_kill_costs_the_run_that_it_hit(tmp_path, monkeypatch, photos, trained
             counted(training)
 
         train._Training.run = dying
-        vpt.compare.compare(vpt.compare.read_options(words))
+        vpt.compare.__main__.compare(vpt.compare.__main__.read_options(words))
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -298,7 +298,7 @@ def test_a_command_that_cannot_be_used_is_one_line_and_exit_code_2(monkeypatch, 
 
 def test_a_folder_in_use_is_refused_before_anything_is_measured(monkeypatch, capsys, tmp_path):
     (tmp_path / "comparison.json").write_text("{}")
-    code = "import sys; from pathlib import Path; from vpt.lock import locked\n"
+    code = "import sys; from pathlib import Path; from vpt.storage.lock import locked\n"
     code += "with locked(Path(sys.argv[1], '.lock'), Path(sys.argv[1])): print('held', flush=True); input()"
     monkeypatch.setattr(runs, "measure_cost", lambda *_: pytest.fail("it is measured"))
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -311,11 +311,11 @@ def test_a_folder_in_use_is_refused_before_anything_is_measured(monkeypatch, cap
 
 def test_lists_are_typed_with_brackets_or_without():
     words = ["methods=linear,bias", "seeds=7,8", "rates=0.3,1", "shots=1,all", "+experiment=quickstart"]
-    plan = vpt.compare.read_options(words).plan
+    plan = vpt.compare.__main__.read_options(words).plan
     assert [*plan.methods] == ["linear", "bias"]
     assert (plan.seeds, plan.rates, plan.shots) == ((7, 8), (0.3, 1.0), (1, "all"))
     brackets = [*(f"{word.replace('=', '=[')}]" for word in words[:4]), words[4]]
-    assert vpt.compare.read_options(brackets).plan == plan
+    assert vpt.compare.__main__.read_options(brackets).plan == plan
 
 
 def test_files_of_somebody_else_are_left_alone(monkeypatch, capsys, tmp_path, photos):
@@ -334,7 +334,7 @@ def test_without_a_test_split_val_is_reported_and_that_is_said(monkeypatch, caps
 
 
 def test_help_lists_the_methods_and_loads_nothing_heavy():
-    code = "import sys; sys.argv = ['x', '--help']; import vpt.compare; vpt.compare.main(); "
+    code = "import sys; sys.argv = ['x', '--help']; import vpt.compare.__main__; vpt.compare.__main__.main(); "
     code += "print(sorted({'torch', 'timm', 'albumentations', 'PIL'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("python -m vpt.compare: ")
@@ -365,7 +365,14 @@ def test_a_run_is_what_the_command_of_training_makes(made, tmp_path, photos):
     (line,) = [
         line for line in read(made / "runs.csv") if (line["method"], line["seed"], line["rate"]) == ("bias", "0", "1.0")
     ]
-    words = ["dataset=folder", f"dataset.root={photos}", *SMALL, "tuning=bias", f"run.root={tmp_path}", "run.name=x"]
+    words = [
+        "dataset=folder",
+        f"dataset.root={photos}",
+        *SMALL_COMPARISON,
+        "tuning=bias",
+        f"run.root={tmp_path}",
+        "run.name=x",
+    ]
     train_with(*words)
     task = [(folder / "task.safetensors").read_bytes() for folder in (made / line["folder"], tmp_path / "x")]
     metrics = [(folder / "metrics.jsonl").read_bytes() for folder in (made / line["folder"], tmp_path / "x")]

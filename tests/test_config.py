@@ -2,9 +2,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from vpt.build import build_adapters
-from vpt.command_line import check_command_line, parse_options, quote_paths
-from vpt.config import Config, ConfigError, Mode, PromptName, compose_config, schema_keys, to_config
-from vpt.predict import USAGE, PredictOptions
+from vpt.config.command_line import check_command_line, parse_options, quote_paths
+from vpt.config.composition import compose_config
+from vpt.config.errors import ConfigError
+from vpt.config.schema import Config, Mode, PromptName, schema_keys
+from vpt.config.validation import to_config
+from vpt.predict.__main__ import USAGE, PredictOptions
 
 
 def test_the_defaults_compose_to_typed_objects():

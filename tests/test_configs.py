@@ -9,7 +9,9 @@ import timm
 import torch
 
 from vpt import build
-from vpt.config import TaskName, compose_config, config_folder, group_choices, to_config
+from vpt.config.composition import compose_config, config_folder, group_choices
+from vpt.config.schema import TaskName
+from vpt.config.validation import to_config
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = group_choices("experiment")
@@ -70,5 +72,5 @@ def test_every_package_and_every_folder_of_data_is_in_the_wheel():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packages = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("vpt/**/__init__.py")}
     assert set(setuptools["packages"]) == packages | {"vpt.conf"}
-    folders = {path.name for path in (ROOT / "vpt" / "data").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    folders = {path.parent.name for path in (ROOT / "vpt" / "data").glob("*/LICENSE")}
     assert set(setuptools["package-data"]["vpt.data"]) == {f"{name}/**/*" for name in folders}

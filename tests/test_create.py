@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vpt
-from tests.conftest import make_tiny_vit
+from tests.helpers import make_tiny_vit
 from vpt.models.tuning import tuned_parts
 
 

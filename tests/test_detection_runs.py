@@ -14,12 +14,14 @@ from pycocotools.coco import COCO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vpt
-from tests.conftest import train_with
+from tests.helpers import train_with
 from vpt import build
-from vpt.config import ConfigError, compose_config, to_config
-from vpt.evaluate import EvaluateOptions, evaluate_run
+from vpt.config.composition import compose_config
+from vpt.config.errors import ConfigError
+from vpt.config.validation import to_config
+from vpt.evaluate.__main__ import EvaluateOptions, evaluate_run
 from vpt.models.vit import fingerprint, load_vit
-from vpt.predict import PredictOptions, predict_run
+from vpt.predict.__main__ import PredictOptions, predict_run
 
 SMALL = [
     "augment=none",

@@ -8,14 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vpt.data.transforms import (
-    DetectionEvalTransform,
-    DetectionTrainTransform,
-    Preprocessing,
-    denormalise,
-    letterbox,
-    unletterbox,
-)
+from vpt.data.transforms.boxes import DetectionEvalTransform, DetectionTrainTransform
+from vpt.data.transforms.preprocessing import Preprocessing, denormalise, letterbox, unletterbox
 
 SQUARE = Preprocessing(size=(64, 64), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 OBLONG = Preprocessing(size=(48, 96), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear")

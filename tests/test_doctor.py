@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import vpt.doctor
+import vpt.doctor.__main__
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = ["num_workers=0"]
@@ -24,7 +24,7 @@ def doctor(monkeypatch, *words):
     """The exit code of the command, run in this process."""
     monkeypatch.setattr(sys, "argv", ["vpt.doctor", *map(str, words)])
     try:
-        vpt.doctor.main()
+        vpt.doctor.__main__.main()
     except SystemExit as end:
         return end.code or 0
     return 0
@@ -88,14 +88,14 @@ def test_json_has_everything_in_the_form_that_the_page_documents(monkeypatch, tm
 
 
 def test_every_code_stands_in_the_page():
-    from vpt.checkup.boxes import _code
-    from vpt.checkup.pictures import SAID
-    from vpt.data import sources
+    from vpt.data.readers import box_checks as sources
+    from vpt.doctor.boxes import _code
+    from vpt.doctor.images import SAID
 
     page = (ROOT / "docs" / "doctor.md").read_text()
     codes = [_code(finding) for finding in sources.Finding if finding is not sources.Finding.MISSING]
     codes += [code for code, _ in SAID.values()]
-    for path in (ROOT / "vpt" / "checkup").glob("*.py"):
+    for path in (ROOT / "vpt" / "doctor").glob("*.py"):
         codes += re.findall(
             r'(?:Finding\([^,()]+(?:\([^)]*\))?[^,()]*, |findings\.append\(|yield )"(\w+)",', path.read_text()
         )
@@ -141,7 +141,7 @@ def test_a_command_that_cannot_be_used_is_one_line_and_exit_code_2(monkeypatch, 
 
 
 def test_help_loads_nothing_heavy():
-    code = "import sys; sys.argv = ['x', '--help']; import vpt.doctor; vpt.doctor.main(); "
+    code = "import sys; sys.argv = ['x', '--help']; import vpt.doctor.__main__; vpt.doctor.__main__.main(); "
     code += "print(sorted({'torch', 'timm', 'albumentations', 'PIL'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("python -m vpt.doctor: ")

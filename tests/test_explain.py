@@ -12,10 +12,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vpt
-import vpt.explain
-from tests.conftest import make_album, train_with
+import vpt.explain.__main__
+from tests.helpers import make_album, train_with
 from vpt.data.images import read_image
-from vpt.data.transforms import EvalTransform, Preprocessing
+from vpt.data.transforms.images import EvalTransform
+from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.models.inspection import inspect_attention
 from vpt.models.task_file import read_task
 from vpt.models.vit import load_vit
@@ -58,7 +59,7 @@ def explain(monkeypatch, *arguments):
     """The exit code of the command, called in this process."""
     monkeypatch.setattr(sys, "argv", ["vpt.explain", *map(str, arguments), "device=cpu"])
     try:
-        vpt.explain.main()
+        vpt.explain.__main__.main()
     except SystemExit as stopped:
         return stopped.code
     return 0
@@ -279,8 +280,8 @@ def test_misuse_is_refused_in_a_line(tasks, album, monkeypatch, capsys, argument
 
 
 def test_help_loads_nothing_heavy():
-    code = "import sys; sys.argv = ['x', '--help']; import vpt.explain\n"
-    code += "try: vpt.explain.main()\nexcept SystemExit: print({'torch', 'timm', 'PIL'} & set(sys.modules))"
+    code = "import sys; sys.argv = ['x', '--help']; import vpt.explain.__main__\n"
+    code += "try: vpt.explain.__main__.main()\nexcept SystemExit: print({'torch', 'timm', 'PIL'} & set(sys.modules))"
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert time.monotonic() - start < 10

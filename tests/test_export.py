@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 import vpt
-import vpt.export
-from vpt.command_line import INTERRUPTED
-from vpt.data.transforms import EvalTransform, Preprocessing
-from vpt.models import programs
-from vpt.models.detection import Selection
-from vpt.models.programs import open_program
+import vpt.export.__main__
+from vpt.config.command_line import INTERRUPTED
+from vpt.data.transforms.images import EvalTransform
+from vpt.data.transforms.preprocessing import Preprocessing
+from vpt.export import programs
+from vpt.export.programs import open_program
+from vpt.models.detector import Selection
 
 PAGE = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
 NANO = "vit_nano_patch8_64"
@@ -49,7 +50,7 @@ def command(monkeypatch, capsys, *arguments):
     """Exit code, output and error of the command, called in this process."""
     monkeypatch.setattr(sys, "argv", ["vpt.export", *map(str, arguments)])
     try:
-        vpt.export.main()
+        vpt.export.__main__.main()
         code = 0
     except SystemExit as stopped:
         code = stopped.code
@@ -228,5 +229,5 @@ def test_the_commands_of_the_page_are_understood():
     lines = re.findall(r"^python -m vpt\.export (.*)$", PAGE, re.MULTILINE)
     assert len(lines) == 3
     for line in lines:
-        options = vpt.export.parse_options(vpt.export.ExportOptions, line.split(), "")
-        assert Path(options.output).suffix == vpt.export.FORMATS[options.format]
+        options = vpt.export.__main__.parse_options(vpt.export.__main__.ExportOptions, line.split(), "")
+        assert Path(options.output).suffix == vpt.export.__main__.FORMATS[options.format]

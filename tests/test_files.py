@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from vpt.files import read_tensors, write_bytes, write_json, write_tensors
+from vpt.storage.files import read_tensors, write_bytes, write_json, write_tensors
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2], dtype=torch.int64)}
 

@@ -25,14 +25,16 @@ from PIL import Image
 from safetensors.torch import save, save_file
 
 import vpt
-from tests.conftest import make_tiny_vit
-from vpt.card import model_card
+from tests.helpers import make_tiny_vit
 from vpt.data.images import read_image
-from vpt.data.transforms import EvalTransform, Preprocessing, letterboxed_size
-from vpt.hub import download, from_pretrained, push_to_hub
-from vpt.kinds.detection import to_original
-from vpt.models.task_file import TaskMetadata, open_task
+from vpt.data.transforms.images import EvalTransform
+from vpt.data.transforms.preprocessing import Preprocessing, letterboxed_size
+from vpt.hub.card import model_card
+from vpt.hub.repository import download, from_pretrained, push_to_hub
+from vpt.models.task_file import open_task
+from vpt.models.task_schema import TaskMetadata
 from vpt.models.vit import load_vit
+from vpt.task_types.detection import to_original
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_" + "a" * 34

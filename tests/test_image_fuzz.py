@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_image_table import HAS_AVIF, encode, noise
+from tests.helpers import HAS_AVIF, encode, noise
 from vpt.data.images import FORMATS, ImageError, check_image, read_header, read_image
 
 SEEDS = {

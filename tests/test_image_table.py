@@ -1,6 +1,5 @@
 """Files as they come, made here: the picture that each gives, or the words of its refusal."""
 
-import io
 import os
 import struct
 import subprocess
@@ -11,19 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, PngImagePlugin, features
+from PIL import ExifTags, Image, PngImagePlugin
 
+from tests.helpers import HAS_AVIF, encode, noise
 from vpt.data.images import ImageError, check_image, read_header, read_image
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 HALF_RED = (255, 127, 127)
-HAS_AVIF = features.check("avif")
-
-
-def encode(image: Image.Image, form: str, **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, form, **options)
-    return stream.getvalue()
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
@@ -43,11 +36,6 @@ def two(left, right, mode: str = "RGB") -> Image.Image:
     image.putpixel((0, 0), left)
     image.putpixel((1, 0), right)
     return image
-
-
-def noise(width: int = 32, height: int = 24, channels: int = 3) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
-    return Image.fromarray(pixels.squeeze())
 
 
 def plain(colour, mode: str = "RGB") -> Image.Image:

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.conftest import TINY_VITS, make_tiny_vit
-from tests.test_attention import FAST, SLOW_PATH, make_pair
+from tests.helpers import FAST, SLOW_PATH, TINY_VITS, make_pair, make_tiny_vit
 from vpt.models.backbone import PromptedViT
 from vpt.models.inspection import compare_tokens, effective_number, effective_rank, inspect_attention, nearest_patches
 from vpt.models.vit import embed, rope_and_bias

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from vpt.data.classification import ClassificationDataset, fruit_root, read_folder
 from vpt.data.loaders import EpochSampler, build_loader, stable_seed
-from vpt.data.transforms import Preprocessing, TrainTransform
+from vpt.data.readers.folder import fruit_root, read_folder
+from vpt.data.samples import ClassificationDataset
+from vpt.data.transforms.images import TrainTransform
+from vpt.data.transforms.preprocessing import Preprocessing
 
 HALF = (0.5, 0.5, 0.5)
 AUGMENT = [{"name": "RandomResizedCrop", "scale": [0.3, 1.0]}, {"name": "HorizontalFlip"}]

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from vpt.lock import LockedError, locked
+from vpt.storage.lock import LockedError, locked
 
 fork = multiprocessing.get_context("fork")
 

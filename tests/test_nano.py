@@ -4,9 +4,11 @@ import pytest
 import timm
 import torch
 
-from vpt.data.classification import ClassificationDataset, fruit_root, read_folder
 from vpt.data.loaders import build_loader
-from vpt.data.transforms import EvalTransform, Preprocessing
+from vpt.data.readers.folder import fruit_root, read_folder
+from vpt.data.samples import ClassificationDataset
+from vpt.data.transforms.images import EvalTransform
+from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.models.nano import WEIGHTS
 from vpt.models.vit import load_vit, preprocessing_of
 

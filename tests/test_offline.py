@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from tests.helpers import ROOT
 from tests.offline import OUTSIDE
-from tests.test_cli import ROOT
 
 HEAVY = {"torch", "timm", "albumentations", "torchvision", "numpy", "PIL", "cv2", "tensorboard", "huggingface_hub"}
 STRANGE = {"transformers", "lightning", "pytorch_lightning", "torchmetrics", "peft", "joblib", "dill", "datasets"}

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from tests.conftest import make_tiny_vit
+from tests.helpers import make_tiny_vit
 from vpt.models.backbone import PromptedViT
 
 

@@ -15,18 +15,19 @@ import torch
 from pyarrow import parquet
 
 import vpt
-import vpt.data.inputs
-import vpt.open_tasks
-import vpt.predict
-import vpt.predictions
-from tests.conftest import make_album
-from vpt.command_line import INTERRUPTED
-from vpt.config import ConfigError
+import vpt.predict.__main__
+import vpt.predict.inputs
+import vpt.predict.open_tasks
+import vpt.predict.writers
+from tests.helpers import make_album
+from vpt.config.command_line import INTERRUPTED
+from vpt.config.errors import ConfigError
 from vpt.data.images import read_image
-from vpt.data.transforms import EvalTransform, Preprocessing
+from vpt.data.transforms.images import EvalTransform
+from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.models.task_file import read_task
 from vpt.models.vit import load_vit, preprocessing_of
-from vpt.predict import PredictOptions, predict_run
+from vpt.predict.__main__ import PredictOptions, predict_run
 
 NANO = "vit_nano_patch8_64"
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +76,7 @@ def decoded(monkeypatch):
         names.append(path.name)
         return read_image(path)
 
-    monkeypatch.setattr(vpt.data.inputs, "read_image", spy)
+    monkeypatch.setattr(vpt.predict.inputs, "read_image", spy)
     return names
 
 
@@ -96,7 +97,7 @@ def command(monkeypatch, *arguments):
     """The exit code of the command, called in this process."""
     monkeypatch.setattr(sys, "argv", ["vpt", *map(str, arguments), "device=cpu"])
     try:
-        vpt.predict.main()
+        vpt.predict.__main__.main()
     except SystemExit as stopped:
         return stopped.code
     return 0
@@ -104,7 +105,7 @@ def command(monkeypatch, *arguments):
 
 def stop_in_batch(monkeypatch, number):
     """Ctrl-C in the batch of this number, counted from 1; return what puts everything back."""
-    real, calls = vpt.predictions.run_model, []
+    real, calls = vpt.predict.writers.run_model, []
 
     def stopped(*args):
         calls.append(args)
@@ -112,8 +113,8 @@ def stop_in_batch(monkeypatch, number):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(vpt.predictions, "run_model", stopped)
-    return lambda: monkeypatch.setattr(vpt.predictions, "run_model", real)
+    monkeypatch.setattr(vpt.predict.writers, "run_model", stopped)
+    return lambda: monkeypatch.setattr(vpt.predict.writers, "run_model", real)
 
 
 @pytest.mark.parametrize("name", ["deep", "other"])
@@ -133,8 +134,8 @@ def test_one_task_file_gives_what_its_model_says_of_each_picture(tasks, album, n
 
 def test_several_tasks_of_one_backbone_equal_as_many_calls(tasks, album, monkeypatch):
     names = ("deep", "other", "late")  # two that share their images, one that wants others
-    loads, real = [], vpt.open_tasks.build.open_bank
-    monkeypatch.setattr(vpt.open_tasks.build, "open_bank", lambda *a, **k: loads.append(a) or real(*a, **k))
+    loads, real = [], vpt.predict.open_tasks.build.open_bank
+    monkeypatch.setattr(vpt.predict.open_tasks.build, "open_bank", lambda *a, **k: loads.append(a) or real(*a, **k))
     predict(files(tasks, *names), "all.json")
     assert len(loads) == 1
     together = json.loads(Path("all.json").read_text())
@@ -212,7 +213,7 @@ def test_a_pattern_chooses_pictures_and_names_start_from_its_folder(tasks, album
     ],
 )
 def test_tasks_that_do_not_go_together_are_refused_before_the_work(tasks, album, monkeypatch, names, more, message):
-    monkeypatch.setattr(vpt.predictions, "run_model", None)
+    monkeypatch.setattr(vpt.predict.writers, "run_model", None)
     if "given" in more:
         shutil.copy("album/00.png", more["given"])
     with pytest.raises(ConfigError, match=message):
@@ -282,12 +283,12 @@ def test_a_file_with_a_comma_in_its_name_is_one_file(tasks, album):
 
 def test_predict_computes_in_bf16_where_tasks_are_on_a_gpu_and_results_are_near(tasks, album, monkeypatch):
     predict(files(tasks, "deep", "late"), "exact.json")
-    opened = vpt.open_tasks.open_task_files
+    opened = vpt.predict.open_tasks.open_task_files
 
     def rough(*args, **kwargs):
         return replace(opened(*args, **kwargs), precision="bf16")
 
-    monkeypatch.setattr(vpt.open_tasks, "open_task_files", rough)
+    monkeypatch.setattr(vpt.predict.open_tasks, "open_task_files", rough)
     predict(files(tasks, "deep", "late"), "rough.json")
     pairs = zip(*(json.loads(Path(name).read_text()) for name in ("exact.json", "rough.json")), strict=True)
     for exact, near in pairs:
@@ -444,7 +445,7 @@ def test_a_stop_while_the_output_is_written_loses_nothing(tasks, album, monkeypa
     more = {"min_score": 0.0}
     Path("whole").mkdir()
     predict(files(tasks, "boxes"), f"whole/{output}", **more)
-    real, written = vpt.predictions.write_bytes, []
+    real, written = vpt.predict.writers.write_bytes, []
 
     def stopped(path, data):
         written.append(path)
@@ -452,10 +453,10 @@ def test_a_stop_while_the_output_is_written_loses_nothing(tasks, album, monkeypa
             raise KeyboardInterrupt
         real(path, data)
 
-    monkeypatch.setattr(vpt.predictions, "write_bytes", stopped)
+    monkeypatch.setattr(vpt.predict.writers, "write_bytes", stopped)
     with pytest.raises(KeyboardInterrupt):
         predict(files(tasks, "boxes"), output, **more)
-    monkeypatch.setattr(vpt.predictions, "write_bytes", real)
+    monkeypatch.setattr(vpt.predict.writers, "write_bytes", real)
     decoded.clear()
     predict(files(tasks, "boxes"), output, **more)
     assert decoded == []
@@ -473,13 +474,13 @@ def test_a_folder_of_broken_pictures_leaves_no_journal(tasks, album, monkeypatch
 
 
 def test_pictures_are_decoded_a_batch_ahead_and_no_more(tasks, album, monkeypatch, decoded):
-    ahead, real = [], vpt.predictions.run_model
+    ahead, real = [], vpt.predict.writers.run_model
 
     def spy(opened, batch):
         ahead.append(len(decoded) - 3 * len(ahead))
         return real(opened, batch)
 
-    monkeypatch.setattr(vpt.predictions, "run_model", spy)
+    monkeypatch.setattr(vpt.predict.writers, "run_model", spy)
     predict(files(tasks, "deep"), "f.csv")
     assert len(ahead) == 4
     assert max(ahead) <= 6
@@ -488,14 +489,14 @@ def test_pictures_are_decoded_a_batch_ahead_and_no_more(tasks, album, monkeypatc
 KILL = """
 import os, signal, sys
 import vpt.predict, vpt.predictions
-real, calls = vpt.predictions.run_model, []
+real, calls = vpt.predict.writers.run_model, []
 def killed(*args):
     calls.append(args)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
-vpt.predictions.run_model = killed
-vpt.predict.main()
+vpt.predict.writers.run_model = killed
+vpt.predict.__main__.main()
 """
 
 

@@ -5,14 +5,12 @@ import pytest
 import torch
 
 import vpt
-from tests.conftest import train_with
-from tests.test_cli import call
-from tests.test_resume import SMALL
-from vpt.config import ConfigError
+from tests.helpers import SMALL_RUN, call, train_with
+from vpt.config.errors import ConfigError
 from vpt.models.task_file import open_task
-from vpt.prune import PruneOptions, prune_run
+from vpt.prune.__main__ import PruneOptions, prune_run
 
-OPTIONS = [*SMALL, "train.batch_size=4", "num_workers=0", "prompt.num_tokens=4", "optim.prompt_lr=0.1"]
+OPTIONS = [*SMALL_RUN, "train.batch_size=4", "num_workers=0", "prompt.num_tokens=4", "optim.prompt_lr=0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +68,7 @@ def test_a_pruned_prompt_trains_further(runs, photos, tmp_path):
 
 def test_test_pictures_are_read_last_and_never_to_score(runs, tmp_path, monkeypatch):
     from vpt.engine import trainer
-    from vpt.models import pruning
+    from vpt.prune import token_importance as pruning
 
     order, evaluate, score = [], trainer.evaluate, pruning.token_importance
     monkeypatch.setattr(

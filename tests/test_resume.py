@@ -1,7 +1,6 @@
 """A run that is killed anywhere, any number of times, ends with the same bytes as one that is not."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -13,77 +12,28 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.conftest import train_with
-from vpt.config import ConfigError
+from tests.helpers import POINTS, SMALL_RUN, attempt_run, kept_files, train_with
+from vpt.config.errors import ConfigError
 from vpt.engine.checkpoint import NAMES, Checkpoints
-from vpt.engine.detection_metrics import DetectionMetrics
-from vpt.engine.metrics import ClassificationMetrics
-from vpt.engine.steps import Stepper
+from vpt.engine.metrics.classification import ClassificationMetrics
 
 KEPT = {"config", "events", "last", "metrics", "previous", "result", "task"}  # no leftover of a write that was cut
 KILLED = -signal.SIGKILL
 NUM_KILLS = int(os.environ.get("VPT_NUM_KILLS", "2"))  # of each of eight configs
-SMALL = [
-    *("train.epochs=3", "train.log_every=1", "prompt.num_tokens=3"),
-    *("device=cpu", "run.name=run", "run.save_minutes=1e-9"),
-]
-POINTS = {  # where a process kills itself -> (object, method), at a call of it that is drawn
-    "in a step": (torch.optim.AdamW, "step"),
-    "behind a step": (Stepper, "_rates"),
-    "in validation": (ClassificationMetrics, "update"),
-    "in validation of boxes": (DetectionMetrics, "update"),
-    "while a file is synced": (os, "fsync"),
-    "while a file is renamed": (Path, "replace"),
-    "while a file is cut": (os, "truncate"),
-}
-
-
-def kill_at(owner, name, number):
-    """Let this process die at the call `number` of a function, in the middle of whatever called it."""
-    function, calls = getattr(owner, name), []
-
-    def dying(*arguments, **options):
-        calls.append(None)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-
-    setattr(owner, name, dying)
-
-
-def attempt(log, overrides, point=None, number=0):
-    """Run the command in a process of its own, which may kill itself; its exit code. What it says goes to `log`."""
-
-    def child():
-        sys.stdout = sys.stderr = log.open("a")
-        if point is not None:
-            kill_at(*POINTS[point], number)
-        train_with(*overrides)
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-def kept(root):
-    """What must be the same, byte for byte."""
-    return {name: (root / "run" / name).read_bytes() for name in ("metrics.jsonl", "task.safetensors")}
 
 
 def prove(tmp_path, overrides, points, num_kills, seed=0):
     """Compare a run with others that are killed at random points; the kills that it took."""
     draw, kills, num_runs, log = random.Random(seed), [], 0, tmp_path / "log"
-    assert attempt(log, [*SMALL, *overrides, f"run.root={tmp_path}/whole"]) == 0
+    assert attempt_run(log, [*SMALL_RUN, *overrides, f"run.root={tmp_path}/whole"]) == 0
     while True:
         killed = tmp_path / f"killed_{num_runs}"
         is_last = len(kills) >= num_kills
         where = (None, 0) if is_last else (draw.choice(points), draw.randint(1, 9))
-        code = attempt(log, [*SMALL, *overrides, f"run.root={killed}"], *where)
+        code = attempt_run(log, [*SMALL_RUN, *overrides, f"run.root={killed}"], *where)
         if code == 0:
-            assert kept(killed) == kept(tmp_path / "whole")
+            assert kept_files(killed) == kept_files(tmp_path / "whole")
             assert {path.name.split(".")[0] for path in (killed / "run").iterdir()} == KEPT
             num_runs += 1
             if is_last:
@@ -130,7 +80,7 @@ def start():
     started = []
 
     def begin(folder, *overrides, program=("-m", "vpt.train")):
-        command = [sys.executable, *program, "run.root=runs", *SMALL, "num_workers=2", *overrides]
+        command = [sys.executable, *program, "run.root=runs", *SMALL_RUN, "num_workers=2", *overrides]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
@@ -167,8 +117,8 @@ def test_a_signal_saves_and_ends_the_command_with_75_and_the_same_command_goes_o
     wait_for(process, f"behind step {last}")
     assert process.communicate(timeout=120)
     assert process.returncode == 0
-    assert attempt(tmp_path / "log", [*SMALL, *options, f"run.root={tmp_path}/whole", "num_workers=0"]) == 0
-    assert kept(tmp_path / "runs") == kept(tmp_path / "whole")
+    assert attempt_run(tmp_path / "log", [*SMALL_RUN, *options, f"run.root={tmp_path}/whole", "num_workers=0"]) == 0
+    assert kept_files(tmp_path / "runs") == kept_files(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -195,8 +145,8 @@ def test_the_command_that_is_killed_at_any_time_ends_with_the_same_bytes(start, 
             process.wait(draw.uniform(4, 14))
         process.kill()
     assert start(tmp_path, *options).wait(200) == 0
-    assert attempt(tmp_path / "log", [*SMALL, *options, f"run.root={tmp_path}/whole", "num_workers=0"]) == 0
-    assert kept(tmp_path / "runs") == kept(tmp_path / "whole")
+    assert attempt_run(tmp_path / "log", [*SMALL_RUN, *options, f"run.root={tmp_path}/whole", "num_workers=0"]) == 0
+    assert kept_files(tmp_path / "runs") == kept_files(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -238,16 +188,22 @@ def test_a_second_command_in_the_same_folder_is_refused_and_the_first_one_goes_o
 
 def test_data_that_changed_are_refused(tmp_path, photos):
     shutil.copytree(photos, tmp_path / "photos")
-    options = [*SMALL, *KINDS["classification"], f"dataset.root={tmp_path}/photos", f"run.root={tmp_path}", "cache=off"]
-    assert attempt(tmp_path / "log", options, "behind a step", 4) == KILLED
+    options = [
+        *SMALL_RUN,
+        *KINDS["classification"],
+        f"dataset.root={tmp_path}/photos",
+        f"run.root={tmp_path}",
+        "cache=off",
+    ]
+    assert attempt_run(tmp_path / "log", options, "behind a step", 4) == KILLED
     (tmp_path / "photos/train/rose/0.png").rename(tmp_path / "photos/train/rose/9.png")
     with pytest.raises(ValueError, match="the pictures or labels of this run are not those that it was begun with"):
         train_with(*options)
 
 
 def test_without_a_whole_checkpoint_nothing_is_done(tmp_path, roots):
-    options = [*SMALL, *KINDS["classification"], roots["classification"], f"run.root={tmp_path}"]
-    assert attempt(tmp_path / "log", options, "behind a step", 6) == KILLED
+    options = [*SMALL_RUN, *KINDS["classification"], roots["classification"], f"run.root={tmp_path}"]
+    assert attempt_run(tmp_path / "log", options, "behind a step", 6) == KILLED
     for name in NAMES:
         (tmp_path / "run" / name).write_bytes((tmp_path / "run" / name).read_bytes()[:1000])
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -260,23 +216,23 @@ def test_without_a_whole_checkpoint_nothing_is_done(tmp_path, roots):
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, roots, capsys):
-    options = [*SMALL, *KINDS["classification"], roots["classification"], "num_workers=0"]
-    assert attempt(tmp_path / "log", [*options, f"run.root={tmp_path}/whole"]) == 0
-    assert attempt(tmp_path / "log", [*options, f"run.root={tmp_path}/killed"], "behind a step", 8) == KILLED
+    options = [*SMALL_RUN, *KINDS["classification"], roots["classification"], "num_workers=0"]
+    assert attempt_run(tmp_path / "log", [*options, f"run.root={tmp_path}/whole"]) == 0
+    assert attempt_run(tmp_path / "log", [*options, f"run.root={tmp_path}/killed"], "behind a step", 8) == KILLED
     last = tmp_path / "killed/run" / NAMES[0]
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
     train_with(*options, f"run.root={tmp_path}/killed")
     assert "going on from previous.checkpoint" in capsys.readouterr().err
-    assert kept(tmp_path / "killed") == kept(tmp_path / "whole")
+    assert kept_files(tmp_path / "killed") == kept_files(tmp_path / "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_room_made", [True, False])
 def test_a_full_disk_does_not_end_a_run_but_its_end_tells(small_disk, tmp_path, roots, is_room_made, capsys):
     disk = small_disk("2m")
-    options = [*SMALL, *KINDS["classification"], roots["classification"], "num_workers=0", "train.epochs=5"]
+    options = [*SMALL_RUN, *KINDS["classification"], roots["classification"], "num_workers=0", "train.epochs=5"]
     epochs, filler = [], disk / "filler"
 
     def fill(evaluator):

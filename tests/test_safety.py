@@ -16,25 +16,32 @@ from PIL import Image
 from safetensors.torch import save
 
 import vpt
-from tests.conftest import train_with
+from tests.helpers import ROOT, train_with
 from tests.offline import OUTSIDE
-from tests.test_cli import ROOT
-from vpt import command_line, evaluate, export, predict, serve, tasks
-from vpt.card import model_card
-from vpt.config import ConfigError, compose_config, to_config
-from vpt.data.box_files import file_names
-from vpt.data.classification import check_readable, read_folder
-from vpt.data.coco import read_coco
+from vpt.config import command_line
+from vpt.config.composition import compose_config
+from vpt.config.errors import ConfigError
+from vpt.config.saved import load_config
+from vpt.config.validation import to_config
 from vpt.data.images import ImageError
-from vpt.files import UNSEALED, sha256_of
+from vpt.data.readers.coco import read_coco
+from vpt.data.readers.folder import read_folder
+from vpt.data.samples import check_readable
+from vpt.evaluate import __main__ as evaluate
+from vpt.export import __main__ as export
+from vpt.hub.card import model_card
 from vpt.models.bank import TaskBank
-from vpt.models.conversion import read_folder as read_peft_folder
-from vpt.models.conversion import read_original
 from vpt.models.task_file import open_task
 from vpt.models.vit import load_vit
-from vpt.run_config import load_config
-from vpt.serving.app import make_app
-from vpt.serving.service import Settings
+from vpt.predict import __main__ as predict
+from vpt.predictions.boxes import file_names
+from vpt.serve import __main__ as serve
+from vpt.serve.app import make_app
+from vpt.serve.service import Settings
+from vpt.storage.files import UNSEALED, sha256_of
+from vpt.tasks import __main__ as tasks
+from vpt.tasks.conversion import read_folder as read_peft_folder
+from vpt.tasks.conversion import read_original
 
 NANO = "vit_nano_patch8_64"
 

@@ -16,15 +16,13 @@ import torch
 from fastapi.testclient import TestClient
 
 import vpt
-import vpt.serve
-from tests.conftest import make_tiny_vit
-from tests.test_app import picture
-from tests.test_cli import ROOT, call
-from vpt.command_line import parse_options
-from vpt.config import ConfigError
-from vpt.serve import USAGE, ServeOptions, serve
-from vpt.serving.app import make_app
-from vpt.serving.service import Settings
+import vpt.serve.__main__
+from tests.helpers import ROOT, call, make_tiny_vit, png_bytes
+from vpt.config.command_line import parse_options
+from vpt.config.errors import ConfigError
+from vpt.serve.__main__ import USAGE, ServeOptions, serve
+from vpt.serve.app import make_app
+from vpt.serve.service import Settings
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +82,14 @@ def test_a_file_of_a_run_is_called_by_its_folder(folder, tmp_path):
         (tmp_path / name).mkdir()
         shutil.copy(folder / "colours.safetensors", tmp_path / name / "task.safetensors")
     text = f"{tmp_path}/pets/task.safetensors,{tmp_path}/flowers/task.safetensors,{folder}/shapes.safetensors"
-    paths, place = vpt.serve._find_tasks(options(f"tasks={text}"))
+    paths, place = vpt.serve.__main__._find_tasks(options(f"tasks={text}"))
     assert (list(paths), place) == (["pets", "flowers", "shapes"], None)
 
 
 def test_uploads_go_to_the_folder_and_hidden_files_are_no_tasks(folder):
     (folder / ".hidden.safetensors").write_bytes(b"half")
     try:
-        paths, place = vpt.serve._find_tasks(options(f"tasks={folder}", "uploads=true"))
+        paths, place = vpt.serve.__main__._find_tasks(options(f"tasks={folder}", "uploads=true"))
     finally:
         (folder / ".hidden.safetensors").unlink()
     assert (list(paths), place) == (["colours", "shapes"], folder)
@@ -106,13 +104,15 @@ def test_a_port_that_is_taken_is_noticed_before_anything_is_loaded(folder, monke
 
 
 def test_a_web_framework_that_is_missing_is_named_with_what_to_type(folder, monkeypatch):
-    monkeypatch.setattr(vpt.serve.importlib.util, "find_spec", lambda name: None if name == "uvicorn" else name)
-    assert refused(f"tasks={folder}") == f"uvicorn is not installed: type {vpt.serve.INSTALL}"
+    monkeypatch.setattr(
+        vpt.serve.__main__.importlib.util, "find_spec", lambda name: None if name == "uvicorn" else name
+    )
+    assert refused(f"tasks={folder}") == f"uvicorn is not installed: type {vpt.serve.__main__.INSTALL}"
 
 
 def opened(*arguments):
     given = options(*arguments)
-    return vpt.serve._open_bank(given, vpt.serve._find_tasks(given)[0])
+    return vpt.serve.__main__._open_bank(given, vpt.serve.__main__._find_tasks(given)[0])
 
 
 def test_a_named_file_that_is_damaged_ends_the_start(folder, tmp_path):
@@ -151,12 +151,12 @@ def test_uploads_may_start_from_an_empty_folder_on_a_backbone_that_is_named(fold
     assert "or start with uploads=true and backbone=NAME" in refused(f"tasks={tmp_path}", "uploads=true")
     assert "holds no task file" in refused(f"tasks={tmp_path}", "backbone=vit_nano_patch8_64")
     words = (f"tasks={tmp_path}", "uploads=true", "backbone=vit_nano_patch8_64")
-    settings = Settings(folder=vpt.serve._find_tasks(options(*words))[1], is_local=False)
+    settings = Settings(folder=vpt.serve.__main__._find_tasks(options(*words))[1], is_local=False)
     with TestClient(make_app(opened(*words), settings)) as client:
         assert client.get("/tasks").json() == []
         content = (folder / "colours.safetensors").read_bytes()
         assert client.put("/tasks/colours", content=content).status_code == 201
-        answer = client.post("/predict?task=colours", content=picture(), headers={"Content-Type": "image/png"})
+        answer = client.post("/predict?task=colours", content=png_bytes(), headers={"Content-Type": "image/png"})
         assert answer.status_code == 200
     assert opened(f"tasks={tmp_path}").names == ("colours",)
 
@@ -164,13 +164,13 @@ def test_uploads_may_start_from_an_empty_folder_on_a_backbone_that_is_named(fold
 def test_the_greeting_warns_only_of_a_host_that_others_can_reach():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        (line,) = vpt.serve._greeting(options("tasks=a"), listener, ("x", "y"))
+        (line,) = vpt.serve.__main__._greeting(options("tasks=a"), listener, ("x", "y"))
         assert line == f"2 tasks (x, y) at http://127.0.0.1:{port}; Ctrl-C ends"
-        (line,) = vpt.serve._greeting(options("tasks=a"), listener, ())
+        (line,) = vpt.serve.__main__._greeting(options("tasks=a"), listener, ())
         assert line == f"no task yet at http://127.0.0.1:{port}; Ctrl-C ends"
-        _, warning = vpt.serve._greeting(options("tasks=a", "host=0.0.0.0"), listener, ("x",))
+        _, warning = vpt.serve.__main__._greeting(options("tasks=a", "host=0.0.0.0"), listener, ("x",))
         assert warning == "host=0.0.0.0: anybody who can reach this machine can use it; there is no password"
-        _, warning = vpt.serve._greeting(options("tasks=a", "host=::", "uploads=true"), listener, ("x",))
+        _, warning = vpt.serve.__main__._greeting(options("tasks=a", "host=::", "uploads=true"), listener, ("x",))
         assert "change its tasks" in warning
         assert options("tasks=a").host == "127.0.0.1"
 
@@ -185,7 +185,7 @@ def test_a_process_that_is_told_to_end_answers_what_it_accepted_and_exits_with_0
     ) as process:
         where = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
         with ThreadPoolExecutor(6) as pool:
-            send = {"files": {"pictures": picture()}, "timeout": 60}
+            send = {"files": {"pictures": png_bytes()}, "timeout": 60}
             asked = [
                 pool.submit(httpx.post, f"{where}/predict?task={name}", **send) for name in 3 * ["colours", "shapes"]
             ]

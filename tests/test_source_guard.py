@@ -8,7 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from tests.test_cli import ROOT
+from tests.helpers import ROOT
 
 FORBIDDEN = {
     *("eval", "exec", "__import__", "breakpoint"),
@@ -18,7 +18,7 @@ FORBIDDEN = {
     *("hydra.utils", "torch.load", "torch.hub", "torch.jit.load", "torch.package", "numpy.fromregex"),
 }
 ALLOWED = {
-    "vpt/models/conversion.py": {"pickle", "pickle.UnpicklingError", "torch.load"},
+    "vpt/tasks/conversion.py": {"pickle", "pickle.UnpicklingError", "torch.load"},
     "vpt/__init__.py": {"importlib.import_module"},
 }
 MODULES_OF_POWER = ("os", "builtins", "importlib", "torch", "numpy", "yaml", "hydra", "subprocess", "sys")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from tests.test_trainer import Evaluator, Separable, cross_entropy, lines, make_loader
+from tests.helpers import Evaluator, Separable, cross_entropy, make_loader, metric_lines
 from vpt.data.loaders import build_loader
 from vpt.engine.checkpoint import Checkpoints
 from vpt.engine.monitor import Monitor
@@ -175,7 +175,7 @@ def test_so_many_steps_as_allowed_are_left_out_and_change_nothing(tmp_path, caps
     for (weight, is_finite), (after, _) in pairwise(weights):
         if not is_finite:
             assert torch.equal(weight, after)
-    assert any("train/loss" in line and line["train/loss"] is None for line in lines(tmp_path))
+    assert any("train/loss" in line and line["train/loss"] is None for line in metric_lines(tmp_path))
     with pytest.raises(FloatingPointError, match=r"train\.skip_nonfinite=12"):
         train(tmp_path / "b", change={7: math.nan}, skip_nonfinite=2)
 

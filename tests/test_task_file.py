@@ -7,22 +7,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 import vpt
-from tests.conftest import make_tiny_vit
-from vpt.files import UNSEALED, read_tensors, sha256_of, write_tensors
-from vpt.models.detection import DetectionModel
+from tests.helpers import make_detector, make_tiny_vit
+from vpt.models.detector import DetectionModel
 from vpt.models.vit import fingerprint, load_vit, preprocessing_of
-
-
-def make_detector(head="dense", prompt="deep", tuning="prompt", **options):
-    torch.manual_seed(3)
-    options = {"channels": 16, "num_convs": 1, **options}
-    vit = make_tiny_vit(img_size=64)
-    model = vpt.create_model(
-        vit, task="detection", num_classes=3, head=head, prompt=prompt, num_tokens=2, tuning=tuning, **options
-    )
-    for parameter in model.head.parameters():
-        parameter.data.normal_(std=0.1)
-    return model
+from vpt.storage.files import UNSEALED, read_tensors, sha256_of, write_tensors
 
 
 def train(model, images, steps=2):

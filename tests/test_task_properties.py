@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vpt
-from tests.conftest import make_tiny_vit
-from vpt.models.task_file import TaskMetadata, open_task, write_task
+from tests.helpers import make_tiny_vit
+from vpt.models.task_file import open_task, write_task
+from vpt.models.task_schema import TaskMetadata
 
 # Properties of task files.
 

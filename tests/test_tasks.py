@@ -15,11 +15,14 @@ import torch
 from safetensors import SafetensorError
 
 import vpt
-from tests.conftest import make_tiny_vit
-from vpt import files, tasks
-from vpt.models import adapters, conversion, task_file
-from vpt.models.task_file import TaskMetadata, open_task, read_task, write_task
+from tests.helpers import make_tiny_vit
+from vpt.models import adapters, task_schema
+from vpt.models.task_file import open_task, read_task, to_dtype, write_task
+from vpt.models.task_schema import TaskMetadata
 from vpt.models.vit import fingerprint, load_vit
+from vpt.storage import files
+from vpt.tasks import __main__ as tasks
+from vpt.tasks import conversion
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "task_format.md").read_text()
@@ -310,7 +313,7 @@ def test_help_names_every_command_and_option(typed):
 
 
 def run_program(*words):
-    code = "import sys, vpt.tasks; assert not {'torch', 'timm'} & set(sys.modules); vpt.tasks.main()"
+    code = "import sys, vpt.tasks.__main__; assert not {'torch', 'timm'} & set(sys.modules); vpt.tasks.__main__.main()"
     return subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -377,21 +380,21 @@ def test_the_page_names_every_field_and_every_limit():
     rows = re.findall(r"^\| (.*?) \| (.*?) \|", PAGE, re.MULTILINE)
     described = {name: allowed for names, allowed in rows for name in re.findall(r"`([\w.]+)`", names)}
     assert {entry.name for entry in fields(TaskMetadata)} <= described.keys()
-    assert {f"prompt.{name}" for name in task_file.PROMPT_RULES} <= described.keys()
-    assert {f"adapters.{name}" for name in task_file.ADAPTERS_RULES} <= described.keys()
-    assert task_file.PREPROCESSING_RULES.keys() | task_file.HEAD_RULES.keys() <= described.keys()
+    assert {f"prompt.{name}" for name in task_schema.PROMPT_RULES} <= described.keys()
+    assert {f"adapters.{name}" for name in task_schema.ADAPTERS_RULES} <= described.keys()
+    assert task_schema.PREPROCESSING_RULES.keys() | task_schema.HEAD_RULES.keys() <= described.keys()
     for name, limit in {
-        "num_classes": task_file.MAX_CLASSES,
-        "prompt.num_tokens": task_file.MAX_TOKENS,
-        "prompt.embed_dim": task_file.MAX_WIDTH,
-        "prompt.blocks": task_file.MAX_BLOCKS,
-        "channels": task_file.MAX_CHANNELS,
-        "size": task_file.MAX_SIDE,
-        "note": task_file.MAX_NOTE,
+        "num_classes": task_schema.MAX_CLASSES,
+        "prompt.num_tokens": task_schema.MAX_TOKENS,
+        "prompt.embed_dim": task_schema.MAX_WIDTH,
+        "prompt.blocks": task_schema.MAX_BLOCKS,
+        "channels": task_schema.MAX_CHANNELS,
+        "size": task_schema.MAX_SIDE,
+        "note": task_schema.MAX_NOTE,
         "adapters.options": adapters.MAX_NUMBER,
     }.items():
         assert f"{limit:,}" in described[name], name
-    assert f'"Text" is at most {task_file.MAX_TEXT:,} characters' in PAGE
+    assert f'"Text" is at most {task_schema.MAX_TEXT:,} characters' in PAGE
     assert f"above {files.MAX_BYTES // 1024**3} GiB" in PAGE
     assert f"above {files.MAX_HEADER // 1024**2} MiB" in PAGE
     assert all(f"`{key}`" in PAGE for key in conversion._peft_config(make_vit_b_task(0, "deep", 1)[0]))
@@ -432,7 +435,7 @@ def test_the_sizes_on_the_page_are_those_of_files(tmp_path, title, num_tokens, k
     metadata, tensors = make_vit_b_task(num_tokens, kind, num_blocks)
     prompts, heads, sizes = [], [], []
     for dtype in ("fp32", "fp16"):
-        part = task_file.to_dtype(tensors, conversion.DTYPES[dtype])
+        part = to_dtype(tensors, conversion.DTYPES[dtype])
         prompts.append(part["prompt.tokens"].nbytes if num_tokens else 0)
         heads.append(part["head.weight"].nbytes + part["head.bias"].nbytes)
         sizes.append(write_task(tmp_path / f"{dtype}.safetensors", metadata, part).stat().st_size)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vpt.data.classification import Samples, read_folder
+from vpt.data.readers.folder import read_folder
+from vpt.data.samples import Samples
 from vpt.data.tokens import TokenDataset, TokenFolder, content_sha256
 
 SHAPE = (5, 3, 4)

@@ -11,16 +11,18 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vpt
-from tests.conftest import train_with
+from tests.helpers import train_with
 from vpt import build
-from vpt.config import ConfigError, compose_config, to_config
-from vpt.data.classification import Samples
-from vpt.evaluate import EvaluateOptions, evaluate_run
-from vpt.kinds.classification import build_cross_entropy
+from vpt.config.composition import compose_config
+from vpt.config.errors import ConfigError
+from vpt.config.saved import conceal
+from vpt.config.validation import to_config
+from vpt.data.samples import Samples
+from vpt.evaluate.__main__ import EvaluateOptions, evaluate_run
 from vpt.models.vit import fingerprint, load_vit
-from vpt.predict import PredictOptions, predict_run
-from vpt.run_config import conceal
-from vpt.train import run
+from vpt.predict.__main__ import PredictOptions, predict_run
+from vpt.task_types.classification import build_cross_entropy
+from vpt.train.__main__ import run
 
 SMALL = [
     "train.epochs=2",

@@ -1,14 +1,12 @@
-import json
 import math
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
+from tests.helpers import Evaluator, Separable, cross_entropy, make_loader, metric_lines
 from vpt.engine.checkpoint import Checkpoints
-from vpt.engine.metrics import ClassificationMetrics
 from vpt.engine.monitor import Monitor
 from vpt.engine.optim import MovingAverage, warmup_cosine
 from vpt.engine.state import RunState
@@ -17,47 +15,6 @@ from vpt.engine.trainer import evaluate, fit, overfit
 
 NUM_TRAIN, BATCH = 22, 5
 EXTRA = {}  # further arguments of fit()
-
-
-class Evaluator:
-    """Metrics of the logits."""
-
-    def __init__(self):
-        self.metrics = ClassificationMetrics(3)
-
-    def reset(self):
-        self.metrics.reset()
-
-    def compute(self):
-        return self.metrics.compute()
-
-    def update(self, model, images, targets):
-        self.metrics.update(model(images).float(), targets)
-
-
-def cross_entropy(model, images, targets):
-    return {"class": nn.functional.cross_entropy(model(images).float(), targets)}
-
-
-class Separable(nn.Module):
-    """A linear model on "images" (B, 3, 2, 2), with a frozen part that has dropout."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.head = nn.Linear(12, 3)
-        self.modes = []
-
-    def forward(self, images):
-        self.modes.append(self.training)
-        return self.head(images.flatten(1))
-
-
-def make_loader(num=NUM_TRAIN, batch_size=BATCH, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(num, 3, 2, 2, generator=generator)
-    targets = images.flatten(1)[:, :3].argmax(dim=1)
-    return DataLoader(TensorDataset(images, targets), batch_size=batch_size)
 
 
 def run_fit(
@@ -94,13 +51,9 @@ def run_fit(
     return model, result
 
 
-def lines(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_training_lowers_the_loss_and_counts_epochs_and_steps(tmp_path):
     _, result = run_fit(tmp_path, epochs=6)
-    losses = [line["train/loss"] for line in lines(tmp_path) if "train/loss" in line]
+    losses = [line["train/loss"] for line in metric_lines(tmp_path) if "train/loss" in line]
     assert (result.epochs, result.steps) == (6, 6 * math.ceil(NUM_TRAIN / BATCH))
     assert len(losses) == result.steps
     assert losses[-1] < losses[0] / 2
@@ -109,7 +62,7 @@ def test_training_lowers_the_loss_and_counts_epochs_and_steps(tmp_path):
 def test_the_model_ends_with_the_weights_that_val_chose(tmp_path):
     val = make_loader(seed=1)
     model, result = run_fit(tmp_path, val=val, epochs=8, lr=20.0)
-    tops = [line["val/top1"] for line in lines(tmp_path) if "val/top1" in line]
+    tops = [line["val/top1"] for line in metric_lines(tmp_path) if "val/top1" in line]
     assert result.best["top1"] == max(tops)
     assert tops[result.best_epoch - 1] == max(tops)
     assert evaluate(model, val, Evaluator()) == result.best
@@ -119,7 +72,7 @@ def test_the_model_ends_with_the_weights_that_val_chose(tmp_path):
 def test_of_equal_val_metrics_the_lower_loss_is_better(tmp_path):
     val = make_loader(num=1)
     _, result = run_fit(tmp_path, val=val, epochs=5)
-    found = [(line["val/top1"], -line["val/loss"]) for line in lines(tmp_path) if "val/top1" in line]
+    found = [(line["val/top1"], -line["val/loss"]) for line in metric_lines(tmp_path) if "val/top1" in line]
     assert found[result.best_epoch - 1] == max(found)
 
 
@@ -202,7 +155,7 @@ def test_the_pace_memory_and_learning_rates_are_logged(tmp_path):
     assert events.Scalars("perf/images_per_s")[0].value > 0
     assert 0 <= events.Scalars("perf/data_wait_fraction")[0].value <= 1
     assert events.Scalars("memory/peak_mib")[0].value > 10
-    line = lines(tmp_path)[0]
+    line = metric_lines(tmp_path)[0]
     assert line["lr/head"] == pytest.approx(0.25)
     assert line["train/grad_norm"] > 0
 
@@ -227,10 +180,10 @@ def test_several_losses_train_by_their_sum_and_are_logged_apart(tmp_path):
     one, _ = run_fit(tmp_path / "a", epochs=1)
     both, _ = run_fit(tmp_path / "b", epochs=1, losses=two)
     torch.testing.assert_close(both.head.weight, one.head.weight)
-    first = lines(tmp_path / "b")[0]
+    first = metric_lines(tmp_path / "b")[0]
     assert first["train/class_loss"] + first["train/box_loss"] == pytest.approx(first["train/loss"])
     assert first["train/box_loss"] == pytest.approx(3 * first["train/class_loss"])
-    assert not any(tag.endswith("_loss") for tag in lines(tmp_path / "a")[0])
+    assert not any(tag.endswith("_loss") for tag in metric_lines(tmp_path / "a")[0])
 
 
 def test_nan_is_worse_than_any_metric_and_needs_no_loss(tmp_path):

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-import vpt.data.transforms
-from vpt.data.transforms import EvalTransform, Preprocessing, TrainTransform, denormalise, resize_and_crop
+import vpt.data.transforms.preprocessing
+from vpt.data.transforms.images import EvalTransform, TrainTransform
+from vpt.data.transforms.preprocessing import Preprocessing, denormalise, resize_and_crop
 
 SMALL = Preprocessing(size=(32, 32), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -173,7 +174,8 @@ def test_a_wrong_step_is_refused_by_its_place_and_name(step, message):
 def test_albumentations_is_imported_late_and_without_its_query_for_a_newer_version():
     code = """
 import os, socket, sys
-from vpt.data.transforms import Preprocessing, TrainTransform
+from vpt.data.transforms.images import TrainTransform
+from vpt.data.transforms.preprocessing import Preprocessing
 
 socket.getaddrinfo = lambda *arguments, **others: os._exit(7)
 preprocessing = Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3)
@@ -251,7 +253,7 @@ def test_computing_only_what_is_seen_gives_the_pixels_of_all(
     image = picture(*image_size)
     preprocessing = Preprocessing(size, *HALVES, interpolation, 0.9, crop_mode)
     whole = np.asarray(resize_and_crop(image, preprocessing)).astype(int)
-    monkeypatch.setattr(vpt.data.transforms, "MAX_ENLARGED", 0)
+    monkeypatch.setattr(vpt.data.transforms.preprocessing, "MAX_ENLARGED", 0)
     different = np.abs(np.asarray(resize_and_crop(image, preprocessing)) - whole)
     # Pillow clips between its two passes, and takes first the one that leaves less: it matters to what overshoots.
     assert different.max() <= far
@@ -271,7 +273,8 @@ def test_no_ordinary_picture_is_computed_in_part(monkeypatch):
 MEASURE = """
 import resource, sys
 from PIL import Image
-from vpt.data.transforms import CROP_MODES, EvalTransform, Preprocessing
+from vpt.data.transforms.images import EvalTransform
+from vpt.data.transforms.preprocessing import CROP_MODES, Preprocessing
 half = (0.5,) * 3
 images = [Image.new("RGB", size, "red") for size in [(1, 10_000), (10_000, 1), (1, 1_000_000), (1_000_000, 1)]]
 baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

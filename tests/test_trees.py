@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vpt.data.detection import read_detection, trees_root
-from vpt.data.sources import DataReport, Finding
+from vpt.data.readers.box_checks import DataReport, Finding
+from vpt.data.readers.boxes import read_detection, trees_root
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "val", "test")

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 import vpt
-from tests.conftest import TINY, TINY_VITS, make_tiny_vit
+from tests.helpers import TINY, TINY_VITS, make_tiny_vit
 from vpt.build import tuning_options
-from vpt.config import compose_config, to_config
+from vpt.config.composition import compose_config
+from vpt.config.validation import to_config
 from vpt.models.adapters import PEFT_METHODS
 from vpt.models.backbone import PromptedViT
-from vpt.models.detection import DetectionModel
+from vpt.models.detector import DetectionModel
 from vpt.models.tuning import tuned_parts
-from vpt.report import task_file_bytes
+from vpt.runs.summary import task_file_bytes
 
 WAYS = ["bias", "proj_bias", "norm", "partial", "full"]
 TARGETS = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0], [10.0, 20.0, 30.0, 60.0]]), "labels": torch.tensor([0, 2])}]

@@ -5,7 +5,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tests.conftest import make_tiny_vit
+from tests.helpers import make_tiny_vit
 from vpt.models.vit import fingerprint, load_vit, preprocessing_of
 
 

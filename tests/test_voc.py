@@ -2,16 +2,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_detection_data import CLASSES, TRUTH, voc_xml, write, write_voc
-from vpt.data.boxes import DetectionSamples
-from vpt.data.sources import DataReport, Finding
-from vpt.data.voc import read_voc
+from tests.helpers import CLASSES, TRUTH, voc_xml, write_text, write_voc
+from vpt.data.readers.box_checks import DataReport, Finding
+from vpt.data.readers.voc import read_voc
+from vpt.data.samples import DetectionSamples
 
 
 def read_xml(root: Path, xml: str, **options) -> tuple[DetectionSamples, DataReport]:
     """Train of two pictures, of which the first, 64 x 32, has this XML."""
     write_voc(root, {"train": {"a.png": ((64, 32), []), "b.png": TRUTH["train"]["b.png"]}})
-    write(root / "Annotations" / "a.xml", xml)
+    write_text(root / "Annotations" / "a.xml", xml)
     report = DataReport()
     return read_voc(root, val_fraction=0, report=report, **options)["train"], report
 
@@ -56,7 +56,7 @@ def test_lists_are_train_or_trainval_or_all(tmp_path):
     lists = tmp_path / "ImageSets" / "Main"
     (lists / "train.txt").rename(lists / "trainval.txt")
     (lists / "val.txt").unlink()
-    write(lists / "cat_train.txt", "a 1\nb -1\n")
+    write_text(lists / "cat_train.txt", "a 1\nb -1\n")
     assert [len(samples) for samples in read_voc(tmp_path, val_fraction=0.3).values()] == [2, 1, 1]
     for path in lists.iterdir():
         path.unlink()
@@ -66,14 +66,14 @@ def test_lists_are_train_or_trainval_or_all(tmp_path):
 
 def test_train_goes_before_trainval_and_names_may_have_endings(tmp_path):
     write_voc(tmp_path)
-    write(tmp_path / "ImageSets" / "Main" / "trainval.txt", "a\nb\nc\nd\n")
-    write(tmp_path / "ImageSets" / "Main" / "train.txt", "a.png\r\nb.PNG\r\n\r\nc")
+    write_text(tmp_path / "ImageSets" / "Main" / "trainval.txt", "a\nb\nc\nd\n")
+    write_text(tmp_path / "ImageSets" / "Main" / "train.txt", "a.png\r\nb.PNG\r\n\r\nc")
     assert len(read_voc(tmp_path, strict=True)["train"]) == 3
 
 
 def test_xml_without_a_picture_is_counted_and_a_picture_without_xml_has_no_boxes(tmp_path):
     write_voc(tmp_path)
-    write(tmp_path / "Annotations" / "z.xml", voc_xml((8, 8), []))
+    write_text(tmp_path / "Annotations" / "z.xml", voc_xml((8, 8), []))
     (tmp_path / "JPEGImages" / "b.png").unlink()
     (tmp_path / "Annotations" / "d.xml").unlink()
     report = DataReport()

@@ -3,14 +3,14 @@ import pytest
 import torch
 
 import vpt
-from tests.conftest import make_tiny_vit
-from tests.test_prompt_starts import entering, options_of
+from tests.helpers import entering, make_tiny_vit, options_of
 from vpt import build
-from vpt.config import compose_config, to_config
-from vpt.kinds.kind import kind_of
-from vpt.models.prompt_forms import Bilinear
+from vpt.config.composition import compose_config
+from vpt.config.validation import to_config
+from vpt.models.parametrizations import Bilinear
 from vpt.models.vit import preprocessing_of
 from vpt.models.whitening import FLOOR, whiten_from_patches
+from vpt.task_types.base import kind_of
 
 
 def met_by_hand(vit, images, index):

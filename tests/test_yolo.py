@@ -2,18 +2,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_detection_data import TRUTH, draw, write, write_yolo
-from vpt.data.boxes import DetectionSamples
-from vpt.data.sources import DataReport, Finding
-from vpt.data.yolo import read_yolo
+from tests.helpers import TRUTH, draw_image, write_text, write_yolo
+from vpt.data.readers.box_checks import DataReport, Finding
+from vpt.data.readers.yolo import read_yolo
+from vpt.data.samples import DetectionSamples
 
 
 def read_lines(root: Path, text: str, keys: str = "", **options) -> tuple[DetectionSamples, DataReport]:
     """Train of one picture, 64 x 32, with these labels."""
     write_yolo(root, {"train": TRUTH["train"]})
-    write(root / "data.yaml", f"train: images/train\nnames: [cat, dog]\n{keys}")
-    write(root / "labels" / "train" / "c.txt", "0 0.5 0.5 0.5 0.5\n")
-    write(root / "labels" / "train" / "a.txt", text)
+    write_text(root / "data.yaml", f"train: images/train\nnames: [cat, dog]\n{keys}")
+    write_text(root / "labels" / "train" / "c.txt", "0 0.5 0.5 0.5 0.5\n")
+    write_text(root / "labels" / "train" / "a.txt", text)
     report = DataReport()
     return read_yolo(root, val_fraction=0, report=report, **options)["train"], report
 
@@ -65,8 +65,8 @@ def test_a_line_that_is_no_box_is_refused_with_its_number(line, tmp_path):
 
 def test_labels_without_a_picture_are_counted_and_a_list_of_classes_is_none(tmp_path):
     write_yolo(tmp_path)
-    write(tmp_path / "labels" / "train" / "z.txt", "0 0.5 0.5 0.5 0.5")
-    write(tmp_path / "labels" / "train" / "classes.txt", "cat\ndog\n")
+    write_text(tmp_path / "labels" / "train" / "z.txt", "0 0.5 0.5 0.5 0.5")
+    write_text(tmp_path / "labels" / "train" / "classes.txt", "cat\ndog\n")
     report = DataReport()
     read_yolo(tmp_path, report=report)
     assert report.counts[Finding.STRAY] == 1
@@ -88,8 +88,10 @@ def test_labels_without_a_picture_are_counted_and_a_list_of_classes_is_none(tmp_
 )
 def test_entries_are_folders_or_lists_wherever_they_start(entries, tmp_path):
     write_yolo(tmp_path)
-    write(tmp_path / "lists" / "train.txt", "./images/train/a.png\n../images/train/b.png\n\nimages\\train\\c.png\n")
-    write(tmp_path / "data.yaml", f"{entries}names:\n  0: cat\n  1: dog\n")
+    write_text(
+        tmp_path / "lists" / "train.txt", "./images/train/a.png\n../images/train/b.png\n\nimages\\train\\c.png\n"
+    )
+    write_text(tmp_path / "data.yaml", f"{entries}names:\n  0: cat\n  1: dog\n")
     splits = read_yolo(tmp_path, strict=True)
     assert splits["train"].names == ("images/train/a.png", "images/train/b.png", "images/train/c.png")
     assert [len(boxes) for boxes in splits["train"].boxes] == [2, 1, 0]
@@ -98,23 +100,23 @@ def test_entries_are_folders_or_lists_wherever_they_start(entries, tmp_path):
 
 
 def test_labels_lie_beside_pictures_that_are_in_no_folder_images(tmp_path):
-    draw(tmp_path / "photos" / "a.png", (64, 32))
-    write(tmp_path / "photos" / "a.txt", "0 0.5 0.5 0.5 0.5")
-    write(tmp_path / "data.yml", "train: photos\nnames: [cat]\n")
+    draw_image(tmp_path / "photos" / "a.png", (64, 32))
+    write_text(tmp_path / "photos" / "a.txt", "0 0.5 0.5 0.5 0.5")
+    write_text(tmp_path / "data.yml", "train: photos\nnames: [cat]\n")
     assert len(read_yolo(tmp_path, val_fraction=0)["train"].boxes[0]) == 1
 
 
 def test_the_last_folder_called_images_is_that_of_the_labels(tmp_path):
-    draw(tmp_path / "images" / "images" / "x" / "a.png", (64, 32))
-    write(tmp_path / "images" / "labels" / "x" / "a.txt", "0 0.5 0.5 0.5 0.5")
-    write(tmp_path / "data.yaml", "train: images\nnames: [cat]\n")
+    draw_image(tmp_path / "images" / "images" / "x" / "a.png", (64, 32))
+    write_text(tmp_path / "images" / "labels" / "x" / "a.txt", "0 0.5 0.5 0.5 0.5")
+    write_text(tmp_path / "data.yaml", "train: images\nnames: [cat]\n")
     assert len(read_yolo(tmp_path, val_fraction=0)["train"].boxes[0]) == 1
 
 
 def test_a_listed_picture_that_is_not_there_is_counted(tmp_path):
     write_yolo(tmp_path)
-    write(tmp_path / "train.txt", "images/train/a.png\nimages/train/none.png\n")
-    write(tmp_path / "data.yaml", "train: train.txt\nval: images/val\nnames: [cat, dog]\n")
+    write_text(tmp_path / "train.txt", "images/train/a.png\nimages/train/none.png\n")
+    write_text(tmp_path / "data.yaml", "train: train.txt\nval: images/val\nnames: [cat, dog]\n")
     report = DataReport()
     assert len(read_yolo(tmp_path, report=report)["train"]) == 1
     assert "none.png: no such file" in report.first[Finding.MISSING]
@@ -153,15 +155,15 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 def test_a_wrong_data_yaml_is_refused(text, message, tmp_path):
     write_yolo(tmp_path)
-    write(tmp_path / "data.yaml", text)
+    write_text(tmp_path / "data.yaml", text)
     with pytest.raises(ValueError, match=message):
         read_yolo(tmp_path)
 
 
 def test_a_list_that_leaves_the_root_is_refused(tmp_path):
     write_yolo(tmp_path / "data")
-    draw(tmp_path / "secret.png", (8, 8))
-    write(tmp_path / "data" / "train.txt", "images/train/a.png\n../secret.png\n")
-    write(tmp_path / "data" / "data.yaml", "train: train.txt\nnames: [cat, dog]\n")
+    draw_image(tmp_path / "secret.png", (8, 8))
+    write_text(tmp_path / "data" / "train.txt", "images/train/a.png\n../secret.png\n")
+    write_text(tmp_path / "data" / "data.yaml", "train: train.txt\nnames: [cat, dog]\n")
     with pytest.raises(ValueError, match=r"train\.txt, line 2: .*secret\.png is outside of .*data; write paths"):
         read_yolo(tmp_path / "data")

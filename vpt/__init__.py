@@ -7,28 +7,28 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from vpt.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from vpt.hub import from_pretrained, push_to_hub
     from vpt.models.adapters import Adapters
     from vpt.models.backbone import PromptedViT
     from vpt.models.bank import TaskBank
-    from vpt.models.classification import ClassificationModel
+    from vpt.models.classifier import ClassificationModel
     from vpt.models.create import create_model
-    from vpt.models.detection import DetectionModel
+    from vpt.models.detector import DetectionModel
     from vpt.models.inspection import inspect_attention, nearest_patches
-    from vpt.models.prompt_starts import start_from_patches
+    from vpt.models.prompt_init import start_from_patches
     from vpt.models.prompts import VisualPrompt
     from vpt.models.task_file import load_task, read_task, save_task
     from vpt.models.tuning import count_parameters, tune, tuned_parameters
-
-__version__ = "0.1.0"
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # or the hub is told which versions of what are installed
 
 _HOMES = {
     "Adapters": "vpt.models.adapters",
-    "ClassificationModel": "vpt.models.classification",
-    "DetectionModel": "vpt.models.detection",
+    "ClassificationModel": "vpt.models.classifier",
+    "DetectionModel": "vpt.models.detector",
     "PromptedViT": "vpt.models.backbone",
     "TaskBank": "vpt.models.bank",
     "VisualPrompt": "vpt.models.prompts",
@@ -41,7 +41,7 @@ _HOMES = {
     "push_to_hub": "vpt.hub",
     "read_task": "vpt.models.task_file",
     "save_task": "vpt.models.task_file",
-    "start_from_patches": "vpt.models.prompt_starts",
+    "start_from_patches": "vpt.models.prompt_init",
     "tune": "vpt.models.tuning",
     "tuned_parameters": "vpt.models.tuning",
 }

@@ -14,9 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from vpt.config import (
+from vpt.config.errors import ConfigError, first_line
+from vpt.config.saved import load_config
+from vpt.config.schema import (
     Config,
-    ConfigError,
     Dtype,
     Mode,
     Precision,
@@ -27,26 +28,25 @@ from vpt.config import (
     TaskName,
     TuningConfig,
     TuningName,
-    first_line,
 )
 from vpt.data.loaders import build_loader
-from vpt.data.transforms import Preprocessing
+from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.engine.optim import MovingAverage, make_optimizer, warmup_cosine
 from vpt.engine.state import RunState
 from vpt.engine.steps import FitSettings, Loader, NamesOf
 from vpt.engine.watch import RowWatch
 from vpt.models.adapters import Adapters
 from vpt.models.bank import TaskBank
-from vpt.models.classification import ClassificationModel
+from vpt.models.classifier import ClassificationModel
 from vpt.models.create import create_model
-from vpt.models.detection import DetectionModel
-from vpt.models.prompt_forms import Bilinear, Fourier, Shared
-from vpt.models.prompt_starts import PatchStart, start_from_patches, start_from_task
-from vpt.models.task_file import TaskMetadata, load_task, read_task
+from vpt.models.detector import DetectionModel
+from vpt.models.parametrizations import Bilinear, Fourier, Shared
+from vpt.models.prompt_init import PatchStart, start_from_patches, start_from_task
+from vpt.models.task_file import load_task, read_task
+from vpt.models.task_schema import TaskMetadata
 from vpt.models.tuning import tuned_parameters, tuned_parts
 from vpt.models.vit import load_vit
 from vpt.models.whitening import whiten_from_patches
-from vpt.run_config import load_config
 
 Model = ClassificationModel | DetectionModel
 

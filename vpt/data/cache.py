@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from vpt.data.boxes import DetectionSamples
-from vpt.data.classification import Samples
 from vpt.data.images import check_image
-from vpt.files import reserve
+from vpt.data.samples import DetectionSamples, Samples
+from vpt.storage.files import reserve
 
 Size = tuple[int, int]  # width, height in pixels
 SamplesT = TypeVar("SamplesT", Samples, DetectionSamples)

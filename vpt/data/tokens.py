@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vpt.data.classification import Samples
-from vpt.files import write_chunks
+from vpt.data.samples import Samples
+from vpt.storage.files import write_chunks
 
 DIGEST_BYTES = 32
 DAY_S = 24 * 3600

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vpt.engine.console import warn
-from vpt.files import read_tensors, replace, write_tensors
+from vpt.storage.files import read_tensors, replace, write_tensors
 
 NAMES = ("last.checkpoint", "previous.checkpoint")
 NEW = "next.checkpoint"  # until it has been read again

@@ -23,8 +23,8 @@ from vpt.models.attention import (
     run_block,
     why_not_fast,
 )
-from vpt.models.constants import Constants
 from vpt.models.prompts import Blocks, PromptInit, PromptKind, VisualPrompt, format_blocks, resolve_blocks
+from vpt.models.tensor_cache import Constants
 from vpt.models.vit import ViT, check_supported, embed, name_of, pools_prefix_only, rope_and_bias, run_timm_block
 
 PromptImpl = Literal["auto", "concat"]

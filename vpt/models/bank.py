@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from vpt.models.attention import run_block, why_not_fast
-from vpt.models.detection import DetectionModel, Selection, Sizes
-from vpt.models.mix import HeldTask, Maps, Mix, keys_values_of
-from vpt.models.task_file import TaskMetadata, put_task, task_tensors
+from vpt.models.detector import DetectionModel, Selection, Sizes
+from vpt.models.task_batch import HeldTask, Maps, Mix, keys_values_of
+from vpt.models.task_file import put_task, task_tensors
+from vpt.models.task_schema import TaskMetadata
 from vpt.models.vit import ViT, check_supported, embed, load_vit, pools_prefix_only, rope_and_bias
 
 Tasks = Mapping[str, HeldTask]

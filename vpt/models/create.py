@@ -9,9 +9,9 @@ from torch import nn
 
 from vpt.models.adapters import Adapters
 from vpt.models.backbone import PromptedViT, PromptImpl
-from vpt.models.classification import ClassificationModel
-from vpt.models.detection import DetectionModel
-from vpt.models.heads import HeadInit
+from vpt.models.classifier import ClassificationModel
+from vpt.models.detector import DetectionModel
+from vpt.models.heads.linear import HeadInit
 from vpt.models.prompts import Blocks, PromptInit, PromptKind, VisualPrompt
 from vpt.models.tuning import Tuning, tune
 from vpt.models.vit import ViT, load_vit

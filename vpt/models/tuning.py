@@ -8,7 +8,7 @@ from torch import nn
 
 from vpt.models.adapters import Adapters, add_adapters
 from vpt.models.backbone import PromptedViT
-from vpt.models.detection import DetectionModel
+from vpt.models.detector import DetectionModel
 from vpt.models.vit import ViT, fingerprint, norms_of
 
 Tuning = Literal["prompt", "linear", "bias", "proj_bias", "norm", "partial", "full", "adapters"]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vpt.models.attention import key_value_weights, queries_of, why_not_fast
 from vpt.models.backbone import PromptedViT
-from vpt.models.prompt_forms import Bilinear
-from vpt.models.prompt_starts import look_at
+from vpt.models.parametrizations import Bilinear
+from vpt.models.prompt_init import look_at
 
 FLOOR = 0.01  # of the mean energy, added to that of every direction: the smallest ones are rounding
 

@@ -1,0 +1,236 @@
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.helpers import coco_content, draw_image, edit_json, read_one, write_coco, write_text, write_yolo
+from vpt.data.images import ImageError
+from vpt.data.readers.box_checks import DataReport, Finding
+from vpt.data.readers.coco import read_coco
+from vpt.data.readers.yolo import read_yolo
+from vpt.data.transforms.preprocessing import Preprocessing
+
+SMALL = Preprocessing(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+EXIF_ORIENTATION = 0x0112
+
+
+# Dirt
+
+
+NAN, INF = float("nan"), float("inf")
+DIRT = [
+    ([-4, 10, 20, 10], Finding.CLIPPED, [0, 10, 16, 20]),
+    ([50, 20, 20, 20], Finding.CLIPPED, [50, 20, 64, 32]),
+    ([5, 5, 0.5, 10], Finding.SMALL, None),
+    ([5, 5, 10, 0], Finding.SMALL, None),
+    ([63.5, 5, 10, 10], Finding.SMALL, None),
+    ([70, 5, 10, 10], Finding.OUTSIDE, None),
+    ([5, -20, 10, 10], Finding.OUTSIDE, None),
+    ([NAN, 5, 10, 10], Finding.NOT_FINITE, None),
+    ([5, 5, INF, 10], Finding.NOT_FINITE, None),
+    ([5, 5, 10, 10**400], Finding.NOT_FINITE, None),
+    ([20, 20, -10, 5], Finding.SWAPPED, [10, 20, 20, 25]),
+    ([20, 20, 10, -5], Finding.SWAPPED, [20, 15, 30, 20]),
+    ([2, 2, 10, 10], Finding.DUPLICATE, None),
+]
+
+
+@pytest.mark.parametrize(("bbox", "finding", "expected"), DIRT)
+def test_a_wrong_box_is_repaired_or_dropped_and_counted(bbox, finding, expected, tmp_path):
+    train, report = read_one(tmp_path, [{"bbox": bbox}])
+    assert train.boxes[0].tolist() == [[2, 2, 12, 12]] + ([expected] if expected else [])
+    assert len(train.labels[0]) == len(train.crowd[0]) == len(train.boxes[0])
+    assert report.counts == {finding: 1}
+    assert f"{finding.value[0]}: 1, {finding.value[1]}; first {tmp_path}" in report.lines()[-1]
+
+
+@pytest.mark.parametrize("bbox", [bbox for bbox, _, _ in DIRT])
+def test_strict_refuses_a_wrong_box_by_file_picture_and_numbers(bbox, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"instances_train2017\.json, annotations\[1\]: box \(.*\) of train2017/a\.png"
+    ):
+        read_one(tmp_path, [{"bbox": bbox}], strict=True)
+
+
+def test_strict_counts_all_that_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match=r"leave their picture \(1\), boxes with a side below 1 px \(2\); correct"):
+        read_one(tmp_path, [{"bbox": [-4, 10, 20, 10]}, {"bbox": [5, 5, 0, 0]}, {"bbox": [5, 6, 0, 0]}], strict=True)
+
+
+@pytest.mark.parametrize("bbox", [[5, 5, 1, 1], [54, 22, 10.4, 10.4], [-0.4, -0.4, 10, 10], [2, 2, 10, 11]])
+def test_a_box_of_a_pixel_or_half_a_pixel_outside_or_like_another_is_none_of_these(bbox, tmp_path):
+    train, _ = read_one(tmp_path, [{"bbox": bbox}], strict=True)
+    x1, y1, x2, y2 = train.boxes[0][1]
+    assert min(x1, y1) >= 0
+    assert (x2, y2) <= (64, 32)
+    assert np.abs(train.boxes[0][1] - [bbox[0], bbox[1], bbox[0] + bbox[2], bbox[1] + bbox[3]]).max() < 0.5
+
+
+def test_equal_boxes_of_two_classes_are_both_kept(tmp_path):
+    train, _ = read_one(tmp_path, [{"bbox": [2, 2, 10, 10], "category_id": 17}], strict=True)
+    assert train.labels[0].tolist() == [0, 1]
+
+
+def test_a_crowd_is_kept_with_its_flag_and_is_no_mistake(tmp_path):
+    train, report = read_one(tmp_path, [{"bbox": [2, 2, 10, 10], "iscrowd": 1}], strict=True)
+    assert train.crowd[0].tolist() == [False, True]
+    assert report.counts == {Finding.CROWD: 1}
+
+
+def test_a_row_without_iscrowd_is_none(tmp_path):
+    train, _ = read_one(tmp_path, [{"bbox": [3, 2, 10, 10]}], strict=True)
+    assert train.crowd[0].tolist() == [False, False]
+
+
+def test_a_category_that_is_not_declared_is_dropped_and_counted(tmp_path):
+    train, report = read_one(tmp_path, [{"bbox": [3, 2, 10, 10], "category_id": 4}])
+    assert train.labels[0].tolist() == [0]
+    assert report.counts == {Finding.UNKNOWN: 1}
+    assert report.lines()[-1].endswith("box (3, 2, 13, 12) of train2017/a.png, class 4")
+
+
+def test_missing_broken_and_unlisted_pictures_are_left_out_with_their_labels(tmp_path):
+    write_coco(tmp_path)
+    edit_json(
+        tmp_path / "annotations" / "instances_train2017.json",
+        lambda content: content["annotations"].append({"image_id": 999, "category_id": 3, "bbox": [1, 1, 5, 5]}),
+    )
+    (tmp_path / "train2017" / "b.png").unlink()
+    (tmp_path / "train2017" / "c.png").write_bytes(b"no picture")
+    report = DataReport()
+    train = read_coco(tmp_path, report=report)["train"]
+    assert train.names == ("train2017/a.png",)
+    assert report.counts == {Finding.MISSING: 1, Finding.UNREADABLE: 1, Finding.STRAY: 1}
+    assert "images[1]: " in report.first[Finding.MISSING]
+    assert "b.png: no such file" in report.first[Finding.MISSING]
+    assert "c.png: not a picture" in report.first[Finding.UNREADABLE]
+    assert report.first[Finding.STRAY].endswith("annotations[3]: image_id 999")
+    with pytest.raises(ValueError, match=r"b\.png: no such file is the first of: pictures that are not there \(1\)"):
+        read_coco(tmp_path, strict=True)
+
+
+def test_a_declared_size_that_the_picture_never_had_is_reported(tmp_path):
+    write_coco(tmp_path)
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    edit_json(path, lambda content: content["images"][0].update(width=640))
+    report = DataReport()
+    val = read_coco(tmp_path, report=report)["val"]
+    assert val.boxes[0].tolist() == [[30, 10, 50, 20]]
+    assert val.sizes == ((32, 64),)
+    assert report.counts[Finding.SIZE] == 1
+    assert "640 x 32 declared" in report.first[Finding.SIZE]
+    edit_json(path, lambda content: content["images"][0].update(width=0, height=None))
+    assert len(read_coco(tmp_path, strict=True)) == 3
+
+
+def store(path: Path, upright: Image.Image, orientation: int) -> Path:
+    """Save a picture so that EXIF turns it upright."""
+    undo = {
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+        3: Image.Transpose.ROTATE_180,
+    }[orientation]
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    path.parent.mkdir(parents=True, exist_ok=True)
+    upright.transpose(undo).save(path, exif=exif)
+    return path
+
+
+def white_part(image: Image.Image) -> list[int]:
+    rows, columns = np.nonzero(np.asarray(image)[..., 0] > 127)
+    return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_boxes_turn_with_a_picture_if_the_declared_size_is_that_of_the_stored_one(orientation, suffix, tmp_path):
+    upright = Image.new("RGB", (24, 40))
+    upright.paste("white", (3, 8, 10, 31))
+    path = store(tmp_path / f"a.{suffix}", upright, orientation)
+    stored = np.asarray(upright.transpose({5: 5, 6: 2, 7: 6, 8: 4}[orientation]))
+    lying, standing = white_part(Image.fromarray(stored)), [3, 8, 10, 31]
+    for size, box, num_turned in [((40, 24), lying, 1), ((24, 40), standing, 0)]:
+        content = coco_content({path.name: (size, [("cat", tuple(map(int, box)))])})
+        write_text(tmp_path / "train.json", json.dumps(content))
+        report = DataReport()
+        train = read_coco(tmp_path, {"train": "train.json"}, val_fraction=0, report=report, strict=True)["train"]
+        assert train.sizes == ((40, 24),)
+        assert train.boxes[0].tolist() == [standing]
+        assert white_part(train.read(0)) == standing
+        assert report.counts[Finding.TURNED] == num_turned
+
+
+def test_without_a_declared_size_or_with_equal_sides_boxes_are_upright(tmp_path):
+    store(tmp_path / "a.png", Image.new("RGB", (24, 40)), 6)
+    store(tmp_path / "b.png", Image.new("RGB", (24, 24)), 6)
+    store(tmp_path / "c.png", Image.new("RGB", (24, 40)), 3)
+    boxes = [("cat", (3, 8, 10, 20))]
+    content = coco_content({"a.png": ((0, 0), boxes), "b.png": ((24, 24), boxes), "c.png": ((24, 40), boxes)})
+    write_text(tmp_path / "train.json", json.dumps(content))
+    train = read_coco(tmp_path, {"train": "train.json"}, val_fraction=0, strict=True)["train"]
+    assert train.sizes == ((40, 24), (24, 24), (40, 24))
+    assert all(array.tolist() == [[3, 8, 10, 20]] for array in train.boxes)
+
+
+def test_yolo_fractions_are_of_the_upright_picture(tmp_path):
+    write_yolo(tmp_path, {"train": {"a.png": ((24, 40), [("cat", (3, 10, 12, 20))])}})
+    store(tmp_path / "images" / "train" / "a.png", Image.new("RGB", (24, 40)), 6)
+    assert read_yolo(tmp_path, val_fraction=0)["train"].boxes[0].tolist() == [[3, 10, 12, 20]]
+
+
+def test_a_picture_whose_exif_data_cannot_be_read_is_left_out(tmp_path):
+    write_coco(tmp_path)
+    Image.new("RGB", (32, 64)).save(tmp_path / "train2017" / "b.png", exif=b"Exif\x00\x00nothing")
+    report = DataReport()
+    assert len(read_coco(tmp_path, report=report)["train"]) == 2
+    assert "b.png: broken EXIF data (not a TIFF" in report.first[Finding.UNREADABLE]
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def test_a_picture_that_is_not_of_the_size_its_boxes_are_for_is_refused(tmp_path):
+    train = read_coco(write_coco(tmp_path))["train"]
+    draw_image(train.paths[0], (65, 32))
+    with pytest.raises(ImageError, match=r"a\.png: 65 x 32 pixels, but its boxes are for 64 x 32; was it changed"):
+        train.read(0)
+    draw_image(train.paths[1], (32, 64))
+    content = train.paths[1].read_bytes()
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    late = content[:-12] + png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\x00\x00")) + content[-12:]
+    train.paths[1].write_bytes(late)
+    with pytest.raises(ImageError, match=r"b\.png: 64 x 32 pixels, but its boxes are for 32 x 64"):
+        read_coco(tmp_path)["train"].read(1)
+
+
+@settings(max_examples=50, derandomize=True, deadline=None)
+@given(data=st.data(), orientation=st.sampled_from([5, 6, 7, 8]), height=st.integers(3, 40), width=st.integers(3, 40))
+def test_a_box_turns_with_its_pixels_and_keeps_its_class(data, orientation, height, width, tmp_path_factory):
+    x1, y1 = data.draw(st.integers(0, width - 2)), data.draw(st.integers(0, height - 2))
+    x2, y2 = data.draw(st.integers(x1 + 1, width)), data.draw(st.integers(y1 + 1, height))
+    label = data.draw(st.sampled_from(["cat", "dog"]))
+    upright = Image.new("RGB", (width, height))
+    upright.paste("white", (x1, y1, x2, y2))
+    root = tmp_path_factory.mktemp("turned")
+    path = store(root / "a.png", upright, orientation)
+    with Image.open(path) as image:
+        stored_size, lying = image.size, white_part(image.convert("RGB"))
+    content = coco_content({"a.png": (stored_size, [(label, tuple(map(int, lying)))])})
+    write_text(root / "train.json", json.dumps(content))
+    train = read_coco(root, {"train": "train.json"}, val_fraction=0)["train"]
+    assert train.sizes == ((height, width),)
+    # A square one tells nothing of how its boxes were meant: they are taken as upright.
+    assert train.boxes[0].tolist() == [[x1, y1, x2, y2] if height != width else lying]
+    assert [train.classes[index] for index in train.labels[0]] == [label]
+    assert train.labels[0].dtype == np.int64

@@ -1,0 +1,170 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers import CLASSES, TRUTH, write_coco, write_roboflow, write_text, write_voc, write_yolo
+from vpt.data.readers.box_checks import DataReport, Finding
+from vpt.data.readers.boxes import find_forms, read_detection
+from vpt.data.readers.coco import read_coco
+from vpt.data.readers.voc import read_voc
+from vpt.data.readers.yolo import read_yolo
+
+# Width and height of each picture, and its boxes: a class, and whole numbers, since VOC files have no others.
+
+
+WRITERS = {"coco": write_coco, "roboflow": write_roboflow, "yolo": write_yolo, "voc": write_voc}
+
+
+def assert_same(ours: np.ndarray, theirs: list, dtype: type) -> None:
+    assert ours.dtype == dtype
+    assert ours.tolist() == theirs
+
+
+# All forms
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_every_form_reads_to_the_same_records(layout, tmp_path):
+    report = DataReport()
+    splits = read_detection(WRITERS[layout](tmp_path), report=report, strict=True)
+    assert list(splits) == ["train", "val", "test"]
+    for split, samples in splits.items():
+        assert samples.classes == CLASSES
+        assert [Path(name).name for name in samples.names] == list(TRUTH[split])
+        assert all(tmp_path / name == path for name, path in zip(samples.names, samples.paths, strict=True))
+        for i, ((width, height), boxes) in enumerate(TRUTH[split].values()):
+            assert samples.sizes[i] == (height, width)
+            assert samples.read(i).size == (width, height)
+            assert_same(samples.boxes[i], [list(box) for _, box in boxes], np.float32)
+            assert samples.boxes[i].shape == (len(boxes), 4)
+            assert_same(samples.labels[i], [CLASSES.index(label) for label, _ in boxes], np.int64)
+            assert_same(samples.crowd[i], [False] * len(boxes), np.bool_)
+    assert report.counts == {Finding.BACKGROUND: 1}
+    assert report.lines()[:3] == [
+        "train: 3 pictures, 3 boxes, 2 classes",
+        "val: 1 pictures, 1 boxes, 2 classes",
+        "test: 1 pictures, 2 boxes, 2 classes",
+    ]
+    assert len(report.lines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("layout", "category_ids", "image_ids"),
+    [
+        ("coco", (3, 17), (100, 101, 102)),
+        ("roboflow", (3, 17), (100, 101, 102)),
+        ("yolo", (0, 1), (1, 2, 3)),
+        ("voc", (1, 2), (1, 2, 3)),
+    ],
+)
+def test_records_keep_the_numbers_of_their_source(layout, category_ids, image_ids, tmp_path):
+    train = read_detection(WRITERS[layout](tmp_path))["train"]
+    assert train.category_ids == category_ids
+    assert train.image_ids == image_ids
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
+def test_a_form_is_found_or_named(form, tmp_path):
+    WRITERS[form](tmp_path)
+    assert find_forms(tmp_path) == [form]
+    assert len(read_detection(tmp_path, form=form)["train"]) == 3
+
+
+def test_two_forms_in_one_folder_must_be_told_apart(tmp_path):
+    write_yolo(write_coco(tmp_path))
+    with pytest.raises(ValueError, match=r"has data in the forms coco and yolo; choose one, as in dataset\.form=coco"):
+        read_detection(tmp_path)
+    assert read_detection(tmp_path, form="yolo")["train"].category_ids == (0, 1)
+
+
+def test_no_form_at_all_is_refused_with_what_was_looked_for_and_where_it_is(tmp_path):
+    with pytest.raises(ValueError, match=r"coco: annotations/.*yolo: data\.yaml.*voc: Annotations/"):
+        read_detection(tmp_path)
+    write_voc(tmp_path / "VOC2007")
+    with pytest.raises(ValueError, match=r"did you mean dataset\.root=.*/VOC2007\?"):
+        read_detection(tmp_path)
+    with pytest.raises(ValueError, match=r"dataset\.root=.*/nothing is no folder"):
+        read_detection(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"dataset\.form=pascal; allowed: auto, coco, yolo, voc"):
+        read_detection(tmp_path, form="pascal")
+
+
+@pytest.mark.parametrize(("form", "what"), [("coco", "annotations/"), ("yolo", "data.yaml"), ("voc", "JPEGImages/")])
+def test_a_named_form_that_is_not_there_is_refused(form, what, tmp_path):
+    with pytest.raises(ValueError, match=rf"nothing found; looked for .*{what}"):
+        read_detection(tmp_path, form=form)
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
+def test_a_set_without_train_is_refused(form, tmp_path):
+    WRITERS[form](tmp_path, {"val": TRUTH["val"]})
+    with pytest.raises(ValueError, match="val but no train found; looked for"):
+        read_detection(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
+def test_a_picture_of_two_splits_is_refused(form, tmp_path):
+    WRITERS[form](tmp_path)
+    if form == "coco":
+        copy = tmp_path / "annotations" / "instances_val2017.json"
+        copy.write_text((tmp_path / "annotations" / "instances_train2017.json").read_text())
+        for path in (tmp_path / "train2017").iterdir():
+            path.rename(tmp_path / path.name)
+    elif form == "yolo":
+        write_text(tmp_path / "data.yaml", "train: images/train\nval: images/train\nnames: [cat, dog]\n")
+    else:
+        write_text(tmp_path / "ImageSets" / "Main" / "val.txt", "d\na\n")
+    with pytest.raises(ValueError, match=r"a\.png is there twice, first at .*; keep one of them"):
+        read_detection(tmp_path)
+
+
+def test_train_without_pictures_or_without_boxes_is_refused_with_what_was_found(tmp_path):
+    write_coco(tmp_path, {"train": {"a.png": ((8, 8), [("cat", (0, 0, 0, 0))])}})
+    with pytest.raises(ValueError, match=r"train has no box that can be used; boxes with a side below 1 px: 1"):
+        read_coco(tmp_path)
+    (tmp_path / "train2017" / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"train has no picture that can be used; pictures that are not there: 1"):
+        read_coco(tmp_path)
+
+
+# Splits
+
+
+def many(num: int) -> dict:
+    return {"train": {f"{i:02}.png": ((8, 8), [("cat", (1, 1, 5, 5))]) for i in range(num)}}
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
+def test_missing_splits_are_split_off_train_by_name(form, tmp_path):
+    WRITERS[form](tmp_path, many(20))
+    splits = read_detection(tmp_path, val_fraction=0.4, test_fraction=0.4, seed=1)
+    assert {split: len(samples) for split, samples in splits.items()} == {"train": 4, "val": 8, "test": 8}
+    names = {split: set(samples.names) for split, samples in splits.items()}
+    assert len(set.union(*names.values())) == 20
+    again = read_detection(tmp_path, val_fraction=0.4, test_fraction=0.4, seed=1)
+    assert {split: set(samples.names) for split, samples in again.items()} == names
+    assert set(read_detection(tmp_path, val_fraction=0.4, seed=2)["val"].names) != names["val"]
+
+
+def test_one_picture_less_moves_at_most_one_other(tmp_path):
+    pictures = many(20)["train"]
+    before = set(read_yolo(write_yolo(tmp_path / "all", {"train": pictures}))["val"].names)
+    del pictures["00.png"]
+    after = set(read_yolo(write_yolo(tmp_path / "less", {"train": pictures}))["val"].names)
+    assert len(before - after) <= 1
+
+
+def test_given_splits_stay_and_none_is_made_without_a_fraction(tmp_path):
+    write_coco(tmp_path)
+    assert len(read_coco(tmp_path, val_fraction=0.5, test_fraction=0.5 - 1e-9)["train"]) == 3
+    write_voc(tmp_path / "voc", many(4))
+    assert list(read_voc(tmp_path / "voc", val_fraction=0)) == ["train"]
+
+
+def test_fractions_out_of_range_and_a_train_too_small_are_refused(tmp_path):
+    write_coco(tmp_path, many(1))
+    with pytest.raises(ValueError, match=r"dataset\.val_fraction=0\.6, test_fraction=0\.4; allowed"):
+        read_coco(tmp_path, val_fraction=0.6, test_fraction=0.4)
+    with pytest.raises(ValueError, match="train has one picture, so no val can be split off"):
+        read_coco(tmp_path)

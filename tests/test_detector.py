@@ -1,0 +1,323 @@
+"""DetectionModel: a pyramid and a head on a prompted backbone, by torchvision's convention."""
+
+import json
+
+import pytest
+import timm
+import torch
+from torchvision.ops import box_iou
+
+from tests.helpers import make_tiny_vit
+from vpt.models.backbone import PromptedViT
+from vpt.models.detector import HEADS, DetectionModel, Selection, resolve_taps
+from vpt.models.heads.pyramid import FeaturePyramid, default_strides
+
+
+def make_model(kind="cls", prompt="deep", **options):
+    torch.manual_seed(0)
+    vit = make_tiny_vit(kind, img_size=64)
+    backbone = PromptedViT(vit, prompt, num_tokens=2)
+    return DetectionModel(backbone, **{"num_classes": 3, "channels": 32, "num_convs": 1} | options)
+
+
+def make_targets(*boxes):
+    return [
+        {"boxes": torch.tensor(b, dtype=torch.float32).reshape(-1, 4), "labels": torch.arange(len(b)) % 3}
+        for b in boxes
+    ]
+
+
+@pytest.mark.parametrize("prompt", ["deep", "kv", "shallow", None])
+@pytest.mark.parametrize("kind", ["cls", "no_prefix", "rope_with_cls_and_4_registers", "relative_position_bias"])
+def test_losses_in_train_mode_reach_exactly_what_trains(kind, prompt):
+    model = make_model(kind, prompt).train()
+    losses = model(torch.randn(2, 3, 64, 64), make_targets([[4, 4, 40, 40], [10, 20, 30, 60]], []))
+    assert set(losses) == {"class", "box"}
+    sum(losses.values()).backward()
+    trained = {
+        name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
+    assert trained == {"backbone", "pyramid", "head"} - (set() if prompt else {"backbone"})
+    assert all(p.grad is None for p in model.backbone.vit.parameters())
+
+
+def test_detections_in_eval_mode_are_boxes_in_the_image_the_best_first_and_not_twice():
+    model = make_model().eval()
+    torch.nn.init.normal_(model.head.class_logits.weight, std=0.3)
+    found = model(torch.randn(2, 3, 64, 64))
+    assert len(found) == 2
+    for one in found:
+        assert 0 < len(one["boxes"]) == len(one["scores"]) == len(one["labels"]) <= model.selection.max_detections
+        assert ((one["boxes"] >= 0) & (one["boxes"] <= 64)).all()
+        assert (one["scores"].diff() <= 0).all()
+        assert (one["scores"] > model.selection.min_score).all()
+        for label in one["labels"].unique():
+            same = one["boxes"][one["labels"] == label]
+            assert (box_iou(same, same).fill_diagonal_(0) <= model.selection.max_overlap).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_trains_with_the_pyramid_and_the_prompt_and_nothing_else_does(head):
+    model = make_model(head=head).train()
+    losses = model(torch.randn(2, 3, 64, 64), make_targets([[4, 4, 40, 40], [10, 20, 30, 60]], []))
+    assert set(losses) == {"class", "box"} | ({"rpn_class", "rpn_box"} if head == "fasterrcnn" else set())
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        is_tuned = not name.startswith("backbone.vit.")
+        assert parameter.requires_grad == is_tuned
+        assert (parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)) == is_tuned, name
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_detection_model_and_its_layout_make_each_other(head):
+    options = {"head": head, "taps": [0, -1], "channels": 16, "strides": (16, 32), "num_convs": 3}
+    model = make_model(classes=("ant", "bee", "cat"), category_ids=[7, 3, 90], **options)
+    layout = json.loads(json.dumps(model.layout))
+    assert layout == options | {"taps": [0, 2], "strides": [16, 32]}
+    again = DetectionModel(model.backbone, 3, classes=model.classes, **layout)
+    again.load_state_dict(model.state_dict())
+    assert again.layout == layout
+    assert repr(again) == repr(model)
+    assert make_model(head=head, num_convs=None).layout["num_convs"] == {"retinanet": 4}.get(head, 2)
+    assert (model.category_ids, again.category_ids) == ((7, 3, 90), None)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_detections_with_losses_are_those_of_separate_passes_and_pass_the_backbone_once(head, monkeypatch):
+    model = make_model(head=head).eval()
+    model.selection = Selection(min_score=0.001)
+    images, targets = torch.randn(2, 3, 64, 64), make_targets([[4, 4, 40, 40]], [])
+    passes = []
+    feature_maps = model.backbone.feature_maps
+    monkeypatch.setattr(model.backbone, "feature_maps", lambda *given: passes.append(1) or feature_maps(*given))
+    with torch.inference_mode():
+        found, losses = model.detect_with_losses(images, targets)
+        assert len(passes) == 1
+        assert sum(len(one["boxes"]) for one in found) > 0
+        for one, alone in zip(found, model(images), strict=True):
+            assert all(torch.equal(one[name], alone[name]) for name in ("boxes", "scores", "labels"))
+    in_train_mode = model.train()(images, targets)
+    if head == "fasterrcnn":  # draws anchors and regions, in train mode only
+        assert losses == {}
+    else:
+        assert losses.keys() == in_train_mode.keys()
+        assert all(losses[name].item() == pytest.approx(in_train_mode[name].item(), rel=1e-5) for name in losses)
+    with pytest.raises(ValueError, match=r"for evaluation; call model\.eval\(\) first"):
+        model.detect_with_losses(images, targets)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_training_goes_on_after_an_evaluation_in_inference_mode(head):
+    model = make_model(head=head).eval()
+    images, targets = torch.randn(1, 3, 64, 64), make_targets([[4, 4, 40, 40]])
+    with torch.inference_mode():
+        model.detect_with_losses(images, targets)
+    sum(model.train()(images, targets).values()).backward()
+    assert model.backbone.prompt.tokens.grad.abs().sum() > 0
+
+
+def eager_model(head):
+    """A new model of which every class is likely somewhere, so that there is a choice to be made."""
+    model = make_model(head=head).eval()
+    for layer in model.head.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            torch.nn.init.normal_(layer.weight, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_selects_when_it_is_called(head):
+    model, images = eager_model(head), torch.randn(2, 3, 64, 64)
+    model.selection = Selection(min_score=0.01, max_overlap=0.9, max_detections=10_000)
+    many = model(images)
+    scores = torch.cat([one["scores"] for one in many])
+    assert scores.min() > 0.01
+    assert all((one["boxes"][:, 2:] > one["boxes"][:, :2]).all() for one in many)
+    assert set(torch.cat([one["labels"] for one in many]).tolist()) == {0, 1, 2}
+    middle = scores.median().item()
+
+    model.selection = Selection(min_score=middle, max_overlap=0.9, max_detections=10_000)
+    for one, all_of_it in zip(model(images), many, strict=True):
+        torch.testing.assert_close(one["scores"], all_of_it["scores"][all_of_it["scores"] > middle])
+
+    model.selection = Selection(min_score=0.01, max_overlap=0.3)
+    for one in model(images):
+        assert 0 < len(one["boxes"]) <= 100
+        for label in one["labels"].unique():
+            same = one["boxes"][one["labels"] == label]
+            assert (box_iou(same, same).fill_diagonal_(0) <= 0.3).all()
+
+    model.selection = Selection(min_score=0.01, max_overlap=0.9, max_detections=4, labels=(0, 2))
+    for one, all_of_it in zip(model(images), many, strict=True):
+        is_wanted = all_of_it["labels"] != 1
+        assert torch.equal(one["labels"], all_of_it["labels"][is_wanted][:4])
+        torch.testing.assert_close(one["boxes"], all_of_it["boxes"][is_wanted][:4])
+        torch.testing.assert_close(one["scores"], all_of_it["scores"][is_wanted][:4])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_score": 1.0}, "min_score must be at least 0 and below 1, got 1.0"),
+        ({"min_score": -0.1}, "min_score must be"),
+        ({"max_overlap": 0.0}, "max_overlap must be above 0 and at most 1, got 0.0"),
+        ({"max_detections": 0}, "max_detections must be at least 1, got 0"),
+        ({"labels": ()}, "labels must be one class or more"),
+        ({"labels": (0, -1)}, r"labels must be .* got \(0, -1\)"),
+    ],
+)
+def test_a_selection_out_of_range_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Selection(**options)
+
+
+def test_a_selection_of_a_class_that_the_model_has_not_is_refused():
+    model = make_model()
+    with pytest.raises(ValueError, match=r"labels must be 0 to 2, got \(1, 3\)"):
+        model.selection = Selection(labels=(1, 3))
+    assert model.selection == Selection()
+
+
+def test_heads_names_and_ids_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"head\.name must be one of dense, retinanet, fasterrcnn, got 'detr'"):
+        make_model(head="detr")
+    with pytest.raises(ValueError, match="2 class names for num_classes=3"):
+        make_model(classes=["ant", "bee"])
+    with pytest.raises(ValueError, match="4 category ids for num_classes=3"):
+        make_model(category_ids=[1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_train_mode_without_targets_is_refused(head):
+    with pytest.raises(ValueError, match=r"needs targets; call model\.eval\(\) to detect"):
+        make_model(head=head).train()(torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("patch", "strides"), [(16, (8, 16, 32)), (14, (7, 14, 28)), (8, (8, 16, 32)), (32, (8, 16, 32))]
+)
+def test_levels_have_the_strides_that_are_nearest_to_8_16_and_32(patch, strides):
+    assert default_strides(patch) == strides
+    pyramid = FeaturePyramid(16, num_taps=1, patch_size=patch, channels=16, strides=strides)
+    side = 4 * 32 // patch if patch != 14 else 8
+    levels = pyramid([torch.zeros(1, 16, side, side)])
+    assert [level.shape[-1] * stride for level, stride in zip(levels, strides, strict=True)] == [side * patch] * 3
+
+
+def test_a_stride_that_cannot_be_reached_is_refused():
+    with pytest.raises(ValueError, match=r"head\.strides: 12 cannot be reached from patches of 8 px"):
+        make_model(strides=(8, 12))
+
+
+def test_taps_are_the_last_blocks_of_each_quarter_or_the_last_one_or_a_list():
+    assert resolve_taps("quarters", 24) == (5, 11, 17, 23)
+    assert resolve_taps("quarters", 3) == (0, 1, 2)
+    assert resolve_taps("last", 12) == (11,)
+    assert resolve_taps([0, -1], 12) == (0, 11)
+    with pytest.raises(ValueError, match="the backbone has blocks 0 to 11"):
+        resolve_taps([12], 12)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_backbone_in_bfloat16_trains_a_float32_pyramid_and_head(head):
+    vit = make_tiny_vit(img_size=64).bfloat16()
+    model = DetectionModel(PromptedViT(vit, "deep"), num_classes=3, channels=32, head=head).train()
+    images = torch.randn(1, 3, 64, 64)
+    assert {level.dtype for level in model.levels(images)} == {torch.float32}
+    losses = model(images, make_targets([[4, 4, 40, 40]]))
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    sum(losses.values()).backward()
+    assert model.backbone.prompt.tokens.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_losses_and_detections_are_float32_under_autocast(head):
+    model, images = make_model(head=head), torch.randn(2, 3, 64, 64)
+    model.selection = Selection(min_score=0.001)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.train()(images, make_targets([[4, 4, 40, 40]], []))
+        found = model.eval()(images)
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    assert {one[name].dtype for one in found for name in ("boxes", "scores")} == {torch.float32}
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def learn_pictures(num, num_steps, **options):
+    """Squares of three colours on noise: a model that was trained on them, the pictures and their targets."""
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_nano_patch8_64", pretrained=True, num_classes=0)
+    backbone = PromptedViT(vit, "deep", num_tokens=4)
+    model = DetectionModel(backbone, num_classes=3, channels=32, num_convs=1, **options).train()
+    images = 0.1 * torch.randn(num, 3, 64, 64)
+    targets = make_targets(*([[4, 4, 28, 28], [34, 20, 60, 50]] for _ in range(num)))
+    for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+        target["labels"] = torch.tensor([i % 3, (i + 1) % 3])
+        for (x1, y1, x2, y2), label in zip(target["boxes"].int().tolist(), target["labels"], strict=True):
+            image[label, y1:y2, x1:x2] += 2
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(num_steps):
+        loss = sum(model(images, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval(), images, targets
+
+
+@pytest.mark.slow
+def test_four_pictures_are_learned():
+    """Every box is found with the right class, and nothing else."""
+    model, images, targets = learn_pictures(num=4, num_steps=80)
+    with torch.no_grad():
+        for found, target in zip(model(images), targets, strict=True):
+            sure = found["scores"] > 0.5
+            overlaps = box_iou(target["boxes"], found["boxes"][sure])
+            assert overlaps.shape == (2, 2)
+            assert (overlaps.max(dim=1).values > 0.8).all()
+            assert torch.equal(found["labels"][sure][overlaps.argmax(dim=1)], target["labels"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["retinanet", "fasterrcnn"])
+def test_two_pictures_are_learned_by_the_heads_of_torchvision(head):
+    """The best box of each class is the true one, no other class is likely, and class 0 is a class like the others."""
+    model, images, targets = learn_pictures(num=2, num_steps=60, head=head)
+    with torch.no_grad():
+        for found, target in zip(model(images), targets, strict=True):
+            sure = found["scores"] > 0.5
+            assert set(found["labels"][sure].tolist()) == set(target["labels"].tolist())
+            for box, label in zip(target["boxes"], target["labels"], strict=True):
+                best = found["boxes"][found["labels"] == label][:1]
+                assert box_iou(box[None], best).item() > 0.7
+    assert any(0 in target["labels"] for target in targets)
+
+
+@pytest.mark.parametrize("head", sorted(HEADS))
+def test_boxes_end_where_the_picture_in_an_image_ends(head):
+    torch.manual_seed(0)
+    model = make_model(head=head).eval()
+    model.selection = Selection(min_score=0.0, max_overlap=1.0, max_detections=10_000)
+    images = torch.randn(2, 3, 64, 64)
+    whole, part = model(images), model(images, sizes=[(64, 64), (20, 64)])
+    assert (whole[1]["boxes"][:, 3] > 20).any()
+    torch.testing.assert_close(part[0], whole[0])
+    assert (part[1]["boxes"][:, 3] <= 20).all()
+    for found in (*whole, *part):
+        assert (found["boxes"][:, 2:] > found["boxes"][:, :2]).all()
+        assert len(found["boxes"]) > 0
+    _, losses = model.detect_with_losses(images, make_targets([[1, 1, 9, 9]], []), [(64, 64), (20, 64)])
+    assert set(losses) == (set() if head == "fasterrcnn" else {"class", "box"})
+
+
+def test_images_that_are_no_whole_cells_of_the_largest_stride_are_refused():
+    with pytest.raises(ValueError, match=r"72 x 72 px are not whole cells of 32 px.*backbone\.img_size=64 or 96"):
+        DetectionModel(PromptedViT(make_tiny_vit(img_size=72)), num_classes=1, channels=32)
+    free = DetectionModel(PromptedViT(make_tiny_vit(dynamic_img_size=True)), num_classes=1, channels=32).eval()
+    assert len(free(torch.zeros(1, 3, 32, 64))) == 1
+    with pytest.raises(ValueError, match="40 x 64 px are not whole cells"):
+        free(torch.zeros(1, 3, 40, 64))
+
+
+def test_a_tap_that_is_no_block_is_refused_by_its_key():
+    with pytest.raises(ValueError, match=r"head\.taps=\[99\]: the backbone has blocks 0 to 2"):
+        make_model(taps=[99])

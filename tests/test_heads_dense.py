@@ -1,0 +1,152 @@
+"""The dense head: which point learns which box, and the losses, against plain readings of the formulas."""
+
+import math
+
+import pytest
+import torch
+
+from vpt.models.heads.dense import DenseHead, assign, dense_losses, level_points
+
+
+def levels_of(size=64, strides=(8, 16), channels=32, batch_size=2):
+    return [torch.randn(batch_size, channels, size // stride, size // stride) for stride in strides]
+
+
+def assign_to(boxes, labels=None, crowd=None, said=None, scores=None):
+    """Assign boxes to the 64 points of an 8 x 8 level of stride 8; the points say the boxes `said`, or small ones."""
+    points = level_points((8, 8), 8, torch.device("cpu"))
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    labels = torch.zeros(len(boxes), dtype=torch.long) if labels is None else torch.tensor(labels)
+    crowd = torch.zeros(len(boxes), dtype=torch.bool) if crowd is None else torch.tensor(crowd)
+    said = torch.cat([points - 4, points + 4], dim=1) if said is None else said
+    scores = torch.full((64, 3), 0.5) if scores is None else scores
+    return points, assign(points, scores, said, boxes, labels, crowd)
+
+
+def test_points_are_the_centres_of_cells_row_by_row():
+    points = level_points((2, 3), 8, torch.device("cpu"))
+    assert points.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12]]
+
+
+def test_a_box_takes_the_ten_points_inside_it_that_fit_best():
+    points, found = assign_to(
+        [[0, 0, 64, 64]], said=torch.tensor([[0.0, 0, 64, 64]]).repeat(64, 1) - torch.arange(64)[:, None]
+    )
+    taken = (found.box == 0).nonzero()[:, 0]
+    assert taken.tolist() == list(range(10))
+    assert found.overlap[0] == 1
+    assert (found.overlap[10:] == 0).all()
+    assert (points[taken] > 0).all()
+
+
+def test_scores_and_overlaps_decide_together():
+    scores = torch.full((64, 3), 0.01)
+    scores[20:30, 1] = 0.9
+    _, found = assign_to(
+        [[0, 0, 64, 64]], labels=[1], said=torch.tensor([[0.0, 0, 60, 60]]).repeat(64, 1), scores=scores
+    )
+    assert (found.box == 0).nonzero()[:, 0].tolist() == list(range(20, 30))
+
+
+def test_a_point_that_two_boxes_want_goes_to_the_one_that_it_overlaps_most():
+    _, found = assign_to([[0, 0, 64, 64], [0, 0, 16, 16]])  # points say boxes of 8 px
+    assert found.box[0] == 1
+    assert set(found.box.tolist()) == {-1, 0, 1}
+
+
+@pytest.mark.parametrize("box", [[7.5, 7.5, 8.5, 8.5], [0, 0, 1, 1], [63, 63, 64, 64]])
+def test_a_box_without_a_point_inside_takes_the_nearest_one(box):
+    points, found = assign_to([box])
+    (taken,) = (found.box == 0).nonzero()[:, 0].tolist()
+    centre = torch.tensor([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])
+    assert (points[taken] - centre).norm() == (points - centre).norm(dim=1).min()
+
+
+def test_every_box_trains_even_where_many_lie_in_one_cell():
+    boxes = [[3 + 0.01 * i, 3, 5, 5] for i in range(20)]
+    _, found = assign_to(boxes)
+    assert set(found.box.tolist()) == {-1, *range(20)}
+
+
+def test_crowds_take_no_point_and_what_lies_in_them_teaches_no_class():
+    points, found = assign_to([[0, 0, 32, 32], [40, 40, 56, 56]], crowd=[True, False])
+    inside = (points < 32).all(dim=1)
+    assert set(found.box.tolist()) == {-1, 1}
+    assert torch.equal(found.is_ignored, inside)
+    _, found = assign_to([[0, 0, 32, 32]], crowd=[True])
+    assert (found.box == -1).all()
+
+
+def targets_of(*boxes, num_classes=3):
+    return [
+        {"boxes": torch.tensor(b, dtype=torch.float32).reshape(-1, 4), "labels": torch.arange(len(b)) % num_classes}
+        for b in boxes
+    ]
+
+
+def test_the_losses_are_those_of_their_formulas():
+    torch.manual_seed(0)
+    points = level_points((8, 8), 8, torch.device("cpu"))
+    logits, boxes = torch.randn(1, 64, 3), torch.cat([points - 6, points + 5], dim=1)[None]
+    targets = targets_of([[4, 4, 30, 30], [20, 24, 60, 60]])
+    losses = dense_losses(points, logits, boxes, targets)
+    crowd = torch.zeros(2, dtype=torch.bool)
+    found = assign(points, logits[0].sigmoid(), boxes[0], targets[0]["boxes"], targets[0]["labels"], crowd)
+    total_class, total_box, num = 0.0, 0.0, 0
+    for point in range(64):
+        for label in range(3):
+            probability = 1 / (1 + math.exp(-logits[0, point, label].item()))
+            index = found.box[point].item()
+            wanted = found.overlap[point].item() if index >= 0 and targets[0]["labels"][index] == label else 0.0
+            entropy = -wanted * math.log(probability) - (1 - wanted) * math.log(1 - probability)
+            total_class += (wanted - probability) ** 2 * entropy
+        if found.box[point] >= 0:
+            a, b = boxes[0, point].tolist(), targets[0]["boxes"][found.box[point]].tolist()
+            overlap = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+            union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - overlap
+            hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+            total_box += 1 - overlap / union + (hull - union) / hull
+            num += 1
+    assert losses["class"].item() == pytest.approx(total_class / num, rel=1e-4)
+    assert losses["box"].item() == pytest.approx(total_box / num, rel=1e-4)
+
+
+@pytest.mark.parametrize("boxes", [([], []), ([], [[4, 4, 20, 20]])])
+def test_batches_with_images_without_boxes_have_finite_losses_and_gradients(boxes):
+    head = DenseHead(32, 3, strides=(8, 16))
+    levels = levels_of()
+    losses = dense_losses(head.points(levels), *head(levels), targets_of(*boxes))
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert all(torch.isfinite(p.grad).all() for p in head.parameters() if p.grad is not None)
+    assert head.class_logits.bias.grad.abs().sum() > 0
+
+
+def test_losses_are_computed_in_float32_under_autocast():
+    head = DenseHead(32, 3, strides=(8, 16))
+    levels = levels_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = dense_losses(head.points(levels), *head(levels), targets_of([[4, 4, 20, 20]], []))
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+
+
+def test_a_new_head_says_one_percent_for_each_class_and_towers_are_shared_by_the_levels():
+    head = DenseHead(32, 3, strides=(8, 16))
+    logits, boxes = head([torch.zeros_like(level) for level in levels_of()])
+    assert logits.shape == (2, 64 + 16, 3)
+    torch.testing.assert_close(logits.sigmoid(), torch.full_like(logits, 0.01))
+    sides = boxes[..., 2:] - boxes[..., :2]
+    torch.testing.assert_close(sides[:, :64], torch.full_like(sides[:, :64], 2 * 3 * 8))
+    torch.testing.assert_close(sides[:, 64:], torch.full_like(sides[:, 64:], 2 * 3 * 16))
+    assert sum(p.numel() for p in DenseHead(64, 3, (8, 16)).parameters()) == pytest.approx(
+        sum(p.numel() for p in DenseHead(64, 3, (8, 16, 32)).parameters()), abs=1
+    )
+
+
+def test_with_more_boxes_than_points_no_box_takes_the_point_of_another():
+    points = torch.tensor([[4.0, 4.0], [12.0, 4.0]])
+    targets = torch.tensor([[0.0, 0, 1, 1], [14.0, 0, 15, 1], [6.0, 6, 7, 7]])
+    found = assign(
+        points, torch.full((2, 1), 0.5), targets[:2] + 2, targets, torch.zeros(3, dtype=torch.long), torch.zeros(3) > 0
+    )
+    assert found.box.tolist() == [0, 1]

@@ -1,0 +1,272 @@
+"""RetinaNet and Faster R-CNN of torchvision on a pyramid: where anchors lie, what they learn, how labels travel."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torchvision.ops import box_iou, roi_align
+
+from vpt.models.heads.dense import DenseHead, Selection
+from vpt.models.heads.torchvision import FasterRCNNHead, PyramidAnchors, RetinaNetHead, without_crowds
+
+KINDS = [RetinaNetHead, FasterRCNNHead]
+STRIDES = (8, 16, 32)
+
+
+def levels_of(size=64, strides=STRIDES, channels=16, batch_size=2):
+    return [torch.randn(batch_size, channels, size // stride, size // stride) for stride in strides]
+
+
+def target_of(boxes, labels=None, crowd=None):
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    labels = torch.zeros(len(boxes), dtype=torch.long) if labels is None else torch.tensor(labels)
+    return {"boxes": boxes, "labels": labels} | ({} if crowd is None else {"crowd": torch.tensor(crowd)})
+
+
+def make_head(kind, num_classes=3, strides=STRIDES, **options):
+    torch.manual_seed(0)
+    return kind(16, num_classes, strides, **options)
+
+
+@pytest.mark.parametrize(
+    "make_anchors",
+    [
+        lambda strides: PyramidAnchors(strides),
+        lambda strides: make_head(RetinaNetHead, strides=strides).retinanet.anchor_generator,
+        lambda strides: make_head(FasterRCNNHead, strides=strides).rpn.anchor_generator,
+    ],
+)
+@pytest.mark.parametrize(("size", "strides"), [(64, STRIDES), (96, STRIDES), (84, (7, 14, 28)), (72, STRIDES)])
+def test_anchors_are_centred_on_cells_at_the_strides_of_the_pyramid(size, strides, make_anchors):
+    generator = make_anchors(strides)
+    by_level = generator.of_levels(levels_of(size, strides))
+    for anchors, stride, num in zip(by_level, strides, generator.num_anchors_per_location(), strict=True):
+        side = size // stride
+        centres = ((anchors[:, :2] + anchors[:, 2:]) / 2).reshape(side, side, num, 2)
+        for row in range(side):
+            for column in range(side):
+                x, y = (column + 0.5) * stride, (row + 0.5) * stride
+                assert (centres[row, column] == torch.tensor([x, y])).all()
+        sides = (anchors[:, 2:] - anchors[:, :2]).prod(dim=1).sqrt()
+        assert sides.min().item() == pytest.approx(4 * stride, rel=0.03)
+        assert sides.max().item() < 8 * stride
+
+
+def test_anchors_of_a_wide_image_lie_row_by_row():
+    (anchors,) = PyramidAnchors((8,)).of_levels([torch.zeros(1, 16, 2, 3)])
+    centres = ((anchors[:, :2] + anchors[:, 2:]) / 2)[::3]
+    assert centres.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12]]
+
+
+@pytest.mark.parametrize("kind", [DenseHead, *KINDS])
+def test_detections_are_cut_to_the_height_and_the_width_of_a_wide_image(kind):
+    head = make_head(kind).eval()
+    levels = [torch.randn(2, 16, 64 // stride, 128 // stride) for stride in STRIDES]
+    found = head.detect(levels, [(64, 128)] * len(levels[0]), Selection(min_score=0.001, max_detections=10_000))
+    x2, y2 = torch.cat([one["boxes"][:, 2:] for one in found]).unbind(dim=1)
+    assert (x2.max(), y2.max()) == (128, 64)
+
+
+def test_anchors_stay_in_float32_where_maps_are_in_bfloat16():
+    levels = [level.bfloat16() for level in levels_of(640, strides=(8,))]
+    (anchors,) = PyramidAnchors((8,)).of_levels(levels)
+    assert anchors.dtype == torch.float32
+    assert anchors[-1].tolist() == [625, 613, 647, 659]  # no multiples of four, as bfloat16 would have them
+
+
+@pytest.mark.parametrize("box", [[7.5, 7.5, 8.5, 8.5], [0, 0, 2, 2], [62, 62, 64, 64], [20, 3, 60, 5]])
+def test_a_box_that_no_anchor_fits_trains_its_best_anchors(box):
+    head, target = make_head(RetinaNetHead), target_of([box])
+    anchors = torch.cat(head.retinanet.anchor_generator.of_levels(levels_of()))
+    matched = head._match(anchors, target, target)
+    overlaps = box_iou(target["boxes"], anchors)[0]
+    assert overlaps.max() < 0.5
+    assert torch.equal(matched == 0, overlaps == overlaps.max())
+    labels, _ = make_head(FasterRCNNHead).rpn.assign_targets_to_anchors([anchors], [target])
+    assert torch.equal(labels[0] == 1, overlaps == overlaps.max())
+
+
+def test_the_losses_of_retinanet_are_those_of_the_paper():
+    """Focal loss and L1 of the offsets, anchor by anchor: boxes from an IoU of 0.5, background below 0.4."""
+    head, levels = make_head(RetinaNetHead), levels_of()
+    targets = [target_of([[4, 4, 30, 30], [20, 24, 60, 60]], labels=[2, 0]), target_of([])]
+    losses = head.losses(levels, (64, 64), targets)
+    said = head.retinanet.head(levels)
+    anchors = torch.cat(head.retinanet.anchor_generator.of_levels(levels))
+    class_loss = box_loss = 0.0
+    for target, logits, offsets in zip(targets, said["cls_logits"], said["bbox_regression"], strict=True):
+        overlaps = box_iou(anchors, target["boxes"])
+        class_sum, box_sum, num = 0.0, 0.0, 0
+        for a, anchor in enumerate(anchors.tolist()):
+            box = None
+            if len(target["boxes"]):
+                best, index = overlaps[a].max(dim=0)
+                if best >= 0.5 or (overlaps[a] == overlaps.max(dim=0).values).any():
+                    box = target["boxes"][index].tolist()
+                elif best >= 0.4:
+                    continue
+            for label, logit in enumerate(logits[a].tolist()):
+                p = 1 / (1 + math.exp(-logit))
+                is_true = box is not None and target["labels"][index] == label
+                class_sum -= 0.25 * (1 - p) ** 2 * math.log(p) if is_true else 0.75 * p**2 * math.log(1 - p)
+            if box is not None:
+                num += 1
+                (x, y, w, h), (u, v, s, t) = (
+                    ((b[0] + b[2]) / 2, (b[1] + b[3]) / 2, b[2] - b[0], b[3] - b[1]) for b in (box, anchor)
+                )
+                wanted = [(x - u) / s, (y - v) / t, math.log(w / s), math.log(h / t)]
+                box_sum += sum(abs(a - b) for a, b in zip(wanted, offsets[a].tolist(), strict=True))
+        class_loss += class_sum / max(1, num) / 2
+        box_loss += box_sum / max(1, num) / 2
+    assert losses["class"].item() == pytest.approx(class_loss, rel=1e-4)
+    assert losses["box"].item() == pytest.approx(box_loss, rel=1e-4)
+
+
+def test_retinanet_gives_the_boxes_that_its_anchors_and_offsets_say():
+    head, levels = make_head(RetinaNetHead).eval(), levels_of(batch_size=1)
+    head.retinanet.head.regression_head.bbox_reg.bias.data[:4] = torch.tensor([0.25, -0.125, math.log(0.5), 0.0])
+    towers = head.retinanet.head.classification_head
+    torch.nn.init.zeros_(head.retinanet.head.regression_head.bbox_reg.weight)
+    towers.cls_logits.weight.data[0] *= 300  # class 0 of the first anchor of each cell, and no other
+    found = head.detect(
+        levels, [(64, 64)] * len(levels[0]), Selection(min_score=0.02, max_overlap=1.0, max_detections=1000)
+    )[0]
+    logits = head.retinanet.head(levels)["cls_logits"][0, :, 0]
+    anchors = torch.cat(head.retinanet.anchor_generator.of_levels(levels))
+    order = [i for i in logits.argsort(descending=True).tolist() if logits[i].sigmoid() > 0.02]
+    expected = []
+    for x1, y1, x2, y2 in anchors[order].tolist():
+        w, h = x2 - x1, y2 - y1
+        x, y = (x1 + x2) / 2 + 0.25 * w, (y1 + y2) / 2 - 0.125 * h
+        expected.append([min(64, max(0, v)) for v in (x - w / 4, y - h / 2, x + w / 4, y + h / 2)])
+    is_there = [box[2] > box[0] and box[3] > box[1] for box in expected]
+    assert sum(is_there) > 3
+    torch.testing.assert_close(
+        found["boxes"], torch.tensor([box for box, there in zip(expected, is_there, strict=True) if there])
+    )
+    assert (found["labels"] == 0).all()
+
+
+@pytest.mark.parametrize(("size", "strides"), [(64, STRIDES), (84, (7, 14, 28))])
+def test_faster_rcnn_pools_regions_at_the_strides_of_the_pyramid(size, strides):
+    """torchvision would take 1/7 for 1/8, and so look beside the region."""
+    head, levels = make_head(FasterRCNNHead, strides=strides), levels_of(size, strides, batch_size=1)
+    finest = strides[0]
+    boxes = torch.tensor([[3.0, 5, 31, 40], [0, 0, 14 * finest, 14 * finest], [0, 0, 28 * finest, 28 * finest + 1]])
+    maps = {str(index): level for index, level in enumerate(levels)}
+    pooled = head.roi_heads.box_roi_pool(maps, [boxes], [(size, size)])
+    for box, level, region in zip(boxes, (0, 0, 1), pooled, strict=True):
+        expected = roi_align(levels[level], [box[None]], 7, spatial_scale=1 / strides[level], sampling_ratio=2)
+        torch.testing.assert_close(region, expected[0])
+
+
+def test_faster_rcnn_refuses_strides_that_do_not_double():
+    with pytest.raises(ValueError, match=r"head\.strides must double .* head\.name=fasterrcnn, got \[8, 32\]"):
+        make_head(FasterRCNNHead, strides=(8, 32))
+
+
+@pytest.mark.parametrize("num_convs", [0, 5])
+def test_retinanet_refuses_towers_that_torchvision_has_not(num_convs):
+    with pytest.raises(ValueError, match=f"head.num_convs must be 1 to 4 for head.name=retinanet, got {num_convs}"):
+        make_head(RetinaNetHead, num_convs=num_convs)
+
+
+def test_towers_have_as_many_convolutions_as_asked_for_with_group_norm_where_torchvision_has_norms():
+    for num_convs in (1, 4):
+        retinanet = make_head(RetinaNetHead, num_convs=num_convs).retinanet.head
+        for tower in (retinanet.classification_head, retinanet.regression_head):
+            kinds = [type(layer) for layer in tower.conv.modules()]
+            assert kinds.count(torch.nn.Conv2d) == kinds.count(torch.nn.GroupNorm) == num_convs
+        rpn = make_head(FasterRCNNHead, num_convs=num_convs).rpn.head
+        assert sum(isinstance(layer, torch.nn.Conv2d) for layer in rpn.conv.modules()) == num_convs
+
+
+def test_faster_rcnn_learns_labels_one_higher_and_gives_them_back_as_they_came(monkeypatch):
+    """Its regions learn 1 + label, 0 where there is no box; class 0 is found as 0."""
+    head, levels = make_head(FasterRCNNHead), levels_of()
+    learned = []
+    entropy = F.cross_entropy
+    monkeypatch.setattr(
+        "torchvision.models.detection.roi_heads.F.cross_entropy",
+        lambda logits, labels: learned.append(labels) or entropy(logits, labels),
+    )
+    head.losses(levels, (64, 64), [target_of([[4, 4, 30, 30]], [0]), target_of([[20, 24, 60, 60]], [2])])
+    assert set(learned[0].tolist()) == {0, 1, 3}
+
+    torch.nn.init.zeros_(head.roi_heads.box_predictor.cls_score.weight)
+    head.roi_heads.box_predictor.cls_score.bias.data = torch.tensor([0.0, 2.0, 0.0, 1.0])
+    shares = torch.tensor([0.0, 2.0, 0.0, 1.0]).softmax(dim=0)
+    found = head.eval().detect(levels, [(64, 64)] * len(levels[0]), Selection(min_score=0.2))
+    for one in found:
+        assert set(one["labels"].tolist()) == {0, 2}
+        torch.testing.assert_close(one["scores"], shares[1 + one["labels"]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("targets", [[[], []], [[], [[4, 4, 20, 20]]]])
+def test_batches_with_images_without_boxes_have_finite_losses_and_gradients(kind, targets):
+    head = make_head(kind)
+    losses = head.losses(levels_of(), (64, 64), [target_of(boxes) for boxes in targets])
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert losses["class"] > 0
+    if not any(targets):
+        assert losses["box"] == 0
+    assert all(torch.isfinite(p.grad).all() for p in head.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_crowd_is_no_box(kind):
+    """A batch of crowds has the losses of no box; a crowd beside a box leaves the loss of boxes as it is."""
+    head, levels = make_head(kind), levels_of(batch_size=1)
+    torch.manual_seed(1)
+    alone = head.losses(levels, (64, 64), [target_of([[4, 4, 30, 30]], crowd=[True])])
+    assert alone["box"] == 0
+    torch.manual_seed(2)
+    with_crowd = head.losses(levels, (64, 64), [target_of([[32, 32, 64, 64], [4, 4, 30, 30]], [1, 2], [True, False])])
+    torch.manual_seed(2)
+    without = head.losses(levels, (64, 64), [target_of([[4, 4, 30, 30]], [2])])
+    assert with_crowd["box"] == without["box"] > 0
+
+
+def test_retinanet_punishes_no_anchor_in_a_crowd_and_still_learns_the_boxes_in_it():
+    head = make_head(RetinaNetHead)
+    anchors = torch.cat(head.retinanet.anchor_generator.of_levels(levels_of()))
+    target = target_of([[0, 0, 40, 40], [2, 2, 34, 34]], crowd=[True, False])
+    kept = without_crowds(target)
+    assert kept["boxes"].tolist() == [[2, 2, 34, 34]]
+    matched, alone = head._match(anchors, target, kept), head._match(anchors, kept, kept)
+    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    in_crowd = (centres < 40).all(dim=1)
+    background, ignored = -1, -2
+    assert (alone[in_crowd] == background).any()
+    assert not (matched[in_crowd] == background).any()
+    assert (matched[in_crowd & (alone == background)] == ignored).all()
+    assert torch.equal(matched[~in_crowd], alone[~in_crowd])
+    assert torch.equal(matched >= 0, alone >= 0)
+    assert (matched >= 0).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_computed_in_float32_under_autocast(kind):
+    head, levels, targets = make_head(kind), levels_of(), [target_of([[4, 4, 20, 20]]), target_of([])]
+    torch.manual_seed(3)
+    plain = head.losses(levels, (64, 64), targets)
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = head.losses([level.bfloat16() for level in levels], (64, 64), targets)
+        found = head.eval().detect(
+            [level.bfloat16() for level in levels], [(64, 64)] * len(levels[0]), Selection(min_score=0.001)
+        )
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    assert {one["boxes"].dtype for one in found} == {torch.float32}
+    assert all(losses[name].item() == pytest.approx(plain[name].item(), rel=0.05) for name in plain)
+
+
+def test_an_image_in_which_nothing_is_likely_has_no_detections():
+    for kind in KINDS:
+        head = make_head(kind).eval()
+        for one in head.detect(levels_of(), [(64, 64)] * len(levels_of()[0]), Selection(min_score=0.99)):
+            assert one["boxes"].shape == (0, 4)
+            assert (len(one["scores"]), len(one["labels"])) == (0, 0)

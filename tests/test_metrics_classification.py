@@ -1,0 +1,207 @@
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from vpt.engine.metrics.classification import ClassificationMetrics, per_class_recall, target_ranks
+
+
+def random_split(num: int, num_classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(num, num_classes, generator=generator)
+    return logits, torch.randint(num_classes, (num,), generator=generator)
+
+
+def by_hand(logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """The same metrics with plain loops over python lists."""
+    losses, hits, hits_top5, of_class = [], [], [], {}
+    for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
+        ranked = sorted(range(len(row)), key=lambda k: (-row[k], k))
+        losses.append(math.log(sum(math.exp(x - row[target]) for x in row)))
+        hits.append(ranked[0] == target)
+        hits_top5.append(target in ranked[:5])
+        of_class.setdefault(target, []).append(hits[-1])
+    recalls = [sum(found) / len(found) for found in of_class.values()]
+    return {
+        "loss": sum(losses) / len(losses),
+        "top1": sum(hits) / len(hits),
+        "top5": sum(hits_top5) / len(hits),
+        "mean_per_class": sum(recalls) / len(recalls),
+    }
+
+
+def fed(logits: Tensor, targets: Tensor, batch_size: int, **settings: int) -> ClassificationMetrics:
+    metrics = ClassificationMetrics(logits.shape[1], **settings)
+    for part in torch.arange(len(logits)).split(batch_size):
+        metrics.update(logits[part], targets[part])
+    return metrics
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_metrics_equal_a_plain_loop(seed):
+    logits, targets = random_split(83, 9, seed)
+    assert fed(logits, targets, batch_size=16).compute() == pytest.approx(by_hand(logits, targets), abs=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 83])
+def test_cutting_a_split_into_other_batches_changes_nothing(batch_size):
+    logits, targets = random_split(83, 9)
+    whole, parts = fed(logits, targets, 1000), fed(logits, targets, batch_size)
+    assert parts.compute() == pytest.approx(whole.compute(), abs=1e-14)
+    assert parts.confusion.equal(whole.confusion)
+    assert [sample.position for sample in parts.worst()] == [sample.position for sample in whole.worst()]
+
+
+def test_rows_of_the_confusion_are_targets_and_columns_are_predictions():
+    metrics = ClassificationMetrics(3)
+    metrics.update(torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 0, 0, 2]))
+    assert metrics.confusion.tolist() == [[1, 2, 0], [0, 0, 0], [0, 0, 1]]
+    assert metrics.confusion.dtype == torch.int64
+
+
+def test_classes_without_targets_are_nan_and_left_out_of_the_mean():
+    metrics = ClassificationMetrics(3)
+    metrics.update(torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 0, 0, 2]))
+    first, absent, last = metrics.per_class()
+    assert (first, last) == (pytest.approx(1 / 3), 1.0)
+    assert math.isnan(absent)
+    assert metrics.compute()["mean_per_class"] == pytest.approx((1 / 3 + 1) / 2)
+    assert per_class_recall(metrics.confusion).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("num_classes", "present"), [(2, False), (5, False), (6, True)])
+def test_top5_is_present_only_where_it_says_something(num_classes, present):
+    assert ("top5" in fed(*random_split(20, num_classes), batch_size=8).compute()) is present
+
+
+def test_equal_logits_do_not_count_as_hits_of_every_class():
+    metrics = ClassificationMetrics(10)
+    metrics.update(torch.zeros(10, 10), torch.arange(10))
+    assert metrics.compute()["top1"] == pytest.approx(0.1)
+    assert metrics.compute()["top5"] == pytest.approx(0.5)
+
+
+def test_the_lower_of_equal_classes_ranks_first_as_in_argmax():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 3.0]]).expand(4, 4)
+    assert target_ranks(logits, torch.arange(4)).tolist() == [3, 0, 2, 1]
+    coarse = random_split(200, 30)[0].round()
+    assert target_ranks(coarse, coarse.argmax(dim=1)).max() == 0
+
+
+def test_logits_that_are_nan_do_not_count_as_hits():
+    metrics = ClassificationMetrics(10)
+    metrics.update(torch.full((10, 10), math.nan), torch.arange(10))
+    assert metrics.compute()["top1"] == pytest.approx(0.1)
+    assert metrics.compute()["top5"] == pytest.approx(0.5)
+
+
+def test_a_given_loss_is_weighted_by_the_size_of_its_batch():
+    logits, targets = random_split(4, 3)
+    metrics = ClassificationMetrics(3)
+    metrics.update(logits[:3], targets[:3], loss=1.0)
+    metrics.update(logits[3:], targets[3:], loss=torch.tensor(5.0))
+    assert metrics.compute()["loss"] == pytest.approx(2.0)
+
+
+def test_the_worst_samples_are_those_of_the_highest_cross_entropy():
+    logits, targets = random_split(83, 4)
+    losses = [math.log(sum(math.exp(x - row[t]) for x in row)) for row, t in zip(logits.tolist(), targets, strict=True)]
+    expected = sorted(range(83), key=lambda i: -losses[i])[:5]
+    worst = fed(logits, targets, batch_size=10, num_worst=7).worst(5)
+    assert [sample.position for sample in worst] == expected
+    assert [sample.loss for sample in worst] == pytest.approx([losses[i] for i in expected])
+    assert [sample.target for sample in worst] == targets[expected].tolist()
+    assert [sample.prediction for sample in worst] == logits[expected].argmax(dim=1).tolist()
+
+
+def test_a_sample_whose_loss_is_nan_is_the_worst():
+    logits, targets = random_split(20, 4)
+    logits[11] = math.nan
+    metrics = fed(logits, targets, batch_size=6)
+    assert metrics.worst(1)[0].position == 11
+    assert math.isnan(metrics.compute()["loss"])
+
+
+def test_worst_gives_fewer_when_fewer_were_evaluated_and_refuses_more_than_it_keeps():
+    metrics = fed(*random_split(3, 4), batch_size=2, num_worst=5)
+    assert len(metrics.worst()) == 3
+    assert metrics.worst(0) == []
+    with pytest.raises(ValueError, match="only 5 samples are remembered"):
+        metrics.worst(6)
+
+
+def test_no_sample_is_remembered_when_none_is_asked_for():
+    assert fed(*random_split(9, 3), batch_size=4, num_worst=0).worst() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_logits_of_any_precision_are_accepted(dtype):
+    logits, targets = random_split(40, 7)
+    logits = logits.to(dtype).requires_grad_()
+    assert fed(logits, targets, batch_size=16).compute() == pytest.approx(by_hand(logits, targets), abs=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_logits_on_a_gpu_are_accepted():
+    logits, targets = random_split(40, 7)
+    on_gpu = fed(logits.cuda(), targets.cuda(), batch_size=16)
+    assert on_gpu.compute() == pytest.approx(by_hand(logits, targets), abs=1e-12)
+
+
+def test_reset_forgets_everything():
+    logits, targets = random_split(30, 4)
+    metrics = fed(logits, targets, batch_size=8)
+    metrics.reset()
+    metrics.update(logits[:5], targets[:5])
+    assert metrics.compute() == fed(logits[:5], targets[:5], batch_size=5).compute()
+    assert max(sample.position for sample in metrics.worst()) == 4
+
+
+def test_the_confusion_that_is_given_out_is_a_copy():
+    metrics = fed(*random_split(10, 3), batch_size=10)
+    metrics.confusion.zero_()
+    assert metrics.confusion.sum() == 10
+
+
+def test_an_empty_batch_changes_nothing():
+    metrics = fed(*random_split(10, 3), batch_size=10)
+    before = metrics.compute()
+    metrics.update(torch.empty(0, 3), torch.empty(0, dtype=torch.int64), loss=math.nan)
+    assert metrics.compute() == before
+
+
+def test_computing_without_samples_is_an_error():
+    with pytest.raises(ValueError, match="No sample was evaluated"):
+        ClassificationMetrics(3).compute()
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "message"),
+    [
+        (torch.zeros(2, 4), torch.tensor([0, 1]), r"3 classes need \(B, 3\)"),
+        (torch.zeros(3), torch.tensor([0, 1, 2]), r"3 classes need \(B, 3\)"),
+        (torch.zeros(2, 3), torch.tensor([0]), r"these logits need \(2,\)"),
+        (torch.zeros(2, 3), torch.tensor([0, 3]), r"Target 3 is outside of \[0, 3\)"),
+        (torch.zeros(2, 3), torch.tensor([-100, 0]), r"Target -100 is outside"),
+        (torch.zeros(2, 3), torch.tensor([0.0, 1.0]), "class numbers are integers"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(logits, targets, message):
+    with pytest.raises(ValueError, match=message):
+        ClassificationMetrics(3).update(logits, targets)
+
+
+@pytest.mark.parametrize("settings", [{"num_classes": 0}, {"num_classes": 3, "num_worst": -1}])
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match="must be at least"):
+        ClassificationMetrics(**settings)
+
+
+def test_random_cases_of_any_size_equal_a_plain_loop():
+    chance = random.Random(0)
+    for seed in range(20):
+        logits, targets = random_split(chance.randint(1, 40), chance.randint(6, 12), seed)
+        metrics = fed(logits.bfloat16(), targets, batch_size=chance.randint(1, 20))
+        assert metrics.compute() == pytest.approx(by_hand(logits.bfloat16(), targets), abs=1e-12)

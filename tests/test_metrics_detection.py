@@ -1,0 +1,577 @@
+import importlib.util
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vpt.engine.metrics.detection import DetectionMetrics
+
+Image = dict[str, Tensor]
+HAS_FAST = importlib.util.find_spec("faster_coco_eval") is not None
+FAST = pytest.param("faster-coco-eval", marks=pytest.mark.skipif(not HAS_FAST, reason="needs faster-coco-eval"))
+BACKENDS = pytest.mark.parametrize("backend", ["pycocotools", FAST])
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
+RECALLS = np.linspace(0, 1, 101).tolist()  # not i / 100: the last digit decides at a recall of 0.7
+AREAS = {"": (0, 1e10), "_small": (0, 32**2), "_medium": (32**2, 96**2), "_large": (96**2, 1e10)}
+
+
+def image(boxes: list[list[float]], labels: list[int], **others: list[float] | list[bool]) -> Image:
+    tensors = {name: torch.tensor(values) for name, values in others.items()}
+    return {"boxes": torch.tensor(boxes).reshape(-1, 4).float(), "labels": torch.tensor(labels).long(), **tensors}
+
+
+def random_images(num: int, num_classes: int, seed: int, num_extra: int = 5) -> tuple[list[Image], list[Image]]:
+    """Targets of all sizes, a few of them crowds; detections that are moved targets, and some at random places."""
+    chance = random.Random(seed)
+    scores = chance.sample(range(10000), 10000)  # no two are equal
+
+    def box() -> list[float]:
+        x, y, size = chance.uniform(0, 200), chance.uniform(0, 200), chance.choice([20, 60, 150])
+        return [x, y, x + size * chance.uniform(0.7, 1.4), y + size * chance.uniform(0.7, 1.4)]
+
+    detections, targets = [], []
+    for _ in range(num):
+        boxes = [box() for _ in range(chance.randint(0, 5))]
+        labels = [chance.randrange(num_classes) for _ in boxes]
+        crowd = [chance.random() < 0.15 for _ in boxes]
+        targets.append(image(boxes, labels, crowd=crowd))
+        found, names = [], []
+        for corners, label in zip(boxes * 2, labels * 2, strict=True):
+            if chance.random() < 0.7:
+                spread = chance.choice([0.01, 0.05, 0.2]) * (corners[2] - corners[0])
+                found.append([value + chance.uniform(-spread, spread) for value in corners])
+                names.append(label if chance.random() < 0.8 else chance.randrange(num_classes))
+        found += [box() for _ in range(num_extra)]
+        names += [chance.randrange(num_classes) for _ in range(num_extra)]
+        detections.append(image(found, names, scores=[scores.pop() / 10000 for _ in found]))
+    return detections, targets
+
+
+def area(box: list[float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def overlap(found: list[float], true: list[float], is_crowd: bool) -> float:
+    width = min(found[2], true[2]) - max(found[0], true[0])
+    height = min(found[3], true[3]) - max(found[1], true[1])
+    common = max(width, 0) * max(height, 0)
+    return common / (area(found) if is_crowd else area(found) + area(true) - common)
+
+
+def hits_of_image(
+    detections: Image, targets: Image, label: int, threshold: float, limits: tuple[float, float], most: int
+) -> tuple[list[tuple[float, bool]], int]:
+    """(score, is right) of every detection that is right or wrong, and the number of targets that count."""
+
+    def counts(box: list[float]) -> bool:
+        return limits[0] <= area(box) <= limits[1]
+
+    true = [
+        (box, crowd, counts(box) and not crowd)
+        for box, name, crowd in zip(
+            *(targets[key].double().tolist() for key in ("boxes", "labels", "crowd")), strict=True
+        )
+        if name == label
+    ]
+    rows = zip(*(detections[key].double().tolist() for key in ("boxes", "labels", "scores")), strict=True)
+    found = sorted([(score, box) for box, name, score in rows if name == label], reverse=True)[:most]
+    taken: set[int] = set()
+    hits = []
+    for score, box in found:
+        overlaps = [overlap(box, other, crowd) for other, crowd, _ in true]
+        near = [i for i, value in enumerate(overlaps) if value >= threshold and (true[i][1] or i not in taken)]
+        best = max(near, key=lambda i: (true[i][2], overlaps[i]), default=None)
+        if best is not None:
+            taken.add(best)
+            if true[best][2]:
+                hits.append((score, True))
+        elif counts(box):
+            hits.append((score, False))
+    return hits, sum(row[2] for row in true)
+
+
+def precision_and_recall(hits: list[tuple[float, bool]], num: int) -> tuple[float, float]:
+    points, right = [], 0
+    for seen, (_, is_right) in enumerate(sorted(hits, reverse=True), start=1):
+        right += is_right
+        points.append((right / num, right / seen))
+    best = [max((precision for recall, precision in points if recall >= least), default=0) for least in RECALLS]
+    return sum(best) / len(best), right / num
+
+
+def by_hand(detections: list[Image], targets: list[Image], num_classes: int) -> dict[str, float]:
+    """The evaluation of COCO, read from its description, with plain loops."""
+
+    def mean(size: str, most: int, thresholds: list[float], which: int) -> float:
+        values = []
+        for label in range(num_classes):
+            for threshold in thresholds:
+                pairs = zip(detections, targets, strict=True)
+                rows = [hits_of_image(*pair, label, threshold, AREAS[size], most) for pair in pairs]
+                num = sum(row[1] for row in rows)
+                if num:
+                    values.append(precision_and_recall([hit for row in rows for hit in row[0]], num)[which])
+        return sum(values) / len(values) if values else math.nan
+
+    maps = {f"map{size}": mean(size, 100, THRESHOLDS, 0) for size in AREAS}
+    at_one = {"map50": mean("", 100, THRESHOLDS[:1], 0), "map75": mean("", 100, THRESHOLDS[5:6], 0)}
+    return maps | at_one | {f"ar{most}": mean("", most, THRESHOLDS, 1) for most in (1, 10, 100)}
+
+
+def fed(
+    detections: list[Image], targets: list[Image], num_classes: int, backend: str = "auto", batch_size: int = 4
+) -> DetectionMetrics:
+    metrics = DetectionMetrics(num_classes, backend=backend)
+    for start in range(0, len(targets), batch_size):
+        metrics.update(detections[start : start + batch_size], targets[start : start + batch_size])
+    return metrics
+
+
+def as_found(target: Image) -> Image:
+    scores = torch.linspace(0.9, 0.5, len(target["labels"]))
+    return {"boxes": target["boxes"], "labels": target["labels"], "scores": scores}
+
+
+ONE = image([[10.0, 10.0, 50.0, 50.0]], [0], crowd=[False])
+NOTHING = image([], [], scores=[])
+NO_TARGET = image([], [], crowd=[])
+
+
+@BACKENDS
+@pytest.mark.parametrize("seed", range(6))
+def test_metrics_equal_a_plain_reading_of_the_coco_evaluation(backend, seed):
+    detections, targets = random_images(6, 3, seed)
+    values = fed(detections, targets, 3, backend).compute()
+    assert values == pytest.approx(by_hand(detections, targets, 3), abs=1e-9, nan_ok=True)
+    assert 0 < values["map"] < 1
+
+
+@BACKENDS
+def test_average_precision_of_each_class_equals_a_plain_reading(backend):
+    detections, targets = random_images(8, 3, seed=7)
+    values = fed(detections, targets, 3, backend).per_class()
+    for label in range(3):
+        of_class = [
+            {name: value[one["labels"] == label] for name, value in one.items()}
+            | {"labels": 0 * one["labels"][one["labels"] == label]}
+            for one in detections + targets
+        ]
+        assert values[label] == pytest.approx(by_hand(of_class[:8], of_class[8:], 1)["map"], abs=1e-9)
+
+
+@pytest.mark.skipif(not HAS_FAST, reason="needs faster-coco-eval")
+def test_both_backends_give_the_same_numbers():
+    for seed in range(20):
+        detections, targets = random_images(12, 4, seed)
+        slow, fast = (fed(detections, targets, 5, backend) for backend in ("pycocotools", "faster-coco-eval"))
+        assert fast.compute() == pytest.approx(slow.compute(), abs=5e-6, nan_ok=True)
+        assert fast.per_class() == pytest.approx(slow.per_class(), abs=5e-6, nan_ok=True)
+
+
+@pytest.mark.skipif(not HAS_FAST, reason="needs faster-coco-eval")
+def test_both_backends_agree_when_scores_are_equal():
+    for seed in range(10):
+        detections, targets = random_images(10, 2, seed)
+        for found in detections:
+            found["scores"] = (found["scores"] * 4).round() / 4
+        slow, fast = (fed(detections, targets, 2, backend).compute() for backend in ("pycocotools", "faster-coco-eval"))
+        assert fast == pytest.approx(slow, abs=5e-6, nan_ok=True)
+
+
+@BACKENDS
+def test_perfect_detections_score_one_from_the_first_box_on(backend):
+    targets = random_images(6, 3, seed=1)[1]
+    for target in targets:
+        target["crowd"] = torch.zeros_like(target["crowd"])
+    metrics = fed([as_found(target) for target in targets], targets, 3, backend)
+    values = metrics.compute()
+    assert values.pop("ar1") < 1  # several boxes of a class in an image
+    assert list(values.values()) == pytest.approx([1.0] * 8)
+    assert metrics.per_class() == pytest.approx([1.0] * 3)
+    assert fed([as_found(ONE)], [ONE], 1, backend).compute()["map"] == pytest.approx(1.0)
+
+
+@BACKENDS
+def test_order_of_images_and_cut_into_batches_change_nothing(backend):
+    detections, targets = random_images(9, 3, seed=2)
+    whole = fed(detections, targets, 3, backend, batch_size=9).compute()
+    order = random.Random(0).sample(range(9), 9)
+    mixed = fed([detections[i] for i in order], [targets[i] for i in order], 3, backend, batch_size=2).compute()
+    assert mixed == pytest.approx(whole, abs=1e-12)
+
+
+@BACKENDS
+def test_without_detections_everything_is_zero(backend):
+    metrics = fed([NOTHING], [ONE | {"labels": torch.tensor([1])}], 2, backend)
+    values = metrics.compute()
+    assert math.isnan(values.pop("map_small"))
+    assert math.isnan(values.pop("map_large"))
+    assert set(values.values()) == {0.0}
+    absent, present = metrics.per_class()
+    assert math.isnan(absent)
+    assert present == 0.0
+
+
+@BACKENDS
+@pytest.mark.parametrize("found", [NOTHING, as_found(ONE)])
+@pytest.mark.parametrize("target", [NO_TARGET, ONE | {"crowd": torch.tensor([True])}])
+def test_without_true_boxes_or_with_crowds_alone_everything_is_nan(backend, found, target):
+    metrics = fed([found], [target], 2, backend)
+    assert all(math.isnan(value) for value in [*metrics.compute().values(), *metrics.per_class()])
+
+
+@BACKENDS
+def test_detections_on_an_image_without_boxes_are_wrong(backend):
+    better = as_found(ONE) | {"scores": torch.tensor([0.95])}
+    values = fed([as_found(ONE), better], [ONE, NO_TARGET], 1, backend).compute()
+    assert values["map"] == pytest.approx(0.5)
+    assert values["ar100"] == pytest.approx(1.0)
+
+
+@BACKENDS
+def test_detections_that_fall_on_a_crowd_are_ignored(backend):
+    boxes = [[10.0, 10.0, 50.0, 50.0], [100.0, 100.0, 300.0, 300.0]]
+    found = image([[120, 120, 150, 150], [200, 200, 240, 240], boxes[0]], [0, 0, 0], scores=[0.9, 0.8, 0.7])
+    crowd, plain = (image(boxes, [0, 0], crowd=[False, is_crowd]) for is_crowd in (True, False))
+    assert fed([found], [crowd], 1, backend).compute()["map"] == pytest.approx(1.0)
+    assert fed([found], [plain], 1, backend).compute()["map"] < 0.3
+    other_class = found | {"labels": torch.tensor([1, 1, 0])}
+    both = fed([other_class, NOTHING], [crowd, image([boxes[0]], [1])], 2, backend)
+    assert both.per_class() == pytest.approx([1.0, 0.0])
+
+
+@BACKENDS
+def test_only_the_hundred_best_detections_of_an_image_and_class_count(backend):
+    chance = random.Random(0)
+    wrong = [[x, 500.0, x + 5, 505.0] for x in (chance.uniform(0, 400) for _ in range(100))]
+    scores = [0.5 + 0.4 * i / 100 for i in range(100)]
+
+    def of(num_wrong: int, label: int) -> float:
+        found = image(
+            [*wrong[:num_wrong], [10.0, 10.0, 50.0, 50.0]], [label] * num_wrong + [0], scores=[*scores[:num_wrong], 0.1]
+        )
+        return fed([found], [ONE], 2, backend).compute()["ar100"]
+
+    assert of(99, label=0) == pytest.approx(1.0)
+    assert of(100, label=0) == pytest.approx(0.0)
+    assert of(100, label=1) == pytest.approx(1.0)
+
+
+@BACKENDS
+def test_the_size_of_a_true_box_decides_which_of_the_three_it_counts_in(backend):
+    for side, present in [(20.0, "map_small"), (60.0, "map_medium"), (120.0, "map_large")]:
+        target = image([[0.0, 0.0, side, side]], [0])
+        values = fed([as_found(target)], [target], 1, backend).compute()
+        known = [name for name in ("map_small", "map_medium", "map_large") if not math.isnan(values[name])]
+        assert known == [present]
+        assert values[present] == pytest.approx(1.0)
+
+
+@BACKENDS
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", range(4))
+def test_a_box_that_is_not_finite_is_wrong(backend, value, place):
+    broken = as_found(ONE) | {"boxes": ONE["boxes"].clone()}
+    broken["boxes"][0, place] = value
+    assert fed([broken], [ONE], 1, backend).compute()["map"] == 0.0
+    other = broken | {"labels": torch.tensor([1])}
+    assert fed([other, as_found(ONE)], [ONE | {"labels": torch.tensor([1])}, ONE], 2, backend).per_class() == [
+        pytest.approx(1.0),
+        0.0,
+    ]
+
+
+@BACKENDS
+def test_a_score_that_is_not_finite_counts_as_zero(backend):
+    found = as_found(ONE) | {"scores": torch.tensor([math.nan])}
+    wrong = image([[100.0, 100.0, 120.0, 120.0]], [0], scores=[0.1])
+    assert fed([found, wrong], [ONE, NO_TARGET], 1, backend).compute()["map"] == pytest.approx(0.5)
+
+
+@BACKENDS
+@pytest.mark.parametrize("corners", [[2, 1, 0, 3], [0, 3, 2, 1], [2, 3, 0, 1]])
+def test_a_box_with_swapped_corners_is_wrong(backend, corners):
+    swapped = ONE["boxes"][0, corners].tolist()
+    found = image([swapped, [10.0, 10.0, 50.0, 50.0]], [0, 0], scores=[0.9, 0.8])
+    assert fed([found], [ONE], 1, backend).compute()["map"] == pytest.approx(0.5)
+
+
+@BACKENDS
+def test_nothing_is_printed(backend, capsys):
+    fed(*random_images(2, 2, seed=0), 2, backend).compute()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_losses_are_means_over_images_and_loss_is_their_sum():
+    metrics = fed([as_found(ONE)], [ONE], 1)
+    assert not any(name.startswith("loss") for name in metrics.compute())
+    metrics.add_losses({"class": 1.0, "box": 2.0}, num_images=3)
+    metrics.add_losses({"class": torch.tensor(5.0), "box": 2.0}, num_images=1)
+    values = metrics.compute()
+    assert list(values)[:4] == ["loss", "loss_class", "loss_box", "map"]
+    assert [values[name] for name in ("loss", "loss_class", "loss_box")] == pytest.approx([4.0, 2.0, 2.0])
+    with pytest.raises(ValueError, match="num_images=0: must be at least 1"):
+        metrics.add_losses({"class": math.nan}, num_images=0)
+
+
+def test_images_that_are_added_after_compute_are_counted():
+    metrics = fed([as_found(ONE)], [ONE], 1)
+    assert metrics.compute()["ar100"] == pytest.approx(1.0)
+    metrics.update([NOTHING], [ONE])
+    assert metrics.compute()["ar100"] == pytest.approx(0.5)
+
+
+def test_reset_forgets_everything():
+    detections, targets = random_images(6, 3, seed=4)
+    metrics = fed(detections, targets, 3)
+    metrics.add_losses({"class": 1.0}, num_images=6)
+    metrics.compute()
+    metrics.reset()
+    metrics.update([as_found(ONE)], [ONE])
+    assert metrics.compute() == pytest.approx(fed([as_found(ONE)], [ONE], 3).compute(), nan_ok=True)
+
+
+def test_an_empty_batch_changes_nothing_and_computing_without_images_is_an_error():
+    metrics = DetectionMetrics(1)
+    metrics.update([], [])
+    for compute in (metrics.compute, metrics.per_class):
+        with pytest.raises(ValueError, match="No image was evaluated"):
+            compute()
+    metrics.update([as_found(ONE)], [ONE])
+    before = metrics.compute()
+    metrics.update([], [])
+    assert metrics.compute() == pytest.approx(before, nan_ok=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_boxes_of_any_precision_are_accepted(dtype):
+    found = as_found(ONE) | {
+        "boxes": ONE["boxes"].to(dtype).requires_grad_(),
+        "scores": torch.tensor([0.5], dtype=dtype),
+    }
+    assert fed([found], [{"boxes": ONE["boxes"], "labels": ONE["labels"].int()}], 1).compute()["map"] == pytest.approx(
+        1
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_boxes_on_a_gpu_are_accepted():
+    found, target = ({name: value.cuda() for name, value in one.items()} for one in (as_found(ONE), ONE))
+    assert fed([found], [target], 1).compute()["map"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("found", "target", "message"),
+    [
+        ({"labels": torch.tensor([3])}, {}, r"Label 3 is outside of \[0, 3\)"),
+        ({"labels": torch.tensor([-1])}, {}, r"Label -1 is outside"),
+        ({}, {"labels": torch.tensor([3])}, r"Label 3 is outside"),
+        ({"labels": torch.tensor([0.0])}, {}, "class numbers are integers"),
+        ({"boxes": torch.zeros(4)}, {}, r"must be \(n, 4\)"),
+        ({"boxes": torch.zeros(2, 4)}, {}, r"must be \(n, 4\)"),
+        ({"scores": torch.zeros(1, 1)}, {}, r"must be \(n, 4\)"),
+        ({}, {"crowd": torch.tensor([False, True])}, r"must be \(n, 4\)"),
+        ({}, {"boxes": torch.full((1, 4), math.nan)}, "A true box is nan or infinite"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_and_nothing_of_their_batch_is_added(found, target, message):
+    metrics = DetectionMetrics(3)
+    with pytest.raises(ValueError, match=message):
+        metrics.update([as_found(ONE), as_found(ONE) | found], [ONE, ONE | target])
+    with pytest.raises(ValueError, match="No image was evaluated"):
+        metrics.compute()
+
+
+def test_detections_and_targets_of_unequal_numbers_of_images_are_refused():
+    with pytest.raises(ValueError, match="2 images with detections, 1 with targets"):
+        DetectionMetrics(1).update([NOTHING, NOTHING], [ONE])
+
+
+def test_settings_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="num_classes=0: must be at least 1"):
+        DetectionMetrics(0)
+    with pytest.raises(ValueError, match="backend='fast': must be one of auto, pycocotools, faster-coco-eval"):
+        DetectionMetrics(1, backend="fast")
+
+
+def test_without_faster_coco_eval_auto_takes_pycocotools_and_asking_for_it_is_an_error(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not DetectionMetrics(1).is_fast
+    with pytest.raises(ValueError, match="not installed"):
+        DetectionMetrics(1, backend="faster-coco-eval")
+
+
+# Curves, confusion, worst images, thresholds.
+
+
+def share_of_crowd(found: list[float], crowds: list[list[float]]) -> float:
+    return max((overlap(found, crowd, is_crowd=True) for crowd in crowds), default=0.0)
+
+
+def confusion_by_hand(
+    detections: list[Image], targets: list[Image], num_classes: int, min_score: float, min_overlap: float
+) -> list[list[list[int]]]:
+    """A matrix for each image, read from the description of `DetectionMetrics.confusion`, with plain loops."""
+    matrices = []
+    for found, target in zip(detections, targets, strict=True):
+        matrix = [[0] * (num_classes + 1) for _ in range(num_classes + 1)]
+        rows = list(zip(*(target[key].double().tolist() for key in ("boxes", "labels", "crowd")), strict=True))
+        true = [(box, int(label)) for box, label, is_crowd in rows if not is_crowd]
+        crowds = [box for box, _, is_crowd in rows if is_crowd]
+        candidates = zip(*(found[key].double().tolist() for key in ("scores", "boxes", "labels")), strict=True)
+        for score, box, name in sorted(candidates, reverse=True):
+            if score < min_score:
+                continue
+            near = [(overlap(box, other, False), label == name, other, label) for other, label in true]
+            near = [entry for entry in near if entry[0] >= min_overlap]
+            if near:
+                _, _, other, label = max(near)
+                true.remove((other, label))
+                matrix[label][int(name)] += 1
+            elif share_of_crowd(box, crowds) < min_overlap:
+                matrix[num_classes][int(name)] += 1
+        for _, label in true:
+            matrix[label][num_classes] += 1
+        matrices.append(matrix)
+    return matrices
+
+
+def f1_by_hand(detections: list[Image], targets: list[Image], label: int, score: float) -> float:
+    """F1 of a class, of the detections of this score or a higher one alone."""
+    right = found = num = 0
+    for detection, target in zip(detections, targets, strict=True):
+        kept = detection["scores"] >= score
+        cut = {name: values[kept] for name, values in detection.items()}
+        hits, num_here = hits_of_image(cut, target, label, 0.5, AREAS[""], 1000)
+        right, found, num = right + sum(hit for _, hit in hits), found + len(hits), num + num_here
+    return 2 * right / (found + num) if num else math.nan
+
+
+@BACKENDS
+def test_precision_curves_average_to_map50_and_are_those_of_a_plain_reading(backend):
+    detections, targets = random_images(12, 4, seed=6)
+    targets = [{**target, "labels": target["labels"].clamp(max=2)} for target in targets]
+    metrics = fed(detections, targets, 4, backend)
+    curves = metrics.precision_curves()
+    assert curves.shape == (4, 101)
+    assert curves.dtype == np.float64
+    assert np.isnan(curves[3]).all()
+    assert curves[:3].mean() == pytest.approx(metrics.compute()["map50"], abs=1e-12)
+    for label, curve in enumerate(curves[:3]):
+        rows = [hits_of_image(*pair, label, 0.5, AREAS[""], 100) for pair in zip(detections, targets, strict=True)]
+        points, right, num = [], 0, sum(row[1] for row in rows)
+        for seen, (_, is_right) in enumerate(sorted((hit for row in rows for hit in row[0]), reverse=True), start=1):
+            right += is_right
+            points.append((right / num, right / seen))
+        for least, value in zip(RECALLS, curve, strict=True):
+            best = max((precision for recall, precision in points if recall >= least), default=0)
+            assert value == pytest.approx(best, abs=1e-12)
+
+
+@pytest.mark.parametrize(("min_score", "min_overlap"), [(0.25, 0.45), (0.0, 0.3), (0.6, 0.75)])
+def test_confusion_and_the_images_by_error_are_those_of_a_plain_reading(min_score, min_overlap):
+    detections, targets = random_images(25, 3, seed=7)
+    metrics = fed(detections, targets, 3)
+    matrices = np.array(confusion_by_hand(detections, targets, 3, min_score, min_overlap))
+    confusion = metrics.confusion(min_score, min_overlap)
+    assert confusion.dtype == torch.int64
+    assert confusion.tolist() == matrices.sum(axis=0).tolist()
+    errors = matrices.sum(axis=(1, 2)) - np.trace(matrices, axis1=1, axis2=2)
+    worst = metrics.images_by_error(10, min_score, min_overlap)
+    assert len(worst) == 10
+    assert len(set(errors.tolist())) > 3
+    assert worst == sorted(range(25), key=lambda i: (-errors[i], i))[:10]
+
+
+def test_best_thresholds_give_the_highest_f1_of_a_plain_reading():
+    detections, targets = random_images(15, 4, seed=8)
+    targets = [{**target, "labels": target["labels"].clamp(max=2)} for target in targets]
+    thresholds = fed(detections, targets, 4).best_thresholds()
+    assert len(thresholds) == 4
+    assert math.isnan(thresholds[3])
+    scores = torch.cat([detection["scores"] for detection in detections]).tolist()
+    for label in range(3):
+        best = max(f1_by_hand(detections, targets, label, score) for score in scores)
+        assert 0 < best < 1
+        assert f1_by_hand(detections, targets, label, thresholds[label]) == pytest.approx(best)
+
+
+A, B, FAR = [0.0, 0.0, 20.0, 20.0], [40.0, 0.0, 60.0, 20.0], [200.0, 200.0, 220.0, 220.0]
+
+
+@pytest.mark.parametrize(
+    ("found", "true", "expected"),
+    [
+        pytest.param([(A, 0, 0.9), (B, 1, 0.9)], [(A, 0), (B, 1)], {(0, 0): 1, (1, 1): 1}, id="right"),
+        pytest.param([(A, 1, 0.9)], [(A, 0)], {(0, 1): 1}, id="wrong class"),
+        pytest.param([], [(A, 0), (B, 0)], {(0, 2): 2}, id="missed"),
+        pytest.param([(FAR, 1, 0.9)], [], {(2, 1): 1}, id="false"),
+        pytest.param([(FAR, 1, 0.9)], [(A, 0)], {(2, 1): 1, (0, 2): 1}, id="beside"),
+        pytest.param([(A, 0, 0.9), (A, 0, 0.8)], [(A, 0)], {(0, 0): 1, (2, 0): 1}, id="twice"),
+        pytest.param([(A, 0, 0.8), (A, 1, 0.9)], [(A, 0)], {(0, 1): 1, (2, 0): 1}, id="the higher score counts"),
+        pytest.param([(A, 1, 0.9)], [(A, 0), (A, 1)], {(1, 1): 1, (0, 2): 1}, id="of equal boxes that of the class"),
+        pytest.param([(A, 0, 0.24)], [(A, 0)], {(0, 2): 1}, id="score too low"),
+        pytest.param([(A, 0, 0.25)], [(A, 0)], {(0, 0): 1}, id="score just enough"),
+        pytest.param([([0, 0, 20, 9.1], 0, 0.9)], [(A, 0)], {(0, 0): 1}, id="overlap just enough"),
+        pytest.param([([0, 0, 20, 8.9], 0, 0.9)], [(A, 0)], {(2, 0): 1, (0, 2): 1}, id="overlap too small"),
+        pytest.param([([math.nan] * 4, 0, 0.9)], [(A, 0)], {(2, 0): 1, (0, 2): 1}, id="not finite"),
+        pytest.param([(A, 0, math.nan)], [(A, 0)], {(0, 2): 1}, id="score not finite"),
+    ],
+)
+def test_confusion_of_a_single_picture(found, true, expected):
+    detections = image([row[0] for row in found], [row[1] for row in found], scores=[row[2] for row in found])
+    targets = image([row[0] for row in true], [row[1] for row in true])
+    confusion = fed([detections], [targets], 2).confusion()
+    assert {tuple(at.tolist()): int(confusion[tuple(at)]) for at in confusion.nonzero()} == expected
+
+
+def test_crowds_and_what_falls_on_them_are_not_in_the_confusion():
+    crowd = [0.0, 0.0, 100.0, 100.0]
+    target = image([crowd, A], [0, 1], crowd=[True, False])
+    found = image([A, [50.0, 50.0, 60.0, 60.0], [70.0, 70.0, 80.0, 80.0], FAR], [1, 0, 1, 0], scores=[0.9] * 4)
+    metrics = fed([found], [target], 2)
+    assert metrics.confusion().tolist() == [[0, 0, 0], [0, 1, 0], [1, 0, 0]]
+    assert metrics.images_by_error(5) == [0]
+
+
+def test_images_without_errors_come_last_and_no_more_images_are_named_than_there_are():
+    metrics = fed([as_found(ONE), NOTHING, as_found(ONE)], [ONE, ONE, NO_TARGET], 1, batch_size=2)
+    assert metrics.images_by_error(8) == [1, 2, 0]
+    assert metrics.images_by_error(1) == [1]
+
+
+def test_a_threshold_takes_all_detections_of_an_equal_score():
+    found = image([A, FAR, B], [0, 0, 0], scores=[0.9, 0.5, 0.5])
+    assert fed([found], [image([A, B], [0, 0])], 1).best_thresholds() == pytest.approx([0.5])
+    alone = image([A, FAR, FAR, B], [0, 0, 0, 0], scores=[0.9, 0.5, 0.5, 0.1])
+    assert fed([alone], [image([A, B], [0, 0])], 1).best_thresholds() == pytest.approx([0.9])
+
+
+def test_a_class_that_is_never_found_has_no_best_threshold():
+    found = image([FAR], [0], scores=[0.9])
+    thresholds = fed([found], [image([A, B], [0, 1])], 3).best_thresholds()
+    assert all(map(math.isnan, thresholds))
+    assert len(thresholds) == 3
+
+
+def test_a_box_in_a_crowd_does_not_lower_the_best_threshold():
+    target = image([A, [100.0, 100.0, 300.0, 300.0]], [0, 0], crowd=[False, True])
+    found = image([FAR, FAR, A], [0, 0, 0], scores=[0.9, 0.8, 0.3])
+    assert fed([found], [target], 1).best_thresholds() == pytest.approx([0.3])
+
+
+def test_before_any_image_there_is_nothing_to_say_and_thresholds_out_of_range_are_refused():
+    metrics = DetectionMetrics(2)
+    for compute in (metrics.precision_curves, metrics.confusion, metrics.best_thresholds):
+        with pytest.raises(ValueError, match="No image was evaluated"):
+            compute()
+    with pytest.raises(ValueError, match="No image was evaluated"):
+        metrics.images_by_error(3)
+    metrics.update([NOTHING], [ONE])
+    for thresholds in [(-0.1, 0.5), (0.5, 0.0), (0.5, 1.1), (math.nan, 0.5)]:
+        with pytest.raises(ValueError, match="allowed: 0 <= min_score <= 1, 0 < min_overlap <= 1"):
+            metrics.confusion(*thresholds)

@@ -1,0 +1,437 @@
+"""Every form of a prompt goes through its whole life: made, trained, kept, baked into a task file, served."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn.utils import parametrize
+
+import vpt
+from tests.helpers import SMALL_RUN, attempt_run, kept_files, make_tiny_vit, train_with
+from vpt import build
+from vpt.config.composition import compose_config
+from vpt.config.errors import ConfigError
+from vpt.config.validation import to_config
+from vpt.engine.optim import MovingAverage, warmup_cosine
+from vpt.engine.state import RunState
+from vpt.export.programs import describe_task, make_program, open_program, write_program
+from vpt.models.parametrizations import Bilinear, Fourier, Shared
+from vpt.models.prompt_init import start_from_patches
+from vpt.models.prompts import VisualPrompt
+from vpt.models.whitening import whiten_from_patches
+
+LIVES = {
+    "deep": {"prompt": "deep"},
+    "shallow": {"prompt": "shallow"},
+    "kv": {"prompt": "kv"},
+    "kv bilinear": {"prompt": "kv", "form": Bilinear(2)},
+    "shared": {"prompt": "deep", "form": Shared()},
+    "bilinear": {"prompt": "deep", "form": Bilinear(2)},
+    "bilinear shallow": {"prompt": "shallow", "form": Bilinear(2)},
+    "bilinear in some blocks": {"prompt": "deep", "form": Bilinear(3), "blocks": [0, 2]},
+    "whitened": {"prompt": "deep", "form": Bilinear(2, whiten=True)},
+    "whitened shallow": {"prompt": "shallow", "form": Bilinear(2, whiten=True)},
+    "fourier": {"prompt": "deep", "form": Fourier(0.5)},
+    "fourier shallow": {"prompt": "shallow", "form": Fourier(1.0)},
+    "fourier with dropout": {"prompt": "deep", "form": Fourier(0.5), "dropout": 0.1},
+}
+LEARNED = {  # shapes of what is learned
+    "deep": [(3, 4, 32)],
+    "shallow": [(1, 4, 32)],
+    "kv": [(3, 4, 64)],
+    "kv bilinear": [(3, 4, 2), (3, 2, 64)],
+    "shared": [(1, 4, 32)],
+    "bilinear": [(3, 4, 2), (3, 2, 32)],
+    "bilinear shallow": [(1, 4, 2), (1, 2, 32)],
+    "bilinear in some blocks": [(2, 4, 3), (2, 3, 32)],
+    "whitened": [(3, 4, 2), (3, 2, 32)],
+    "whitened shallow": [(1, 4, 2), (1, 2, 32)],
+    "fourier": [(3, 4, 32)],
+    "fourier shallow": [(1, 4, 32)],
+    "fourier with dropout": [(3, 4, 32)],
+}
+STARTS = ("uniform", "normal", "patch", "prototype", "vipamin")
+CLASSES = ("a", "b", "c")
+
+
+def make(name, vit=None, start="uniform", **options):
+    """A classifier on a tiny ViT, with a prompt of four tokens and a head that is not zero."""
+    torch.manual_seed(1)
+    init = start if start == "normal" else "uniform"
+    vit = vit or make_tiny_vit()
+    model = vpt.create_model(vit, num_classes=3, num_tokens=4, init=init, **LIVES[name], **options)
+    torch.nn.init.normal_(model.head.weight)
+    pictures = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(9)).to(next(vit.parameters()))
+    if name.startswith("whitened"):
+        whiten_from_patches(model.backbone, [pictures])
+    if start not in ("uniform", "normal"):
+        start_from_patches(model.backbone, [pictures], start)
+    return model
+
+
+def state_of(model):
+    parameters = vpt.tuned_parameters(model)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
+    schedule = warmup_cosine(optimizer, num_steps=9, num_warmup_steps=0)
+    return RunState(parameters, optimizer, schedule, MovingAverage(parameters, 0.5))
+
+
+def step(model, images, state):
+    model.train()
+    torch.nn.functional.cross_entropy(model(images), torch.tensor([0, 1, 2, 0])).backward()
+    state.optimizer.step()
+    state.average.update()
+    state.optimizer.zero_grad()
+
+
+@torch.no_grad()
+def logits_of(model, images):
+    return model.eval()(images)
+
+
+@pytest.fixture(params=list(LIVES))
+def name(request):
+    return request.param
+
+
+def test_gradients_reach_all_that_is_learned_and_nothing_else(name, images):
+    model = make(name)
+    prompt = model.backbone.prompt
+    assert prompt.tokens.shape == (len(prompt.blocks), 4, prompt.width)
+    assert [tuple(parameter.shape) for parameter in prompt.parameters()] == LEARNED[name]
+    model(images).square().sum().backward()
+    with_gradient = [key for key, parameter in model.named_parameters() if parameter.grad is not None]
+    assert with_gradient == list(vpt.tuned_parameters(model))
+    assert {key.partition(".")[0] for key in with_gradient} == {"backbone", "head"}
+    assert all(".prompt." in key for key in with_gradient if not key.startswith("head."))
+    assert all((parameter.grad.flatten(1).norm(dim=1) > 0).all() for parameter in prompt.parameters())
+    assert vpt.count_parameters(model).prompt == sum(math.prod(shape) for shape in LEARNED[name])
+
+
+def test_a_step_changes_the_tokens_of_every_block_and_the_logits(name, images):
+    model = make(name)
+    before, logits = model.backbone.prompt.tokens.detach().clone(), logits_of(model, images)
+    step(model, images, state_of(model))
+    changed = (model.backbone.prompt.tokens.detach() - before).flatten(1).norm(dim=1)
+    assert (changed > 1e-4).all()
+    assert not torch.allclose(logits, logits_of(model, images))
+
+
+@pytest.mark.parametrize("name", [name for name in LIVES if "kv" not in name])
+def test_both_ways_of_computing_a_prompt_agree_also_in_gradients(name, images):
+    vit, grads = make_tiny_vit().double(), []
+    for impl in ("auto", "concat"):
+        model = make(name, vit, impl=impl).double().eval()
+        model(images.double()).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.backbone.prompt.parameters()])
+    for fast, plain in zip(*grads, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-10)
+
+
+def test_the_state_of_a_run_goes_on_as_if_it_had_not_stopped(name, images):
+    model, other = make(name), make(name)
+    with torch.no_grad():
+        for parameter in vpt.tuned_parameters(other).values():
+            parameter.add_(1)
+    state = state_of(model)
+    step(model, images, state)
+    state.keep_best({"top1": 0.5})
+    tensors = {key: tensor.clone() for key, tensor in state.tensors().items()}
+    going_on = state_of(other)
+    going_on.load(tensors, state.numbers())
+    for one, its_state in ((model, state), (other, going_on)):
+        its_state.restore_random()
+        step(one, images, its_state)
+    assert torch.equal(model.backbone.prompt.tokens, other.backbone.prompt.tokens)
+    assert torch.equal(logits_of(model, images), logits_of(other, images))
+
+
+def test_the_task_file_holds_plain_tokens_and_equals_the_live_model(name, images, tmp_path):
+    vit = make_tiny_vit()
+    model = make(name, vit)
+    step(model, images, state_of(model))
+    path = vpt.save_task(model, tmp_path / "task.safetensors", classes=CLASSES)
+    loaded = vpt.load_task(path, vit)
+    assert loaded.backbone.prompt.form is None
+    assert torch.equal(loaded.backbone.prompt.tokens, model.backbone.prompt.tokens)
+    assert torch.equal(logits_of(loaded, images), logits_of(model, images))
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_wherever_it_starts_it_learns_and_its_file_serves_as_the_live_model_does(name, start, images, tmp_path):
+    vit = make_tiny_vit()
+    model = make(name, vit, start)
+    before, state = model.backbone.prompt.tokens.detach().clone(), state_of(model)
+    for _ in range(2):
+        step(model, images, state)
+    assert ((model.backbone.prompt.tokens.detach() - before).flatten(1).norm(dim=1) > 1e-4).all()
+    path, live = vpt.save_task(model, tmp_path / "task.safetensors", classes=CLASSES), logits_of(model, images)
+    assert torch.equal(logits_of(vpt.load_task(path, vit), images), live)
+    bank = vpt.TaskBank(vit)
+    bank.load(path)
+    torch.testing.assert_close(bank(images, "task"), live, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("whitened", "kv") else pytest.mark.slow) for name in LIVES]
+)
+def test_its_file_is_exported_for_other_programs_and_answers_as_the_live_model_does(name, images, tmp_path):
+    vit = make_tiny_vit()
+    model = make(name, vit)
+    step(model, images, state_of(model))
+    path = vpt.save_task(model, tmp_path / "task.safetensors", classes=CLASSES)
+    program = tmp_path / "task.pt2"
+    write_program(make_program(vpt.load_task(path, vit)), program, describe_task(vpt.read_task(path)))
+    found = open_program(program)({"images": images.numpy()})["logits"]
+    torch.testing.assert_close(torch.from_numpy(found), logits_of(model, images), rtol=1e-4, atol=1e-5)
+
+
+def test_torch_bakes_a_prompt_in_place(name, images):
+    model = make(name)
+    live, prompt = logits_of(model, images), model.backbone.prompt
+    if prompt.form is not None:
+        parametrize.remove_parametrizations(prompt, "tokens")
+    assert type(prompt) is VisualPrompt
+    assert list(prompt.state_dict()) == ["tokens"]
+    assert torch.equal(logits_of(model, images), live)
+
+
+def test_a_bank_mixes_it_with_another_task_and_answers_as_it_does_alone(name, images, tmp_path):
+    vit = make_tiny_vit()
+    model, other = make(name, vit), make("deep", vit)
+    bank = vpt.TaskBank(vit)
+    for key, held in {"one": model, "other": other}.items():
+        bank.load(vpt.save_task(held, tmp_path / f"{key}.safetensors", classes=CLASSES))
+    mixed = torch.stack(bank(images, ["one", "other", "one", "other"]))
+    torch.testing.assert_close(mixed[::2], logits_of(model, images)[::2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[1::2], logits_of(other, images)[1::2], rtol=1e-4, atol=1e-5)
+
+
+def test_copies_states_and_moves_keep_a_form(name, images):
+    model, other = make(name), make(name)
+    step(model, images, state_of(model))
+    other.load_state_dict(model.state_dict())
+    for same in (other, copy.deepcopy(model), copy.deepcopy(model).double().float()):
+        assert torch.equal(logits_of(same, images), logits_of(model, images))
+        assert repr(same.backbone.prompt) == repr(model.backbone.prompt)
+
+
+def test_the_repr_is_that_of_a_prompt_with_its_form_at_the_end():
+    said = {name: repr(make(name).backbone.prompt) for name in ("deep", "shared", "bilinear", "fourier")}
+    plain = "VisualPrompt(kind=deep, num_tokens=4, embed_dim=32, blocks=0-2, dropout=0.0"
+    endings = {"deep": ")", "shared": ", form=Shared())", "bilinear": ", form=Bilinear(rank=2))"}
+    assert said == {name: plain + end for name, end in {**endings, "fourier": ", form=Fourier(fraction=0.5))"}.items()}
+
+
+# One pass computes the tokens once.
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("impl", ["auto", "concat"])
+def test_tokens_are_computed_once_for_all_blocks_of_a_pass(impl, recomputes, images, monkeypatch):
+    model = make("bilinear", impl=impl)
+    calls, forward = [], Bilinear.forward
+    monkeypatch.setattr(Bilinear, "forward", lambda form, *factors: calls.append(None) or forward(form, *factors))
+    model.backbone.vit.set_grad_checkpointing(recomputes)
+    model.train()
+    model(images).square().sum().backward()
+    assert len(calls) == 1
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.backbone.prompt.parameters())
+    model.backbone.feature_maps(images, "all")
+    assert len(calls) == 2
+
+
+def test_in_inference_keys_and_values_stay_until_what_is_learned_changes(images):
+    backbone = make("bilinear").backbone
+    with torch.inference_mode():
+        first = backbone(images)
+        assert len(backbone._constants) == 3
+        assert torch.equal(backbone(images), first)
+    with torch.no_grad():
+        next(backbone.prompt.parameters()).mul_(2)
+        changed = backbone(images)
+    assert not torch.allclose(first, changed)
+    torch.testing.assert_close(changed, backbone(images).detach())  # with gradients nothing is kept_files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shared", "bilinear", "whitened", "fourier shallow"])
+def test_it_is_captured_whole_by_torch_compile_and_exported_alive(name, images):
+    torch.compiler.reset()
+    model = make(name)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for forward in (model, compiled):
+        forward(images).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.backbone.prompt.parameters()])
+        model.zero_grad()
+    for plain, captured in zip(*gradients, strict=True):
+        torch.testing.assert_close(captured, plain, rtol=1e-4, atol=1e-5)
+    program = torch.export.export(model.eval(), (images,)).module()
+    torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+# The formulas.
+
+
+def test_shared_tokens_are_the_same_in_every_block_between_those_given_and_as_long():
+    tokens = torch.randn(3, 4, 8, dtype=torch.float64)
+    form = Shared()
+    shared = form(form.right_inverse(tokens))
+    assert torch.equal(shared, shared[:1].repeat(3, 1, 1))
+    for index in range(4):
+        between = sum(tokens[block, index] for block in range(3))
+        assert torch.cosine_similarity(shared[0, index], between, dim=0).item() == pytest.approx(1, abs=1e-12)
+        length = sum(tokens[block, index].norm() for block in range(3)) / 3
+        torch.testing.assert_close(shared[0, index].norm(), length)
+    torch.testing.assert_close(form(form.right_inverse(shared)), shared)
+    assert torch.equal(form(form.right_inverse(torch.zeros(3, 4, 8))), torch.zeros(3, 4, 8))
+
+
+def test_bilinear_starts_at_the_best_approximation_of_its_rank():
+    tokens = torch.randn(2, 5, 9, dtype=torch.float64)
+    form = Bilinear(3)
+    left, right = form.right_inverse(tokens)
+    for index, block in enumerate(tokens.numpy()):
+        plain = sum(left[index, :, k, None] * right[index, None, k] for k in range(3))
+        torch.testing.assert_close(form(left, right)[index], plain)
+        values = torch.linalg.svdvals(torch.from_numpy(block))
+        error = torch.linalg.norm(tokens[index] - plain)
+        torch.testing.assert_close(error, values[3:].norm())  # Eckart and Young: no matrix of rank 3 is nearer
+    torch.testing.assert_close(left.square().sum((1, 2)), right.square().sum((1, 2)))
+
+
+@pytest.mark.parametrize("rank", [4, 5, 100])
+def test_a_full_rank_keeps_tokens_as_they_are_and_a_larger_one_is_full(rank):
+    tokens = torch.randn(2, 4, 9, dtype=torch.float64)
+    form = Bilinear(rank)
+    left, right = form.right_inverse(tokens)
+    assert (left.shape, right.shape) == ((2, 4, 4), (2, 4, 9))
+    torch.testing.assert_close(form(left, right), tokens)
+
+
+def test_bilinear_tokens_are_the_same_under_autocast():
+    form = Bilinear(4)
+    factors = form.right_inverse(torch.randn(2, 4, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = form(*factors)
+    assert torch.equal(tokens, factors[0] @ factors[1])
+
+
+def test_fourier_tokens_are_the_real_part_of_a_plain_transform():
+    learned = torch.randn(2, 5, 6, dtype=torch.float64)
+    tokens = Fourier(0.6)(learned)
+    q, d = 3, 6
+    for block in range(2):
+        for row in range(q):
+            for column in range(d):
+                plain = sum(
+                    learned[block, i, j].item() * math.cos(2 * math.pi * (row * i / q + column * j / d))
+                    for i in range(q)
+                    for j in range(d)
+                ) / math.sqrt(q * d)
+                assert tokens[block, row, column].item() == pytest.approx(plain, abs=1e-12)
+    assert torch.equal(tokens[:, q:], learned[:, q:])
+
+
+def test_fourier_keeps_the_even_part_of_given_tokens_and_their_scale():
+    form, tokens = Fourier(1.0), torch.randn(2, 5, 6, dtype=torch.float64)
+    mirrored = tokens.flip(1, 2).roll((1, 1), (1, 2))
+    torch.testing.assert_close(form(form.right_inverse(tokens)), (tokens + mirrored) / 2)
+    even = (tokens + mirrored) / 2
+    torch.testing.assert_close(form(form.right_inverse(even)), even)
+
+
+@pytest.mark.parametrize(("fraction", "num_transformed"), [(0.01, 1), (0.3, 3), (0.5, 5), (1.0, 10)])
+def test_a_fraction_of_the_tokens_is_transformed_and_at_least_one(fraction, num_transformed):
+    learned = torch.randn(1, 10, 8)
+    same = (Fourier(fraction)(learned) == learned).all(2)[0]
+    assert same.tolist() == [False] * num_transformed + [True] * (10 - num_transformed)
+
+
+@pytest.mark.parametrize(
+    ("make_form", "message"),
+    [
+        (lambda: Bilinear(0), r"prompt\.rank must be at least 1, got 0"),
+        (lambda: Fourier(0.0), r"prompt\.fraction must be in \(0, 1\], got 0\.0"),
+        (lambda: Fourier(1.5), r"prompt\.fraction must be in \(0, 1\], got 1\.5"),
+    ],
+)
+def test_options_out_of_range_are_refused(make_form, message):
+    with pytest.raises(ValueError, match=message):
+        make_form()
+
+
+@pytest.mark.parametrize("form", [Shared(), Bilinear(2), Bilinear(2, whiten=True), Fourier(0.5)])
+def test_a_prompt_with_a_form_can_be_made_without_memory_to_count_it(form):
+    with torch.device("meta"):
+        prompt = VisualPrompt(4, 32, blocks=range(3), form=form)
+    assert prompt.tokens.shape == (3, 4, 32)
+    assert prompt.tokens.is_meta
+
+
+def test_one_form_may_be_given_to_many_prompts():
+    form = Shared()
+    deep, shallow = VisualPrompt(2, 4, blocks=range(3), form=form), VisualPrompt(2, 4, kind="shallow", form=form)
+    assert (len(deep.tokens), len(shallow.tokens)) == (3, 1)
+
+
+# From the config.
+
+
+@pytest.mark.parametrize(
+    ("choice", "form"), [("deep", None), ("shared", Shared), ("bilinear", Bilinear), ("fourier", Fourier)]
+)
+def test_the_config_chooses_the_form_and_the_watches_follow(choice, form):
+    config = to_config(compose_config([f"prompt={choice}", "backbone=vit_nano", "prompt.num_tokens=9"]))
+    model = build.build_model(config, CLASSES)
+    prompt = model.backbone.prompt
+    assert prompt.form is None if form is None else type(prompt.form) is form
+    watches = build.build_watches(model)
+    model.requires_grad_(True)
+    prompt.tokens.square().sum().backward()
+    for watch in watches:
+        watch.before_step()
+    tags = {tag for watch in watches for tag in watch.after_step()}
+    prefixes = ("prompt_factor0", "prompt_factor1") if choice == "bilinear" else ("prompt",)
+    row = "all_blocks" if choice == "shared" else "block_00"
+    assert {f"{prefix}_{kind}/{row}" for prefix in prefixes for kind in ("norm", "grad_norm", "update_ratio")} <= tags
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("prompt.rank=0", "prompt.rank=0 is out of range"),
+        ("prompt.fraction=0", "prompt.fraction=0.0 is out of range"),
+        (
+            "prompt=deep prompt.whiten=true",
+            "prompt.whiten=true is for prompt=bilinear, and prompt.form=plain: leave it out",
+        ),
+        ("prompt.form=wide", "prompt.form"),
+        ("prompt=biliner", "did you mean bilinear"),
+    ],
+)
+def test_what_the_config_does_not_have_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        to_config(compose_config(overrides.split()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["prompt=bilinear", "prompt.whiten=true", "prompt.init=vipamin"],
+        *([f"prompt={form}"] for form in ("shared", "bilinear", "fourier")),
+    ],
+    ids=" ".join,
+)
+def test_a_run_that_is_killed_ends_with_the_same_bytes(choice, photos, tmp_path):
+    options = [*SMALL_RUN, "dataset=folder", f"dataset.root={photos}", "train.batch_size=4", "num_workers=0"]
+    options += [*choice, "prompt.num_tokens=3", "prompt.rank=2", "train.ema=0.5"]
+    train_with(*options, f"run.root={tmp_path}/whole")
+    killed = [*options, f"run.root={tmp_path}/killed"]
+    assert attempt_run(tmp_path / "log", killed, "behind a step", 7) != 0
+    assert (tmp_path / "killed/run/last.checkpoint").is_file()
+    assert attempt_run(tmp_path / "log", killed) == 0
+    assert kept_files(tmp_path / "killed") == kept_files(tmp_path / "whole")

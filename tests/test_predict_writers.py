@@ -1,0 +1,389 @@
+"""What predict and evaluate refuse before they work, and where what they find goes."""
+
+import csv
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vpt.engine.trainer
+import vpt.evaluate.__main__ as evaluate_command
+import vpt.predict.__main__ as predict_command
+import vpt.predict.writers
+from tests.helpers import train_with
+from vpt import build
+from vpt.config.command_line import INTERRUPTED, parse_options
+from vpt.config.errors import ConfigError
+from vpt.data.images import read_image
+from vpt.data.transforms.images import EvalTransform
+from vpt.data.transforms.preprocessing import letterboxed_size
+from vpt.evaluate.__main__ import EvaluateOptions, evaluate_run
+from vpt.models.detector import Selection
+from vpt.predict.__main__ import USAGE, PredictOptions, predict_run
+from vpt.predict.open_tasks import open_run
+from vpt.predict.writers import BoxPredictions
+
+SMALL = ["mode=dry", "num_workers=0", "augment=none", "train.batch_size=4", "prompt.num_tokens=2", "device=cpu"]
+EVERY_BOX = {"min_score": 0.0, "max_overlap": 1.0}  # the models have learned nothing
+
+
+def train(root, *overrides):
+    return train_with(f"run.root={root}", "run.name=a", *SMALL, *overrides)
+
+
+@pytest.fixture(scope="module")
+def class_run(tmp_path_factory, photos):
+    return train(tmp_path_factory.mktemp("runs"), "dataset=folder", f"dataset.root={photos}")
+
+
+@pytest.fixture(scope="module")
+def box_run(tmp_path_factory, boxes):
+    small = ["head.channels=16", "head.num_convs=1"]
+    return train(tmp_path_factory.mktemp("runs"), "dataset=boxes", f"dataset.root={boxes}", *small)
+
+
+@pytest.fixture
+def album(tmp_path, monkeypatch):
+    """A folder with photos, and the current folder beside it: wide and tall, of one name in two folders and endings."""
+    sizes = {"a.jpg": (90, 30), "a.png": (30, 90), "b.jpg": (64, 40), "sub/b.jpg": (50, 50)}
+    for name, size in sizes.items():
+        path = tmp_path / "album" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "album"
+
+
+def predict(run_dir, given, output, **more):
+    return predict_run(PredictOptions(str(given), str(output), run=str(run_dir), device="cpu", **more))
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def command(monkeypatch, module, *arguments):
+    """The exit code of a command that is called in this process."""
+    monkeypatch.setattr(sys, "argv", ["vpt", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "message"),
+    [
+        ("album", {"pictures": "album"}, "pictures=album: is the folder of the input; .* pictures=drawn"),
+        ("album/b.jpg", {"pictures": "album"}, "pictures=album: is the folder of the input"),
+        ("album", {"pictures": "link"}, "pictures=link: is the folder of the input"),
+        ("album", {"pictures": "album/sub"}, "pictures=album/sub: album/sub/b.jpg is one of the pictures of the input"),
+        ("album", {"output": "album"}, "output=album: is the folder of the input; .* output=found"),
+    ],
+)
+def test_no_picture_of_the_input_is_overwritten(box_run, album, given, more, message):
+    Path("link").symlink_to(album)
+    before = content(album.parent)
+    with pytest.raises(ConfigError, match=message):
+        predict(box_run, given, **{"output": "found.csv", **more})
+    assert content(album.parent) == before
+
+
+def test_no_picture_of_the_input_is_overwritten_from_a_folder_above(box_run, album):
+    predict(box_run, "album/sub", "found.csv", pictures=".")  # draws ./b.jpg
+    shutil.copytree(album / "sub", album / "sub" / "sub")
+    before = content(album)
+    with pytest.raises(ConfigError, match=r"pictures=album: album/sub/b\.jpg is one of the pictures of the input"):
+        predict(box_run, "album/sub", "found.csv", pictures="album")
+    assert content(album) == before
+
+
+def test_labels_that_are_there_are_not_overwritten_and_others_are_left_alone(box_run, album):
+    labels = album.parent / "labels"
+    (labels / "sub").mkdir(parents=True)
+    (labels / "sub" / "b.txt").write_text("1 0.5 0.5 0.2 0.2\n")
+    with pytest.raises(ConfigError, match=r"output=labels: labels/sub/b\.txt is there already; name a new folder"):
+        predict(box_run, "album", "labels", pictures="drawn")
+    assert content(album.parent).keys() == {*(f"album/{name}" for name in content(album)), "labels/sub/b.txt"}
+    (labels / "sub" / "b.txt").rename(labels / "other.txt")
+    assert predict(box_run, "album", "labels") == []
+    assert (labels / "other.txt").read_text() == "1 0.5 0.5 0.2 0.2\n"
+    assert set(content(labels)) == {"other.txt", "a.jpg.txt", "a.png.txt", "b.txt", "sub/b.txt"}
+
+
+def test_what_predict_wrote_itself_is_written_anew(class_run, box_run, album):
+    for _ in range(2):
+        predict(class_run, "album", "classes.csv")
+        predict(box_run, "album", "found.json", pictures="drawn")
+    assert set(content(Path("drawn"))) == {"a.jpg.jpg", "a.png.jpg", "b.jpg", "sub/b.jpg"}
+
+
+def test_drawn_pictures_of_one_name_are_two(box_run, album):
+    predict(box_run, "album", "found.csv", pictures="drawn")
+    with Image.open("drawn/a.jpg.jpg") as wide, Image.open("drawn/a.png.jpg") as tall:
+        assert (wide.size, tall.size) == ((90, 30), (30, 90))
+
+
+def test_boxes_lie_in_their_pictures_and_have_an_area(box_run, album):
+    predict(box_run, "album", "found.csv", max_detections=10_000, **EVERY_BOX)
+    rows = list(csv.DictReader(Path("found.csv").read_text().splitlines()))
+    assert {row["path"] for row in rows} == {f"album/{name}" for name in content(album)}
+    sizes = {row["path"]: read_image(row["path"]).size for row in rows}
+    for row in rows:
+        x1, y1, x2, y2 = (float(row[key]) for key in ("x1", "y1", "x2", "y2"))
+        width, height = sizes[row["path"]]
+        assert 0 <= x1 < x2 <= width
+        assert 0 <= y1 < y2 <= height
+
+
+def test_both_kinds_write_the_path_as_it_was_typed_and_coco_the_name_in_the_folder(class_run, box_run, album):
+    names = ["a.jpg", "a.png", "b.jpg", "sub/b.jpg"]
+    for run_dir in (class_run, box_run):
+        more = EVERY_BOX | {"max_detections": 1} if run_dir is box_run else {}
+        predict(run_dir, "./album", "f.csv", **more)
+        rows = list(csv.DictReader(Path("f.csv").read_text().splitlines()))
+        assert [row["path"] for row in rows] == [f"album/{name}" for name in names]
+        predict(run_dir, album, "f.csv", **more)
+        rows = list(csv.DictReader(Path("f.csv").read_text().splitlines()))
+        assert [row["path"] for row in rows] == [f"{album}/{name}" for name in names]
+    predict(box_run, "album", "f.json", **more)
+    results = json.loads(Path("f.json").read_text())
+    assert [(row["image_id"], row["file_name"]) for row in results] == list(enumerate(names, 1))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"output": "there.csv"}, r"output=there\.csv: is a folder; name a file"),
+        ({"output": "album/b.jpg/f.csv"}, r"output=album/b\.jpg/f\.csv: cannot write to \S+/album/b\.jpg \(Not a dir"),
+        ({"output": "plain"}, "output=plain: is a file; name a folder"),
+        ({"pictures": "plain"}, "pictures=plain: is a file; name a folder"),
+        ({"pictures": "album/b.jpg/drawn"}, r"pictures=album/b\.jpg/drawn: cannot write to \S+/album/b\.jpg"),
+        ({"output": "f.v2"}, r"output=f\.v2: must end in \.csv or \.json or \.parquet, or be a folder"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(box_run, album, monkeypatch, more, message):
+    monkeypatch.setattr(vpt.predict.writers, "run_model", None)
+    Path("there.csv").mkdir()
+    Path("plain").write_text("")
+    before = content(album.parent)
+    with pytest.raises(ConfigError, match=message):
+        predict(box_run, "album", **{"output": "f.csv", **more})
+    assert content(album.parent) == before
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to")
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(class_run, photos, monkeypatch):
+    monkeypatch.setattr(vpt.predict.writers, "run_model", None)
+    with pytest.raises(ConfigError, match=r"output=/proc/new/f\.csv: cannot write to /proc \("):
+        predict(class_run, photos / "test", "/proc/new/f.csv")
+
+
+def test_endings_may_be_in_capitals(class_run, box_run, album):
+    predict(class_run, "album", "C.CSV")
+    assert Path("C.CSV").read_text().startswith("path,class_1,")
+    predict(box_run, "album", "new/B.JSON", **EVERY_BOX)
+    assert json.loads(Path("new/B.JSON").read_text())[0]["file_name"] == "a.jpg"
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("m.csv", r"output=m\.csv: must end in \.json"),
+        ("there.json", r"output=there\.json: is a folder"),
+    ],
+)
+def test_evaluate_refuses_an_output_before_the_work(class_run, tmp_path, monkeypatch, output, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vpt.engine.trainer, "evaluate", None)
+    Path("there.json").mkdir()
+    with pytest.raises(ConfigError, match=message):
+        evaluate_run(EvaluateOptions(str(class_run), output=output, device="cpu"))
+
+
+def test_ctrl_c_in_predict_is_one_line_and_what_was_drawn_stays(box_run, album, monkeypatch, capsys):
+    real, calls = vpt.predict.writers.run_model, []
+
+    def stopped_in_the_second_batch(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(vpt.predict.writers, "run_model", stopped_in_the_second_batch)
+    options = [f"run={box_run}", "input=album", "output=f.csv", "pictures=drawn", "batch_size=2", "device=cpu"]
+    assert command(monkeypatch, predict_command, *options) == INTERRUPTED == 130
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("predict: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: interrupted; ")
+    assert not Path("f.csv").exists()
+    assert set(content(Path("drawn"))) == {"a.jpg.jpg", "a.png.jpg"}
+
+
+def test_ctrl_c_in_evaluate_is_one_line(class_run, tmp_path, monkeypatch, capsys):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vpt.engine.trainer, "evaluate", stopped)
+    output = tmp_path / "m.json"
+    assert command(monkeypatch, evaluate_command, f"run={class_run}", f"output={output}", "device=cpu") == INTERRUPTED
+    assert capsys.readouterr().err == "error: interrupted before the metrics were known; nothing was written\n"
+    assert not output.exists()
+
+
+def test_predict_computes_in_the_precision_of_the_run(class_run, box_run, album):
+    for run_dir in (class_run, box_run):
+        copy = album.parent / f"bf16_{run_dir is box_run}"
+        shutil.copytree(run_dir, copy)
+        text = (copy / "config.yaml").read_text()
+        assert "precision: auto" in text
+        (copy / "config.yaml").write_text(text.replace("precision: auto", "precision: bf16"))
+        trained = build.load_run(copy, device="cpu")
+        picture = read_image(album / "b.jpg")
+        image = EvalTransform(trained.preprocessing)(picture)[None]
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            if run_dir is class_run:
+                expected = trained.model(image).float().softmax(dim=1).max()
+            else:
+                trained.model.selection = Selection(**EVERY_BOX, max_detections=1)
+                size = letterboxed_size((40, 64), trained.preprocessing)
+                expected = trained.model(image, sizes=[size])[0]["scores"].float().max()
+        scores = []
+        for folder in (copy, run_dir):
+            predict(folder, "album/b.jpg", "f.json", **(EVERY_BOX if run_dir is box_run else {}))
+            (row, *_) = json.loads(Path("f.json").read_text())
+            scores.append(row["score"] if run_dir is box_run else row["predictions"][0]["probability"])
+        assert scores[0] == pytest.approx(float(expected), abs=1e-7)
+        assert scores[0] != pytest.approx(scores[1], abs=1e-6)
+
+
+@pytest.fixture
+def labels_of(box_run, tmp_path):
+    """The labels that `classes=TEXT` stands for, where the classes are called as given."""
+
+    def labels(names, text):
+        tasks = open_run(box_run, checkpoint=None, device="cpu")
+        selections = {}
+        metadata = {name: replace(of, classes=list(names)) for name, of in tasks.metadata.items()}
+        tasks = replace(tasks, metadata=metadata, select=selections.__setitem__)
+        BoxPredictions(tasks, PredictOptions("a", str(tmp_path / "f.csv"), classes=text), tmp_path, [])
+        return selections[box_run.name].labels
+
+    return labels
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("blue box", (1,)),
+        ('"Größe, x"', (0,)),
+        ('blue box , "Größe, x" ,', (0, 1)),
+        ("blue box,blue box", (1,)),
+    ],
+)
+def test_classes_are_named_as_in_csv(labels_of, text, labels):
+    assert labels_of(("Größe, x", "blue box"), text) == labels
+
+
+def test_a_class_with_a_comma_but_without_quotes_is_refused_with_what_to_type(labels_of):
+    message = "no class Größe.*; a name with a comma needs quotes: classes='\"Größe, x\"'"
+    with pytest.raises(ConfigError, match=message):
+        labels_of(("Größe, x", "blue box"), "blue box, Größe, x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "classes=: names no class; valid: red box, blue box$"),
+        (" ,", "names no class"),
+        ("red bix,blue box", "classes=red bix,blue box: no class red bix; did you mean red box"),
+        ("unicorn", "no class unicorn; valid: red box, blue box$"),
+    ],
+)
+def test_classes_that_are_not_there_are_refused_with_those_that_are(labels_of, text, message):
+    with pytest.raises(ConfigError, match=message):
+        labels_of(("red box", "blue box"), text)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("min_score=1", r"min_score=1\.0 is out of range: it must be at least 0 and at most 0\.999"),
+        ("max_overlap=0", r"max_overlap=0\.0 is out of range: it must be above 0 and at most 1"),
+    ],
+)
+def test_numbers_that_no_selection_takes_are_refused_as_options(word, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_options(PredictOptions, ["run=a", "input=b", "output=c.csv", word], USAGE)
+
+
+def test_a_folder_without_a_readable_picture_writes_nothing_and_says_so(class_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "album").mkdir()
+    (tmp_path / "album" / "a.jpg").write_text("<html>")
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, predict_command, f"run={class_run}", "input=album", "output=f.csv", "device=cpu") == 1
+    out, err = capsys.readouterr()
+    assert "written" not in out
+    assert err.splitlines()[-1] == "error: input=album: none of its pictures can be read (1); nothing was written"
+    assert "skipped: " in err
+    assert not Path("f.csv").exists()
+
+
+def changed(boxes, folder, change):
+    """A copy of the data, in which the categories are changed."""
+    shutil.copytree(boxes, folder)
+    for path in folder.rglob("*.json"):
+        whole = json.loads(path.read_text())
+        change(whole)
+        path.write_text(json.dumps(whole))
+    return folder
+
+
+def rename(whole):
+    whole["categories"][1]["name"] = "green box"
+
+
+def add(whole):
+    whole["categories"].append({"id": 90, "name": "green box"})
+
+
+def renumber(whole):
+    whole["categories"][1]["id"] = 18
+    for annotation in whole["annotations"]:
+        annotation["category_id"] += annotation["category_id"] == 17
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            rename,
+            r"root=.*: classes\[1\] is green box in the data, and blue box in the task file; .*: red box, blue box",
+        ),
+        (add, r"root=.*: classes\[2\] is green box in the data, and missing in the task file"),
+        (renumber, r"root=.*: category_ids\[1\] is 18 in the data, and 17 in the task file; .* in this order: 3, 17"),
+    ],
+)
+def test_evaluate_names_the_first_class_that_differs(box_run, boxes, tmp_path, change, message):
+    root = changed(boxes, tmp_path / "boxes", change)
+    with pytest.raises(ConfigError, match=message):
+        evaluate_run(EvaluateOptions(str(box_run), root=str(root), device="cpu"))
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 4), ({"batch_size": 3}, 3)])
+def test_evaluate_takes_batches_as_large_as_those_of_the_run(box_run, monkeypatch, given, expected):
+    real, sizes = vpt.engine.trainer.evaluate, []
+
+    def spy(model, loader, *args, **kwargs):
+        sizes.extend(len(images) for images, _ in loader)
+        return real(model, loader, *args, **kwargs)
+
+    monkeypatch.setattr(vpt.engine.trainer, "evaluate", spy)
+    evaluate_run(EvaluateOptions(str(box_run), device="cpu", **given))
+    assert sizes == [expected, 5 - expected]

@@ -1,0 +1,186 @@
+"""Pictures that cannot be read, as runs meet them: `data.on_error` in both kinds of task."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from tests.helpers import train_with
+from vpt.config.composition import compose_config
+from vpt.config.errors import ConfigError
+from vpt.config.validation import to_config
+from vpt.data.images import ImageError
+from vpt.task_types.base import kind_of
+
+# Python 3.12 warns when a process with threads forks, and torch has threads.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+SKIP = "data.on_error=skip", "data.max_skipped=0.2"
+
+
+@pytest.fixture
+def album(photos, tmp_path):
+    """The photos; of train one is cut in the middle and one is a text."""
+    root = shutil.copytree(photos, tmp_path / "album")
+    cut(root / "train" / "grass" / "3.png")
+    (root / "train" / "rose" / "5.png").write_text("hello")
+    return root
+
+
+@pytest.fixture
+def forest(boxes, tmp_path):
+    """The pictures with boxes; of train one is cut in the middle and one is not there."""
+    root = shutil.copytree(boxes, tmp_path / "forest")
+    cut(root / "train" / "3.png")
+    (root / "train" / "5.png").unlink()
+    return root
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def kind(root, *overrides, dataset="folder"):
+    return kind_of(to_config(compose_config([f"dataset={dataset}", f"dataset.root={root}", *overrides])))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_skip_leaves_out_train_pictures_that_cannot_be_read_and_tells(album, num_workers, capsys):
+    classes = kind(album, *SKIP, f"num_workers={num_workers}")
+    samples = classes.read()
+    assert len(samples["train"]) == 16
+    assert [name for name, _ in classes.left_out] == ["train/grass/3.png", "train/rose/5.png"]
+    assert f"{album}/train/grass/3.png: broken picture" in classes.left_out[0][1]
+    line = classes.describe(samples)[1]
+    assert line.startswith(f"2 train pictures cannot be read, left out; first {album}/train/grass/3.png: broken")
+    for index in range(16):
+        samples["train"].read(index)
+    assert "check train: 2/2 batches" in capsys.readouterr().err
+
+
+def test_skip_counts_from_what_is_left(album):
+    samples = kind(album, *SKIP, "dataset.num_per_class=5", "num_workers=0").read()
+    assert len(samples["train"]) == 15
+    with pytest.raises(ValueError, match="class 'grass' has 5 train pictures, fewer than num_per_class=6"):
+        kind(album, *SKIP, "dataset.num_per_class=6", "num_workers=0").read()
+
+
+def test_stop_is_the_default_and_looks_at_headers(album):
+    with pytest.raises(ImageError, match=r"train/rose/5\.png: not a picture.*; replace or remove") as error:
+        kind(album).read()
+    assert "grass" not in str(error.value)  # its header is whole
+
+
+def test_more_than_may_be_skipped_stop_the_run(album):
+    with pytest.raises(
+        ConfigError,
+        match=r"^2 of 18 train pictures cannot be read, more than data\.max_skipped=0\.1 allows; first .*3\.png",
+    ):
+        kind(album, "data.on_error=skip", "data.max_skipped=0.1", "num_workers=0").read()
+
+
+def test_a_class_that_would_be_lost_stops_the_run(album):
+    for path in (album / "train" / "rose").iterdir():
+        path.write_text("hello")
+    with pytest.raises(ConfigError, match="class 'rose': no train picture of it can be read"):
+        kind(album, "data.on_error=skip", "data.max_skipped=1", "num_workers=0").read()
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_val_and_test_never_skip(album, split):
+    for name in ("0.png", "2.png"):
+        cut(album / split / "grass" / name)
+    with pytest.raises(ImageError, match=rf"{split}/grass/0\.png: broken picture.*; 1 more cannot be read"):
+        kind(album, *SKIP, "num_workers=0").read()
+
+
+def test_a_whole_album_has_nothing_left_out(photos):
+    classes = kind(photos, "data.on_error=skip", "num_workers=0")
+    samples = classes.read()
+    assert classes.left_out == []
+    assert len(classes.describe(samples)) == 1
+
+
+def test_boxes_skip_what_is_missing_and_what_cannot_be_decoded(forest):
+    trees = kind(forest, *SKIP, "num_workers=0", dataset="boxes")
+    samples = trees.read()
+    assert len(samples["train"]) == 14
+    assert sorted(name for name, _ in trees.left_out) == ["train/3.png", "train/5.png"]
+    assert any(line.startswith("2 train pictures cannot be read, left out; first ") for line in trees.describe(samples))
+
+
+def test_boxes_stop_at_a_missing_train_picture_unless_told(forest):
+    with pytest.raises(ImageError, match=r"train/5\.png: no such file.*leave it out of train with data\.on_error=skip"):
+        kind(forest, dataset="boxes").read()
+
+
+@pytest.mark.parametrize("overrides", [(), SKIP])
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_boxes_of_val_and_test_never_lose_a_picture(boxes, tmp_path, split, overrides):
+    root = shutil.copytree(boxes, tmp_path / "forest")
+    (root / split / "2.png").unlink()
+    with pytest.raises(ImageError, match=rf"{split}/2\.png: no such file; replace or remove"):
+        kind(root, *overrides, dataset="boxes").read()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.background=whte", r"data\.background='whte' is no colour"),
+        ("data.max_pixels=1919", r"1,920 pixels are more than the 1,919 allowed"),
+    ],
+)
+def test_how_pictures_are_decoded_comes_from_the_config(photos, boxes, override, message):
+    with pytest.raises(ValueError, match=message):
+        kind(photos, override).read()
+    if "background" in override:
+        with pytest.raises(ValueError, match=message):
+            kind(boxes, override, dataset="boxes")
+
+
+def test_a_background_reaches_the_pictures_of_both_kinds(photos, boxes, tmp_path):
+    for source, name, dataset in ((photos, "train/grass/0.png", "folder"), (boxes, "train/1.png", "boxes")):
+        root = shutil.copytree(source, tmp_path / dataset)
+        with Image.open(root / name) as image:
+            size = image.size
+        Image.new("RGBA", size, (0, 0, 0, 0)).save(root / name)
+        train = kind(root, 'data.background="#0a141e"', "num_workers=0", dataset=dataset).read()["train"]
+        assert train.read(train.names.index(name)).getpixel((0, 0)) == (10, 20, 30)
+
+
+def test_pictures_above_pillows_own_limit_cannot_be_allowed():
+    with pytest.raises(ConfigError, match=r"data\.max_pixels=178956971 is out of range"):
+        to_config(compose_config(["data.max_pixels=178956971"]))
+
+
+def test_a_run_trains_without_what_it_leaves_out(album, tmp_path, capsys):
+    train_with(
+        "dataset=folder",
+        f"dataset.root={album}",
+        *SKIP,
+        "backbone=vit_nano",
+        "train.epochs=1",
+        "num_workers=0",
+        f"run.root={tmp_path / 'runs'}",
+    )
+    assert "2 train pictures cannot be read, left out; first" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_picture_that_breaks_while_training_is_one_line_with_loader_processes(photos, tmp_path):
+    root = shutil.copytree(photos, tmp_path / "album")
+    cut(root / "train" / "grass" / "3.png")
+    process = subprocess.run(
+        [
+            sys.executable, "-m", "vpt.train", "dataset=folder", f"dataset.root={root}", "backbone=vit_nano",
+            "num_workers=2", "cache=off", "train.epochs=1", f"run.root={tmp_path / 'runs'}",
+        ],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert "Traceback" not in process.stderr
+    (line,) = [line for line in process.stderr.splitlines() if "error" in line]
+    assert line.startswith(f"error: {root}/train/grass/3.png: broken picture")

@@ -1,0 +1,1 @@
+"""Benchmark: FLOPs, time and memory of prompts beside the bare ViT."""

@@ -1,0 +1,132 @@
+"""What a method costs beside its accuracy: what trains of it, FLOPs, and bytes kept for the backward pass."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpt import build
+from vpt.build import Data, Model
+from vpt.compare.plan import bare_config
+from vpt.config.schema import Config
+from vpt.engine.measure import check_attention_is_counted, count_flops, count_saved_bytes, inference, model_tensors
+from vpt.engine.steps import autocast, move, total_of
+from vpt.models.classifier import ClassificationModel
+from vpt.models.tuning import tuned_parts
+from vpt.models.vit import preprocessing_of
+from vpt.task_types.base import Kind, kind_of
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was counted; None where this machine cannot count it.
+
+    Args:
+        tuned: Parameters that train, by part: prompt, neck, head, backbone.
+        step_pictures: Pictures of the training step that was counted.
+        step_flops: Of that step, forward and backward, without a cache of tokens.
+        saved_bytes: Kept of its forward pass for the backward pass.
+        flops: Of inference on one picture.
+        bare_flops: Of the bare ViT with the same head, on one picture.
+    """
+
+    tuned: dict[str, int]
+    step_pictures: int
+    step_flops: int | None
+    saved_bytes: int | None
+    flops: int | None
+    bare_flops: int | None
+
+    @property
+    def num_tuned(self) -> int:
+        """Parameters that train."""
+        return sum(self.tuned.values())
+
+    @property
+    def flops_ratio(self) -> float | None:
+        """FLOPs of inference, as a multiple of those of the bare ViT."""
+        return self.flops / self.bare_flops if self.flops and self.bare_flops else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Cost":
+        """What `to_dict` gave.
+
+        Raises:
+            TypeError, KeyError: It gave something else.
+        """
+        return cls(**{entry.name: values[entry.name] for entry in fields(cls)})
+
+
+def measure_cost(config: Config, samples: Mapping[str, Any]) -> Cost:
+    """Build the model of a run, take one training step and look at one picture; nothing is kept of it.
+
+    What is wrong with a method on these data, such as a block that the backbone does not have, is refused here.
+
+    Args:
+        config: Of the run.
+        samples: What it would train on, by split.
+
+    Raises:
+        ValueError, FileNotFoundError: The model cannot be built.
+    """
+    device = build.pick_device(config.device)
+    config.num_workers = 0  # one batch only
+    kind, model, data = _prepare(config, samples, device)
+    build.whiten_prompt(config, model, data)
+    build.start_prompt(config, model, data)
+    tuned = {name: sum(map(torch.numel, parameters)) for name, parameters in tuned_parts(model).items()}
+    images, targets = move(next(iter(data.loaders["train"])), device)
+    counted: dict[str, int] = {}
+    precision = build.choose_precision(config, device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    with suppress(ValueError, torch.OutOfMemoryError), autocast(device, precision):
+        check_attention_is_counted(device, dtype)
+        counted |= _count_step(model, kind.losses(data), images, targets)
+        counted["flops"] = _count_inference(model, images[:1])
+        counted["bare_flops"] = _count_inference(_build_bare(config, samples, device), images[:1])
+    names = ("step_flops", "saved_bytes", "flops", "bare_flops")
+    return Cost(tuned, len(images), **{name: counted.get(name) for name in names})
+
+
+def _prepare(config: Config, samples: Mapping[str, Any], device: torch.device) -> tuple[Kind, Model, Data]:
+    build.seed_everything(config.seed, config.deterministic)
+    kind, train = kind_of(config), samples["train"]
+    model = build.build_model(config, train.classes, getattr(train, "category_ids", None)).to(device)
+    return kind, model, kind.build_data(samples, preprocessing_of(model.backbone.vit))
+
+
+def _build_bare(config: Config, samples: Mapping[str, Any], device: torch.device) -> nn.Module:
+    """The same head on nothing but the backbone; for classes as timm itself computes it."""
+    _, model, _ = _prepare(bare_config(config), samples, device)
+    return nn.Sequential(model.backbone.vit, model.head) if isinstance(model, ClassificationModel) else model
+
+
+def _count_step(
+    model: Model, losses: Callable[..., Mapping[str, Tensor]], images: Tensor, targets: Any
+) -> dict[str, int]:
+    """FLOPs of a training step, and the bytes that its forward pass leaves for the backward pass."""
+    model.train()
+    found: dict[str, Any] = {}
+
+    def forward() -> None:
+        found["loss"] = total_of(losses(model, images, targets))
+
+    def step() -> None:
+        found["saved_bytes"] = count_saved_bytes(forward, model_tensors(model))
+        found["loss"].backward()
+
+    return {"step_flops": count_flops(step), "saved_bytes": found["saved_bytes"]}
+
+
+def _count_inference(model: nn.Module, image: Tensor) -> int:
+    model.requires_grad_(False).eval()  # torch counts no FLOPs where a view of a tuned parameter is used
+    look = inference(model, image)
+    look()  # the constants of a prompt are made in the first call
+    return count_flops(look)

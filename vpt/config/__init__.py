@@ -1,0 +1,1 @@
+"""Configuration: typed schema, composition, validation, command line, saved configs."""

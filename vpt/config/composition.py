@@ -1,0 +1,81 @@
+"""The typed schema of `conf/`, its ranges, and messages that name the nearest valid choice."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from vpt.config.errors import ConfigError, did_you_mean, first_line, no_such_choice
+from vpt.config.schema import Config, schema_keys
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def config_folder() -> Path:
+    """The absolute path of `conf/`: inside an installed package, or beside it in a checkout."""
+    for folder in (PACKAGE / "conf", PACKAGE.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise ConfigError(f"conf/train.yaml is neither in {PACKAGE} nor beside it; install vpt again")
+
+
+def register_schema() -> None:
+    """Make the schema known to Hydra as `schema`, the first entry of the defaults list of `conf/train.yaml`."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
+    """Compose `conf/train.yaml` with overrides, outside of a Hydra application.
+
+    Args:
+        overrides: As typed on the command line: `prompt=shallow`, `+experiment=quickstart`, `train.epochs=3`.
+        config_dir: A further folder of configs, searched after `conf/`.
+
+    Raises:
+        ConfigError: An override cannot be used.
+    """
+    register_schema()
+    search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            return compose("train", [*overrides, *search])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+
+
+def explain(error: Exception) -> str:
+    """One line for an error of Hydra or OmegaConf, with the nearest valid choice where there is one."""
+    while isinstance(error, ConfigCompositionException) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    message = str(error)
+    unknown_key = re.search(r"Key '([^']*)' (?:not in|is not in struct)", message)
+    full_key = re.search(r"full_key: (\S+)", message)
+    if unknown_key:
+        key = full_key[1] if full_key else unknown_key[1]
+        if key.startswith("tuning.options."):
+            return f"{key} is none of the options that are there; to add it, type +{key}=..."
+        return f"unknown key {key}{did_you_mean(key, list(schema_keys()))}"
+    missing = re.search(
+        r"Missing mandatory value: (\S+)|Structured config of type .* has missing mandatory value: (\S+)", message
+    )
+    if missing:
+        key = full_key[1] if full_key else missing[1] or missing[2]
+        return f"{key} is needed: type {key}=..."
+    option = re.search(r"Could not find '([^/']+)/([^']+)'", message)
+    if option:
+        return no_such_choice(option[1], option[2], group_choices(option[1]))
+    line = first_line(error)
+    if line.endswith(":"):  # a heading, and what it is about stands below it
+        line = " ".join(part.strip() for part in message.splitlines()[:2])
+    return f"{full_key[1]}: {line}" if full_key and full_key[1] not in line else line
+
+
+def group_choices(group: str, config_dir: Path | None = None) -> list[str]:
+    """Names of the files of a group of `conf/`."""
+    folders = [config_folder(), *([config_dir] if config_dir else [])]
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})

@@ -1,0 +1,1 @@
+"""Readers: from folders, lists, tables and annotation files to samples."""

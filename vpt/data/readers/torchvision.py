@@ -1,0 +1,188 @@
+"""Classification data sets of torchvision, by the name of their class."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vpt.data.images import DEFAULT_DECODING, Decoding, ImageError, to_rgb
+from vpt.data.readers.folder import refuse_one_class
+from vpt.data.samples import FileReader, Samples
+from vpt.data.splits import split_off
+from vpt.storage.archives import ArchiveError, extract, open_metered
+
+_BY_FLAG = {"train": {"train": True}, "test": {"train": False}}
+_TRAIN_TEST = {"train": {"split": "train"}, "test": {"split": "test"}}
+_TRAIN_VAL_TEST = {"train": {"split": "train"}, "val": {"split": "val"}, "test": {"split": "test"}}
+_ALL: dict[str, dict[str, Any]] = {"train": {}}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """How a data set of torchvision is built, and which of its attributes hold what.
+
+    Without `files` torchvision gives the pictures. Where `files` and `targets` are one attribute, it holds pairs of
+    them. Without `targets` they are in a file that `_pcam_targets` reads.
+    """
+
+    splits: Mapping[str, Mapping[str, Any]]
+    targets: str | None
+    classes: str | None
+    files: str | None = None
+
+
+TORCHVISION = {
+    "CIFAR10": _Source(_BY_FLAG, "targets", "classes"),
+    "CIFAR100": _Source(_BY_FLAG, "targets", "classes"),
+    "Caltech101": _Source(_ALL, "y", "categories"),
+    "Caltech256": _Source(_ALL, "y", "categories"),
+    "Country211": _Source({**_TRAIN_TEST, "val": {"split": "valid"}}, "samples", "classes", "samples"),
+    "DTD": _Source(_TRAIN_VAL_TEST, "_labels", "classes", "_image_files"),
+    "EuroSAT": _Source(_ALL, "samples", "classes", "samples"),
+    "FGVCAircraft": _Source(_TRAIN_VAL_TEST, "_labels", "classes", "_image_files"),
+    "FashionMNIST": _Source(_BY_FLAG, "targets", "classes"),
+    "Flowers102": _Source(_TRAIN_VAL_TEST, "_labels", "classes", "_image_files"),
+    "Food101": _Source(_TRAIN_TEST, "_labels", "classes", "_image_files"),
+    "GTSRB": _Source(_TRAIN_TEST, "_samples", None, "_samples"),
+    "KMNIST": _Source(_BY_FLAG, "targets", "classes"),
+    "MNIST": _Source(_BY_FLAG, "targets", "classes"),
+    "OxfordIIITPet": _Source({**_TRAIN_TEST, "train": {"split": "trainval"}}, "_labels", "classes", "_images"),
+    "PCAM": _Source(_TRAIN_VAL_TEST, None, None),
+    "RenderedSST2": _Source(_TRAIN_VAL_TEST, "_samples", "classes", "_samples"),
+    "STL10": _Source(_TRAIN_TEST, "labels", "classes"),
+    "SUN397": _Source(_ALL, "_labels", "classes", "_image_files"),
+    "SVHN": _Source(_TRAIN_TEST, "labels", None),
+    "StanfordCars": _Source(_TRAIN_TEST, "_samples", "classes", "_samples"),
+    "USPS": _Source(_BY_FLAG, "targets", None),
+}
+
+
+def read_torchvision(
+    name: str,
+    root: str | Path,
+    download: bool = False,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    decoding: Decoding = DEFAULT_DECODING,
+) -> dict[str, Samples]:
+    """Read a data set of torchvision by its class name.
+
+    The official splits are used where there are some; a missing val is split off train, and so is test of the sets
+    that have no official test split.
+
+    Args:
+        name: A key of `TORCHVISION`.
+        root: The folder that torchvision keeps its files in.
+        download: Fetch the files if they are missing; the only use of the network.
+        val_fraction: Part of the pictures that becomes val if there is no official val.
+        test_fraction: Part of the pictures that becomes test if there is no official test.
+        seed: Decides what is split off.
+        decoding: How the pictures will be decoded; `max_pixels` counts where they are files.
+
+    Raises:
+        ValueError: The name is unknown, or the files are missing.
+    """
+    if name not in TORCHVISION:
+        nearest = get_close_matches(name, TORCHVISION, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"dataset.name={name!r} is unknown; did you mean {nearest!r}? Allowed: {', '.join(sorted(TORCHVISION))}"
+        )
+    source = TORCHVISION[name]
+    found = {split: _open_torchvision(name, split, Path(root), download, decoding) for split in source.splits}
+    num_classes = 1 + max(found["train"].targets)
+    classes = found["train"].classes or tuple(str(i) for i in range(num_classes))
+    refuse_one_class(classes, f"torchvision's {name} in {root}")
+    splits = {split: replace(samples, classes=classes) for split, samples in found.items()}
+    return split_off(splits, val_fraction, test_fraction, seed)
+
+
+@dataclass(frozen=True)
+class _TorchvisionReader:
+    dataset: Any
+    name: str
+    background: str
+
+    def __call__(self, index: int) -> Image.Image:
+        try:
+            return to_rgb(self.dataset[index][0], self.background)
+        except Exception as error:  # Pillow's decoders raise almost anything on a broken file
+            raise ImageError(f"{self.name} {index}: broken picture ({error})") from error
+
+
+def _open_torchvision(name: str, split: str, root: Path, download: bool, decoding: Decoding) -> Samples:
+    """One official split; classes are empty where torchvision has no names."""
+    source = TORCHVISION[name]
+    dataset = _construct(name, split, root, download)
+    classes = tuple(getattr(dataset, source.classes, ())) if source.classes else ()
+    targets = getattr(dataset, source.targets) if source.targets else _pcam_targets(dataset, split)
+    if source.files is None:
+        names = tuple(f"{name} {split} {i}" for i in range(len(targets)))
+        reader = _TorchvisionReader(dataset, f"{name} {split}", decoding.background)
+        return Samples(classes, tuple(map(int, targets)), names, reader)
+    files = getattr(dataset, source.files)
+    if source.files == source.targets:
+        files, targets = zip(*files, strict=True)
+    names = tuple(Path(os.path.relpath(file, root)).as_posix() for file in files)
+    paths = tuple(map(Path, files))
+    samples = Samples(classes, tuple(map(int, targets)), names, FileReader(paths, decoding), paths)
+    return samples.take(sorted(range(len(names)), key=names.__getitem__))  # SUN397 comes in the order of the disk
+
+
+def _construct(name: str, split: str, root: Path, download: bool) -> Any:
+    import torchvision.datasets
+
+    try:
+        arguments = TORCHVISION[name].splits[split]
+        with _guarded_extraction():
+            return getattr(torchvision.datasets, name)(root=root, download=download, **arguments)
+    except ArchiveError as error:
+        raise ValueError(f"torchvision's {name}: {error}") from error
+    except ImportError as error:
+        raise ValueError(f"torchvision's {name} needs {error.name}: pip install {error.name}") from error
+    except (RuntimeError, OSError) as error:
+        if "pip install" in str(error):
+            raise ValueError(f"torchvision's {name}: {error}") from error
+        advice = "check the network" if download else "to fetch them, add dataset.download=true"
+        raise ValueError(f"the files of torchvision's {name} are not in {root} ({error}); {advice}") from error
+
+
+@contextmanager
+def _guarded_extraction() -> Iterator[None]:
+    """Let torchvision extract archives with `vpt.storage.archives`, inside of this block.
+
+    Raises:
+        ValueError: This torchvision does not extract as those that are known, so that nothing would be guarded.
+    """
+    from torchvision.datasets import utils
+
+    try:
+        tables = utils._ARCHIVE_EXTRACTORS, utils._COMPRESSED_FILE_OPENERS
+    except AttributeError as error:
+        raise ValueError(
+            "this torchvision extracts archives in a way that cannot be guarded; install the one of constraints.txt"
+        ) from error
+    before = [dict(table) for table in tables]
+    for table, ours in zip(tables, (_extract, open_metered), strict=True):
+        table.update(dict.fromkeys(table, ours))
+    try:
+        yield
+    finally:
+        for table, entries in zip(tables, before, strict=True):
+            table.update(entries)
+
+
+def _extract(archive: str | Path, into: str | Path, compression: str | None) -> None:
+    """What torchvision calls; how the archive is packed is seen from its content."""
+    extract(archive, into)
+
+
+def _pcam_targets(dataset: Any, split: str) -> Any:
+    """The targets of PCAM, (num,); torchvision reads them from its HDF5 file one by one."""
+    with dataset.h5py.File(dataset._base_folder / dataset._FILES[split]["targets"][0]) as file:
+        return file["y"][:, 0, 0, 0]

@@ -1,0 +1,1 @@
+"""Transforms: from an RGB image to a normalised tensor."""

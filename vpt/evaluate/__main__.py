@@ -1,0 +1,77 @@
+"""python -m vpt.evaluate run=RUN: the metrics of a trained run on one of its splits."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from vpt.config.command_line import INTERRUPTED, check_file, fail, is_for_user, parse_options
+from vpt.config.schema import OnError, number
+
+USAGE = """python -m vpt.evaluate: metrics of a trained run on one split of its data.
+
+  run=FOLDER         a run folder, such as runs/quickstart
+  split=test         train, val or test
+  root=PATH          where the data lie now, when they have moved
+  checkpoint=FILE    weights of the backbone, when they have moved
+  output=FILE.json   write the metrics there too
+  batch_size=N       pictures at a time; as in training when left out, since losses of boxes are means over a batch
+  num_workers=0  device=auto
+
+Example: python -m vpt.evaluate run=runs/quickstart split=val"""
+
+
+@dataclass
+class EvaluateOptions:
+    """Options of `python -m vpt.evaluate`."""
+
+    run: str
+    split: str = "test"
+    root: str | None = None
+    checkpoint: str | None = None
+    output: str | None = None
+    batch_size: int | None = number(None, low=1)
+    num_workers: int = number(0, low=0)
+    device: str = "auto"
+
+
+def main() -> None:
+    """Read the options, evaluate, print a table."""
+    try:
+        evaluate_run(parse_options(EvaluateOptions, sys.argv[1:], USAGE))
+    except KeyboardInterrupt:
+        fail(RuntimeError("interrupted before the metrics were known; nothing was written"), INTERRUPTED)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if not is_for_user(error):
+            raise
+        fail(error)
+
+
+def evaluate_run(options: EvaluateOptions) -> dict[str, float]:
+    """Evaluate a run on a split, print a table of the metrics and one of the classes, return the metrics."""
+    from vpt import build
+    from vpt.engine.trainer import evaluate
+    from vpt.runs import summary as report
+    from vpt.runs.data import read_run
+    from vpt.storage.files import write_json
+
+    output = None if options.output is None else Path(options.output).expanduser()
+    if output is not None:
+        check_file("output", output, (".json",))
+    run = build.load_run(Path(options.run).expanduser(), checkpoint=options.checkpoint, device=options.device)
+    if options.split != "train":
+        run.config.data.on_error = OnError.stop  # none but train pictures are skipped, so none need be decoded twice
+    kind, data = read_run(
+        run, [options.split], root=options.root, batch_size=options.batch_size, num_workers=options.num_workers
+    )
+    evaluator = kind.evaluator(data, options.split)
+    precision = build.choose_precision(run.config, next(run.model.parameters()).device)
+    values = evaluate(run.model, data.loaders[options.split], evaluator, precision=precision, description=options.split)
+    print(report.result_table({options.split: values}))
+    print(kind.class_table(evaluator, data, options.split))
+    if output is not None:
+        write_json(output, {"run": options.run, "split": options.split, "metrics": values})
+    return values
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Attention maps and prompt tokens of a task."""

@@ -1,0 +1,172 @@
+"""python -m vpt.explain run=FOLDER input=PATH output=FOLDER: what a task looks at, and what its prompt is."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vpt.config.command_line import INTERRUPTED, check_folder, fail, name_task_files, parse_options, tell
+from vpt.config.errors import ConfigError
+from vpt.config.schema import number
+
+if TYPE_CHECKING:
+    from vpt.build import Model
+    from vpt.data.transforms.preprocessing import Preprocessing
+    from vpt.explain.numbers import Seen
+
+UNREADABLE = 1
+
+USAGE = """python -m vpt.explain: what a task looks at in pictures, and what its prompt has become.
+
+  run=FOLDER           a run folder, such as runs/quickstart
+  task=FILE            or a task file
+  input=PATH           a picture, a folder that is searched for pictures, below it too, or a pattern in quotes such as
+                       'photos/**/*.jpg'
+  output=FOLDER        a new folder, or one that this command wrote, for what is below
+  max_pictures=8       of more pictures as many are taken, evenly spread; at most 64
+  blocks=all           blocks that pages show apart: all, first:k, last:k or 0,5,11; by default four
+  checkpoint=FILE      weights of the backbone, if they are not those that timm knows, or have moved
+  device=auto
+
+It writes
+  picture_00.png, ...        what CLS looks at in a picture, without and with the prompt, and how much each patch looks
+                             at the prompt
+  prompt.png                 attention that goes to the prompt, and how many of its tokens count, over the blocks
+  similarity.png             how alike the tokens are
+  nearest_block_00.png, ...  the patches of these pictures that are most like them
+  explain.json               all numbers, of all blocks
+and the same for TensorBoard, with the block as the step. docs/explain.md says how to read it.
+
+Without a prompt there are attention maps only. Pictures that cannot be read are listed and skipped; the exit code is
+then 1.
+Example: python -m vpt.explain run=runs/quickstart input=photos output=looked"""
+
+
+@dataclass
+class ExplainOptions:
+    """Options of `python -m vpt.explain`."""
+
+    input: str
+    output: str
+    run: str | None = None
+    task: str | None = None
+    max_pictures: int = number(8, low=1, high=64)
+    blocks: str | None = None
+    checkpoint: str | None = None
+    device: str = "auto"
+
+
+def main() -> None:
+    """Read the options, look, write the folder."""
+    try:
+        unreadable = explain(parse_options(ExplainOptions, sys.argv[1:], USAGE))
+    except KeyboardInterrupt:
+        fail(RuntimeError("interrupted; the output may lack pages"), INTERRUPTED)
+    except (ValueError, TypeError, OSError) as error:
+        fail(error)
+    if unreadable:
+        sys.exit(UNREADABLE)
+
+
+def explain(options: ExplainOptions) -> list[str]:
+    """Look at pictures, write what was seen; return a line for each picture that cannot be read."""
+    output = Path(options.output).expanduser()
+    paths, num_found = _find(options)
+    _check_output(output)
+
+    from vpt.explain.numbers import explain_pictures
+    from vpt.explain.pages import write_explanation
+
+    model, preprocessing, origin = _open(options)
+    blocks = _choose_blocks(options.blocks, model.backbone.depth)
+    pictures, unreadable = _read(paths, preprocessing)
+    for line in unreadable:
+        print(f"skipped: {line}", file=sys.stderr)
+    if not pictures:
+        tell(ConfigError(f"input={options.input}: none of its pictures can be read; nothing was written"))
+        return unreadable
+    explanation = explain_pictures(origin, model, pictures, blocks)
+    pages = write_explanation(explanation, output)
+    of = f"{len(pictures)} of {num_found} pictures" if num_found > len(pictures) else f"{len(pictures)} pictures"
+    print(f"{of} explained, {len(pages)} pages and explain.json written to {output}")
+    if explanation.note:
+        print(f"note: {explanation.note}")
+    return unreadable
+
+
+def _find(options: ExplainOptions) -> tuple[list[Path], int]:
+    """Pictures of the input, evenly spread, and the number of all."""
+    from vpt.build import spread
+    from vpt.data.images import EXTENSIONS, find_images
+    from vpt.predict.inputs import is_video
+
+    path = Path(options.input).expanduser()
+    if is_video(path):
+        raise ConfigError(f"input={options.input}: is a video; save the frames to look at as pictures")
+    found = find_images(path)
+    if not found:
+        raise ConfigError(f"input={options.input}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
+    return [found[index] for index in spread(len(found), options.max_pictures)], len(found)
+
+
+def _check_output(output: Path) -> None:
+    """Never mix pages with a person's files, nor with those of a run."""
+    from vpt.explain.pages import is_own_folder
+
+    check_folder("output", output)
+    if not is_own_folder(output):
+        raise ConfigError(f"output={output}: holds other files; name a new folder, such as output={output / 'explain'}")
+
+
+def _open(options: ExplainOptions) -> "tuple[Model, Preprocessing, str]":
+    """The task that is asked for, how its pictures are prepared, and what to call it."""
+    from vpt.build import load_run, pick_device
+    from vpt.data.transforms.preprocessing import Preprocessing
+    from vpt.models.task_file import load_task, read_task
+    from vpt.models.vit import load_vit
+
+    if options.task is not None and options.run is not None:
+        raise ConfigError(f"task={options.task} and run={options.run}: name a task file or a run, not both")
+    if options.run is not None:
+        run = load_run(Path(options.run).expanduser(), checkpoint=options.checkpoint, device=options.device)
+        return run.model, run.preprocessing, f"run={options.run}"
+    if options.task is None:
+        raise ConfigError("run is needed: type run=FOLDER, or task=FILE")
+    paths = list(name_task_files("task", options.task).values())
+    if len(paths) > 1:
+        raise ConfigError(f"task={options.task}: one task is explained at a time; name one file")
+    metadata = read_task(paths[0])
+    height, width = metadata.preprocessing["size"]
+    vit = load_vit(metadata.backbone, checkpoint=options.checkpoint, img_size=(height, width))
+    model = load_task(paths[0], vit).to(pick_device(options.device)).eval()
+    return model, Preprocessing.from_dict(metadata.preprocessing), f"task={options.task}"
+
+
+def _choose_blocks(text: str | None, depth: int) -> tuple[int, ...]:
+    """Block indices of the option; by default four, the first and the last among them."""
+    from vpt.build import spread
+    from vpt.models.prompts import resolve_blocks
+
+    if text is None:
+        return tuple(spread(depth, 4))
+    words = [word.strip() for word in text.split(",")]
+    is_list = all(word.removeprefix("-").isdecimal() for word in words)
+    return resolve_blocks([int(word) for word in words] if is_list else text, depth, key="blocks")
+
+
+def _read(paths: list[Path], preprocessing: "Preprocessing") -> "tuple[list[Seen], list[str]]":
+    """Pictures as the backbone sees them, and why others cannot be read."""
+    from vpt.data.images import ImageError, read_image
+    from vpt.explain.numbers import see
+
+    pictures, unreadable = [], []
+    for path in paths:
+        try:
+            pictures.append(see(str(path), read_image(path), preprocessing))
+        except ImageError as error:
+            unreadable.append(str(error))
+    return pictures, unreadable
+
+
+if __name__ == "__main__":
+    main()

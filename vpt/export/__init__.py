@@ -1,0 +1,1 @@
+"""Export of tasks to ONNX and torch.export."""

@@ -1,0 +1,238 @@
+"""python -m vpt.export task=FILE output=FILE: a task, or a backbone for all tasks, for other runtimes; checked."""
+
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vpt.config.command_line import INTERRUPTED, check_file, fail, parse_options
+from vpt.config.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    from vpt.export.programs import Program
+    from vpt.models.task_file import Model
+    from vpt.models.task_schema import TaskMetadata
+
+INSTALL = 'uv pip install -p .venv -e ".[export]" -c constraints.txt'
+FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch_export": ()}
+BATCH_SIZES = (1, 3)  # that the file is checked with
+TOLERANCE = 1e-3
+CHUNK = 16 * 1024**2  # bytes
+
+USAGE = f"""python -m vpt.export: a task as a file for other runtimes, checked against torch on real pictures.
+
+  task=FILE            a task file
+  output=FILE          .onnx; .pt2 for torch_export
+  format=onnx          or torch_export
+  shared=false         true: the backbone alone, with prompts and heads as inputs, so that one file serves every task of
+                       this backbone, mixed in a batch; it is checked with the task, or with several, task=FILE,FILE
+  input=PATH           a picture, or a folder of pictures, to check on; pictures that ship in the package by default
+  backbone=NAME        timm name of the backbone, by default that in the task file
+  checkpoint=FILE      weights of the backbone, if they are not those that timm knows, or have moved
+
+Inputs are normalised images, batches of any size; outputs are logits, or boxes and scores before non-maximum
+suppression. The file is loaded again and compared; where it differs from torch by more than 0.001 nothing is written.
+docs/export.md says how to use the files. format=onnx needs the extra "export":
+  {INSTALL}
+Example: python -m vpt.export task=pets.safetensors output=pets.onnx"""
+
+
+@dataclass
+class ExportOptions:
+    """Options of `python -m vpt.export`."""
+
+    task: str
+    output: str
+    format: str = "onnx"
+    shared: str = "false"
+    input: str | None = None
+    backbone: str | None = None
+    checkpoint: str | None = None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the file is to serve every task."""
+        return self.shared == "true"
+
+
+def main() -> None:
+    """Read the options, export, say what was written."""
+    try:
+        export(parse_options(ExportOptions, sys.argv[1:], USAGE))
+    except KeyboardInterrupt:
+        fail(RuntimeError("interrupted; nothing was written"), INTERRUPTED)
+    except (ValueError, TypeError, OSError) as error:
+        fail(error)
+
+
+def export(options: ExportOptions) -> None:
+    """Trace, write, load again, compare with torch, and only then put the file where it was asked for."""
+    output = Path(options.output).expanduser()
+    _check_options(options, output)
+    paths = _task_files(options)
+
+    from vpt.export.programs import describe_backbone, describe_task, pack_tasks, write_program
+    from vpt.models.task_file import read_task
+    from vpt.storage.files import write_chunks
+
+    start = time.monotonic()
+    tasks = [read_task(path) for path in paths]
+    _check_tasks(options, paths, tasks)
+    pictures = _read_pictures(options, tasks[0].kind)
+    print(f"exporting {paths[0]} as {output}, which takes up to some minutes", file=sys.stderr)
+    models = _load(options, paths, tasks)
+    program = _make_program(options, models)
+    packed = pack_tasks(paths, models[0].backbone.depth) if options.is_shared else None
+    told = describe_backbone(tasks[0]) if options.is_shared else describe_task(tasks[0])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"program{output.suffix.lower()}")
+        write_program(program, file, told)
+        difference = _largest_difference(file, models, tasks, pictures, packed)
+        if not difference <= TOLERANCE:
+            raise ConfigError(
+                f"output={output}: its results differ from torch's by {difference:.2g}, more than {TOLERANCE:g}; "
+                f"nothing was written, try format={'torch_export' if options.format == 'onnx' else 'onnx'}"
+            )
+        with file.open("rb") as opened:
+            write_chunks(output, iter(lambda: opened.read(CHUNK), b""), file.stat().st_size)
+    print(_table(program))
+    seconds = time.monotonic() - start
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB in {seconds:.0f} s; largest difference {difference:.1e}")
+
+
+def _check_options(options: ExportOptions, output: Path) -> None:
+    """Refuse, before anything is loaded, what cannot be written."""
+    if options.format not in FORMATS:
+        hint = did_you_mean(options.format, list(FORMATS))
+        raise ConfigError(f"format={options.format}: must be {' or '.join(FORMATS)}{hint}")
+    if options.shared not in ("true", "false"):
+        raise ConfigError(f"shared={options.shared}: must be true or false")
+    check_file("output", output, [FORMATS[options.format]])
+    missing = [name for name in PACKAGES[options.format] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"format={options.format} needs {', '.join(missing)}, not installed; type {INSTALL}")
+
+
+def _task_files(options: ExportOptions) -> list[Path]:
+    """The task files that are named; several only to check a shared program with."""
+    is_one = not options.is_shared or Path(options.task).expanduser().is_file()
+    paths = [Path(word).expanduser() for word in ([options.task] if is_one else options.task.split(","))]
+    for path in paths:
+        if not path.is_file():
+            hint = "" if options.is_shared or "," not in options.task else "; several are for shared=true"
+            raise ConfigError(f"task={path}: no such file{hint}")
+    return paths
+
+
+def _check_tasks(options: ExportOptions, paths: Sequence[Path], tasks: Sequence["TaskMetadata"]) -> None:
+    """Refuse what cannot be exported, as far as the task files tell, before the backbone is loaded."""
+    from vpt.export.programs import cannot_be_traced, check_shareable
+
+    for path, task in zip(paths, tasks, strict=True):
+        if options.is_shared:
+            check_shareable(path, task, tasks[0])
+        elif task.head is not None and task.head["head"] != "dense":
+            raise ConfigError(f"task={path}: {cannot_be_traced(task.head['head'])}")
+        size, first = task.preprocessing["size"], tasks[0].preprocessing["size"]
+        if size != first:
+            raise ConfigError(f"task={path}: made for pictures of {size} px, the first task for {first} px")
+
+
+def _read_pictures(options: ExportOptions, kind: str) -> list["Image"]:
+    """As many pictures as the largest batch needs; where there are fewer, the same again."""
+    from vpt.data.images import find_images, read_image
+    from vpt.data.readers.boxes import trees_root
+    from vpt.data.readers.folder import fruit_root
+
+    shipped = (fruit_root() if kind == "classification" else trees_root()) / "test"
+    root = shipped if options.input is None else Path(options.input).expanduser()
+    paths = find_images(root)
+    if not paths:
+        raise ConfigError(f"input={root}: holds no pictures")
+    wanted = max(BATCH_SIZES)
+    return [read_image(paths[number * len(paths) // wanted]) for number in range(wanted)]
+
+
+def _load(options: ExportOptions, paths: Sequence[Path], tasks: Sequence["TaskMetadata"]) -> list["Model"]:
+    """The models of the tasks, all on one backbone; adapters that are changes of weights are folded into them."""
+    from vpt.models.adapters import fold_adapters
+    from vpt.models.task_file import load_task
+    from vpt.models.vit import load_vit
+
+    height, width = tasks[0].preprocessing["size"]
+    vit = load_vit(options.backbone or tasks[0].backbone, checkpoint=options.checkpoint, img_size=(height, width))
+    models = [load_task(path, vit) for path in paths]
+    for model in models:
+        fold_adapters(model.backbone.vit)
+    return models
+
+
+def _make_program(options: ExportOptions, models: Sequence["Model"]) -> "Program":
+    from vpt.export.programs import SharedProgram, make_program
+
+    return SharedProgram(models[0].backbone.vit) if options.is_shared else make_program(models[0])
+
+
+def _table(program: "Program") -> str:
+    """Names, shapes and types of what goes in and comes out."""
+    import torch
+
+    from vpt.engine.console import format_table
+
+    given = program.examples()
+    with torch.no_grad():
+        made = program(*given.values())
+    found = dict(zip(program.outputs, (made,) if isinstance(made, torch.Tensor) else made, strict=True))
+    rows = []
+    for side, free, tensors in (("input", program.inputs, given), ("output", program.outputs, found)):
+        for name, axes in free.items():
+            shape = [axes.get(axis, str(length)) for axis, length in enumerate(tensors[name].shape)]
+            rows.append([side, name, f"({', '.join(shape)})", str(tensors[name].dtype).removeprefix("torch.")])
+    return format_table(rows, header=["", "name", "shape", "type"])
+
+
+def _largest_difference(
+    file: Path,
+    models: Sequence["Model"],
+    tasks: Sequence["TaskMetadata"],
+    pictures: Sequence["Image"],
+    packed: "dict[str, NDArray[Any]] | None",
+) -> float:
+    """How far the results of a file are from those of the models, each picture alone; nan if one is not a number.
+
+    Coordinates of boxes count as parts of the longer side of the input.
+    """
+    import numpy as np
+    import torch
+
+    from vpt.data.transforms.images import EvalTransform
+    from vpt.data.transforms.preprocessing import Preprocessing
+    from vpt.export.programs import open_program, outputs_of
+
+    run = open_program(file)
+    transforms = [EvalTransform(Preprocessing.from_dict(task.preprocessing)) for task in tasks]
+    differences = []
+    for first in range(len(models)):
+        for size in BATCH_SIZES:
+            chosen = [(first + row) % len(models) for row in range(size)]
+            images = torch.stack([transforms[task](picture) for task, picture in zip(chosen, pictures, strict=False)])
+            inputs = {"images": images.numpy()}
+            found = run(inputs if packed is None else inputs | packed | {"task": np.array(chosen)})
+            for row, task in enumerate(chosen):
+                for name, wanted in outputs_of(models[task], images[row : row + 1]).items():
+                    given = found[name][row] if packed is None else found[name][row, : models[task].num_classes]
+                    unit = max(images.shape[2:]) if name == "boxes" else 1
+                    differences.append(np.abs(given - wanted[0]).max() / unit)
+    return float(np.max(differences))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""python -m vpt.predict task=FILE input=PATH output=FILE: the classes of pictures, or the boxes in them."""
+
+import itertools
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vpt.config.command_line import INTERRUPTED, fail, parse_options, tell
+from vpt.config.errors import ConfigError
+from vpt.config.schema import number
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vpt.predict.inputs import Inputs
+    from vpt.predict.open_tasks import OpenTasks, Prepared
+    from vpt.predict.progress_file import Journal
+    from vpt.predict.writers import Found, Predictions
+
+    Results = dict[Path, Found | str]  # what was found in each picture, or why it cannot be read
+
+UNREADABLE = 1
+
+USAGE = """python -m vpt.predict: classes of pictures, or boxes in them, by task files or the task of a run.
+
+  task=FILE,FILE       one task file or more, of one backbone and one kind; each is called as its file, and a
+                       task.safetensors as its folder
+  run=FOLDER           or a run folder, such as runs/quickstart
+  input=PATH           a picture, a folder that is searched for pictures, below it too, a pattern in quotes such as
+                       'photos/**/*.jpg', or a video
+  every=1              of a video every n-th frame, as the picture VIDEO/000012.jpg
+  output=FILE          .csv, .parquet or .json; for boxes .json is COCO results, and a folder gets YOLO text files
+  checkpoint=FILE      weights of the backbone, if they are not those that timm knows, or have moved
+  batch_size=32  device=auto
+
+Classification:
+  top_k=5              classes for each picture, most probable first
+Detection:
+  pictures=FOLDER      the pictures with their boxes drawn on them go there, too, as .jpg
+  min_score=0.25       least score of a box
+  max_overlap=0.6      two boxes of a class that overlap more (IoU) are one
+  max_detections=100   most boxes in a picture
+  classes=NAME,NAME    only these; all without; a name with a comma stands in quotes: classes='"NAME, TOO",NAME'
+
+With several tasks, tables have a column task, and JSON the key task; COCO results, YOLO text files and drawn pictures
+are for one task.
+The image_id of COCO results is the number that a picture's file is called by, as 000139.jpg is, if all are; else
+pictures are counted 1, 2, ... Beside it stands the file_name, below the folder of the input.
+No picture of the input and no YOLO text file that is there already is overwritten; other files are.
+Pictures that cannot be read are listed and skipped; the exit code is then 1.
+
+What is done is kept in OUTPUT.partial until all is. If the command was stopped, type it again: it goes on behind that,
+and predicts anew only what has changed meanwhile; batch_size, device and checkpoint may be others. Another command is
+refused until OUTPUT.partial is deleted. Drawn pictures are written as they come, all else when all is done.
+Example: python -m vpt.predict task=pets.safetensors,flowers.safetensors input=photos output=found.csv"""
+
+
+@dataclass
+class PredictOptions:
+    """Options of `python -m vpt.predict`; what is None is for the other kind of task, or has its default there."""
+
+    input: str
+    output: str
+    task: str | None = None
+    run: str | None = None
+    every: int | None = number(None, low=1)
+    top_k: int | None = number(None, low=1)
+    pictures: str | None = None
+    min_score: float | None = number(None, low=0, high=0.999)  # no score is above 1
+    max_overlap: float | None = number(None, above=0, high=1)
+    max_detections: int | None = number(None, low=1)
+    classes: str | None = None
+    checkpoint: str | None = None
+    batch_size: int = number(32, low=1)
+    device: str = "auto"
+
+
+def main() -> None:
+    """Read the options, predict, write the file."""
+    try:
+        options = parse_options(PredictOptions, sys.argv[1:], USAGE)
+    except ConfigError as error:
+        fail(error)
+    try:
+        unreadable = predict_run(options)
+    except KeyboardInterrupt:
+        journal = _journal_path(options)
+        go_on = f"interrupted; type the same command again to go on; {journal} keeps what is done"
+        fail(RuntimeError(go_on if journal.exists() else "interrupted before the first batch was done"), INTERRUPTED)
+    except (ValueError, TypeError, OSError) as error:
+        fail(error)
+    if unreadable:
+        sys.exit(UNREADABLE)
+
+
+def predict_run(options: PredictOptions) -> list[str]:
+    """Predict all pictures of the input and write what is found; return a line for each that cannot be read."""
+    from vpt.predict.progress_file import Journal
+    from vpt.predict.writers import predictions_of
+
+    inputs = _find(options)
+    for path in inputs.paths:
+        if not str(path).isprintable() and any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+            raise ConfigError(f"input={options.input}: the name of {str(path)!r} is not UTF-8; rename that picture")
+    tasks = _open(options)
+    predictions = predictions_of(tasks, options, inputs.root, inputs.paths)
+    journal = Journal(_journal_path(options), _command(options, tasks))
+    results = _earlier(inputs, predictions, journal, options.batch_size)
+    with closing(journal):
+        results |= _predict(inputs, tasks, predictions, journal, results, options.batch_size)
+    in_order = {path: results[path] for path in inputs.paths}
+    found = {path: result for path, result in in_order.items() if not isinstance(result, str)}
+    unreadable = [result for result in in_order.values() if isinstance(result, str)]
+    if found:
+        print(f"{len(found)} pictures predicted, {predictions.write(found)} written")
+    journal.remove()
+    for line in unreadable:
+        print(f"skipped: {line}", file=sys.stderr)
+    if not found:
+        none = f"none of its pictures can be read ({len(unreadable)}); nothing was written"
+        tell(ConfigError(f"input={options.input}: {none}"))
+    return unreadable
+
+
+def _earlier(inputs: "Inputs", predictions: "Predictions", journal: "Journal", size: int) -> "Results":
+    """What the journal keeps of batches that are done as a whole, of pictures that have not changed since.
+
+    A batch holds the same pictures whether the command was stopped or not, so that all numbers are the same to the last
+    digit.
+    """
+    known = {_name(inputs, path): path for path in inputs.paths}
+    found: dict[Path, Found] = {}
+    errors: dict[Path, str] = {}
+    for entry in journal.entries():
+        path = known.get(entry.name)
+        if path is None or inputs.stamp(path) != entry.stamp:
+            continue
+        if entry.error is not None:
+            errors[path] = entry.error
+        else:
+            found[path] = predictions.from_record(path, entry.found)
+    whole = predictions.resume(found)
+    kept: Results = {**{path: found[path] for path in whole}, **errors}
+    done = [chunk for chunk in _chunks(inputs, size) if kept.keys() >= set(chunk)]
+    results = {path: kept[path] for path in itertools.chain(*done)}
+    if results:
+        print(f"{len(results)} of {len(inputs.paths)} pictures were done already ({journal.path})")
+    return results
+
+
+def _predict(
+    inputs: "Inputs",
+    tasks: "OpenTasks",
+    predictions: "Predictions",
+    journal: "Journal",
+    done: "Results",
+    size: int,
+) -> "Results":
+    """What is found in the pictures that are not done yet; the journal gets each batch."""
+    from vpt.engine.console import Progress
+    from vpt.predict.progress_file import Entry
+
+    def prepare(picture: "Image") -> "Prepared":
+        return tasks.prepare(picture, keeps_picture=predictions.keeps_pictures)
+
+    results: Results = {}
+    chunks = [chunk for chunk in _chunks(inputs, size) if not done.keys() >= set(chunk)]
+    stamps = {path: inputs.stamp(path) for chunk in chunks for path in chunk}
+    with Progress(len(chunks), "predict") as progress, closing(inputs.read(chunks, prepare)) as batches:
+        for chunk, batch in zip(chunks, batches, strict=True):
+            read = dict(zip(chunk, batch, strict=True))
+            errors = {path: one for path, one in read.items() if isinstance(one, str)}
+            good = {path: one for path, one in read.items() if not isinstance(one, str)}
+            found = dict(zip(good, predictions.predict([*good], [*good.values()]), strict=True)) if good else {}
+            records = {path: predictions.to_record(of_picture) for path, of_picture in found.items()}
+            journal.add(
+                [Entry(_name(inputs, path), stamps[path], records.get(path), errors.get(path)) for path in chunk]
+            )
+            results |= {**found, **errors}
+            progress.advance(len(good))
+    return results
+
+
+def _find(options: PredictOptions) -> "Inputs":
+    """The pictures of the input, or the frames of a video."""
+    from vpt.data.images import EXTENSIONS
+    from vpt.predict.inputs import Frames, Pictures, is_video
+
+    path = Path(options.input).expanduser()
+    if is_video(path):
+        return Frames(path, options.every or 1)
+    if options.every is not None:
+        raise ConfigError(f"every={options.every} is for a video, and input={options.input} is none: leave it out")
+    pictures = Pictures(path)
+    if not pictures.paths:
+        raise ConfigError(f"input={options.input}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
+    return pictures
+
+
+def _chunks(inputs: "Inputs", size: int) -> list[Sequence[Path]]:
+    return [inputs.paths[start : start + size] for start in range(0, len(inputs.paths), size)]
+
+
+def _name(inputs: "Inputs", path: Path) -> str:
+    """What the journal calls a picture."""
+    return path.relative_to(inputs.root).as_posix()
+
+
+def _open(options: PredictOptions) -> "OpenTasks":
+    """The tasks that are asked for."""
+    from vpt.predict.open_tasks import open_run, open_task_files
+
+    if options.task is not None and options.run is not None:
+        raise ConfigError(f"task={options.task} and run={options.run}: name task files or a run, not both")
+    if options.task is not None:
+        return open_task_files(options.task, checkpoint=options.checkpoint, device=options.device)
+    if options.run is not None:
+        return open_run(Path(options.run).expanduser(), checkpoint=options.checkpoint, device=options.device)
+    raise ConfigError("task is needed: type task=FILE, or run=FOLDER")
+
+
+def _journal_path(options: PredictOptions) -> Path:
+    """Beside the output."""
+    return Path(f"{Path(options.output).expanduser()}.partial")
+
+
+def _command(options: PredictOptions, tasks: "OpenTasks") -> dict[str, Any]:
+    """All that decides what is found, by the names that a person knows."""
+    from vpt.version import __version__
+
+    same = ("every", "top_k", "min_score", "max_overlap", "max_detections", "classes")
+    places = {"input": options.input, "pictures": options.pictures}
+    return {
+        "vpt": __version__,
+        **tasks.digests,
+        **{name: path and str(Path(path).expanduser().absolute()) for name, path in places.items()},
+        **{name: getattr(options, name) for name in same},
+    }
+
+
+if __name__ == "__main__":
+    main()

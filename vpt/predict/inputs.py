@@ -1,0 +1,113 @@
+"""Pictures to predict, files or frames of a video: their names, and reading them batch by batch, ahead of the model."""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from PIL import Image
+
+from vpt.data.images import ImageError, find_images, read_image, split_pattern
+from vpt.predict.progress_file import Stamp, stamp_of
+from vpt.predict.video import EXTENSIONS, Video
+
+NUM_THREADS = 4
+
+PreparedT = TypeVar("PreparedT")
+Chunks = Sequence[Sequence[Path]]
+Prepare = Callable[[Image.Image], PreparedT]
+Batches = Generator[list[PreparedT | str]]
+
+
+class Inputs(Protocol):
+    """The pictures of one input."""
+
+    @property
+    def root(self) -> Path:
+        """The folder that their names start from."""
+
+    @property
+    def paths(self) -> Sequence[Path]:
+        """All of them, in order."""
+
+    def stamp(self, path: Path) -> Stamp:
+        """What changes with a picture."""
+
+    def read(self, chunks: Chunks, prepare: Prepare[PreparedT]) -> Batches[PreparedT]:
+        """What is prepared of each picture, or why it cannot be read; at most two batches are in memory.
+
+        Args:
+            chunks: Some of the paths, in their order, batch by batch.
+            prepare: What is kept of an upright RGB picture; called from several threads.
+        """
+
+
+class Pictures:
+    """A picture file, those of a folder, or those that match a pattern, see `find_images`.
+
+    Raises:
+        FileNotFoundError, ValueError: As `find_images` raises them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.paths = find_images(path)
+        folder, pattern = split_pattern(path)
+        self.root = folder if pattern or path.is_dir() else path.parent
+
+    def stamp(self, path: Path) -> Stamp:
+        """Of the file."""
+        return stamp_of(path)
+
+    def read(self, chunks: Chunks, prepare: Prepare[PreparedT]) -> Batches[PreparedT]:
+        """Decode and prepare in threads."""
+
+        def work(path: Path) -> PreparedT | str:
+            try:
+                return prepare(read_image(path))
+            except ImageError as error:
+                return str(error)
+
+        pool = ThreadPoolExecutor(NUM_THREADS)
+        ahead: deque[list[Future[PreparedT | str]]] = deque()
+        try:
+            for chunk in chunks:
+                ahead.append([pool.submit(work, path) for path in chunk])
+                if len(ahead) > 1:
+                    yield [future.result() for future in ahead.popleft()]
+            while ahead:
+                yield [future.result() for future in ahead.popleft()]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class Frames:
+    """Every n-th frame of a video, see `Video`.
+
+    Raises:
+        ImageError: The file cannot be read as a video.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.video = Video(path, every)
+        self.paths, self.root = self.video.names, path.parent
+
+    def stamp(self, path: Path) -> Stamp:
+        """Of the video."""
+        return stamp_of(self.video.path)
+
+    def read(self, chunks: Chunks, prepare: Prepare[PreparedT]) -> Batches[PreparedT]:
+        """Decode frame by frame; those that are not wanted are decoded too, as a video is, and dropped."""
+        wanted = set(itertools.chain(*chunks))
+        if not wanted:
+            return
+        pairs = zip(self.paths, self.video.frames(), strict=True)
+        prepared = (prepare(frame) for path, frame in pairs if path in wanted)
+        for chunk in chunks:
+            yield list(itertools.islice(prepared, len(chunk)))
+
+
+def is_video(path: Path) -> bool:
+    """Whether a path looks like that of a video file."""
+    return path.suffix.lower() in EXTENSIONS and not path.is_dir()

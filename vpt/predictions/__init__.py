@@ -1,0 +1,1 @@
+"""Files of predictions: tables, JSON, COCO results, YOLO text files."""

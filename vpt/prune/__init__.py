@@ -1,0 +1,1 @@
+"""Pruning of prompt tokens."""

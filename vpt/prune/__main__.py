@@ -1,0 +1,187 @@
+"""python -m vpt.prune run=RUN keep=8,5 output=FOLDER: a trained prompt with fewer tokens, and the accuracy it costs."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vpt.config.command_line import INTERRUPTED, check_folder, fail, is_for_user, parse_options
+from vpt.config.errors import ConfigError
+from vpt.config.schema import number
+
+if TYPE_CHECKING:
+    from vpt.build import Data, TrainedRun
+    from vpt.models.prompts import VisualPrompt
+    from vpt.task_types.base import Kind
+
+SCORED_PICTURES = 1024  # of train, at most
+USAGE = f"""python -m vpt.prune: the prompt of a trained run with fewer tokens, and the accuracy that it costs.
+
+  run=FOLDER         a run folder, such as runs/quickstart
+  keep=8,5,2         tokens that each prompted block keeps, one number or several
+  output=FOLDER      gets a task file for each, prompt_8.safetensors say, and prune.json with metrics and scores
+  root=PATH          where the data lie now, when they have moved
+  checkpoint=FILE    weights of the backbone, when they have moved
+  batch_size=N       pictures at a time; as in training when left out
+  num_workers=0  device=auto
+
+Tokens are scored on {SCORED_PICTURES:,} train pictures at most, by what the loss changes with the attention to them.
+Each block keeps those with the largest scores; nothing is trained. Choose by val: test is read last, and once.
+Train a pruned prompt further: python -m vpt.train prompt.num_tokens=5 prompt.init_from=FOLDER/prompt_5.safetensors ...
+
+Example: python -m vpt.prune run=runs/quickstart keep=8,5,2 output=pruned"""
+
+
+@dataclass
+class PruneOptions:
+    """Options of `python -m vpt.prune`."""
+
+    run: str
+    keep: str
+    output: str
+    root: str | None = None
+    checkpoint: str | None = None
+    batch_size: int | None = number(None, low=1)
+    num_workers: int = number(0, low=0)
+    device: str = "auto"
+
+
+def main() -> None:
+    """Read the options, prune, print a table."""
+    try:
+        prune_run(parse_options(PruneOptions, sys.argv[1:], USAGE))
+    except KeyboardInterrupt:
+        fail(RuntimeError("interrupted before all was known; nothing was written"), INTERRUPTED)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if not is_for_user(error):
+            raise
+        fail(error)
+
+
+def prune_run(options: PruneOptions) -> dict[int, dict[str, dict[str, float]]]:
+    """Prune a run's prompt, write task files and a table; return the metrics by number of tokens and split."""
+    keep, output = _parse_keep(options.keep), Path(options.output).expanduser()
+    check_folder("output", output)
+    run_dir = Path(options.run).expanduser()
+
+    from vpt import build
+    from vpt.prune.token_importance import keep_tokens, token_importance
+    from vpt.runs.data import read_run
+
+    run = build.load_run(run_dir, checkpoint=options.checkpoint, device=options.device)
+    prompt = _prompt_of(options, run, keep)
+    kind, data = read_run(
+        run, ["train", "val"], root=options.root, batch_size=options.batch_size, num_workers=options.num_workers
+    )
+    importance = token_importance(run.model, _train_batches(run, data), kind.losses(data)).cpu()
+    prompts = {prompt.num_tokens: prompt, **{num: keep_tokens(prompt, importance, num) for num in keep}}
+    metrics = _evaluate(run, kind, data, prompts)
+    print(_table(kind.select, metrics))
+    _write(options, run, output, prompts, metrics, importance.tolist())
+    return metrics
+
+
+def _parse_keep(text: str) -> list[int]:
+    """Numbers such as 8,5,2 or [8,5,2], the largest first."""
+    try:
+        numbers = [int(word) for word in text.removeprefix("[").removesuffix("]").split(",")]
+    except ValueError as error:
+        raise ConfigError(f"keep={text}: must be numbers of tokens, such as keep=8,5,2") from error
+    if min(numbers) < 1:
+        raise ConfigError(f"keep={text}: a block keeps at least 1 token; for none train with prompt=none")
+    return sorted(set(numbers), reverse=True)
+
+
+def _prompt_of(options: PruneOptions, run: "TrainedRun", keep: list[int]) -> "VisualPrompt":
+    """The prompt of the run, which must have more tokens than are to be kept."""
+    prompt = run.model.backbone.prompt
+    if prompt is None:
+        raise ConfigError(f"run={options.run}: has no prompt that could be pruned; name a run with one")
+    if keep[0] >= prompt.num_tokens:
+        raise ConfigError(
+            f"keep={options.keep}: the prompt of {options.run} has {prompt.num_tokens} tokens in a block, so keep less"
+        )
+    return prompt
+
+
+def _train_batches(run: "TrainedRun", data: "Data") -> Iterator[Any]:
+    """Batches of train, on the device of the model."""
+    from vpt.engine.steps import move
+
+    loader, device = data.loaders["train"], next(run.model.parameters()).device
+    num_batches = -(-SCORED_PICTURES // run.config.train.batch_size)
+    return (move(batch, device) for batch in islice(loader, num_batches))
+
+
+def _evaluate(
+    run: "TrainedRun", kind: "Kind", data: "Data", prompts: "dict[int, VisualPrompt]"
+) -> dict[int, dict[str, dict[str, float]]]:
+    """Metrics by number of tokens and split; test after all else."""
+    from vpt import build
+    from vpt.engine.trainer import evaluate
+
+    precision = build.choose_precision(run.config, next(run.model.parameters()).device)
+    metrics: dict[int, dict[str, dict[str, float]]] = {num: {} for num in prompts}
+    for split in ("val", "test"):
+        for num, prompt in prompts.items() if split in data.loaders else ():
+            run.model.backbone.prompt = prompt
+            metrics[num][split] = evaluate(
+                run.model,
+                data.loaders[split],
+                kind.evaluator(data, split),
+                precision=precision,
+                description=f"{split}, {num} tokens",
+            )
+    return metrics
+
+
+def _table(select: str, metrics: dict[int, dict[str, dict[str, float]]]) -> str:
+    """A line for each number of tokens, with what it costs against all tokens."""
+    from vpt.engine.console import format_table, percent
+
+    whole, *_ = metrics.values()
+    rows = []
+    for num, of_splits in metrics.items():
+        cells = [
+            (percent(values[select]), f"{100 * (values[select] - whole[split][select]):+.1f}")
+            for split, values in of_splits.items()
+        ]
+        rows.append([str(num), *(cell for pair in cells for cell in pair)])
+    heads = [head for split in whole for head in (f"{split} {select}", "change")]
+    return format_table(rows, ["tokens", *heads])
+
+
+def _write(
+    options: PruneOptions,
+    run: "TrainedRun",
+    output: Path,
+    prompts: "dict[int, VisualPrompt]",
+    metrics: dict[int, dict[str, dict[str, float]]],
+    scores: list[list[float]],
+) -> None:
+    """A task file for each smaller prompt, and a JSON file on all of them."""
+    from vpt.models.task_file import save_task
+    from vpt.storage.files import write_json
+
+    metadata, (whole, *kept) = run.metadata, prompts
+    for num in kept:
+        run.model.backbone.prompt = prompts[num]
+        path = save_task(
+            run.model,
+            output / f"prompt_{num}.safetensors",
+            preprocessing=metadata.preprocessing,
+            metrics=metrics[num],
+            config=metadata.config,
+            licence=metadata.licence,
+            note=f"{metadata.note} Pruned from {whole} to {num} tokens in a block.".strip(),
+        )
+        print(f"task file  {path} ({path.stat().st_size / 1000:,.0f} kB)")
+    table = [{"num_tokens": num, "metrics": of_splits} for num, of_splits in metrics.items()]
+    blocks = list(prompts[whole].blocks)
+    write_json(output / "prune.json", {"run": options.run, "pruned": table, "blocks": blocks, "scores": scores})
+
+
+if __name__ == "__main__":
+    main()

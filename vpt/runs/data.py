@@ -1,0 +1,55 @@
+"""The data of a finished run, read once more as they are: nothing is augmented, and what changed since is refused."""
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
+
+from vpt.build import Data, TrainedRun
+from vpt.config.errors import ConfigError
+from vpt.task_types.base import Kind, kind_of
+
+
+def read_run(
+    run: TrainedRun,
+    splits: Sequence[str],
+    *,
+    root: str | None = None,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+) -> tuple[Kind, Data]:
+    """The kind of task of a run and its data, prepared as its task file says.
+
+    Args:
+        run: Its config is changed to what is read.
+        splits: Those that are wanted.
+        root: Where the data lie now; None where they did.
+        batch_size: Pictures at a time; None as in training.
+        num_workers: Loader processes.
+
+    Raises:
+        ConfigError: A split is not there, or its labels do not mean what they mean to the model.
+        ValueError, OSError: The data cannot be read.
+    """
+    config = run.config
+    config.dataset.root = root or config.dataset.root
+    config.train.batch_size, config.num_workers = batch_size or config.train.batch_size, num_workers
+    config.augment.transforms = []  # train is read as the others are
+    kind = kind_of(config)
+    samples = kind.read()
+    for split in splits:
+        if split not in samples:
+            raise ConfigError(f"split={split}: this data set has {', '.join(samples)}")
+        _check_classes("the data of this run" if root is None else f"root={root}", samples[split], run.model)
+    return kind, kind.build_data(samples, run.metadata.preprocessing)
+
+
+def _check_classes(given: str, samples: Any, model: Any) -> None:
+    """Labels must mean the same to the data as to the model."""
+    for key in ("classes", "category_ids"):
+        of_data, of_task = getattr(samples, key, None) or (), getattr(model, key, None) or ()
+        for label, (one, other) in enumerate(zip_longest(of_data, of_task, fillvalue="missing")):
+            if one != other:
+                raise ConfigError(
+                    f"{given}: {key}[{label}] is {one} in the data, and {other} in the task file; the data must have "
+                    f"what the task file has, in this order: {', '.join(map(str, of_task[:20]))}"
+                )

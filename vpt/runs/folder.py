@@ -1,0 +1,241 @@
+"""The folder of a run: which one a command means, whose it is, and whether there is anything left to do in it.
+
+The same command goes on in the same folder. A name that was given is that of the folder; without one, and in a sweep,
+a digest of all that decides the result is in it, so that each config has a folder of its own.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import yaml
+
+from vpt.config.errors import ConfigError, first_line
+from vpt.config.saved import PLACES, ROUNDING, WITHOUT_EFFECT, to_plain
+from vpt.config.schema import Config, Mode
+from vpt.engine.checkpoint import NAMES, NEW
+from vpt.engine.console import warn
+from vpt.storage.files import write_bytes
+from vpt.storage.lock import locked
+
+CONFIG, RESULT, TASK, LOCK = "config.yaml", "result.json", "task.safetensors", ".lock"
+
+
+class RunFolder:
+    """The folder of one run, locked while entered, unless there is nothing left to do in it.
+
+    Args:
+        config: The run's config.
+        shown: The config as it may be written down.
+        is_sweep: Whether it is one of many runs that one command asks for.
+
+    Attributes:
+        path: Where it is, or will be.
+        task: Its task file.
+        result_file: What a run leaves last.
+        config_text: The config as YAML, as it is written down.
+        is_finished: Whether there is nothing left to do.
+    """
+
+    def __init__(self, config: Config, shown: Config, *, is_sweep: bool = False) -> None:
+        self.config, self.values = config, to_plain(shown)
+        name = config.run.name or config.run.title
+        if config.run.name is None or is_sweep:
+            name += f"_{_digest(to_plain(config), is_sweep)[:8]}"
+        self.path = Path(config.run.root).expanduser() / (name + ("_dry" if config.mode is Mode.dry else ""))
+        self.task, self.result_file = self.path / TASK, self.path / RESULT
+        self.config_text = yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True)
+        self.is_finished = False
+        self._stack, self._is_locked = ExitStack(), False
+
+    def __enter__(self) -> Self:
+        """Lock the folder if it is there, and make sure that it is this run's.
+
+        Raises:
+            ConfigError: It is not, or not known to be; or `fresh=true` cannot put it away.
+            LockedError: Another process trains in it.
+        """
+        if not _is_begun(self.path):
+            return self
+        with self._stack:
+            if self.config.fresh or self.config.mode is Mode.dry:
+                self._put_away()
+            else:
+                self._join()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._unlock()
+
+    def result(self) -> dict[str, Any]:
+        """What a finished run left in `result.json`; null stands for nan.
+
+        Raises:
+            ConfigError: It is damaged.
+        """
+        try:
+            result = dict(json.loads(self.result_file.read_text()))
+            of_splits = {split: dict(values) for split, values in result["metrics"].items()}
+            metrics = {
+                split: {name: math.nan if value is None else float(value) for name, value in values.items()}
+                for split, values in of_splits.items()
+            }
+            return {**result, "epochs": int(result["epochs"]), "metrics": metrics}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{self.result_file}: damaged ({error!r}); delete it, and it is made again") from error
+
+    def make(self) -> None:
+        """Make the folder if it is not there, lock it, and write down the config.
+
+        What a run left that was killed before its first checkpoint is removed.
+
+        Raises:
+            ConfigError: The folder cannot be made or written to.
+            LockedError: Another process was faster.
+        """
+        try:
+            if not self._is_locked:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock()
+                if _is_begun(self.path):  # another process made it meanwhile
+                    self._refuse_changes()
+            for name in (CONFIG, RESULT, TASK, NEW):
+                for leftover in self.path.glob(f".{name}.*"):  # of a process that was killed while it wrote
+                    leftover.unlink()
+            if not any((self.path / name).exists() for name in NAMES):
+                for leftover in [*self.path.glob("events.out.tfevents.*"), self.path / "metrics.jsonl"]:
+                    leftover.unlink(missing_ok=True)
+            write_bytes(self.path / CONFIG, self.config_text.encode())
+        except OSError as error:
+            where = f"run.root={self.config.run.root}"
+            raise ConfigError(f"{where}: {error.strerror}; choose a folder that can be written to") from error
+
+    def _join(self) -> None:
+        """Go on in the folder, or find that there is nothing to do; that takes no lock, and no right to write."""
+        before = self._refuse_changes()
+        is_done = self.result_file.is_file() and self.task.is_file()
+        if is_done and dict(_places(before)) == dict(_places(self.values)):
+            self.is_finished = True  # data of another place are compared with those of the checkpoint first
+        else:
+            self._lock()
+
+    def _lock(self) -> None:
+        self._stack.enter_context(locked(self.path / LOCK, self.path))
+        self._is_locked = True
+
+    def _unlock(self) -> None:
+        self._stack.close()
+        self._is_locked = False
+
+    def _read_config(self) -> dict[str, Any]:
+        """The config that is written in the folder; refuses a folder that is no run's."""
+        another = "choose another run.name"
+        try:
+            found = yaml.safe_load((self.path / CONFIG).read_text())
+        except FileNotFoundError as error:
+            raise ConfigError(f"{self.path}: is there, and no run folder; {another}") from error
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            why = f"cannot be read ({first_line(error)}); {another}, or put it away with fresh=true"
+            raise ConfigError(f"{self.path / CONFIG}: {why}") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"{self.path / CONFIG}: is no config; {another}, or put it away with fresh=true")
+        return found
+
+    def _refuse_changes(self) -> dict[str, Any]:
+        """Refuse a config that would give another result than the one that was begun with, which is returned.
+
+        What was not known when it was begun had the value that it has when nothing is said.
+        """
+        before, defaults = self._read_config(), dict(_decisive(to_plain(Config())))
+        was, now = defaults | dict(_decisive(before)), dict(_decisive(self.values))
+        keys = [key for key in {**now, **dict(_decisive(before))} if was.get(key) != now.get(key)]
+        changed = [f"{key} was {was.get(key)}, is now {now.get(key)}" for key in keys]
+        if changed:
+            raise ConfigError(
+                f"{self.path}: was begun with another config ({'; '.join(changed)}); give these the values they had, "
+                "name another folder with run.name=NAME, or type fresh=true to put this one away and start anew"
+            )
+        for key in ROUNDING:
+            if before.get(key) != self.values.get(key):
+                warn(f"{key} was {before.get(key)}, is now {self.values.get(key)}: last digits of numbers may differ")
+        return before
+
+    def _put_away(self) -> None:
+        """Give the folder another name, `NAME_1` say; that of a dry run is deleted."""
+        if not (self.path / CONFIG).exists():
+            self._read_config()  # which says what is wrong
+        is_dry = self.config.mode is Mode.dry
+        if is_dry and self._read_config().get("mode") != Mode.dry:
+            raise ConfigError(f"{self.path}: is there, and no dry run; choose another run.name")
+        self._lock()
+        if is_dry:
+            shutil.rmtree(self.path)
+        else:
+            names = (self.path.with_name(f"{self.path.name}_{number}") for number in range(1, 10_000))
+            away = next(path for path in names if not path.exists())
+            self.path.rename(away)
+            (away / LOCK).unlink(missing_ok=True)
+            warn(f"{self.path} was there; it is {away} now")
+        self._unlock()
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether there is anything in a folder but locks and halves of files, which a process that was killed left."""
+    return path.is_dir() and any(not inner.name.startswith(".") for inner in path.iterdir())
+
+
+def digest_of(samples: Mapping[str, Any]) -> str:
+    """A digest of which pictures there are, of what size in bytes, and what is said of them, in every split."""
+    digest = hashlib.sha256()
+    for split, members in samples.items():
+        digest.update(f"{split} {members.classes} {members.names}".encode())
+        for name in ("targets", "boxes", "labels", "crowd"):
+            for value in getattr(members, name, ()):
+                digest.update(value.tobytes() if isinstance(value, np.ndarray) else f"{value} ".encode())
+        digest.update(f"{[path.stat().st_size for path in members.paths]}".encode())
+    return digest.hexdigest()
+
+
+def _digest(values: Mapping[str, Any], is_sweep: bool) -> str:
+    """A digest of all that decides the result; in a sweep of all else, too, but where runs lie.
+
+    Of paths it is their absolute form, as the same data have.
+    """
+    ignored = ("run", "fresh") if is_sweep else (*WITHOUT_EFFECT, *ROUNDING)
+    absolute = {
+        key: str(Path(value).expanduser().absolute()) if isinstance(value, str) else value
+        for key, value in _places(values)
+    }
+    found = {key: value for key, value in _flat(values) if not set(key.split(".")) & set(ignored)}
+    return hashlib.sha256(json.dumps({**found, **absolute}, sort_keys=True).encode()).hexdigest()
+
+
+def _decisive(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values that decide the result, such as "train.epochs"; of paths, which may move, the last part."""
+    for key, value in _flat(values):
+        if not set(key.split(".")) & {*WITHOUT_EFFECT, *ROUNDING}:
+            is_place = key.rpartition(".")[2] in PLACES and isinstance(value, str)
+            yield key, Path(value).name if is_place else value
+
+
+def _places(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values that say where data and weights lie; not where the run does."""
+    for key, value in _flat(values):
+        if key.rpartition(".")[2] in PLACES and not key.startswith("run."):
+            yield key, value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys such as "train.epochs" and their values."""
+    for key, value in values.items():
+        if isinstance(value, dict) and key not in PLACES:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + str(key), value

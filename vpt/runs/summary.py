@@ -1,0 +1,100 @@
+"""What a run of any kind tells a person: the summary at its start, the tables at its end."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vpt.build import Data, Model, choose_precision
+from vpt.config.schema import Config, Dtype
+from vpt.engine.console import format_table, percent
+from vpt.engine.monitor import Monitor
+from vpt.engine.state import FitResult
+from vpt.models.classifier import ClassificationModel
+from vpt.models.task_file import task_tensors
+from vpt.models.tuning import count_parameters
+
+MAX_COLUMNS = 8
+
+
+def summarise(model: Model, data: Data, config: Config, described: Sequence[str], cache: str) -> str:
+    """What is about to be trained, on what, and what is kept for later epochs: a few lines for the console.
+
+    Args:
+        model: On its device.
+        data: What the model will see.
+        config: The run's config.
+        described: Lines on the data, as their kind describes them.
+        cache: A line on what is kept.
+    """
+    count, device = count_parameters(model), next(model.parameters()).device
+    height, width = data.preprocessing.size
+    prompt = model.backbone.prompt
+    held = "" if config.backbone.dtype is Dtype.fp32 else f" in {config.backbone.dtype.value}"
+    options = {"grad_checkpointing": config.grad_checkpointing, "compile": config.compile}
+    ways = [choose_precision(config, device), *(name for name, is_on in options.items() if is_on)]
+    parts = {"prompt": count.prompt, "neck": count.neck, "head": count.head}
+    parts["adapters" if count.adapters else "backbone"] = count.backbone_tuned
+    tuned = " + ".join(f"{name} {num:,}" for name, num in parts.items() if num)
+    frozen = "frozen" if not count.backbone_tuned else f"{config.tuning.kind.value} tuned"
+    frozen = f"frozen, with {config.tuning.adapters} adapters" if count.adapters else frozen
+    no_prompt = "none" if count.backbone_tuned else "none (linear probe)" if not count.neck else "none (head only)"
+    rows = [
+        ["backbone", f"{model.backbone.name}, {count.backbone:,} parameters, {frozen}{held}, {height} x {width} px"],
+        ["prompt", no_prompt if prompt is None else prompt.extra_repr()],
+        *([] if prompt is None else [["path", _describe_path(model)]]),
+        *(["data" if i == 0 else "", line] for i, line in enumerate(described)),
+        ["tuned", f"{tuned} = {count.tuned:,} parameters, {100 * count.share:.2f} % of the backbone's"],
+        ["task file", f"about {task_file_bytes(model) / 1000:,.0f} kB"],
+        ["cache", cache],
+        ["device", f"{device}, {', '.join(ways)}, seed {config.seed}"],
+    ]
+    return "\n".join(f"{name:<10} {value}" for name, value in rows)
+
+
+def _describe_path(model: Model) -> str:
+    """The path of each prompted block, and what is read of the last one where features are pooled."""
+    backbone = model.backbone
+    return backbone.extra_repr() if isinstance(model, ClassificationModel) else backbone.describe_paths()
+
+
+def task_file_bytes(model: Model) -> int:
+    """Bytes of the tensors that the task file will hold."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in task_tensors(model).values())
+
+
+def result_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """A table of the metrics of some splits: {"val": {"top1": 0.9}, ...}; in percent, but for losses.
+
+    A line for each split, or for each metric where there are many.
+    """
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    columns = [[_format(name, values[name]) if name in values else "" for name in names] for values in metrics.values()]
+    if len(names) > MAX_COLUMNS:
+        return format_table([[*row] for row in zip(names, *columns, strict=True)], ["metric", *metrics])
+    return format_table([[split, *row] for split, row in zip(metrics, columns, strict=True)], ["split", *names])
+
+
+def describe_result(result: FitResult, metrics: Mapping[str, Mapping[str, float]], task: Path) -> str:
+    """What a run ended with: the best epoch, a table of metrics, the task file."""
+    return "\n".join(
+        [
+            f"\nbest epoch {result.best_epoch} of {result.epochs}, {result.steps} steps, {result.seconds:.0f} s",
+            result_table(metrics),
+            f"task file  {task} ({task.stat().st_size / 1000:,.0f} kB)",
+        ]
+    )
+
+
+def log_start(monitor: Monitor, config_text: str, summary: str) -> None:
+    """The config and the summary, as text."""
+    monitor.text("config", f"```yaml\n{config_text}\n```")
+    monitor.text("summary", f"```\n{summary}\n```")
+
+
+def log_hparams(monitor: Monitor, values: Mapping[str, object], result: FitResult, test: Mapping[str, float]) -> None:
+    """The row of this run in the table of hyperparameters; `values` are those of its config."""
+    results = {f"best/val_{name}": value for name, value in result.best.items()}
+    monitor.hparams(values, results | {f"best/test_{name}": value for name, value in test.items()})
+
+
+def _format(name: str, value: float) -> str:
+    return f"{value:.4f}" if name.startswith("loss") else percent(value)

@@ -1,0 +1,1 @@
+"""HTTP server for many tasks on one backbone."""

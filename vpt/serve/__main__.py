@@ -1,0 +1,209 @@
+"""python -m vpt.serve tasks=FOLDER: answer questions about pictures over HTTP, many tasks on one backbone."""
+
+import contextlib
+import importlib.util
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vpt.config.command_line import check_folder, fail, name_task_files, parse_options
+from vpt.config.errors import ConfigError, first_line
+from vpt.config.schema import number
+
+if TYPE_CHECKING:
+    from vpt.models.bank import TaskBank
+    from vpt.models.task_schema import TaskMetadata
+
+ENDING = ".safetensors"
+LOCAL = ("127.0.0.1", "localhost", "::1")
+INSTALL = 'uv pip install -p .venv -e ".[serve]" -c constraints.txt'
+
+USAGE = """python -m vpt.serve: answer questions about pictures over HTTP, many tasks on one backbone.
+
+  tasks=FOLDER         every task file (.safetensors) in it, called by its name; those that cannot be used are left out
+  tasks=FILE[,FILE]    or these, which must all be sound; a file task.safetensors is called by its folder
+  backbone=NAME        timm name of the backbone; by default what the first task file says
+  checkpoint=FILE      weights of the backbone, when they are not where timm has them
+  port=8000            0 takes one that is free
+  host=127.0.0.1       only this machine; host=0.0.0.0 lets in everybody who can reach it
+  device=auto
+
+Batches:
+  max_batch=32         most pictures in a batch, of any tasks
+  max_wait_ms=5        how long a picture may wait for others
+Limits:
+  max_queue=256        predictions (a picture and a task) that wait; more are refused with 429
+  max_body_mb=20       size of a request; more is refused with 413
+  timeout_s=30         time of a request; after it 504
+  uploads=false        with true, task files may be put, replaced and deleted: PUT and DELETE /tasks/NAME; the folder
+                       may be empty then, if backbone= is said
+
+The page is at /, the API at /docs. Ctrl-C ends it, after all that was accepted is answered.
+Example: python -m vpt.serve tasks=runs/pets/task.safetensors,runs/flowers/task.safetensors"""
+
+
+@dataclass
+class ServeOptions:
+    """Options of `python -m vpt.serve`."""
+
+    tasks: str
+    backbone: str | None = None
+    checkpoint: str | None = None
+    port: int = number(8000, low=0, high=65535)
+    host: str = "127.0.0.1"
+    device: str = "auto"
+    max_batch: int = number(32, low=1)
+    max_wait_ms: float = number(5.0, low=0, high=10_000)
+    max_queue: int = number(256, low=1)
+    max_body_mb: float = number(20.0, above=0, high=2000)
+    timeout_s: float = number(30.0, above=0)
+    uploads: str = "false"
+
+
+def main() -> None:
+    """Read the options, serve until told to end."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports swallow KeyboardInterrupt; there is nothing to tidy up yet
+    try:
+        serve(parse_options(ServeOptions, sys.argv[1:], USAGE))
+    except (ValueError, TypeError, OSError) as error:
+        fail(error)
+
+
+def serve(options: ServeOptions) -> None:
+    """Load the tasks, and answer until SIGTERM or SIGINT; then finish what was accepted."""
+    _check_installed()
+    paths, folder = _find_tasks(options)
+    listener = _listen(options.host, options.port)
+    with listener:
+        import uvicorn
+
+        from vpt.serve.app import make_app
+        from vpt.serve.service import Settings
+
+        bank = _open_bank(options, paths)
+        settings = Settings(
+            max_batch=options.max_batch,
+            max_wait_ms=options.max_wait_ms,
+            max_queue=options.max_queue,
+            max_body_mb=options.max_body_mb,
+            timeout_s=options.timeout_s,
+            folder=folder,
+            is_local=options.host in LOCAL,
+        )
+        app = make_app(bank, settings)
+        server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="warning", access_log=False))
+        for line in _greeting(options, listener, bank.names):
+            print(line, flush=True)
+        for ending in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(ending, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in good order and raises the signal again
+            server.run(sockets=[listener])
+    print("ended; everything that was accepted is answered")
+
+
+def _check_installed() -> None:
+    """The web framework is an extra.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    missing = [name for name in ("fastapi", "uvicorn", "python_multipart") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} is not installed: type {INSTALL}")
+
+
+def _find_tasks(options: ServeOptions) -> tuple[dict[str, Path], Path | None]:
+    """Task files by name, and the folder for uploads if there may be any."""
+    if options.uploads not in ("true", "false"):
+        raise ConfigError(f"uploads={options.uploads}: must be true or false")
+    may_change = options.uploads == "true"
+    root = Path(options.tasks).expanduser()
+    if not root.is_dir():
+        if may_change:
+            raise ConfigError(f"uploads=true needs a folder to put them in, and tasks={options.tasks} is none")
+        return name_task_files("tasks", options.tasks), None
+    paths = {path.stem: path for path in sorted(root.glob(f"*{ENDING}")) if not path.name.startswith(".")}
+    if not paths and not (may_change and options.backbone):
+        raise ConfigError(
+            f"tasks={options.tasks}: holds no task file ({ENDING}); copy one into it, or start with uploads=true and "
+            "backbone=NAME"
+        )
+    if may_change:
+        check_folder("tasks", root)
+    return paths, root if may_change else None
+
+
+def _open_bank(options: ServeOptions, paths: dict[str, Path]) -> "TaskBank":
+    """The tasks on their backbone. Files that are named must be sound; of a folder, those that are not are left out."""
+    from vpt import build
+
+    if not Path(options.tasks).expanduser().is_dir():
+        return build.open_bank(paths, backbone=options.backbone, checkpoint=options.checkpoint, device=options.device)
+    from vpt.models.bank import TaskBank
+
+    sound = _sound(paths)
+    if paths and not sound:
+        raise ConfigError(f"tasks={options.tasks}: none of its task files can be used")
+    first = next(iter(sound.values()), None)
+    bank = TaskBank(
+        options.backbone or (first.backbone if first is not None else ""),
+        checkpoint=options.checkpoint,
+        img_size=None if first is None else tuple(first.preprocessing["size"]),
+        device=build.pick_device(options.device),
+    )
+    for name in sound:
+        try:
+            bank.load(paths[name], name)
+        except (ValueError, RuntimeError) as error:
+            _leave_out(error)
+    if paths and not bank.names:
+        raise ConfigError(f"tasks={options.tasks}: none of its task files can be used")
+    return bank
+
+
+def _sound(paths: dict[str, Path]) -> "dict[str, TaskMetadata]":
+    """What the files say that are task files; a line for each of the others."""
+    from vpt.models.task_file import read_task
+
+    sound = {}
+    for name, path in paths.items():
+        try:
+            sound[name] = read_task(path)
+        except (ValueError, OSError) as error:
+            _leave_out(error)
+    return sound
+
+
+def _leave_out(error: Exception) -> None:
+    print(f"left out: {first_line(error)}", file=sys.stderr, flush=True)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket of its own, so that a port that is taken is noticed before anything is loaded."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        what = str(error.strerror).partition(" (")[0]
+        raise ConfigError(f"host={host} port={port}: {what}; choose another, or port=0") from error
+
+
+def _greeting(options: ServeOptions, listener: socket.socket, names: tuple[str, ...]) -> list[str]:
+    """Where it is, what it serves and who can use it."""
+    shown = f"[{options.host}]" if ":" in options.host else options.host
+    shown = "127.0.0.1" if shown == "0.0.0.0" else "[::1]" if shown == "[::]" else shown
+    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    what = "1 task" if len(names) == 1 else f"{len(names)} tasks"
+    what = f"{what} ({listed})" if names else "no task yet"
+    lines = [f"{what} at http://{shown}:{listener.getsockname()[1]}; Ctrl-C ends"]
+    if options.host not in LOCAL:
+        what = "use it, and change its tasks" if options.uploads == "true" else "use it"
+        lines.append(f"host={options.host}: anybody who can reach this machine can {what}; there is no password")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

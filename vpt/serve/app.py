@@ -1,0 +1,230 @@
+"""The web application around a task bank: what it takes, what it refuses, and how it ends.
+
+A request goes this way: its body is read up to a limit, into memory only; it gets places in the queue, or 429; its
+pictures are decoded and prepared by a few threads; the batcher runs them, mixed with those of other requests and tasks.
+"""
+
+import asyncio
+import base64
+import hashlib
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Annotated, Any
+
+from fastapi import FastAPI, HTTPException, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.requests import ClientDisconnect
+
+from vpt.data.images import ImageError
+from vpt.models.bank import TaskBank
+from vpt.serve.batcher import QueueFull
+from vpt.serve.bodies import Bodies
+from vpt.serve.schemas import Answer, Health, Problem, TaskDescription, Wanted
+from vpt.serve.service import ModelError, Service, Settings
+from vpt.version import __version__
+
+TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+HOW_TO_ALLOW = "task files cannot be changed here; start the server with uploads=true"
+
+PICTURES: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["pictures"],
+                    "properties": {"pictures": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+                }
+            },
+            "image/*": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+TASK_FILE: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What /openapi.json says of refusals."""
+    return {status: {"model": Problem} for status in statuses}
+
+
+def make_app(bank: TaskBank, settings: Settings | None = None) -> FastAPI:
+    """The application; it has the bank to itself until it ends.
+
+    Args:
+        bank: Tasks on their backbone.
+        settings: Limits; the defaults for None.
+    """
+    settings = settings or Settings()
+    service, bodies = Service(bank, settings), Bodies(settings.max_body)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(title="vpt", version=__version__, lifespan=lifespan, redoc_url=None)
+    _add_handlers(app)
+    _add_page(app)
+    _add_predict(app, service, bodies)
+    _add_tasks(app, service, bodies)
+    return app
+
+
+def _add_predict(app: FastAPI, service: Service, bodies: Bodies) -> None:
+    settings = service.settings
+
+    @app.post("/predict", openapi_extra=PICTURES, responses=problems(404, 409, 413, 415, 422, 429, 500, 504))
+    async def predict(
+        request: Request,
+        task: Annotated[list[str], Query(description="name of a task; may be given several times")],
+        top_k: Annotated[int, Query(ge=1, description="classification: classes, the most probable first")] = 5,
+        min_score: Annotated[float, Query(ge=0, le=1, description="detection: least score of a box")] = 0.25,
+        max_detections: Annotated[int, Query(ge=1, description="detection: most boxes in a picture")] = 100,
+    ) -> Answer:
+        """Ask one or several tasks about one or several pictures."""
+        tasks = service.tasks(task)
+        async with _limited(request, bodies, settings.timeout_s):
+            uploads = await bodies.pictures(request)
+            if len(uploads) * len(tasks) > settings.max_queue:
+                what = f"{len(uploads)} pictures for {len(tasks)} tasks are more than {settings.max_queue} predictions"
+                raise HTTPException(413, f"{what}; send fewer at a time")
+            return await service.predict(uploads, tasks, Wanted(top_k, min_score, max_detections))
+
+    @app.get("/health")
+    async def health() -> Health:
+        """How the server is."""
+        totals = service.batcher.totals
+        return Health(
+            tasks=len(service.bank.names),
+            waiting=service.batcher.taken,
+            predictions=totals.jobs,
+            batches=totals.batches,
+            failed_batches=totals.failed_batches,
+            max_queue=settings.max_queue,
+            max_body_bytes=settings.max_body,
+            uploads=settings.folder is not None,
+        )
+
+
+def _add_tasks(app: FastAPI, service: Service, bodies: Bodies) -> None:
+    settings = service.settings
+
+    @app.get("/tasks")
+    async def list_tasks() -> list[TaskDescription]:
+        """All tasks."""
+        return [service.describe(name) for name in service.bank.names]
+
+    @app.get("/tasks/{name}", responses=problems(404))
+    async def show_task(name: str) -> TaskDescription:
+        """One task."""
+        return service.describe(name)
+
+    @app.put(
+        "/tasks/{name}",
+        openapi_extra=TASK_FILE,
+        responses=problems(403, 409, 413, 422, 429, 504, 507) | {201: {"model": TaskDescription}},
+    )
+    async def put_task(
+        request: Request, response: Response, name: Annotated[str, Path(description="letters, digits, _ and -")]
+    ) -> TaskDescription:
+        """Serve a task file, in the place of the task of this name if there is one; only with uploads=true."""
+        _check_change(request, settings)
+        if not TASK_NAME.fullmatch(name):
+            raise HTTPException(422, "a task's name has 1 to 64 of the letters a to z, A to Z, digits, _ and -")
+        async with _limited(request, bodies, settings.timeout_s):
+            data = await bodies.read(request)
+            if await asyncio.wrap_future(service.changes.submit(service.put, name, data)):
+                response.status_code = 201
+        return service.describe(name)
+
+    @app.delete("/tasks/{name}", status_code=204, responses=problems(403, 404))
+    async def delete_task(request: Request, name: str) -> None:
+        """Serve a task no more, and delete its file; only with uploads=true."""
+        _check_change(request, settings)
+        await asyncio.wrap_future(service.changes.submit(service.delete, name))
+
+
+@asynccontextmanager
+async def _limited(request: Request, bodies: Bodies, timeout_s: float) -> AsyncIterator[None]:
+    """Give a request its time, and take its body back at the end."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        raise HTTPException(504, f"not answered within {timeout_s:g} s; send less at a time, or try later") from error
+    finally:
+        bodies.release(request)
+
+
+def _check_change(request: Request, settings: Settings) -> None:
+    """Refuse changes that are not allowed, or come by a foreign name, as a web page's may that a browser shows."""
+    if settings.folder is None:
+        raise HTTPException(403, HOW_TO_ALLOW)
+    host = request.headers.get("host", "")
+    if settings.is_local and re.sub(r":\d+$", "", host) not in LOCAL_HOSTS:
+        raise HTTPException(403, f"task files are changed by way of {LOCAL_HOSTS[0]} or {LOCAL_HOSTS[1]} only")
+
+
+def _add_page(app: FastAPI) -> None:
+    """The page at /, which may run its own script and nothing else."""
+    html = files("vpt.serve").joinpath("page.html").read_text(encoding="utf-8")
+    hashes = {tag: _digest(html, tag) for tag in ("script", "style")}
+    policy = (
+        f"default-src 'none'; script-src '{hashes['script']}'; style-src '{hashes['style']}'; img-src blob: data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(html, headers=headers)
+
+
+def _digest(html: str, tag: str) -> str:
+    """What a Content-Security-Policy calls the one element of this name."""
+    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
+
+def _add_handlers(app: FastAPI) -> None:
+    """Every refusal is {"detail": one line}."""
+
+    @app.exception_handler(QueueFull)
+    async def too_many(request: Request, error: QueueFull) -> JSONResponse:
+        return _refusal(429, f"{error}; try again", {"Retry-After": "1"})
+
+    @app.exception_handler(ImageError)
+    async def unreadable(request: Request, error: ImageError) -> JSONResponse:
+        return _refusal(422, str(error))
+
+    @app.exception_handler(ModelError)
+    async def failed(request: Request, error: ModelError) -> JSONResponse:
+        return _refusal(500, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return _refusal(422, f"{first['loc'][-1]}: {first['msg']}; see /docs")
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return _refusal(400, "the client went away")
+
+
+def _refusal(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status, headers)

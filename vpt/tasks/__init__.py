@@ -1,0 +1,1 @@
+"""Listing, checking and converting task files."""
