@@ -35,6 +35,7 @@ from vpt.engine.metrics.detection import DetectionMetrics
 from vpt.engine.steps import Stepper
 from vpt.models.adapters import Adapters
 from vpt.models.backbone import PromptedViT
+from vpt.models.vit import load_vit
 from vpt.serve.app import make_app
 from vpt.serve.service import Settings
 from vpt.train.__main__ import run
@@ -63,6 +64,23 @@ def make_tiny_vit(kind: str = "cls", **options):
         if parameter.ndim in (1, 3) or "relative_position_bias" in parameter_name:
             parameter.data.normal_(std=0.2).add_(1.0 if parameter.ndim == 1 else 0.0)
     return vit.eval()
+
+
+LOADING = ("pretrained", "checkpoint", "img_size", "dtype")
+PROMPTING = ("num_tokens", "blocks", "dropout", "init", "form", "impl")
+
+
+def build_model(backbone, *, num_classes, prompt="auto", tuning="prompt", num_blocks=1, adapters=None, **options):
+    """A model with any option of loading, prompt and tuning, as `build.build_model` puts it together."""
+    loading = {name: options.pop(name) for name in LOADING if name in options}
+    prompting = {name: options.pop(name) for name in PROMPTING if name in options}
+    vit = load_vit(backbone, **loading) if isinstance(backbone, str) else backbone
+    if prompt == "auto":
+        prompt = "deep" if tuning == "prompt" else None
+    ready = PromptedViT(vit, prompt, **prompting)
+    model = vpt.create_model(ready, num_classes=num_classes, **options)
+    vpt.tune(model, tuning, num_blocks=num_blocks, adapters=adapters)
+    return model
 
 
 def make_album(num_photos):
@@ -96,7 +114,7 @@ def adapters_of(method, **options):
 
 def make_tuned_model(method, vit=None, **options):
     torch.manual_seed(1)
-    model = vpt.create_model(
+    model = build_model(
         vit or make_tiny_vit(), num_classes=3, tuning="adapters", adapters=adapters_of(method), **options
     )
     torch.nn.init.normal_(model.head.weight)
@@ -402,7 +420,7 @@ def served(bank, **settings):
 
 def save_nano_task(path, seed, classes, **options):
     torch.manual_seed(seed)
-    model = vpt.create_model(NANO, num_classes=len(classes), **options)
+    model = build_model(NANO, num_classes=len(classes), **options)
     for parameter in model.head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     preprocessing = options.pop("preprocessing", None)
@@ -421,7 +439,7 @@ def make_detector(head="dense", prompt="deep", tuning="prompt", **options):
     torch.manual_seed(3)
     options = {"channels": 16, "num_convs": 1, **options}
     vit = make_tiny_vit(img_size=64)
-    model = vpt.create_model(
+    model = build_model(
         vit, task="detection", num_classes=3, head=head, prompt=prompt, num_tokens=2, tuning=tuning, **options
     )
     for parameter in model.head.parameters():

@@ -245,10 +245,10 @@ def test_constants_follow_the_precision_of_autocast(images, num_projections):
 
 def test_constants_are_no_part_of_copies_and_none_stay_behind_a_move(images):
     fast, _ = make_twins(images)
-    assert len(fast._constants) == 3
-    assert len(copy.deepcopy(fast)._constants) == 0
-    assert len(pickle.loads(pickle.dumps(fast))._constants) == 0
-    assert len(fast.bfloat16()._constants) == 0
+    assert len(fast._cache) == 3
+    assert len(copy.deepcopy(fast)._cache) == 0
+    assert len(pickle.loads(pickle.dumps(fast))._cache) == 0
+    assert len(fast.bfloat16()._cache) == 0
 
 
 def test_constants_of_inference_mode_serve_and_gradients_still_reach_the_prompt(images):
@@ -263,7 +263,7 @@ def test_constants_of_inference_mode_serve_and_gradients_still_reach_the_prompt(
     assert asking.grad.abs().sum() > 0
 
 
-def test_a_prompt_made_in_inference_mode_has_no_versions_and_no_constants(images, num_projections):
+def test_a_prompt_made_in_inference_mode_has_no_versions_and_no_cache(images, num_projections):
     with torch.inference_mode():
         backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=3).eval()
         first = backbone(images)

@@ -1,4 +1,4 @@
-"""DetectionModel: a pyramid and a head on a prompted backbone, by torchvision's convention."""
+"""Detector: a pyramid and a head on a prompted backbone, by torchvision's convention."""
 
 import json
 
@@ -9,7 +9,7 @@ from torchvision.ops import box_iou
 
 from tests.helpers import make_tiny_vit
 from vpt.models.backbone import PromptedViT
-from vpt.models.detector import HEADS, DetectionModel, Selection, resolve_taps
+from vpt.models.detector import HEADS, Detector, Selection, resolve_out_indices
 from vpt.models.heads.pyramid import FeaturePyramid, default_strides
 
 
@@ -17,7 +17,7 @@ def make_model(kind="cls", prompt="deep", **options):
     torch.manual_seed(0)
     vit = make_tiny_vit(kind, img_size=64)
     backbone = PromptedViT(vit, prompt, num_tokens=2)
-    return DetectionModel(backbone, **{"num_classes": 3, "channels": 32, "num_convs": 1} | options)
+    return Detector(backbone, **{"num_classes": 3, "channels": 32, "num_convs": 1} | options)
 
 
 def make_targets(*boxes):
@@ -70,11 +70,12 @@ def test_every_head_trains_with_the_pyramid_and_the_prompt_and_nothing_else_does
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_detection_model_and_its_layout_make_each_other(head):
-    options = {"head": head, "taps": [0, -1], "channels": 16, "strides": (16, 32), "num_convs": 3}
+    options = {"head": head, "out_indices": [0, -1], "channels": 16, "strides": (16, 32), "num_convs": 3}
     model = make_model(classes=("ant", "bee", "cat"), category_ids=[7, 3, 90], **options)
     layout = json.loads(json.dumps(model.layout))
+    options["taps"] = options.pop("out_indices")
     assert layout == options | {"taps": [0, 2], "strides": [16, 32]}
-    again = DetectionModel(model.backbone, 3, classes=model.classes, **layout)
+    again = Detector.from_layout(model.backbone, 3, classes=model.classes, category_ids=None, layout=layout)
     again.load_state_dict(model.state_dict())
     assert again.layout == layout
     assert repr(again) == repr(model)
@@ -88,8 +89,8 @@ def test_detections_with_losses_are_those_of_separate_passes_and_pass_the_backbo
     model.selection = Selection(min_score=0.001)
     images, targets = torch.randn(2, 3, 64, 64), make_targets([[4, 4, 40, 40]], [])
     passes = []
-    feature_maps = model.backbone.feature_maps
-    monkeypatch.setattr(model.backbone, "feature_maps", lambda *given: passes.append(1) or feature_maps(*given))
+    read = model.read
+    monkeypatch.setattr(model, "read", lambda *given: passes.append(1) or read(*given))
     with torch.inference_mode():
         found, losses = model.detect_with_losses(images, targets)
         assert len(passes) == 1
@@ -179,7 +180,7 @@ def test_a_selection_of_a_class_that_the_model_has_not_is_refused():
 
 
 def test_heads_names_and_ids_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"head\.name must be one of dense, retinanet, fasterrcnn, got 'detr'"):
+    with pytest.raises(ValueError, match=r"head='detr': must be one of dense, retinanet, fasterrcnn"):
         make_model(head="detr")
     with pytest.raises(ValueError, match="2 class names for num_classes=3"):
         make_model(classes=["ant", "bee"])
@@ -210,18 +211,18 @@ def test_a_stride_that_cannot_be_reached_is_refused():
 
 
 def test_taps_are_the_last_blocks_of_each_quarter_or_the_last_one_or_a_list():
-    assert resolve_taps("quarters", 24) == (5, 11, 17, 23)
-    assert resolve_taps("quarters", 3) == (0, 1, 2)
-    assert resolve_taps("last", 12) == (11,)
-    assert resolve_taps([0, -1], 12) == (0, 11)
+    assert resolve_out_indices("quarters", 24) == (5, 11, 17, 23)
+    assert resolve_out_indices("quarters", 3) == (0, 1, 2)
+    assert resolve_out_indices("last", 12) == (11,)
+    assert resolve_out_indices([0, -1], 12) == (0, 11)
     with pytest.raises(ValueError, match="the backbone has blocks 0 to 11"):
-        resolve_taps([12], 12)
+        resolve_out_indices([12], 12)
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_backbone_in_bfloat16_trains_a_float32_pyramid_and_head(head):
     vit = make_tiny_vit(img_size=64).bfloat16()
-    model = DetectionModel(PromptedViT(vit, "deep"), num_classes=3, channels=32, head=head).train()
+    model = Detector(PromptedViT(vit, "deep"), num_classes=3, channels=32, head=head).train()
     images = torch.randn(1, 3, 64, 64)
     assert {level.dtype for level in model.levels(images)} == {torch.float32}
     losses = model(images, make_targets([[4, 4, 40, 40]]))
@@ -248,7 +249,7 @@ def learn_pictures(num, num_steps, **options):
     torch.manual_seed(0)
     vit = timm.create_model("vit_nano_patch8_64", pretrained=True, num_classes=0)
     backbone = PromptedViT(vit, "deep", num_tokens=4)
-    model = DetectionModel(backbone, num_classes=3, channels=32, num_convs=1, **options).train()
+    model = Detector(backbone, num_classes=3, channels=32, num_convs=1, **options).train()
     images = 0.1 * torch.randn(num, 3, 64, 64)
     targets = make_targets(*([[4, 4, 28, 28], [34, 20, 60, 50]] for _ in range(num)))
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):
@@ -310,14 +311,14 @@ def test_boxes_end_where_the_picture_in_an_image_ends(head):
 
 
 def test_images_that_are_no_whole_cells_of_the_largest_stride_are_refused():
-    with pytest.raises(ValueError, match=r"72 x 72 px are not whole cells of 32 px.*backbone\.img_size=64 or 96"):
-        DetectionModel(PromptedViT(make_tiny_vit(img_size=72)), num_classes=1, channels=32)
-    free = DetectionModel(PromptedViT(make_tiny_vit(dynamic_img_size=True)), num_classes=1, channels=32).eval()
+    with pytest.raises(ValueError, match=r"72 x 72 px .* 32 px.*img_size=64 or 96"):
+        Detector(PromptedViT(make_tiny_vit(img_size=72)), num_classes=1, channels=32)
+    free = Detector(PromptedViT(make_tiny_vit(dynamic_img_size=True)), num_classes=1, channels=32).eval()
     assert len(free(torch.zeros(1, 3, 32, 64))) == 1
     with pytest.raises(ValueError, match="40 x 64 px are not whole cells"):
         free(torch.zeros(1, 3, 40, 64))
 
 
 def test_a_tap_that_is_no_block_is_refused_by_its_key():
-    with pytest.raises(ValueError, match=r"head\.taps=\[99\]: the backbone has blocks 0 to 2"):
-        make_model(taps=[99])
+    with pytest.raises(ValueError, match=r"out_indices=\[99\]"):
+        make_model(out_indices=[99])

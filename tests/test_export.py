@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from vpt.export.programs import open_program
 
 import vpt
 import vpt.export.__main__
+from tests.helpers import build_model
 from vpt.config.command_line import INTERRUPTED
 from vpt.data.transforms.images import EvalTransform
 from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.export import programs
-from vpt.export.programs import open_program
 from vpt.models.detector import Selection
 
 PAGE = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
@@ -25,7 +26,7 @@ NANO = "vit_nano_patch8_64"
 
 def make_model(seed=0, **options):
     torch.manual_seed(seed)
-    model = vpt.create_model(NANO, **{"num_classes": 3, "num_tokens": 4, **options})
+    model = build_model(NANO, **{"num_classes": 3, "num_tokens": 4, **options})
     for parameter in model.head.parameters():
         parameter.data.normal_(std=0.3)
     return model.eval()

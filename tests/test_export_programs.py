@@ -9,10 +9,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-
-import vpt
-from tests.helpers import TINY_VITS, make_detector, make_tiny_vit
-from vpt.export import programs
 from vpt.export.programs import (
     SharedProgram,
     describe_backbone,
@@ -23,6 +19,10 @@ from vpt.export.programs import (
     pack_tasks,
     write_program,
 )
+
+import vpt
+from tests.helpers import TINY_VITS, build_model, make_detector, make_tiny_vit
+from vpt.export import programs
 
 TOLERANCE = 2e-4  # of logits of some tens, that random weights give
 TASKS = [  # of all forms: prompt, P, classes, and the blocks that it enters
@@ -38,7 +38,7 @@ TASKS = [  # of all forms: prompt, P, classes, and the blocks that it enters
 def make_task(vit, prompt, num_tokens=3, num_classes=4, blocks="all"):
     """A classifier that has learned something: its prompt and its head are large."""
     generator = torch.Generator().manual_seed(num_tokens)
-    model = vpt.create_model(vit, prompt=prompt, num_tokens=num_tokens, num_classes=num_classes, blocks=blocks).eval()
+    model = build_model(vit, prompt=prompt, num_tokens=num_tokens, num_classes=num_classes, blocks=blocks).eval()
     for parameter in [*model.head.parameters(), *([model.backbone.prompt.tokens] if prompt else [])]:
         parameter.data.normal_(generator=generator)
     return model
@@ -220,7 +220,7 @@ def test_the_arrays_of_a_pack_are_as_large_as_the_largest_task(tmp_path):
 def test_tasks_that_cannot_share_a_backbone_are_refused(tmp_path):
     first = vpt.save_task(make_task(make_tiny_vit(), "deep"), tmp_path / "first.safetensors")
     boxes = vpt.save_task(make_detector(), tmp_path / "boxes.safetensors")
-    tuned = vpt.create_model(make_tiny_vit(), num_classes=2, tuning="bias")
+    tuned = build_model(make_tiny_vit(), num_classes=2, tuning="bias")
     tuned = vpt.save_task(tuned, tmp_path / "tuned.safetensors")
     other = make_tiny_vit()
     other.blocks[0].norm1.weight.data += 1

@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional as F
 
 import vpt
-from tests.helpers import make_detector, make_tiny_vit
+from tests.helpers import build_model, make_detector, make_tiny_vit
 from vpt.models.parametrizations import Bilinear, Shared
 from vpt.models.prompts import VisualPrompt
-from vpt.prune.token_importance import _MaskedViT, keep_tokens, token_importance
+from vpt.prune.token_importance import MaskedPrompt, keep_tokens, token_importance
 
 TARGETS = torch.tensor([0, 1, 2, 0])
 
@@ -20,7 +20,7 @@ def losses(model, images, targets):
 def make(vit=None, **options):
     torch.manual_seed(2)
     options = {"prompt": "deep", "num_tokens": 4, **options}
-    model = vpt.create_model(vit or make_tiny_vit(), num_classes=3, **options).double()
+    model = build_model(vit or make_tiny_vit(), num_classes=3, **options).double()
     torch.nn.init.normal_(model.head.weight, std=0.2)
     with torch.no_grad():
         for parameter in model.backbone.prompt.parameters():
@@ -29,11 +29,10 @@ def make(vit=None, **options):
 
 
 def loss_of(model, images, masks):
-    masked = copy.copy(model)
-    masked._modules = {**model._modules, "backbone": _MaskedViT(model.backbone.vit, model.backbone.prompt).double()}
-    masked.backbone.masks = masks
-    with torch.no_grad():
-        return F.cross_entropy(masked(images), TARGETS, reduction="none")
+    source = MaskedPrompt(model.backbone, model.backbone.prompt)
+    source.masks = masks
+    with torch.no_grad(), model.backbone.replaced_source(source):
+        return F.cross_entropy(model(images), TARGETS, reduction="none")
 
 
 @pytest.mark.parametrize("prompt", ["deep", "shallow", "kv"])
@@ -147,7 +146,7 @@ def test_what_cannot_be_pruned_is_refused(images):
     with pytest.raises(ValueError, match="no pictures to score"):
         token_importance(make(), [], losses)
     with pytest.raises(ValueError, match="no prompt whose tokens"):
-        token_importance(vpt.create_model(make_tiny_vit(), num_classes=3, prompt=None), [], losses)
+        token_importance(build_model(make_tiny_vit(), num_classes=3, prompt=None), [], losses)
     model = make()
     model.backbone.vit.blocks[2].register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="cannot be scored: in block 2 the block has hooks"):

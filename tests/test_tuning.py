@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import vpt
-from tests.helpers import TINY, TINY_VITS, make_tiny_vit
+from tests.helpers import TINY, TINY_VITS, build_model, make_tiny_vit
 from vpt.build import tuning_options
 from vpt.config.composition import compose_config
 from vpt.config.validation import to_config
 from vpt.models.adapters import PEFT_METHODS
 from vpt.models.backbone import PromptedViT
-from vpt.models.detector import DetectionModel
+from vpt.models.detector import Detector
 from vpt.models.tuning import tuned_parts
 from vpt.runs.summary import task_file_bytes
 
@@ -25,14 +25,14 @@ TARGETS = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0], [10.0, 20.0, 30.0, 60
 
 
 def make_classifier(vit, prompt=None, **options):
-    model = vpt.ClassificationModel(PromptedViT(vit, prompt, num_tokens=3, **options), 4)
+    model = vpt.Classifier(PromptedViT(vit, prompt, num_tokens=3, **options), 4)
     model.head.weight.data.normal_()
     return model
 
 
 def make_detector(kind="cls", prompt=None, **options):
     backbone = PromptedViT(make_tiny_vit(kind, img_size=64), prompt, num_tokens=3)
-    return DetectionModel(backbone, num_classes=3, channels=16, num_convs=1, **options)
+    return Detector(backbone, num_classes=3, channels=16, num_convs=1, **options)
 
 
 def tuned_of_vit(model):
@@ -45,7 +45,7 @@ def with_gradient(model):
 
 @pytest.mark.parametrize(("prompt", "num_prompt"), [(None, 0), ("shallow", 5 * 32), ("deep", 3 * 5 * 32)])
 def test_exactly_the_prompt_and_the_head_train(prompt, num_prompt, images):
-    model = vpt.create_model(make_tiny_vit(), prompt=prompt, num_tokens=5, num_classes=4)
+    model = build_model(make_tiny_vit(), prompt=prompt, num_tokens=5, num_classes=4)
     names = ["backbone.prompt.tokens", "head.weight", "head.bias"][0 if prompt else 1 :]
     assert list(vpt.tuned_parameters(model)) == names
     count = vpt.count_parameters(model)
@@ -61,11 +61,11 @@ def test_exactly_the_prompt_and_the_head_train(prompt, num_prompt, images):
 def test_counts_of_the_paper_for_vit_base_with_fifty_tokens():
     with torch.device("meta"):
         vit = timm.create_model("vit_base_patch16_224", num_classes=0)
-        shallow = vpt.create_model(vit, prompt=vpt.VisualPrompt(50, 768, kind="shallow"), num_classes=100)
-        deep = vpt.create_model(vit, prompt=vpt.VisualPrompt(50, 768, blocks=range(12)), num_classes=100)
+        shallow = build_model(vit, prompt=vpt.VisualPrompt(50, 768, kind="shallow"), num_classes=100)
+        deep = build_model(vit, prompt=vpt.VisualPrompt(50, 768, blocks=range(12)), num_classes=100)
         assert vpt.count_parameters(shallow).tuned == 115_300
         assert vpt.count_parameters(deep).tuned == 537_700
-        bias, full = (vpt.create_model(vit, tuning=way, num_classes=100) for way in ("bias", "full"))
+        bias, full = (build_model(vit, tuning=way, num_classes=100) for way in ("bias", "full"))
         vpt.tune(bias, "bias")  # the second model froze the ViT that both hold
         assert vpt.count_parameters(bias).backbone_tuned == 768 + 12 * (768 * (2 + 3 + 1 + 4 + 1)) + 768
         vpt.tune(full, "full")
@@ -184,7 +184,7 @@ def test_blocks_that_there_are_not_cannot_train(num_blocks):
     with pytest.raises(ValueError, match=rf"tuning\.num_blocks={num_blocks}: the model uses 3 blocks, so from 1 to 3"):
         vpt.tune(make_classifier(make_tiny_vit()), "partial", num_blocks=num_blocks)
     with pytest.raises(ValueError, match=r"tuning\.num_blocks=3: the model uses 2 blocks, so from 1 to 2"):
-        vpt.tune(make_detector(taps=[0, 1]), "partial", num_blocks=3)
+        vpt.tune(make_detector(out_indices=[0, 1]), "partial", num_blocks=3)
 
 
 def test_refusals_leave_what_trains_as_it_was():
@@ -217,7 +217,7 @@ def test_another_way_freezes_what_the_last_one_tuned():
 @pytest.mark.parametrize("tuning", WAYS)
 @pytest.mark.parametrize("kind", ["cls", "no_prefix", "rope_with_cls_and_4_registers", "relative_position_bias"])
 def test_a_detector_trains_what_its_taps_depend_on_and_nothing_else(kind, tuning):
-    model = make_detector(kind, "deep" if kind == "cls" else None, taps=[0, 1])
+    model = make_detector(kind, "deep" if kind == "cls" else None, out_indices=[0, 1])
     vpt.tune(model, tuning)
     assert not any(name.startswith(("norm.", "fc_norm.", "blocks.2.")) for name in tuned_of_vit(model))
     assert tuned_of_vit(model)
@@ -231,7 +231,7 @@ def test_a_detector_trains_what_its_taps_depend_on_and_nothing_else(kind, tuning
 @pytest.mark.parametrize("task", ["classification", "detection"])
 def test_the_parts_are_all_that_trains_each_parameter_once(task):
     model = make_detector(prompt="deep") if task == "detection" else make_classifier(make_tiny_vit(), "deep")
-    kinds = {"prompt", "head"} | ({"neck"} if isinstance(model, DetectionModel) else set())
+    kinds = {"prompt", "head"} | ({"neck"} if isinstance(model, Detector) else set())
     assert set(tuned_parts(model)) == kinds
     vpt.tune(model, "bias")
     parts = tuned_parts(model)
@@ -242,7 +242,7 @@ def test_the_parts_are_all_that_trains_each_parameter_once(task):
     count = vpt.count_parameters(model)
     assert count.backbone_tuned == sum(p.numel() for p in parts["backbone"])
     assert count.tuned == count.prompt + count.neck + count.head + count.backbone_tuned
-    assert (count.neck > 0) == isinstance(model, DetectionModel)
+    assert (count.neck > 0) == isinstance(model, Detector)
 
 
 def gradients_and_result(backbone, run):
@@ -293,7 +293,7 @@ def test_after_a_step_the_kept_keys_and_values_are_those_of_the_new_weights(kind
     model.eval()
     with torch.no_grad():
         before = model(images)
-        assert len(model.backbone._constants) == 3
+        assert len(model.backbone._cache) == 3
     model(images).square().mean().backward()  # in eval mode, so that nothing but the step can drop them
     optimizer.step()
     plain = copy.deepcopy(model)
@@ -320,7 +320,7 @@ def test_the_page_of_methods_tells_what_trains_and_how_large_its_file_is(row):
     config = to_config(compose_config(["backbone=vit_base", *row[0].strip("`").split()]))
     with torch.device("meta"):
         vit = timm.create_model("vit_base_patch16_224", num_classes=0)
-        model = vpt.create_model(vit, num_classes=100, **tuning_options(config))
+        model = build_model(vit, num_classes=100, **tuning_options(config))
     count, num_bytes = vpt.count_parameters(model), task_file_bytes(model)
     assert f"{count.tuned - count.head:,}" == row[2]
     assert f"{num_bytes / 1000:,.0f}" == row[3]

@@ -14,29 +14,33 @@ if TYPE_CHECKING:
     from vpt.models.adapters import Adapters
     from vpt.models.backbone import PromptedViT
     from vpt.models.bank import TaskBank
-    from vpt.models.classifier import ClassificationModel
+    from vpt.models.classifier import Classifier
     from vpt.models.create import create_model
-    from vpt.models.detector import DetectionModel
+    from vpt.models.detector import Detector
     from vpt.models.inspection import inspect_attention, nearest_patches
     from vpt.models.prompt_init import start_from_patches
     from vpt.models.prompts import VisualPrompt
     from vpt.models.task_file import load_task, read_task, save_task
+    from vpt.models.task_model import TaskModel
     from vpt.models.tuning import count_parameters, tune, tuned_parameters
+    from vpt.models.vit import load_vit
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # or the hub is told which versions of what are installed
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # else the hub receives the versions of installed packages
 
 _HOMES = {
     "Adapters": "vpt.models.adapters",
-    "ClassificationModel": "vpt.models.classifier",
-    "DetectionModel": "vpt.models.detector",
+    "Classifier": "vpt.models.classifier",
+    "Detector": "vpt.models.detector",
     "PromptedViT": "vpt.models.backbone",
     "TaskBank": "vpt.models.bank",
+    "TaskModel": "vpt.models.task_model",
     "VisualPrompt": "vpt.models.prompts",
     "count_parameters": "vpt.models.tuning",
     "create_model": "vpt.models.create",
     "from_pretrained": "vpt.hub",
     "inspect_attention": "vpt.models.inspection",
     "load_task": "vpt.models.task_file",
+    "load_vit": "vpt.models.vit",
     "nearest_patches": "vpt.models.inspection",
     "push_to_hub": "vpt.hub",
     "read_task": "vpt.models.task_file",
@@ -46,18 +50,22 @@ _HOMES = {
     "tuned_parameters": "vpt.models.tuning",
 }
 
+RENAMED = {"ClassificationModel": "Classifier", "DetectionModel": "Detector"}
+
 __all__ = [
     "Adapters",
-    "ClassificationModel",
-    "DetectionModel",
+    "Classifier",
+    "Detector",
     "PromptedViT",
     "TaskBank",
+    "TaskModel",
     "VisualPrompt",
     "count_parameters",
     "create_model",
     "from_pretrained",
     "inspect_attention",
     "load_task",
+    "load_vit",
     "nearest_patches",
     "push_to_hub",
     "read_task",
@@ -69,6 +77,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in RENAMED:
+        raise AttributeError(f"vpt.{name} was renamed: use vpt.{RENAMED[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module 'vpt' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-    from vpt.export.programs import Program
-    from vpt.models.task_file import Model
+    from vpt.export.traced import Traceable
+    from vpt.models.task_model import TaskModel
     from vpt.models.task_schema import TaskMetadata
 
 INSTALL = 'uv pip install -p .venv -e ".[export]" -c constraints.txt'
@@ -74,28 +74,29 @@ def main() -> None:
 
 
 def export(options: ExportOptions) -> None:
-    """Trace, write, load again, compare with torch, and only then put the file where it was asked for."""
+    """Trace, write, load again and compare with torch; only then is the output written."""
     output = Path(options.output).expanduser()
     _check_options(options, output)
     paths = _task_files(options)
 
-    from vpt.export.programs import describe_backbone, describe_task, pack_tasks, write_program
+    from vpt.export.files import describe_backbone, describe_task, write_model
+    from vpt.export.packing import pack_tasks
     from vpt.models.task_file import read_task
     from vpt.storage.files import write_chunks
 
     start = time.monotonic()
     tasks = [read_task(path) for path in paths]
     _check_tasks(options, paths, tasks)
-    pictures = _read_pictures(options, tasks[0].kind)
+    images = _read_images(options, tasks[0].task_type)
     print(f"exporting {paths[0]} as {output}, which takes up to some minutes", file=sys.stderr)
     models = _load(options, paths, tasks)
-    program = _make_program(options, models)
+    model = _make_traceable(options, models)
     packed = pack_tasks(paths, models[0].backbone.depth) if options.is_shared else None
-    told = describe_backbone(tasks[0]) if options.is_shared else describe_task(tasks[0])
+    described = describe_backbone(tasks[0]) if options.is_shared else describe_task(tasks[0])
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, f"program{output.suffix.lower()}")
-        write_program(program, file, told)
-        difference = _largest_difference(file, models, tasks, pictures, packed)
+        file = Path(folder, f"model{output.suffix.lower()}")
+        write_model(model, file, described)
+        difference = _largest_difference(file, models, tasks, images, packed)
         if not difference <= TOLERANCE:
             raise ConfigError(
                 f"output={output}: its results differ from torch's by {difference:.2g}, more than {TOLERANCE:g}; "
@@ -103,7 +104,7 @@ def export(options: ExportOptions) -> None:
             )
         with file.open("rb") as opened:
             write_chunks(output, iter(lambda: opened.read(CHUNK), b""), file.stat().st_size)
-    print(_table(program))
+    print(_table(model))
     seconds = time.monotonic() - start
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB in {seconds:.0f} s; largest difference {difference:.1e}")
 
@@ -122,7 +123,7 @@ def _check_options(options: ExportOptions, output: Path) -> None:
 
 
 def _task_files(options: ExportOptions) -> list[Path]:
-    """The task files that are named; several only to check a shared program with."""
+    """The task files that are named; several only to check a shared model with."""
     is_one = not options.is_shared or Path(options.task).expanduser().is_file()
     paths = [Path(word).expanduser() for word in ([options.task] if is_one else options.task.split(","))]
     for path in paths:
@@ -134,34 +135,34 @@ def _task_files(options: ExportOptions) -> list[Path]:
 
 def _check_tasks(options: ExportOptions, paths: Sequence[Path], tasks: Sequence["TaskMetadata"]) -> None:
     """Refuse what cannot be exported, as far as the task files tell, before the backbone is loaded."""
-    from vpt.export.programs import cannot_be_traced, check_shareable
+    from vpt.export.packing import check_shareable
+    from vpt.models.task_model import model_named
 
     for path, task in zip(paths, tasks, strict=True):
         if options.is_shared:
             check_shareable(path, task, tasks[0])
-        elif task.head is not None and task.head["head"] != "dense":
-            raise ConfigError(f"task={path}: {cannot_be_traced(task.head['head'])}")
+        reason = None if options.is_shared else model_named(task.task_type).why_not_exported(task.head)
+        if reason is not None:
+            raise ConfigError(f"task={path}: {reason}")
         size, first = task.preprocessing["size"], tasks[0].preprocessing["size"]
         if size != first:
-            raise ConfigError(f"task={path}: made for pictures of {size} px, the first task for {first} px")
+            raise ConfigError(f"task={path}: made for images of {size} px, the first task for {first} px")
 
 
-def _read_pictures(options: ExportOptions, kind: str) -> list["Image"]:
-    """As many pictures as the largest batch needs; where there are fewer, the same again."""
+def _read_images(options: ExportOptions, task_type: str) -> list["Image"]:
+    """As many images as the largest batch needs; where there are fewer, some are repeated."""
     from vpt.data.images import find_images, read_image
-    from vpt.data.readers.boxes import trees_root
-    from vpt.data.readers.folder import fruit_root
+    from vpt.task_types.base import task_type_named
 
-    shipped = (fruit_root() if kind == "classification" else trees_root()) / "test"
-    root = shipped if options.input is None else Path(options.input).expanduser()
+    root = task_type_named(task_type).sample_images() if options.input is None else Path(options.input).expanduser()
     paths = find_images(root)
     if not paths:
-        raise ConfigError(f"input={root}: holds no pictures")
-    wanted = max(BATCH_SIZES)
-    return [read_image(paths[number * len(paths) // wanted]) for number in range(wanted)]
+        raise ConfigError(f"input={root}: contains no images")
+    num = max(BATCH_SIZES)
+    return [read_image(paths[number * len(paths) // num]) for number in range(num)]
 
 
-def _load(options: ExportOptions, paths: Sequence[Path], tasks: Sequence["TaskMetadata"]) -> list["Model"]:
+def _load(options: ExportOptions, paths: Sequence[Path], tasks: Sequence["TaskMetadata"]) -> list["TaskModel"]:
     """The models of the tasks, all on one backbone; adapters that are changes of weights are folded into them."""
     from vpt.models.adapters import fold_adapters
     from vpt.models.task_file import load_task
@@ -175,24 +176,24 @@ def _load(options: ExportOptions, paths: Sequence[Path], tasks: Sequence["TaskMe
     return models
 
 
-def _make_program(options: ExportOptions, models: Sequence["Model"]) -> "Program":
-    from vpt.export.programs import SharedProgram, make_program
+def _make_traceable(options: ExportOptions, models: Sequence["TaskModel"]) -> "Traceable":
+    from vpt.export.traced import ExportedModel, SharedModel
 
-    return SharedProgram(models[0].backbone.vit) if options.is_shared else make_program(models[0])
+    return SharedModel(models[0].backbone.vit) if options.is_shared else ExportedModel(models[0])
 
 
-def _table(program: "Program") -> str:
-    """Names, shapes and types of what goes in and comes out."""
+def _table(model: "Traceable") -> str:
+    """Names, shapes and dtypes of inputs and outputs."""
     import torch
 
     from vpt.engine.console import format_table
 
-    given = program.examples()
+    given = model.examples()
     with torch.no_grad():
-        made = program(*given.values())
-    found = dict(zip(program.outputs, (made,) if isinstance(made, torch.Tensor) else made, strict=True))
+        made = model(*given.values())
+    found = dict(zip(model.outputs, (made,) if isinstance(made, torch.Tensor) else made, strict=True))
     rows = []
-    for side, free, tensors in (("input", program.inputs, given), ("output", program.outputs, found)):
+    for side, free, tensors in (("input", model.inputs, given), ("output", model.outputs, found)):
         for name, axes in free.items():
             shape = [axes.get(axis, str(length)) for axis, length in enumerate(tensors[name].shape)]
             rows.append([side, name, f"({', '.join(shape)})", str(tensors[name].dtype).removeprefix("torch.")])
@@ -201,35 +202,36 @@ def _table(program: "Program") -> str:
 
 def _largest_difference(
     file: Path,
-    models: Sequence["Model"],
+    models: Sequence["TaskModel"],
     tasks: Sequence["TaskMetadata"],
-    pictures: Sequence["Image"],
+    samples: Sequence["Image"],
     packed: "dict[str, NDArray[Any]] | None",
 ) -> float:
-    """How far the results of a file are from those of the models, each picture alone; nan if one is not a number.
+    """Largest difference between the results of a file and those of the models, image by image; nan if one is nan.
 
-    Coordinates of boxes count as parts of the longer side of the input.
+    Outputs in pixels are divided by the longer side of the input.
     """
     import numpy as np
     import torch
 
     from vpt.data.transforms.images import EvalTransform
     from vpt.data.transforms.preprocessing import Preprocessing
-    from vpt.export.programs import open_program, outputs_of
+    from vpt.export.files import open_model
+    from vpt.export.traced import outputs_of
 
-    run = open_program(file)
+    run = open_model(file)
     transforms = [EvalTransform(Preprocessing.from_dict(task.preprocessing)) for task in tasks]
     differences = []
     for first in range(len(models)):
         for size in BATCH_SIZES:
             chosen = [(first + row) % len(models) for row in range(size)]
-            images = torch.stack([transforms[task](picture) for task, picture in zip(chosen, pictures, strict=False)])
+            images = torch.stack([transforms[task](sample) for task, sample in zip(chosen, samples, strict=False)])
             inputs = {"images": images.numpy()}
             found = run(inputs if packed is None else inputs | packed | {"task": np.array(chosen)})
             for row, task in enumerate(chosen):
                 for name, wanted in outputs_of(models[task], images[row : row + 1]).items():
                     given = found[name][row] if packed is None else found[name][row, : models[task].num_classes]
-                    unit = max(images.shape[2:]) if name == "boxes" else 1
+                    unit = max(images.shape[2:]) if name in models[task].outputs_in_pixels else 1
                     differences.append(np.abs(given - wanted[0]).max() / unit)
     return float(np.max(differences))
 

@@ -2,32 +2,92 @@
 
 The sequence in a prompted block is `[prefix tokens, prompt tokens, patch tokens]`. The prompt enters after the position
 embedding and has no position of its own: where a block rotates queries and keys (RoPE), prompt tokens are not rotated.
-Keys and values that are learned themselves (kind kv) enter attention only, and never the sequence.
+Learned keys and values (variant kv) enter attention only, never the sequence. `block_loop` runs the blocks.
 
-Legend: B batch, C channels, H, W pixels, M patch tokens, P prompt tokens, N prefix + patch tokens, D embed_dim.
+Legend: B batch, H, W pixels, M patch tokens, P prompt tokens, N prefix + patch tokens, D embed_dim, L prompted blocks.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as checkpointed
 
 from vpt.models.adapters import peft_layers
-from vpt.models.attention import (
-    KeysValues,
-    join_keys_values,
-    keys_values_width,
-    prompt_keys_values,
-    run_block,
-    why_not_fast,
+from vpt.models.attention import KeysValues, join_keys_values, keys_values_width, prompt_keys_values, why_not_fast
+from vpt.models.block_loop import (
+    NO_PROMPT,
+    BlockInput,
+    PromptSource,
+    insert_prompt,
+    pool,
+    read_features,
+    remove_prompt,
+    run_blocks,
+    run_images,
 )
 from vpt.models.prompts import Blocks, PromptInit, PromptKind, VisualPrompt, format_blocks, resolve_blocks
 from vpt.models.tensor_cache import Constants
-from vpt.models.vit import ViT, check_supported, embed, name_of, pools_prefix_only, rope_and_bias, run_timm_block
+from vpt.models.vit import ViT, check_supported, name_of, pools_prefix_only
 
 PromptImpl = Literal["auto", "concat"]
+
+
+class LivePrompt:
+    """The prompt of a `PromptedViT` as a source of `block_loop`.
+
+    A deep prompt enters a block as keys and values where `attention.why_not_fast` has no objection, and as tokens
+    elsewhere. A shallow prompt is inserted at block 0 and carried.
+
+    Args:
+        vit: The ViT.
+        prompt: The prompt; with a form, its tokens are computed once for the pass.
+        impl: "auto" or "concat", see `PromptedViT`.
+        cache: Keys and values of earlier passes.
+    """
+
+    def __init__(self, vit: ViT, prompt: VisualPrompt, impl: PromptImpl, cache: Constants[KeysValues]) -> None:
+        # Without gradients keys and values come from the cache, so that the tokens of a form are rarely needed.
+        self.prompt = prompt.computed() if torch.is_grad_enabled() else prompt
+        self.vit, self.impl, self.cache = vit, impl, cache
+        self.num_carried = prompt.num_tokens if prompt.kind == "shallow" else 0
+
+    def enter(self, index: int, tokens: Tensor, num_read: int | None) -> BlockInput:
+        """Keys and values of the block, or the tokens with those of the prompt inserted."""
+        prompt = self.prompt
+        if not prompt.enters(index):
+            return BlockInput(tokens, self.num_carried)
+        if prompt_path(self.vit, prompt, self.impl, index) == "kv":
+            return BlockInput(tokens, keys_values=self.keys_values(index, tokens, num_read))
+        tokens = insert_prompt(self.vit, tokens, prompt(index, tokens.shape[0]))
+        return BlockInput(tokens, prompt.num_tokens, drops_prompt=prompt.kind == "deep")
+
+    def keys_values(self, index: int, tokens: Tensor, num_read: int | None) -> KeysValues:
+        """Keys and values of the prompt in a block, from the cache where nothing trains and dropout is off."""
+        prompt, block, dtype = self.prompt, self.vit.blocks[index], tokens.dtype
+
+        def compute() -> KeysValues:
+            return prompt.keys_values(block, index, tokens.shape[0], dtype, num_read)
+
+        # A compiled or exported graph cannot tell when a tensor changes, so it computes them in each call.
+        if torch.is_grad_enabled() or prompt.draws or torch.compiler.is_compiling():
+            return compute()
+        sources = (*prompt.parameters(), *block.norm1.parameters(), *block.attn.parameters())
+        return self.cache.get((index, num_read), sources, compute, given=dtype)
+
+
+def prompt_path(vit: ViT, prompt: VisualPrompt, impl: PromptImpl, index: int) -> str:
+    """How a prompted block is computed: "kv", or "concat" and the reason.
+
+    Evaluated in each pass, since prompts are swapped, and adapters and hooks may be added or removed at any time.
+    """
+    if impl == "concat":
+        return "concat (impl=concat)"
+    if prompt.kind == "shallow":
+        return "concat (a shallow prompt is carried in the sequence)"
+    reason = why_not_fast(vit.blocks[index])
+    return "kv" if reason is None else f"concat ({reason})"
 
 
 class PromptedViT(nn.Module):
@@ -81,7 +141,7 @@ class PromptedViT(nn.Module):
     ) -> None:
         super().__init__()
         if impl not in get_args(PromptImpl):
-            raise ValueError(f"prompt.impl must be one of {', '.join(get_args(PromptImpl))}, got {impl!r}")
+            raise ValueError(f"impl={impl!r}: must be one of {', '.join(get_args(PromptImpl))}")
         check_supported(vit)
         self.vit = vit.requires_grad_(False).eval()
         self.impl: PromptImpl = impl
@@ -106,18 +166,25 @@ class PromptedViT(nn.Module):
                 num_tokens, self.embed_dim, blocks=prompt.blocks, patch_size=vit.patch_embed.patch_size, init=init
             )
             self.start_prompt(like.tokens.detach())
-        self._constants: Constants[KeysValues] = Constants()
+        self._cache: Constants[KeysValues] = Constants()
+        self._other_source: PromptSource | None = None
 
     @property
     def paths(self) -> dict[int, str]:
         """How each prompted block is computed: "kv", or "concat" and the reason."""
-        return {index: self._path(index) for index in (self.prompt.blocks if self.prompt else ())}
+        prompt = self.prompt
+        return {} if prompt is None else {i: prompt_path(self.vit, prompt, self.impl, i) for i in prompt.blocks}
 
     @property
     def computes_prefix_only(self) -> bool:
         """Whether the last block computes prefix tokens only, because nothing else is pooled."""
         is_asked = self.prompt is not None and self.impl == "auto"
         return is_asked and pools_prefix_only(self.vit) and why_not_fast(self.vit.blocks[-1]) is None
+
+    @property
+    def num_read(self) -> int | None:
+        """Tokens that are read of the last block where features are pooled; None reads all."""
+        return self.num_prefix_tokens if self.computes_prefix_only else None
 
     @property
     def embed_dim(self) -> int:
@@ -151,70 +218,85 @@ class PromptedViT(nn.Module):
         self.vit.eval()
         for layer in peft_layers(self.vit):
             layer.train(mode)
-        self._constants.clear()  # an edit through `.data` or NumPy leaves no other trace
+        self._cache.clear()  # an edit through `.data` or NumPy leaves no other trace
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._constants.clear()  # moved elsewhere, they would be computed anew and the old ones stay in memory
+        self._cache.clear()  # moved elsewhere, they would be computed anew and the old ones stay in memory
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    @property
+    def source(self) -> PromptSource:
+        """What the next pass asks for its prompt: the prompt, or the source of `replaced_source`.
+
+        Raises:
+            ValueError: As `check_prompt`.
+        """
+        self.check_prompt()
+        if self._other_source is not None:
+            return self._other_source
+        return NO_PROMPT if self.prompt is None else LivePrompt(self.vit, self.prompt, self.impl, self._cache)
+
+    @contextmanager
+    def replaced_source(self, source: PromptSource) -> Iterator[None]:
+        """A context in which `forward` and its relatives ask this source instead of the prompt."""
+        self._other_source = source
+        try:
+            yield
+        finally:
+            self._other_source = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, D), pooled as the timm model pools, of normalised images (B, 3, H, W)."""
         return self.forward_prompted(*self.forward_frozen(images))
 
     def forward_frozen(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What no prompt changes: the tokens (B, N, D) that enter the first prompted block, and their position.
+        """The part that no prompt changes: tokens (B, N, D) that enter the first prompted block, and their position.
 
         The position is the rotary or relative position embedding of models that have one; it is the same for all
-        images of a size. Without a prompt the features (B, D) are all done, and there is no position.
+        images of a size. Without a prompt the result is the features (B, D), and no position.
         """
-        tokens, position = embed(self.vit, images)
-        if self.prompt is None:
-            return self._pool(self._run_blocks(tokens, position, None)), None
-        return self._run_blocks(tokens, position, None, last=self.prompt.blocks[0]), position
+        self.check_prompt()
+        stop = self.depth if self.prompt is None else self.prompt.blocks[0]
+        (tokens,), position = run_images(self.vit, images, [stop])
+        return (pool(self.vit, tokens), None) if self.prompt is None else (tokens, position)
 
     def forward_prompted(self, tokens: Tensor, position: Tensor | None = None) -> Tensor:
-        """Features (B, D) from what `forward_frozen` gave."""
+        """Features (B, D) of the result of `forward_frozen`."""
         if self.prompt is None:
             return tokens
-        num_read = self.num_prefix_tokens if self.computes_prefix_only else None
-        prompt = self._computed_prompt()
-        return self._pool(self._run_blocks(tokens, position, prompt, first=self.prompt.blocks[0], num_read=num_read))
+        source, first = self.source, self.prompt.blocks[0]
+        tokens = run_blocks(self.vit, tokens, position, source, first=first, num_read=self.num_read)
+        return pool(self.vit, tokens, source.num_carried)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens (B, N, D) after the final norm, prefix tokens first, prompt tokens removed."""
-        features: Tensor = self.vit.norm(self._run_blocks(*embed(self.vit, images), self._computed_prompt()))
+        source = self.source
+        (tokens,), _ = run_images(self.vit, images, [self.depth], source)
+        features: Tensor = self.vit.norm(remove_prompt(self.vit, tokens, source.num_carried))
         return features
 
-    def feature_maps(self, images: Tensor, taps: Blocks = "last:1") -> list[Tensor]:
+    def feature_maps(self, images: Tensor, out_indices: Blocks = "last:1") -> list[Tensor]:
         """Patch tokens after some blocks, as maps (B, D, H / stride, W / stride); not normed.
 
         Args:
             images: Normalised (B, 3, H, W), of any size that the backbone takes.
-            taps: The blocks: "all", "first:k", "last:k" or a list of indices. Blocks behind the last one are not run.
+            out_indices: The blocks: "all", "first:k", "last:k" or a list of indices. Blocks behind the last one are
+                not run.
 
         Raises:
             ValueError: A block that the backbone does not have.
         """
-        tokens, position = embed(self.vit, images)
-        rows, columns = self.vit.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
-        prompt = self._computed_prompt()
-        held = prompt.num_tokens if prompt is not None and prompt.kind == "shallow" else 0
-        maps, first = [], 0
-        for tap in resolve_blocks(taps, self.depth):
-            tokens = self._run_blocks(tokens, position, prompt, first=first, last=tap + 1)
-            patches = tokens[:, self.num_prefix_tokens + held :]
-            maps.append(torch.unflatten(patches.mT, 2, (rows, columns)))
-            first = tap + 1
+        indices = resolve_blocks(out_indices, self.depth, key="out_indices")
+        maps = read_features(self.vit, images, indices, self.source)
+        assert isinstance(maps, list)
         return maps
 
-    def entering_patches(self, images: Tensor) -> Iterator[Tensor]:
-        """Patch tokens (B, M, D) of the bare ViT, without any prompt, that enter each block that is prompted."""
-        tokens, position = embed(self.vit, images)
-        first = 0
-        for block in self.prompt.blocks if self.prompt is not None else ():
-            tokens, first = self._run_blocks(tokens, position, None, first=first, last=block), block
-            yield tokens[:, self.num_prefix_tokens :]
+    def entering_patches(self, images: Tensor) -> list[Tensor]:
+        """Patch tokens (B, M, D) that enter each prompted block of the bare ViT, computed without any prompt."""
+        stops = () if self.prompt is None else self.prompt.blocks
+        found, _ = run_images(self.vit, images, stops)
+        return [tokens[:, self.num_prefix_tokens :] for tokens in found]
 
     @torch.no_grad()
     def start_prompt(self, tokens: Tensor) -> None:
@@ -282,84 +364,3 @@ class PromptedViT(nn.Module):
         like = next(self.vit.parameters())
         pairs = [prompt_keys_values(block, row[None].to(like)) for block, row in zip(blocks, tokens, strict=True)]
         return torch.cat([join_keys_values(*pair) for pair in pairs])
-
-    def _path(self, index: int) -> str:
-        """How a prompted block is computed. Asked anew each time: prompts are swapped, adapters come and go."""
-        if self.impl == "concat":
-            return "concat (asked for)"
-        if self.prompt is not None and self.prompt.kind == "shallow":
-            return "concat (a shallow prompt travels with the sequence)"
-        reason = why_not_fast(self.vit.blocks[index])
-        return "kv" if reason is None else f"concat ({reason})"
-
-    def _computed_prompt(self) -> VisualPrompt | None:
-        """The prompt for one pass; without gradients its tokens are read rarely, see `_keys_values`."""
-        return self.prompt.computed() if self.prompt is not None and torch.is_grad_enabled() else self.prompt
-
-    def _pool(self, tokens: Tensor) -> Tensor:
-        features: Tensor = self.vit.forward_head(self.vit.norm(tokens), pre_logits=True)
-        return features
-
-    def _run_blocks(
-        self,
-        tokens: Tensor,
-        position: Tensor | None,
-        prompt: VisualPrompt | None,
-        first: int = 0,
-        last: int | None = None,
-        num_read: int | None = None,
-    ) -> Tensor:
-        """Run blocks `first` to `last`, which is left out; of the very last block only `num_read` tokens are wanted."""
-        self.check_prompt()
-        for index in range(first, self.depth if last is None else last):
-            arguments = (prompt, index, tokens, position, num_read if index == self.depth - 1 else None)
-            if self.vit.grad_checkpointing and torch.is_grad_enabled():
-                tokens = checkpointed(self._run_block, *arguments, use_reentrant=False)
-            else:
-                tokens = self._run_block(*arguments)
-        if prompt is not None and prompt.kind == "shallow" and num_read is None and last is None:
-            tokens = self._remove(tokens, prompt.num_tokens)
-        return tokens
-
-    def _run_block(
-        self, prompt: VisualPrompt | None, index: int, tokens: Tensor, position: Tensor | None, num_read: int | None
-    ) -> Tensor:
-        """Tokens after a block, a shallow prompt's among them; or only the first `num_read` of them."""
-        keys_values, num_held = None, 0  # prompt tokens that the sequence holds
-        if prompt is not None and prompt.enters(index) and self._path(index) == "kv":
-            keys_values = self._keys_values(prompt, index, tokens, num_read)
-        elif prompt is not None and (prompt.enters(index) or prompt.kind == "shallow"):
-            tokens = self._insert(tokens, prompt(index, tokens.shape[0])) if prompt.enters(index) else tokens
-            num_held = prompt.num_tokens
-        if keys_values is not None or num_read is not None:
-            rope, bias = rope_and_bias(self.vit, index, position, num_held)
-            block = self.vit.blocks[index]
-            return run_block(block, tokens, keys_values, rope=rope, bias=bias, num_queries=num_read)
-        tokens = run_timm_block(self.vit, index, tokens, position, num_held)
-        drops = prompt is not None and prompt.kind == "deep" and num_held > 0
-        return self._remove(tokens, num_held) if drops else tokens
-
-    def _keys_values(self, prompt: VisualPrompt, index: int, tokens: Tensor, num_read: int | None) -> KeysValues:
-        """Keys and values of the prompt in a block; where nothing trains or draws they are constants that are kept.
-
-        A compiled or exported program computes them in each call, since it cannot tell when a tensor changes.
-        """
-        block: Any = self.vit.blocks[index]
-        batch_size, dtype = tokens.shape[0], tokens.dtype
-
-        def compute() -> KeysValues:
-            return prompt.keys_values(block, index, batch_size, dtype, num_read)
-
-        if torch.is_grad_enabled() or prompt.draws or torch.compiler.is_compiling():
-            return compute()
-        sources = (*prompt.parameters(), *block.norm1.parameters(), *block.attn.parameters())
-        return self._constants.get((index, num_read), sources, compute, given=dtype)
-
-    def _insert(self, tokens: Tensor, prompt: Tensor) -> Tensor:
-        prefix = self.num_prefix_tokens
-        prompt = prompt.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
-        return torch.cat([tokens[:, :prefix], prompt, tokens[:, prefix:]], dim=1)
-
-    def _remove(self, tokens: Tensor, num_tokens: int) -> Tensor:
-        prefix = self.num_prefix_tokens
-        return torch.cat([tokens[:, :prefix], tokens[:, prefix + num_tokens :]], dim=1)

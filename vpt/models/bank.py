@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vpt.models.attention import run_block, why_not_fast
-from vpt.models.detector import DetectionModel, Selection, Sizes
-from vpt.models.task_batch import HeldTask, Maps, Mix, keys_values_of
+from vpt.models.attention import why_not_fast
+from vpt.models.block_loop import PromptSource, feature_map, pool, run_blocks, run_images
+from vpt.models.task_batch import LoadedTask, TaskBatch, keys_values_of
 from vpt.models.task_file import put_task, task_tensors
+from vpt.models.task_model import Sizes
 from vpt.models.task_schema import TaskMetadata
-from vpt.models.vit import ViT, check_supported, embed, load_vit, pools_prefix_only, rope_and_bias
+from vpt.models.vit import ViT, check_supported, grid_size, load_vit, pools_prefix_only
 
-Tasks = Mapping[str, HeldTask]
+Tasks = Mapping[str, LoadedTask]
 
 
 class TaskBank:
@@ -129,16 +130,13 @@ class TaskBank:
         """
         return _find(self._tasks, [name])[name].is_shared
 
-    def select(self, name: str, selection: Selection) -> None:
+    def select(self, name: str, selection: Any) -> None:
         """Say which detections a task gives out from now on.
 
         Raises:
             ValueError: There is no such task, it finds no boxes, or the selection names labels that it has not.
         """
-        model = _find(self._tasks, [name])[name].model
-        if not isinstance(model, DetectionModel):
-            raise ValueError(f"task {name} is of kind classification and finds no boxes")
-        model.selection = selection
+        _find(self._tasks, [name])[name].model.select(selection)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, tasks: str | Sequence[str], *, sizes: Sizes | None = None) -> Any:
@@ -176,7 +174,7 @@ class TaskBank:
             results |= zip(together, mixed, strict=True)
         for task, where in _group(rows).items():
             if task not in shared:
-                results |= zip(where, task.run(images[where], [sizes[index] for index in where]), strict=True)
+                results |= zip(where, task.model.predict(images[where], [sizes[index] for index in where]), strict=True)
         return [results[index] for index in range(len(rows))]
 
     @torch.inference_mode()
@@ -202,82 +200,76 @@ class TaskBank:
         images = self._prepare(images, tasks)
         sizes = _check_sizes(sizes, images)
         shared = self._shared(tasks.values())
-        results = {name: task.run(images, sizes) for name, task in tasks.items() if task not in shared}
+        results = {name: task.model.predict(images, sizes) for name, task in tasks.items() if task not in shared}
         results |= self._branch(images, {name: tasks[name] for name in tasks if name not in results}, sizes)
         return {name: results[name] for name in tasks}
 
     def _branch(self, images: Tensor, tasks: Tasks, sizes: Sizes) -> dict[str, Any]:
-        """Each task from its first prompted block on, on tokens of a trunk that no prompt has entered yet."""
+        """Each task from its first prompted block on, from tokens that no prompt has entered yet."""
         if not tasks:
             return {}
-        trunk, position = embed(self.vit, images)
-        grid, reached = self._grid(images), 0
-        taps = {tap for task in tasks.values() for tap in task.taps}
+        grid, depth = grid_size(self.vit, images), len(self.vit.blocks)
+        wanted = {index for task in tasks.values() for index in task.model.out_indices}
+        last = max(task.first for task in tasks.values())
+        stops = sorted({task.first for task in tasks.values()} | {index + 1 for index in wanted if index < last})
+        found, position = run_images(self.vit, images, stops, num_read=self._num_read(depth - 1 in wanted))
+        trunk = dict(zip(stops, found, strict=True))
+        maps = {index: feature_map(self.vit, trunk[index + 1], grid) for index in wanted if index + 1 in trunk}
         results: dict[str, Any] = {}
-        maps: Maps = {}
-        for name, task in sorted(tasks.items(), key=lambda item: min(item[1].first, item[1].last)):
-            first = min(task.first, task.last)
-            trunk, of_trunk = self._run(trunk, position, self._mix([]), range(reached, first), grid, taps)
-            reached, maps = first, maps | of_trunk
-            mix = self._mix([task] * len(images))
-            tokens, own = self._run(mix.insert(trunk), position, mix, range(first, task.last), grid, task.taps)
-            features = None if task.taps else self._pool(mix.remove(tokens))
-            results[name] = task.finish(features, maps | own, sizes)
+        for name, task in tasks.items():
+            source, out_indices = TaskBatch(self.vit, [task] * len(images)), task.model.out_indices
+            tokens, own = self._run(trunk[task.first], position, source, (task.first, task.last), grid, out_indices)
+            own = maps | own
+            features = [own[index] for index in out_indices] or pool(self.vit, tokens, source.num_carried)
+            results[name] = task.model.forward_head(features, sizes)
         return results
 
-    def _run_alone(self, images: Tensor, task: HeldTask, sizes: Sizes) -> Any:
-        """What one task makes of all images: logits (B, K), or B detections."""
+    def _run_alone(self, images: Tensor, task: LoadedTask, sizes: Sizes) -> Any:
+        """The results of one task for all images: logits (B, K), or B detections."""
         is_shared = task in self._shared([task])
-        return self._branch(images, {"": task}, sizes)[""] if is_shared else task.run(images, sizes)
+        return self._branch(images, {"": task}, sizes)[""] if is_shared else task.model.predict(images, sizes)
 
-    def _run_together(self, images: Tensor, rows: Sequence[HeldTask], sizes: Sizes) -> list[Any]:
+    def _run_together(self, images: Tensor, rows: Sequence[LoadedTask], sizes: Sizes) -> list[Any]:
         """The result of each image, in one pass."""
-        tokens, position = embed(self.vit, images)
-        mix, last = self._mix(rows), max(task.last for task in rows)
-        taps = {tap for task in rows for tap in task.taps}
-        tokens, maps = self._run(mix.insert(tokens), position, mix, range(last), self._grid(images), taps)
-        features = self._pool(mix.remove(tokens)) if any(not task.taps for task in rows) else None
+        source, last = TaskBatch(self.vit, rows), max(task.last for task in rows)
+        out_indices = {index for task in rows for index in task.model.out_indices}
+        (tokens,), position = run_images(self.vit, images, [0])
+        tokens, maps = self._run(tokens, position, source, (0, last), grid_size(self.vit, images), out_indices)
+        pools = any(task.model.pools_features for task in rows)
+        features = pool(self.vit, tokens, source.num_carried) if pools else tokens
         results: dict[int, Any] = {}
         for task, where in _group(rows).items():
-            own = {tap: maps[tap][where] for tap in task.taps}
-            of_task = None if features is None else features[where]
-            results |= zip(where, task.finish(of_task, own, [sizes[index] for index in where]), strict=True)
+            own = [maps[index][where] for index in task.model.out_indices]
+            found = task.model.forward_head(own or features[where], [sizes[index] for index in where])
+            results |= zip(where, found, strict=True)
         return [results[index] for index in range(len(rows))]
 
     def _run(
         self,
         tokens: Tensor,
         position: Tensor | None,
-        mix: Mix,
-        blocks: Iterable[int],
+        source: PromptSource,
+        blocks: tuple[int, int],
         grid: tuple[int, int],
-        taps: Iterable[int],
-    ) -> tuple[Tensor, Maps]:
-        """Run some blocks on tokens (B, N, D), the mix's slots among them; keep the patch tokens after taps."""
-        prefix, maps = self.vit.num_prefix_tokens, Maps()
-        for index in blocks:
-            is_read_whole = index < len(self.vit.blocks) - 1 or index in taps or not pools_prefix_only(self.vit)
-            num_read = None if is_read_whole else prefix
-            keys_values, mask = mix.at(index, num_read, tokens)
-            rope, bias = rope_and_bias(self.vit, index, position, mix.num_slots)
-            block = self.vit.blocks[index]
-            tokens = run_block(block, tokens, keys_values, rope=rope, bias=bias, mask=mask, num_queries=num_read)
-            if index in taps:
-                maps[index] = torch.unflatten(tokens[:, prefix + mix.num_slots :].mT, 2, grid)
+        out_indices: Iterable[int],
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run blocks, the last excluded; return the tokens behind them, and the maps after those of `out_indices`."""
+        first, last = blocks
+        inside = sorted(index for index in out_indices if first <= index < last)
+        num_read = self._num_read(len(self.vit.blocks) - 1 in inside)
+        maps = {}
+        for stop in sorted({*(index + 1 for index in inside), last}):
+            tokens = run_blocks(self.vit, tokens, position, source, first=first, last=stop, num_read=num_read)
+            if stop - 1 in inside:
+                maps[stop - 1] = feature_map(self.vit, tokens, grid, source.num_carried)
+            first = stop
         return tokens, maps
 
-    def _mix(self, rows: Sequence[HeldTask]) -> Mix:
-        return Mix(rows, self.vit.num_prefix_tokens)
+    def _num_read(self, reads_map: bool) -> int | None:
+        """Tokens that are read of the last block: all where a map or patch tokens are needed."""
+        return self.vit.num_prefix_tokens if pools_prefix_only(self.vit) and not reads_map else None
 
-    def _pool(self, tokens: Tensor) -> Tensor:
-        features: Tensor = self.vit.forward_head(self.vit.norm(tokens), pre_logits=True)
-        return features
-
-    def _grid(self, images: Tensor) -> tuple[int, int]:
-        rows, columns = self.vit.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
-        return int(rows), int(columns)
-
-    def _shared(self, tasks: Iterable[HeldTask]) -> set[HeldTask]:
+    def _shared(self, tasks: Iterable[LoadedTask]) -> set[LoadedTask]:
         """The tasks that may go through the backbone together now."""
         return {task for task in tasks if task.is_shared} if self._is_understood() else set()
 
@@ -285,10 +277,10 @@ class TaskBank:
         """Whether prompts may be keys and values in every block; asked anew, since adapters and hooks come and go."""
         return all(why_not_fast(block) is None for block in self.vit.blocks)
 
-    def _read(self, path: str | Path) -> HeldTask:
+    def _read(self, path: str | Path) -> LoadedTask:
         model, metadata = put_task(path, self.vit, shares=True)
         is_shared = self._is_understood() and not metadata.tuned_backbone
-        return HeldTask(model, metadata, keys_values_of(model) if is_shared else {}, is_shared)
+        return LoadedTask(model, metadata, keys_values_of(model) if is_shared else {}, is_shared)
 
     def _check_free(self, name: str) -> None:
         if name in self._tasks:
@@ -305,7 +297,7 @@ class TaskBank:
         return images.to(self.device)
 
 
-def _find(held: Tasks, names: Iterable[str]) -> dict[str, HeldTask]:
+def _find(held: Tasks, names: Iterable[str]) -> dict[str, LoadedTask]:
     """The tasks of some names."""
     for name in names:
         if name not in held:
@@ -313,9 +305,9 @@ def _find(held: Tasks, names: Iterable[str]) -> dict[str, HeldTask]:
     return {name: held[name] for name in names}
 
 
-def _group(rows: Sequence[HeldTask]) -> dict[HeldTask, list[int]]:
+def _group(rows: Sequence[LoadedTask]) -> dict[LoadedTask, list[int]]:
     """The images of each task."""
-    groups: dict[HeldTask, list[int]] = {}
+    groups: dict[LoadedTask, list[int]] = {}
     for index, task in enumerate(rows):
         groups.setdefault(task, []).append(index)
     return groups

@@ -1,25 +1,30 @@
-"""ClassificationModel: a prompted backbone and a linear head; images -> logits."""
+"""Classifier: a prompted backbone and a linear head; images -> logits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vpt.models.backbone import PromptedViT
 from vpt.models.heads.linear import HeadInit, linear_head
+from vpt.models.task_model import Features, Sizes, TaskModel, register_model
 
 
-class ClassificationModel(nn.Module):
-    """Images (B, 3, H, W) -> logits (B, K), through a prompted backbone and a head that trains.
+@register_model
+class Classifier(TaskModel):
+    """Images (B, 3, H, W) -> logits (B, K).
 
     Args:
         backbone: The prompted backbone.
         num_classes: K.
         classes: Names of the classes, in the order of the logits.
-        head_init: How the head starts, see `linear_head`.
+        head_init: Initialisation of the head, see `linear_head`.
 
     Raises:
         ValueError: The number of names is not the number of classes.
     """
+
+    task_type = "classification"
+    has_linear_head = True
 
     def __init__(
         self,
@@ -29,12 +34,8 @@ class ClassificationModel(nn.Module):
         classes: Sequence[str] | None = None,
         head_init: HeadInit = "zero",
     ) -> None:
-        super().__init__()
-        if classes is not None and len(classes) != num_classes:
-            raise ValueError(f"{len(classes)} class names for num_classes={num_classes}")
-        self.backbone = backbone
+        super().__init__(backbone, num_classes, classes=classes)
         self.head = linear_head(backbone.embed_dim, num_classes, head_init)
-        self.classes = None if classes is None else tuple(classes)
 
     @property
     def num_classes(self) -> int:
@@ -42,38 +43,24 @@ class ClassificationModel(nn.Module):
         return self.head.out_features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K) of images (B, 3, H, W), normalised as the backbone wants them."""
+        """Logits (B, K) of images (B, 3, H, W), normalised as the backbone requires."""
         return self.forward_head(self.backbone(images))
 
-    def forward_head(self, features: Tensor) -> Tensor:
+    def forward_head(self, features: Features, sizes: Sizes | None = None) -> Tensor:
         """Logits (B, K) of features (B, D)."""
+        assert isinstance(features, Tensor)
         logits: Tensor = self.head(features.to(self.head.weight.dtype))
         return logits
 
+    def forward_tensors(self, features: Features, size: tuple[int, int]) -> dict[str, Tensor]:
+        """The logits (B, K)."""
+        return {"logits": self.forward_head(features)}
 
-class TunedPart(nn.Module):
-    """The part of a model that trains: what its frozen blocks made of images -> logits (B, K).
+    @classmethod
+    def expected_shapes(cls, num_classes: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Weight (K, D) and bias (K,) of the head."""
+        width = shapes.get("head.weight", (0, 0))[-1]
+        return {"head.weight": (num_classes, width), "head.bias": (num_classes,)}
 
-    It shares all modules with the model, so what trains here trains there. `forward_frozen` of the backbone says what
-    goes in; as long as the images stay the same, it need be computed only once.
 
-    Args:
-        model: The whole model.
-        position: The position that `forward_frozen` gives for images of this size.
-
-    Raises:
-        ValueError: Parameters of the backbone train, so that its blocks are not frozen.
-    """
-
-    position: Tensor | None
-
-    def __init__(self, model: ClassificationModel, position: Tensor | None) -> None:
-        super().__init__()
-        if any(parameter.requires_grad for parameter in model.backbone.vit.parameters()):
-            raise ValueError("tokens of a backbone that trains cannot be kept; use cache=off or tuning=prompt")
-        self.model = model
-        self.register_buffer("position", position, persistent=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, K) of tokens (B, N, D) that enter the first prompted block, or of features (B, D)."""
-        return self.model.forward_head(self.model.backbone.forward_prompted(tokens, self.position))
+ClassificationModel = Classifier  # until every importer has the new name

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from vpt.models.backbone import PromptedViT
+from vpt.models.block_loop import NO_PROMPT, run_blocks, run_images
 from vpt.models.prompts import Blocks, resolve_blocks
-from vpt.models.vit import embed
+from vpt.models.vit import grid_size
 
 
 @dataclass(frozen=True)
@@ -105,22 +106,21 @@ def inspect_attention(
         0 (2, 3, 65, 75) (2, 8, 8)
         4 (2, 3, 65, 75) (2, 8, 8)
     """
-    vit: Any = backbone.vit
-    grid_size = vit.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
-    tokens, position = embed(vit, images)
-    num_tokens, prefix = tokens.shape[1], backbone.num_prefix_tokens
-    prompt, first = backbone.prompt if prompted else None, 0
+    vit, prefix = backbone.vit, backbone.num_prefix_tokens
+    source = backbone.source if prompted else NO_PROMPT
+    (tokens,), position = run_images(vit, images, [0])
+    num_tokens, reached = tokens.shape[1], 0
     for block in resolve_blocks(blocks, backbone.depth, key="blocks"):
-        tokens = backbone._run_blocks(tokens, position, prompt, first=first, last=block)
-        with _Watch() as watch:
-            tokens = backbone._run_blocks(tokens, position, prompt, first=block, last=block + 1)
-        if not watch.weights:
+        tokens = run_blocks(vit, tokens, position, source, first=reached, last=block)
+        reached = block + 1
+        with _AttentionRecorder() as recorder:
+            tokens = run_blocks(vit, tokens, position, source, first=block, last=reached)
+        if not recorder.weights:
             raise ValueError(
-                f"block {block} calls no fused attention, so that its weights cannot be seen; is TIMM_FUSED_ATTN=0 set?"
+                f"block {block} calls no fused attention, so its weights cannot be recorded; is TIMM_FUSED_ATTN=0 set?"
             )
-        weights = _prompt_first(torch.cat(watch.weights, 1), num_tokens, prefix)
-        yield BlockAttention(block, weights, prefix, has_cls(backbone), grid_size)
-        first = block + 1
+        weights = _prompt_first(torch.cat(recorder.weights, 1), num_tokens, prefix)
+        yield BlockAttention(block, weights, prefix, has_cls(backbone), grid_size(vit, images))
 
 
 @dataclass(frozen=True)
@@ -242,8 +242,7 @@ def nearest_patches(
     if num < 1:
         raise ValueError(f"num must be at least 1, got {num}")
     tokens_by_block = _tokens_by_block(backbone)
-    size = images.shape[-2], images.shape[-1]
-    rows, columns = backbone.vit.patch_embed.dynamic_feat_size(size)
+    rows, columns = grid_size(backbone.vit, images)
     for (block, tokens), patches in zip(tokens_by_block.items(), backbone.entering_patches(images), strict=True):
         unit = F.normalize(patches.to(tokens.dtype), dim=2).flatten(0, 1)
         cosines = F.normalize(tokens, dim=1) @ unit.mT
@@ -268,8 +267,8 @@ def _tokens_by_block(backbone: PromptedViT) -> dict[int, Tensor]:
     return dict(zip(prompt.blocks, tokens.to(torch.promote_types(tokens.dtype, torch.float32)), strict=True))
 
 
-class _Watch(TorchFunctionMode):
-    """While it is entered, keeps the weights (B, h, queries, keys) of each call of torch's fused attention."""
+class _AttentionRecorder(TorchFunctionMode):
+    """Records the weights (B, h, queries, keys) of each call of torch's fused attention while it is active."""
 
     def __init__(self) -> None:
         super().__init__()

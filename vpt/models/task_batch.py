@@ -1,82 +1,63 @@
-"""Mix: the prompts of a batch whose images belong to different tasks, as keys, values and a mask for each block.
+"""TaskBatch: the prompts of a batch whose images belong to different tasks, as one prompt source of `block_loop`.
 
 A deep prompt is keys and values that join those of the images (`attention.py`), so images of different tasks differ in
-a few rows of keys and values only, and go through a block together. Shorter prompts are padded, and a mask takes the
-padding out of the softmax. The tokens of shallow prompts travel with the sequence, behind the prefix tokens, in slots
-that are padded and masked in the same way.
+a few rows of keys and values only, and pass a block together. Shorter prompts are padded, and a mask takes the padding
+out of the softmax. The tokens of shallow prompts are carried in the sequence, behind the prefix tokens, in slots that
+are padded and masked in the same way.
 
 Legend: B images, P prompt tokens, S slots, N tokens in the sequence with the slots, D embed_dim, h heads, d = D / h.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vpt.models.attention import KeysValues
-from vpt.models.detector import DetectionModel, Sizes
-from vpt.models.task_file import Model
+from vpt.models.block_loop import BlockInput, insert_prompt
+from vpt.models.task_model import TaskModel
 from vpt.models.task_schema import TaskMetadata
-from vpt.models.vit import pools_prefix_only
-
-Maps = dict[int, Tensor]  # patch tokens after some blocks: block -> (B, D, rows, columns)
+from vpt.models.vit import ViT, pools_prefix_only
 
 
 @dataclass(frozen=True, eq=False)
-class HeldTask:
+class LoadedTask:
     """A task in memory, on a backbone that it shares with others.
 
     Args:
         model: Prompt and head on the backbone, in eval mode.
-        metadata: What the task file says of itself.
-        keys_values: Of a deep or kv prompt, by block and by how many tokens are read of it (None is all of them).
-        is_shared: Whether it may go through the backbone together with others.
+        metadata: The metadata of the task file.
+        keys_values: Of a deep or kv prompt, by block and by how many tokens are read after it (None is all).
+        is_shared: Whether its images may pass the backbone together with those of other tasks.
     """
 
-    model: Model
+    model: TaskModel
     metadata: TaskMetadata
     keys_values: Mapping[tuple[int, int | None], KeysValues]
     is_shared: bool
 
     @property
-    def first(self) -> int:
-        """The block at which the task begins to differ from the bare backbone: its first prompted one, or none."""
-        prompt = self.model.backbone.prompt
-        return self.model.backbone.depth if prompt is None else prompt.blocks[0]
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """Blocks that a detector looks at; none for a classifier."""
-        return self.model.taps if isinstance(self.model, DetectionModel) else ()
-
-    @property
     def last(self) -> int:
         """The block behind the last one that the task needs."""
-        return max(self.taps) + 1 if self.taps else self.model.backbone.depth
+        return max(self.model.out_indices) + 1 if self.model.out_indices else self.model.backbone.depth
 
     @property
-    def travelling(self) -> Tensor | None:
+    def first(self) -> int:
+        """The block at which the task begins to differ from the bare backbone."""
+        prompt = self.model.backbone.prompt
+        return self.last if prompt is None else min(prompt.blocks[0], self.last)
+
+    @property
+    def carried(self) -> Tensor | None:
         """Tokens (P, D) of a shallow prompt."""
         prompt = self.model.backbone.prompt
         return prompt.tokens[0] if prompt is not None and prompt.kind == "shallow" else None
 
-    def finish(self, features: Tensor | None, maps: Maps, sizes: Sizes) -> Any:
-        """Logits (B, K) of features (B, D), or detections of maps."""
-        if isinstance(self.model, DetectionModel):
-            return self.model.forward_head([maps[tap] for tap in self.taps], sizes)
-        assert features is not None
-        return self.model.forward_head(features)
 
-    def run(self, images: Tensor, sizes: Sizes) -> Any:
-        """The same of images, in a pass of its own."""
-        return self.model(images, sizes=sizes) if isinstance(self.model, DetectionModel) else self.model(images)
-
-
-def keys_values_of(model: Model) -> dict[tuple[int, int | None], KeysValues]:
-    """Keys and values of a prompt in each of its blocks, for all ways in which a block may be read."""
+def keys_values_of(model: TaskModel) -> dict[tuple[int, int | None], KeysValues]:
+    """Keys and values of a prompt in each of its blocks, for both ways in which the last block may be read."""
     vit, prompt = model.backbone.vit, model.backbone.prompt
     if prompt is None or prompt.kind == "shallow":
         return {}
@@ -87,68 +68,52 @@ def keys_values_of(model: Model) -> dict[tuple[int, int | None], KeysValues]:
     with torch.no_grad():
         return {
             (index, num_read): prompt.keys_values(vit.blocks[index], index, 1, dtype, num_read)
-            for index, ways in readings.items()
-            for num_read in ways
+            for index, variants in readings.items()
+            for num_read in variants
         }
 
 
-class Mix:
-    """The prompts of a batch.
+class TaskBatch:
+    """The prompts of a batch, a prompt source.
 
     Args:
-        rows: The task of each image; none at all for tokens that no prompt enters.
-        num_prefix_tokens: Of the backbone.
+        vit: The backbone.
+        rows: The task of each image.
 
     Attributes:
-        num_slots: S, tokens of shallow prompts that the sequence holds.
+        num_carried: S, slots for tokens of shallow prompts in the sequence.
     """
 
-    def __init__(self, rows: Sequence[HeldTask], num_prefix_tokens: int) -> None:
-        self.rows, self.tasks = rows, list(dict.fromkeys(rows))
-        self.num_prefix_tokens = num_prefix_tokens
-        self.travelling = {task: task.travelling for task in self.tasks}
-        self.num_slots = max((len(tokens) for tokens in self.travelling.values() if tokens is not None), default=0)
+    def __init__(self, vit: ViT, rows: Sequence[LoadedTask]) -> None:
+        self.vit, self.rows, self.tasks = vit, rows, list(dict.fromkeys(rows))
+        self.carried = {task: task.carried for task in self.tasks}
+        self.num_carried = max((len(tokens) for tokens in self.carried.values() if tokens is not None), default=0)
         self._masks: dict[tuple[int, ...], Tensor | None] = {}
 
-    def insert(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, N - S, D) with the slots, (B, N, D)."""
-        if self.num_slots == 0:
-            return tokens
-        empty = tokens.new_zeros(0, tokens.shape[-1])
-        slots = {task: own if own is not None else empty for task, own in self.travelling.items()}
-        padded = {task: F.pad(own, (0, 0, 0, self.num_slots - len(own))).to(tokens) for task, own in slots.items()}
-        prefix, patches = tokens.tensor_split([self.num_prefix_tokens], dim=1)
-        return torch.cat([prefix, torch.stack([padded[task] for task in self.rows]), patches], dim=1)
-
-    def remove(self, tokens: Tensor) -> Tensor:
-        """Tokens without the slots."""
-        if self.num_slots == 0 or tokens.shape[1] <= self.num_prefix_tokens:
-            return tokens
-        behind = self.num_prefix_tokens + self.num_slots
-        return torch.cat([tokens[:, : self.num_prefix_tokens], tokens[:, behind:]], dim=1)
-
-    def at(self, block: int, num_read: int | None, tokens: Tensor) -> tuple[KeysValues | None, Tensor | None]:
-        """Keys and values of a block's prompts, (1 or B, h, P, d), and the mask (B, 1, 1, P + N); None if not needed.
-
-        Args:
-            block: Its index.
-            num_read: How many tokens are read after it; None is all of them.
-            tokens: The sequence (B, N, D) that enters it.
-        """
-        parts = {task: task.keys_values.get((block, num_read)) for task in self.tasks}
-        if len({part[0].shape[1] for part in parts.values() if part is not None}) > 1:  # one has keys of its own
-            parts = {task: task.keys_values.get((block, None)) for task in self.tasks}
+    def enter(self, index: int, tokens: Tensor, num_read: int | None) -> BlockInput:
+        """Keys and values of the prompts, (1 or B, h, P, d), and the mask; at block 0 the slots are inserted."""
+        if index == 0 and self.num_carried:
+            tokens = insert_prompt(self.vit, tokens, self._slots(tokens))
+        parts = {task: task.keys_values.get((index, num_read)) for task in self.tasks}
+        if len({part[0].shape[1] for part in parts.values() if part is not None}) > 1:
+            # One task has learned keys, which cannot be absorbed, so none is in this block.
+            parts = {task: task.keys_values.get((index, None)) for task in self.tasks}
         lengths = {task: 0 if part is None else part[0].shape[2] for task, part in parts.items()}
         counts = tuple(lengths[task] for task in self.rows)
         if counts not in self._masks:
             self._masks[counts] = self._mask(counts, tokens)
         present = [part for part in parts.values() if part is not None]
-        if not present:
-            return None, self._masks[counts]
-        joined = present[0] if len(self.tasks) == 1 else self._join(parts, max(counts))
-        return joined, self._masks[counts]
+        joined = present[0] if present and len(self.tasks) == 1 else self._join(parts, max(counts)) if present else None
+        return BlockInput(tokens, self.num_carried, joined, self._masks[counts])
 
-    def _join(self, parts: Mapping[HeldTask, KeysValues | None], longest: int) -> KeysValues:
+    def _slots(self, tokens: Tensor) -> Tensor:
+        """Tokens of shallow prompts of each row, padded: (B, S, D)."""
+        empty = tokens.new_zeros(0, tokens.shape[-1])
+        own = {task: empty if given is None else given for task, given in self.carried.items()}
+        padded = {task: F.pad(given, (0, 0, 0, self.num_carried - len(given))) for task, given in own.items()}
+        return torch.stack([padded[task] for task in self.rows])
+
+    def _join(self, parts: Mapping[LoadedTask, KeysValues | None], longest: int) -> KeysValues:
         """Keys and values of each row's own task, padded to the longest."""
         shape = next(part[0] for part in parts.values() if part is not None)
 
@@ -167,15 +132,13 @@ class Mix:
 
     def _mask(self, counts: Sequence[int], tokens: Tensor) -> Tensor | None:
         """-inf for padding among `counts` prompt tokens and among slots; None where nothing is padded."""
-        slots = [0 if own is None else len(own) for own in (self.travelling[task] for task in self.rows)]
-        longest = max(counts, default=0)
-        if min(counts, default=0) == longest and min(slots, default=0) == self.num_slots:
+        slots = [0 if own is None else len(own) for own in (self.carried[task] for task in self.rows)]
+        longest, prefix = max(counts, default=0), self.vit.num_prefix_tokens
+        if min(counts, default=0) == longest and min(slots, default=0) == self.num_carried:
             return None
-        columns = [_padding(counts, longest, tokens), tokens.new_zeros(len(counts), tokens.shape[1])]
-        columns[1][:, self.num_prefix_tokens : self.num_prefix_tokens + self.num_slots] = _padding(
-            slots, self.num_slots, tokens
-        )
-        return torch.cat(columns, dim=1)[:, None, None]
+        sequence = tokens.new_zeros(len(counts), tokens.shape[1])
+        sequence[:, prefix : prefix + self.num_carried] = _padding(slots, self.num_carried, tokens)
+        return torch.cat([_padding(counts, longest, tokens), sequence], dim=1)[:, None, None]
 
 
 def _padding(counts: Sequence[int], longest: int, like: Tensor) -> Tensor:

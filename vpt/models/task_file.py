@@ -1,19 +1,16 @@
-"""The task file: a prompt and a head in one small safetensors file, with what is needed to use or refuse it.
+"""Task files: a prompt and a head in one small safetensors file, with what is needed to use or refuse it.
 
-Tensors: `prompt.tokens` (L, P, D) when there is a prompt, (L, P, 2 h d) of kind kv; `head.*`, which are `head.weight`
-(K, D) and `head.bias` (K,) for classification; `neck.*` for detection; and `backbone.*`, by timm's names, for the
-backbone's parameters that were tuned. The metadata, JSON under the key "vpt", has the fields of `TaskMetadata`.
-docs/task_format.md says all that another program needs.
+Tensors: `prompt.tokens` (L, P, D) where there is a prompt, (L, P, 2 h d) of variant kv; `head.*` and, where the model
+has a neck, `neck.*`; and `backbone.*`, by timm's names, for parameters of the backbone that were tuned. The metadata,
+JSON under the key "vpt", has the fields of `TaskMetadata`. docs/task_format.md describes the format.
 
-A file may come from a stranger: every field is checked before it is used, and tensors are compared by name and shape
-with a model that takes no memory, before one that does is made.
+A file may come from an untrusted source: tensors are compared by name and shape with a model on the meta device, before
+one that takes memory is made.
 """
 
 import copy
 import math
-import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,23 +20,20 @@ from torch import Tensor
 
 from vpt.models.adapters import Adapters, add_adapters
 from vpt.models.backbone import PromptedViT
-from vpt.models.classifier import ClassificationModel
-from vpt.models.detector import DetectionModel
 from vpt.models.prompts import VisualPrompt
-from vpt.models.task_schema import FORMAT_VERSION, MAX_TEXT, TaskMetadata, _newest
+from vpt.models.task_model import TaskModel, device_of, model_named
+from vpt.models.task_schema import MAX_TEXT, TaskMetadata
 from vpt.models.tuning import Origin, origin_of, pretrained_fingerprint, set_origin
 from vpt.models.vit import ViT, load_vit, name_of, preprocessing_of
 from vpt.storage.files import read_tensors, write_tensors
 from vpt.version import __version__
 
+Model = TaskModel  # until every importer has the new name
 TASK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-Model = ClassificationModel | DetectionModel
-
-
 def save_task(
-    model: Model,
+    model: TaskModel,
     path: str | Path,
     *,
     classes: Sequence[str] | None = None,
@@ -50,43 +44,42 @@ def save_task(
     note: str = "",
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write what is learned of a model, and nothing that is pretrained, as a task file; return its path.
+    """Write the learned part of a model, and nothing that is pretrained, as a task file; return its path.
 
     Args:
         model: The trained model.
-        path: Where to; the folder is made when it is missing.
+        path: The file; its folder is made if it does not exist.
         classes: Names of the classes, in the order of the logits; the model's own by default.
-        preprocessing: How pictures were prepared. By default what timm says of the backbone; a detection model sees
-            whole pictures, crop_mode "letterbox".
-        metrics: What was measured, by split, such as {"val": {"top1": 0.93}}.
+        preprocessing: How images were prepared; by default as timm states for the backbone, with the changes of the
+            type of task (a detector sees whole images, crop_mode "letterbox").
+        metrics: Measured values by split, such as {"val": {"top1": 0.93}}.
         config: How it was trained, as plain JSON values.
-        licence: Under which terms the file may be used, such as "CC-BY-4.0".
-        note: What a person should know.
+        licence: Terms of use of the file, such as "CC-BY-4.0".
+        note: Free text for users.
         dtype: Write the tensors in this dtype, torch.float16 or torch.bfloat16, for half the size; None keeps theirs.
 
     Raises:
         ValueError: The number of names is not the number of classes, another value cannot be stored, or parameters of
-            the backbone train that `tune` was not asked for.
+            the backbone train that `tune` did not choose.
     """
     vit, prompt = model.backbone.vit, model.backbone.prompt
     classes = model.classes if classes is None else classes
     if classes is not None and len(classes) != model.num_classes:
         raise ValueError(f"{len(classes)} class names for a head of {model.num_classes} classes")
-    is_detection = isinstance(model, DetectionModel)
-    whole = {"crop_mode": "letterbox", "crop_pct": 1.0} if is_detection else {}
-    category_ids = model.category_ids if isinstance(model, DetectionModel) else None
-    given = metrics or {}
     metadata = TaskMetadata(
         backbone=model.backbone.name,
         fingerprint=_known_fingerprint(vit),
         prompt=None if prompt is None else _describe_prompt(prompt),
         num_classes=model.num_classes,
         classes=None if classes is None else list(classes),
-        preprocessing=_plain(preprocessing or {**preprocessing_of(vit), **whole}),
-        metrics={split: {name: _number_or_none(value) for name, value in of.items()} for split, of in given.items()},
-        kind="detection" if is_detection else "classification",
-        head=_plain(model.layout) if isinstance(model, DetectionModel) else None,
-        category_ids=None if category_ids is None else list(category_ids),
+        preprocessing=_plain(preprocessing or {**preprocessing_of(vit), **model.preprocessing}),
+        metrics={
+            split: {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+            for split, values in (metrics or {}).items()
+        },
+        task_type=model.task_type,
+        head=None if model.layout is None else _plain(model.layout),
+        category_ids=None if model.category_ids is None else list(model.category_ids),
         tuned_backbone=bool(_backbone_tensors(vit)),
         adapters=_describe_adapters(vit),
         config=None if config is None else dict(config),
@@ -97,7 +90,7 @@ def save_task(
     return write_task(path, metadata, task_tensors(model), dtype=dtype)
 
 
-def load_task(path: str | Path, backbone: str | ViT, *, checkpoint: str | Path | None = None) -> Model:
+def load_task(path: str | Path, backbone: str | ViT, *, checkpoint: str | Path | None = None) -> TaskModel:
     """Read a task file onto a backbone; the model is in eval mode.
 
     Args:
@@ -116,8 +109,8 @@ def load_task(path: str | Path, backbone: str | ViT, *, checkpoint: str | Path |
     return put_task(path, backbone)[0]
 
 
-def put_task(path: str | Path, vit: ViT, *, shares: bool = False) -> tuple[Model, TaskMetadata]:
-    """Read a task file onto a ViT in memory, as `load_task` does; return the model and what the file says of itself.
+def put_task(path: str | Path, vit: ViT, *, shares: bool = False) -> tuple[TaskModel, TaskMetadata]:
+    """Read a task file onto a ViT in memory, as `load_task` does; return the model and its metadata.
 
     Args:
         path: A task file.
@@ -150,12 +143,11 @@ def put_task(path: str | Path, vit: ViT, *, shares: bool = False) -> tuple[Model
     with torch.no_grad():
         for name, tensor in tensors.items():
             held[name].copy_(tensor)
-    device = next(vit.parameters()).device
-    return model.to(device).eval(), metadata
+    return model.to(device_of(vit)).eval(), metadata
 
 
 def read_task(path: str | Path) -> TaskMetadata:
-    """What a task file says of itself, without a backbone.
+    """The metadata of a task file, read without a backbone.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -165,7 +157,7 @@ def read_task(path: str | Path) -> TaskMetadata:
 
 
 def open_task(path: str | Path) -> tuple[TaskMetadata, dict[str, Tensor]]:
-    """What a task file says of itself and its tensors, checked against each other, without a backbone.
+    """The metadata and the tensors of a task file, checked against each other, read without a backbone.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -173,18 +165,10 @@ def open_task(path: str | Path) -> tuple[TaskMetadata, dict[str, Tensor]]:
     """
     path = Path(path)
     tensors, values = read_tensors(path)
-    values = _newest(values)
-    version_ = values.get("format_version")
-    if type(version_) is not int or version_ != FORMAT_VERSION:
-        raise ValueError(f"{path}: task format {reprlib.repr(version_)}; this version of vpt reads {FORMAT_VERSION}")
-    known = {f.name for f in fields(TaskMetadata)}
-    if set(values) != known:
-        odd = ", ".join(sorted(set(values) ^ known))
-        raise ValueError(f"{path}: its metadata has missing or unknown fields ({odd[:MAX_TEXT]})")
     try:
-        metadata = TaskMetadata(**values)
+        metadata = TaskMetadata.from_json(values)
     except ValueError as error:
-        raise ValueError(f"{path}: in its metadata, {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     _check_described(path, metadata, tensors)
     return metadata, tensors
 
@@ -192,7 +176,7 @@ def open_task(path: str | Path) -> tuple[TaskMetadata, dict[str, Tensor]]:
 def write_task(
     path: str | Path, metadata: TaskMetadata, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
 ) -> Path:
-    """Write a task file of its parts, in another dtype if wanted; return its path.
+    """Write a task file from metadata and tensors, in another dtype if given; return its path.
 
     Raises:
         ValueError: The tensors are not those that the metadata describes, or too large for the dtype.
@@ -201,7 +185,7 @@ def write_task(
     if dtype is not None:
         tensors = to_dtype(tensors, dtype)
     _check_described(path, metadata, tensors)
-    write_tensors(path, tensors, asdict(metadata))
+    write_tensors(path, tensors, metadata.to_json())
     return path
 
 
@@ -219,14 +203,14 @@ def to_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
     return converted
 
 
-def task_tensors(model: Model) -> dict[str, Tensor]:
-    """The tensors that a task file holds, by the names that they have in it."""
+def task_tensors(model: TaskModel) -> dict[str, Tensor]:
+    """The tensors of a task file, by their names in it."""
     return _own_tensors(model) | _backbone_tensors(model.backbone.vit)
 
 
-def _own_tensors(model: Model) -> dict[str, Tensor]:
+def _own_tensors(model: TaskModel) -> dict[str, Tensor]:
     """Head, neck and prompt."""
-    parts = {"head": model.head, "neck": model.pyramid if isinstance(model, DetectionModel) else None}
+    parts = {"head": model.head, "neck": model.neck}
     tensors: dict[str, Tensor] = {
         f"{part}.{name}": value
         for part, module in parts.items()
@@ -239,7 +223,7 @@ def _own_tensors(model: Model) -> dict[str, Tensor]:
 
 
 def _backbone_tensors(vit: ViT) -> dict[str, Tensor]:
-    """Parameters of the backbone that train, or did and may no longer be as pretrained."""
+    """Parameters of the backbone that train, or trained before and may differ from the pretrained ones."""
     origin = origin_of(vit)
     tuned = frozenset() if origin is None else origin.tuned
     named = vit.state_dict(keep_vars=True).items()
@@ -267,7 +251,7 @@ def _known_fingerprint(vit: ViT) -> str:
 
 
 def _add_adapters(path: Path, metadata: TaskMetadata, vit: ViT) -> frozenset[str]:
-    """Put a file's adapters into a ViT, without memory for their parameters; the names of their tensors."""
+    """Add a file's adapters to a ViT, on the meta device; return the names of their tensors."""
     if metadata.adapters is None:
         return frozenset()
     try:
@@ -277,7 +261,7 @@ def _add_adapters(path: Path, metadata: TaskMetadata, vit: ViT) -> frozenset[str
 
 
 def _make_real(vit: ViT, given: Mapping[str, Tensor]) -> None:
-    """Give tensors of adapters, which have no memory, that of given ones, in their own dtype."""
+    """Replace tensors of adapters on the meta device by given ones, in their own dtype."""
     like, state = next(vit.parameters()), vit.state_dict()
     real = {name: tensor.to(like.device, state[name].dtype) for name, tensor in given.items()}
     vit.load_state_dict(real, strict=False, assign=True)
@@ -291,7 +275,7 @@ def _describe_adapters(vit: ViT) -> dict[str, Any] | None:
 
 
 def _check_described(path: Path, metadata: TaskMetadata, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that contradict the metadata, as far as that can be told without the backbone."""
+    """Refuse tensors that contradict the metadata, as far as that is known without the backbone."""
     if metadata.tuned_backbone != bool(_backbone_names(tensors)):
         raise ValueError(f"{path}: tuned_backbone is {metadata.tuned_backbone}, which its tensors contradict")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -299,11 +283,10 @@ def _check_described(path: Path, metadata: TaskMetadata, tensors: Mapping[str, T
     if metadata.prompt is not None:
         prompt = metadata.prompt
         wanted["prompt.tokens"] = (len(prompt["blocks"]), prompt["num_tokens"], prompt["width"])
-    parts = ("head.", "neck.", "backbone.") if metadata.kind == "detection" else ("backbone.",)
-    if metadata.kind == "classification":
-        width = shapes.get("head.weight", (0, 0))[-1]
-        wanted |= {"head.weight": (metadata.num_classes, width), "head.bias": (metadata.num_classes,)}
-    shapes = {name: shape for name, shape in shapes.items() if not name.startswith(parts)}
+    own = {name: shape for name, shape in shapes.items() if name.startswith(("head.", "neck."))}
+    expected = model_named(metadata.task_type).expected_shapes(metadata.num_classes, own)
+    wanted |= own if expected is None else expected
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith("backbone.")}
     odd = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
     odd += sorted(name for name, tensor in tensors.items() if tensor.dtype not in TASK_DTYPES)
     if odd:
@@ -326,12 +309,12 @@ def _check_backbone(path: Path, metadata: TaskMetadata, tensors: Mapping[str, Te
             + f"; load {metadata.backbone} and try again"
         )
     if origin is not None and (origin.adapters is not None or not origin.tuned <= _backbone_names(tensors)):
-        raise ValueError(f"{path}: made for pretrained weights, but the given {name} was tuned; load {name} anew")
+        raise ValueError(f"{path}: made for pretrained weights, but the given {name} was tuned; load {name} again")
     wanted = metadata.preprocessing["size"]
     size = list(vit.patch_embed.img_size or wanted)
     if size != wanted and vit.patch_embed.strict_img_size:
         raise ValueError(
-            f"{path}: made for pictures of {wanted} px, but the backbone takes {size}; use img_size={wanted}"
+            f"{path}: made for images of {wanted} px, but the backbone takes {size}; use img_size={wanted}"
         )
 
 
@@ -343,14 +326,17 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[
         raise _not_described(path, odd[0])
 
 
-def _make_model(path: Path, metadata: TaskMetadata, vit: ViT) -> Model:
+def _make_model(path: Path, metadata: TaskMetadata, vit: ViT) -> TaskModel:
     try:
         prompt = None if metadata.prompt is None else VisualPrompt(**metadata.prompt)
         backbone = PromptedViT(vit, prompt)
-        if metadata.head is None:
-            return ClassificationModel(backbone, metadata.num_classes, classes=metadata.classes)
-        names: dict[str, Any] = {"classes": metadata.classes, "category_ids": metadata.category_ids}
-        return DetectionModel(backbone, metadata.num_classes, **names, **metadata.head)
+        return model_named(metadata.task_type).from_layout(
+            backbone,
+            metadata.num_classes,
+            classes=metadata.classes,
+            category_ids=metadata.category_ids,
+            layout=metadata.head,
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its prompt or head cannot be used ({error})") from error
 
@@ -367,9 +353,5 @@ def _describe_prompt(prompt: VisualPrompt) -> dict[str, Any]:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Tuples as lists, as JSON gives them back."""
+    """Tuples as lists, as JSON reads them."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def _number_or_none(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

@@ -8,7 +8,6 @@ from torch import nn
 
 from vpt.models.adapters import Adapters, add_adapters
 from vpt.models.backbone import PromptedViT
-from vpt.models.detector import DetectionModel
 from vpt.models.vit import ViT, fingerprint, norms_of
 
 Tuning = Literal["prompt", "linear", "bias", "proj_bias", "norm", "partial", "full", "adapters"]
@@ -187,7 +186,7 @@ def _held_backbone(model: nn.Module) -> PromptedViT:
 
 
 def _neck_and_head(model: nn.Module) -> dict[str, nn.Module | None]:
-    return {"neck": getattr(model, "pyramid", None), "head": getattr(model, "head", None)}
+    return {"neck": getattr(model, "neck", None), "head": getattr(model, "head", None)}
 
 
 def _add(vit: ViT, adapters: Adapters) -> frozenset[str]:
@@ -210,11 +209,12 @@ def _choose(
 ) -> list[nn.Parameter]:
     """The parameters of the ViT that a way of tuning trains; `added` came with adapters."""
     vit: Any = backbone.vit
-    num_used = max(model.taps) + 1 if isinstance(model, DetectionModel) else backbone.depth
+    out_indices: tuple[int, ...] = getattr(model, "out_indices", ())  # of a TaskModel; other modules pool features
+    num_used = max(out_indices) + 1 if out_indices else backbone.depth
     if tuning == "partial" and not 1 <= num_blocks <= num_used:
         raise ValueError(f"tuning.num_blocks={num_blocks}: the model uses {num_used} blocks, so from 1 to {num_used}")
     unused = [vit.head, getattr(vit, "head_dist", None)]  # the second is DeiT's
-    if isinstance(model, DetectionModel):
+    if out_indices:
         unused += [vit.norm, vit.fc_norm, getattr(vit, "attn_pool", None), *vit.blocks[num_used:]]
     left_out = {parameter for module in unused if module is not None for parameter in module.parameters()}
     chosen: list[nn.Parameter] = []

@@ -142,6 +142,12 @@ def check_supported(vit: nn.Module) -> None:
         )
 
 
+def grid_size(vit: ViT, images: Tensor) -> tuple[int, int]:
+    """Rows and columns of the patch tokens of images (B, 3, H, W)."""
+    rows, columns = vit.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+    return int(rows), int(columns)
+
+
 def embed(vit: ViT, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Tokens (B, N, D) that enter block 0, and their position, which is the same for all images of a size."""
     tokens = vit.patch_embed(images.to(next(vit.patch_embed.parameters()).dtype))
