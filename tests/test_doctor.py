@@ -49,18 +49,18 @@ def broken(tmp_path):
 def test_a_clean_data_set_ends_with_0_and_says_what_training_would_do(monkeypatch, capsys, photos):
     assert doctor(monkeypatch, "dataset=folder", f"dataset.root={photos}", "train.batch_size=4", *PLAIN) == 0
     text = capsys.readouterr().out
-    assert "training  would run: train 18, val 9, test 12; 5 steps an epoch, 100 in 20 epochs" in text
+    assert "training  would run: train 18, val 9, test 12; 5 steps per epoch, 100 in 20 epochs" in text
     assert f"next      python -m vpt.train dataset=folder dataset.root={photos}" in text
 
 
 def test_dirt_ends_with_1_and_is_told_with_its_files(monkeypatch, capsys, broken):
     assert doctor(monkeypatch, "dataset=folder", f"dataset.root={broken}", *PLAIN) == 1
     text = capsys.readouterr().out
-    assert "  unreadable: train: 1 of 11 (9.1 %) pictures cannot be read" in text
+    assert "  unreadable: train: 1 of 11 (9.1 %) images cannot be read" in text
     assert "    train/a/empty.jpg: the file is empty" in text
     assert "    test/b/leak.png: same as train/b/0.png: the same file" in text
     assert "training  would stop: unreadable" in text
-    assert "next      mend unreadable and leakage, and look again" in text
+    assert "next      fix unreadable and leakage, then check again" in text
 
 
 def test_json_has_everything_in_the_form_that_the_page_documents(monkeypatch, tmp_path, broken):
@@ -74,7 +74,7 @@ def test_json_has_everything_in_the_form_that_the_page_documents(monkeypatch, tm
         """The nested keys of a value; of a list those of its first entry."""
         match value:
             case dict():
-                return {key: keys(part) for key, part in value.items() if key not in ("pictures_of_class", "pictures")}
+                return {key: keys(part) for key, part in value.items() if key not in ("images_of_class", "pictures")}
             case list():
                 return [keys(value[0])] if value and isinstance(value[0], dict) else []
         return None
@@ -89,12 +89,12 @@ def test_json_has_everything_in_the_form_that_the_page_documents(monkeypatch, tm
 
 def test_every_code_stands_in_the_page():
     from vpt.data.readers import box_checks as sources
-    from vpt.doctor.boxes import _code
-    from vpt.doctor.images import SAID
+    from vpt.task_types.box_findings import code_of
+    from vpt.doctor.images import ODDITIES
 
     page = (ROOT / "docs" / "doctor.md").read_text()
-    codes = [_code(finding) for finding in sources.Finding if finding is not sources.Finding.MISSING]
-    codes += [code for code, _ in SAID.values()]
+    codes = [code_of(finding) for finding in sources.Finding if finding is not sources.Finding.MISSING]
+    codes += [code for code, _ in ODDITIES.values()]
     for path in (ROOT / "vpt" / "doctor").glob("*.py"):
         codes += re.findall(
             r'(?:Finding\([^,()]+(?:\([^)]*\))?[^,()]*, |findings\.append\(|yield )"(\w+)",', path.read_text()

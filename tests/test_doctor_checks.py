@@ -1,4 +1,4 @@
-"""The checkup: what it finds in a folder with every kind of dirt, compared with what was put there."""
+"""The report: what it finds in a folder with every kind of dirt, compared with what was put there."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from vpt.config.errors import ConfigError
 from vpt.config.validation import to_config
 from vpt.data.samples import DetectionSamples
 from vpt.data.transforms.preprocessing import Preprocessing, resize_and_crop
-from vpt.doctor.boxes import find_small_boxes, short_sides
-from vpt.doctor.findings import Level
 from vpt.doctor.images import cut_off
 from vpt.doctor.reading import read_data
 from vpt.doctor.report import check
-from vpt.doctor.scan import Oddity, find_oddities, look_at, pixel_digest
+from vpt.doctor.scan import Oddity, find_oddities, pixel_digest, scan_images
 from vpt.doctor.training_plan import input_of
 from vpt.task_types.base import kind_of
+from vpt.task_types.box_findings import find_small_boxes, short_sides
+from vpt.task_types.findings import Level
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -31,13 +31,13 @@ def configure(*words):
     return to_config(compose_config(["num_workers=0", "run.name=unused", *words]))
 
 
-def checkup_of(*words):
+def report_of(*words):
     return check(configure(*words), "the command")
 
 
-def found(checkup):
+def found(report):
     """Names of the files of each finding, by code and split."""
-    return {(f.code, f.split): [file.file for file in f.files] for f in checkup.findings}
+    return {(f.code, f.split): [file.file for file in f.files] for f in report.findings}
 
 
 def noise(seed, size=(70, 66), channels=3):
@@ -90,8 +90,8 @@ def dirty(folder):
 
 
 def test_every_kind_of_dirt_is_found_where_it_was_put(dirty):
-    checkup = checkup_of("dataset=folder", f"dataset.root={dirty}")
-    assert found(checkup) == {
+    report = report_of("dataset=folder", f"dataset.root={dirty}")
+    assert found(report) == {
         ("unreadable", "train"): ["train/cat/empty.png", "train/cat/short.png", "train/cat/text.jpg"],
         ("too_large", "val"): ["val/cat/huge.png"],
         ("leakage", "val"): ["val/cat/again.bmp"],
@@ -111,33 +111,33 @@ def test_every_kind_of_dirt_is_found_where_it_was_put(dirty):
         ("alpha", "train"): ["train/cat/alpha.png"],
         ("ending", "train"): ["train/cat/png.jpg"],
     }
-    assert not checkup.is_fine
-    assert checkup.plan.stops_at == "unreadable"
-    assert [finding.level for finding in checkup.findings] == sorted(
-        (finding.level for finding in checkup.findings), key=list(Level).index
+    assert not report.is_fine
+    assert report.plan.stops_at == "unreadable"
+    assert [finding.level for finding in report.findings] == sorted(
+        (finding.level for finding in report.findings), key=list(Level).index
     )
 
 
 def test_files_of_a_finding_say_what_is_the_matter(dirty):
-    checkup = checkup_of("dataset=folder", f"dataset.root={dirty}")
-    files = {(f.code, f.split): f.files for f in checkup.findings}
+    report = report_of("dataset=folder", f"dataset.root={dirty}")
+    files = {(f.code, f.split): f.files for f in report.findings}
     empty, short, text = files["unreadable", "train"]
     assert empty.detail.startswith("the file is empty")
     assert short.detail.startswith("broken picture")
     assert text.detail.startswith("not a picture")
     assert files["too_large", "val"][0].detail.startswith("52,000,000 pixels are more than the 50,000,000 allowed")
     (again,), (leak,) = files["leakage", "val"], files["leakage", "test"]
-    assert (again.same_as, again.detail) == ("train/cat/2.png", "the same pixels, saved anew")
+    assert (again.same_as, again.detail) == ("train/cat/2.png", "the same pixels in another file")
     assert (leak.same_as, leak.detail) == ("train/cat/3.png", "the same file")
-    assert [file.detail for file in files["contradiction", None]] == ["is cat", "is dog"]
-    assert str(dirty) not in json.dumps(checkup.to_dict())
+    assert [file.detail for file in files["contradiction", None]] == ["labelled cat", "labelled dog"]
+    assert str(dirty) not in json.dumps(report.to_dict())
 
 
 def test_a_clean_data_set_is_said_to_be_clean(folder):
-    checkup = checkup_of("dataset=folder", f"dataset.root={folder}")
-    assert (checkup.is_fine, checkup.findings) == (True, [])
-    assert "nothing is wrong" in str(checkup)
-    assert "would run: train 12, val 12, test 12; 1 steps an epoch, 20 in 20 epochs" in str(checkup)
+    report = report_of("dataset=folder", f"dataset.root={folder}")
+    assert (report.is_fine, report.findings) == (True, [])
+    assert "no problems found" in str(report)
+    assert "would run: train 12, val 12, test 12; 1 steps per epoch, 20 in 20 epochs" in str(report)
 
 
 def test_nothing_is_changed_on_disk(dirty):
@@ -145,28 +145,28 @@ def test_nothing_is_changed_on_disk(dirty):
         return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in dirty.rglob("*")}
 
     before = state()
-    checkup_of("dataset=folder", f"dataset.root={dirty}")
+    report_of("dataset=folder", f"dataset.root={dirty}")
     assert state() == before
 
 
 def test_processes_find_what_one_process_finds(dirty):
-    alone = checkup_of("dataset=folder", f"dataset.root={dirty}")
-    many = checkup_of("dataset=folder", f"dataset.root={dirty}", "num_workers=2", "train.batch_size=5")
+    alone = report_of("dataset=folder", f"dataset.root={dirty}")
+    many = report_of("dataset=folder", f"dataset.root={dirty}", "num_workers=2", "train.batch_size=5")
     assert [finding.to_dict() for finding in many.findings] == [finding.to_dict() for finding in alone.findings]
 
 
 def test_pictures_that_may_be_left_out_are_a_warning_and_others_are_not(dirty):
     (dirty / "val" / "cat" / "huge.png").unlink()
     allowed = ["data.on_error=skip", "data.max_skipped=0.5"]
-    checkup = checkup_of("dataset=folder", f"dataset.root={dirty}", *allowed)
-    levels = {finding.code: finding.level for finding in checkup.findings}
+    report = report_of("dataset=folder", f"dataset.root={dirty}", *allowed)
+    levels = {finding.code: finding.level for finding in report.findings}
     assert levels["unreadable"] is Level.warning
-    assert checkup.plan.would_run
-    assert checkup.plan.pictures["train"] == len(checkup.looks["train"].columns) - 3
-    strict = checkup_of("dataset=folder", f"dataset.root={dirty}", "data.on_error=skip", "data.max_skipped=0.1")
+    assert report.plan.would_run
+    assert report.plan.images["train"] == len(report.scans["train"].columns) - 3
+    strict = report_of("dataset=folder", f"dataset.root={dirty}", "data.on_error=skip", "data.max_skipped=0.1")
     assert strict.plan.stops_at == "unreadable"
     (dirty / "val" / "cat" / "bad.png").write_bytes(b"")
-    of_val = checkup_of("dataset=folder", f"dataset.root={dirty}", *allowed)
+    of_val = report_of("dataset=folder", f"dataset.root={dirty}", *allowed)
     assert of_val.plan.stops_at == "unreadable"
     assert of_val.findings[0].split == "val"
 
@@ -175,30 +175,30 @@ def test_a_class_without_a_picture_that_can_be_read_stops_training(folder):
     for path in (folder / "train" / "dog").iterdir():
         path.write_bytes(b"")
     allowed = ["data.on_error=skip", "data.max_skipped=0.5"]
-    checkup = checkup_of("dataset=folder", f"dataset.root={folder}", *allowed)
-    assert checkup.plan.stops_at == "lost_class"
-    assert checkup.findings[0].message.startswith("no picture of these classes can be read: dog")
+    report = report_of("dataset=folder", f"dataset.root={folder}", *allowed)
+    assert report.plan.stops_at == "lost_class"
+    assert report.findings[0].message.startswith("no image of these classes can be read: dog")
 
 
 def test_leakage_is_an_error_although_training_would_run(folder):
     (folder / "test" / "dog" / "leak.png").write_bytes((folder / "train" / "dog" / "0.png").read_bytes())
-    checkup = checkup_of("dataset=folder", f"dataset.root={folder}")
-    assert (checkup.is_fine, checkup.plan.would_run, checkup.plan.stops_at) == (False, True, None)
-    assert checkup.plan.next == "mend leakage, and look again"
+    report = report_of("dataset=folder", f"dataset.root={folder}")
+    assert (report.is_fine, report.plan.would_run, report.plan.stops_at) == (False, True, None)
+    assert report.plan.next == "fix leakage, then check again"
 
 
 def test_next_is_the_command_or_how_to_leave_pictures_out(folder):
-    assert checkup_of("dataset=folder", f"dataset.root={folder}").plan.next == "the command"
+    assert report_of("dataset=folder", f"dataset.root={folder}").plan.next == "the command"
     (folder / "train" / "dog" / "bad.png").write_bytes(b"")
     words = ["dataset=folder", f"dataset.root={folder}"]
-    assert checkup_of(*words, "data.max_skipped=0.2").plan.next.endswith("the command data.on_error=skip")
-    assert checkup_of(*words).plan.next == "mend unreadable, and look again"  # 1 of 13 is too much to leave out
+    assert report_of(*words, "data.max_skipped=0.2").plan.next.endswith("the command data.on_error=skip")
+    assert report_of(*words).plan.next == "fix unreadable, then check again"  # 1 of 13 is too much to leave out
 
 
 def test_a_split_that_is_split_off_is_told_from_one_that_is_given(folder):
     words = ["dataset=folder", f"dataset.root={folder / 'train'}"]
-    assert checkup_of(*words, "dataset.test_fraction=0.2").plan.split_off == ("val", "test")
-    assert checkup_of("dataset=folder", f"dataset.root={folder}").plan.split_off == ()
+    assert report_of(*words, "dataset.test_fraction=0.2").plan.split_off == ("val", "test")
+    assert report_of("dataset=folder", f"dataset.root={folder}").plan.split_off == ()
 
 
 def test_classes_with_few_pictures_or_none_are_named(tmp_path):
@@ -207,40 +207,40 @@ def test_classes_with_few_pictures_or_none_are_named(tmp_path):
         path.unlink()
     for path in [*(folder / "val" / "cow").iterdir(), folder / "val" / "cow"]:
         path.unlink() if path.is_file() else path.rmdir()
-    checkup = checkup_of("dataset=folder", f"dataset.root={folder}")
-    messages = {(f.code, f.split): (f.level, f.message) for f in checkup.findings}
-    assert messages["few", "train"] == (Level.warning, "1 of 3 (33.3 %) classes have fewer than 5 pictures: bee (1)")
-    assert messages["missing_class", "val"][1].endswith("val says nothing about them: cow")
+    report = report_of("dataset=folder", f"dataset.root={folder}")
+    messages = {(f.code, f.split): (f.level, f.message) for f in report.findings}
+    assert messages["few", "train"] == (Level.warning, "1 of 3 (33.3 %) classes have fewer than 5 images: bee (1)")
+    assert messages["missing_class", "val"][1].endswith("val cannot evaluate them: cow")
     level, message = messages["imbalance", "train"]
     assert level is Level.warning
-    assert "12.0 to 1; train.class_weights=balanced would weigh their losses with 0.69 and 8.3" in message  # 25/(3*12)
-    assert checkup.counts["train"].tolist() == [12, 1, 12]
-    assert checkup.to_dict()["splits"]["val"]["pictures_of_class"] == {"ant": 12, "bee": 12, "cow": 0}
+    assert "12.0 to 1; train.class_weights=balanced would weight their losses by 0.69 and 8.3" in message  # 25/(3*12)
+    assert report.counts["train"].tolist() == [12, 1, 12]
+    assert report.to_dict()["splits"]["val"]["images_of_class"] == {"ant": 12, "bee": 12, "cow": 0}
 
 
 def test_data_that_are_refused_are_looked_at_all_the_same(dirty):
     (dirty / "val" / "bird").mkdir()
     noise(200).save(dirty / "val" / "bird" / "0.png")
     (dirty / "train" / "ghost").mkdir()
-    checkup = checkup_of("dataset=folder", f"dataset.root={dirty}")
-    first = checkup.findings[0]
+    report = report_of("dataset=folder", f"dataset.root={dirty}")
+    first = report.findings[0]
     assert (first.code, first.level) == ("refused", Level.error)
-    assert checkup.plan.stops_at == "refused"
-    files = found(checkup)
+    assert report.plan.stops_at == "refused"
+    files = found(report)
     assert files["unreadable", "train"] == ["train/cat/empty.png", "train/cat/short.png", "train/cat/text.jpg"]
     assert files["leakage", "test"] == ["test/cat/leak.png"]
-    missing = {f.split: f.message for f in checkup.findings if f.code == "missing_class"}
+    missing = {f.split: f.message for f in report.findings if f.code == "missing_class"}
     assert missing["train"].endswith("they cannot be learned: bird, ghost")
 
 
 def test_a_table_that_is_refused_leaves_its_pictures_to_look_at(folder):
     (folder / "train" / "cat" / "bad.png").write_bytes(b"")
     (folder / "all.csv").write_text("path,label\ntrain/cat/0.png,cat\nnowhere.png,dog\n")
-    checkup = checkup_of("dataset=csv", f"dataset.path={folder / 'all.csv'}")
-    assert "all.csv, row 3: there is no file" in checkup.findings[0].message
-    assert found(checkup)["unreadable", "train"] == ["train/cat/bad.png"]
-    assert checkup.counts == {}
-    assert checkup.to_dict()["classes"] == []
+    report = report_of("dataset=csv", f"dataset.path={folder / 'all.csv'}")
+    assert "all.csv, row 3: there is no file" in report.findings[0].message
+    assert found(report)["unreadable", "train"] == ["train/cat/bad.png"]
+    assert report.counts == {}
+    assert report.to_dict()["classes"] == []
 
 
 @pytest.mark.parametrize("words", [["dataset=folder", "dataset.root=nowhere"], ["dataset=csv", "dataset.path=no.csv"]])
@@ -251,11 +251,11 @@ def test_without_any_picture_there_is_nothing_to_look_at(tmp_path, monkeypatch, 
 
 
 def test_too_few_pictures_of_a_class_for_num_per_class_stop_training(folder):
-    checkup = checkup_of("dataset=folder", f"dataset.root={folder}", "dataset.num_per_class=7")
-    assert "has 6 train pictures, fewer than num_per_class=7" in checkup.findings[0].message
-    assert checkup.plan.stops_at == "refused"
-    fewer = checkup_of("dataset=folder", f"dataset.root={folder}", "dataset.num_per_class=2")
-    assert fewer.plan.pictures == {"train": 4, "val": 12, "test": 12}
+    report = report_of("dataset=folder", f"dataset.root={folder}", "dataset.num_per_class=7")
+    assert "has 6 train pictures, fewer than num_per_class=7" in report.findings[0].message
+    assert report.plan.stops_at == "refused"
+    fewer = report_of("dataset=folder", f"dataset.root={folder}", "dataset.num_per_class=2")
+    assert fewer.plan.images == {"train": 4, "val": 12, "test": 12}
 
 
 DIRT = {
@@ -271,13 +271,13 @@ DIRT = {
 
 def check_verdict(*words):
     """What the doctor says of a run is what the run does."""
-    plan = checkup_of(*words).plan
+    plan = report_of(*words).plan
     try:
         used = {split: len(samples) for split, samples in kind_of(configure(*words)).read().items()}
     except ValueError:
         assert not plan.would_run
     else:
-        assert (plan.would_run, plan.pictures) == (True, used)
+        assert (plan.would_run, plan.images) == (True, used)
 
 
 @pytest.mark.parametrize("dirt", DIRT)
@@ -295,17 +295,17 @@ def test_the_verdict_is_what_a_run_does(folder, dirt):
 def test_names_that_are_no_text_are_told_with_escapes(folder):
     name = os.fsdecode(b"\xff\x1b[31m.png")
     (folder / "train" / "dog" / name).write_bytes(b"")
-    checkup = checkup_of("dataset=folder", f"dataset.root={folder}")
-    assert "train/dog/\\udcff\\x1b[31m.png" in str(checkup)
-    assert checkup.to_dict()["findings"][0]["files"][0]["file"] == "train/dog/\\udcff\x1b[31m.png"
-    json.dumps(checkup.to_dict(), ensure_ascii=False).encode()
+    report = report_of("dataset=folder", f"dataset.root={folder}")
+    assert "train/dog/\\udcff\\x1b[31m.png" in str(report)
+    assert report.to_dict()["findings"][0]["files"][0]["file"] == "train/dog/\\udcff\x1b[31m.png"
+    json.dumps(report.to_dict(), ensure_ascii=False).encode()
 
 
 def test_a_pipe_named_as_a_picture_is_not_waited_for(folder):
     os.mkfifo(folder / "train" / "dog" / "pipe.png")
     config = configure("dataset=folder", f"dataset.root={folder}")
-    looks = look_at(config, read_data(config).splits)
-    assert list(looks["train"].errors.values()) == ["not a plain file"]
+    scans = scan_images(config, read_data(config).splits)
+    assert list(scans["train"].errors.values()) == ["not a plain file"]
 
 
 # Boxes.
@@ -333,16 +333,16 @@ def dirty_boxes(boxes, tmp_path):
 
 
 def test_every_kind_of_wrong_box_is_counted_with_its_place(dirty_boxes):
-    checkup = checkup_of("dataset=coco", f"dataset.root={dirty_boxes}", "backbone.img_size=64")
-    assert checkup.is_fine
-    num = {f.code: len(f.files) for f in checkup.findings if f.code.startswith("boxes_")}
+    report = report_of("dataset=coco", f"dataset.root={dirty_boxes}", "backbone.img_size=64")
+    assert report.is_fine
+    num = {f.code: len(f.files) for f in report.findings if f.code.startswith("boxes_")}
     assert num == {
         **{"boxes_unknown": 1, "boxes_not_finite": 1, "boxes_swapped": 1, "boxes_outside": 1, "boxes_clipped": 1},
         **{"boxes_small": 1, "boxes_duplicate": 1, "boxes_crowd": 1},
     }
-    (outside,) = next(f.files for f in checkup.findings if f.code == "boxes_outside")
+    (outside,) = next(f.files for f in report.findings if f.code == "boxes_outside")
     assert "box (300, 5, 309, 14) of train/1.png" in outside.detail
-    strict = checkup_of("dataset=coco", f"dataset.root={dirty_boxes}", "dataset.strict=true")
+    strict = report_of("dataset=coco", f"dataset.root={dirty_boxes}", "dataset.strict=true")
     assert strict.plan.stops_at == "boxes_unknown"
     levels = {f.code: f.level for f in strict.findings}
     assert (levels["boxes_swapped"], levels["boxes_crowd"]) == (Level.error, Level.note)
@@ -351,7 +351,7 @@ def test_every_kind_of_wrong_box_is_counted_with_its_place(dirty_boxes):
 def test_a_picture_with_other_boxes_the_second_time_is_a_contradiction(dirty_boxes):
     (dirty_boxes / "train" / "2.png").write_bytes((dirty_boxes / "train" / "4.png").read_bytes())
     (dirty_boxes / "test" / "2.png").write_bytes((dirty_boxes / "train" / "6.png").read_bytes())
-    files = found(checkup_of("dataset=coco", f"dataset.root={dirty_boxes}"))
+    files = found(report_of("dataset=coco", f"dataset.root={dirty_boxes}"))
     assert files["duplicates", "train"] == ["train/4.png"]
     assert files["leakage", "test"] == ["test/2.png"]
     assert files["contradiction", None] == ["train/2.png", "train/4.png", "train/6.png", "test/2.png"]
@@ -360,29 +360,29 @@ def test_a_picture_with_other_boxes_the_second_time_is_a_contradiction(dirty_box
 def test_boxes_that_decode_wrongly_are_unreadable(dirty_boxes):
     picture = dirty_boxes / "train" / "3.png"
     picture.write_bytes(picture.read_bytes()[:2000])  # its header is whole
-    checkup = checkup_of("dataset=coco", f"dataset.root={dirty_boxes}")
-    assert found(checkup)["unreadable", "train"] == ["train/3.png"]
-    assert checkup.plan.stops_at == "unreadable"
+    report = report_of("dataset=coco", f"dataset.root={dirty_boxes}")
+    assert found(report)["unreadable", "train"] == ["train/3.png"]
+    assert report.plan.stops_at == "unreadable"
 
 
 def test_a_train_picture_that_the_reader_leaves_out_is_told_and_stops_training_unless_skipped(dirty_boxes):
     (dirty_boxes / "train" / "3.png").write_bytes(b"")
     (dirty_boxes / "train" / "4.png").unlink()
-    checkup = checkup_of("dataset=coco", f"dataset.root={dirty_boxes}")
-    assert found(checkup)["unreadable", "train"] == ["train/3.png", "train/4.png"]
-    assert "2 of 16 (12.5 %)" in checkup.findings[0].message
-    assert checkup.plan.stops_at == "unreadable"
+    report = report_of("dataset=coco", f"dataset.root={dirty_boxes}")
+    assert found(report)["unreadable", "train"] == ["train/3.png", "train/4.png"]
+    assert "2 of 16 (12.5 %)" in report.findings[0].message
+    assert report.plan.stops_at == "unreadable"
     allowed = ["data.on_error=skip", "data.max_skipped=0.2"]
-    skipping = checkup_of("dataset=coco", f"dataset.root={dirty_boxes}", *allowed)
-    assert (skipping.plan.would_run, skipping.plan.pictures["train"]) == (True, 14)
+    skipping = report_of("dataset=coco", f"dataset.root={dirty_boxes}", *allowed)
+    assert (skipping.plan.would_run, skipping.plan.images["train"]) == (True, 14)
 
 
 def test_a_val_picture_that_the_reader_refuses_is_told(dirty_boxes):
     (dirty_boxes / "val" / "3.png").write_bytes(b"")
-    checkup = checkup_of("dataset=coco", f"dataset.root={dirty_boxes}")
-    assert checkup.plan.stops_at == "refused"
-    assert checkup.findings[0].message.endswith("; what follows is of the pictures alone")
-    assert found(checkup)["unreadable", "val"] == ["val/3.png"]
+    report = report_of("dataset=coco", f"dataset.root={dirty_boxes}")
+    assert report.plan.stops_at == "refused"
+    assert report.findings[0].message.endswith("; the images were checked without their labels")
+    assert found(report)["unreadable", "val"] == ["val/3.png"]
 
 
 @pytest.mark.parametrize("broken", ["", "train/3.png", "val/3.png", "test/3.png"])
@@ -398,15 +398,15 @@ def test_the_verdict_on_boxes_is_what_a_run_does(dirty_boxes, broken, num_bytes,
 def test_labels_without_a_box_in_val_stop_training(dirty_boxes):
     labels = dirty_boxes / "val" / "_annotations.coco.json"
     labels.write_text(json.dumps({**json.loads(labels.read_text()), "annotations": []}))
-    assert checkup_of("dataset=coco", f"dataset.root={dirty_boxes}").plan.stops_at == "no_val_boxes"
+    assert report_of("dataset=coco", f"dataset.root={dirty_boxes}").plan.stops_at == "no_val_boxes"
 
 
 def test_labels_that_are_no_json_leave_the_pictures_to_look_at(dirty_boxes):
     (dirty_boxes / "val" / "_annotations.coco.json").write_text("{")
     (dirty_boxes / "test" / "2.png").write_bytes((dirty_boxes / "train" / "6.png").read_bytes())
-    checkup = checkup_of("dataset=coco", f"dataset.root={dirty_boxes}")
-    assert "is no JSON" in checkup.findings[0].message
-    assert found(checkup)["leakage", "test"] == ["test/2.png"]
+    report = report_of("dataset=coco", f"dataset.root={dirty_boxes}")
+    assert "is no JSON" in report.findings[0].message
+    assert found(report)["leakage", "test"] == ["test/2.png"]
 
 
 def test_small_boxes_are_counted_and_the_size_that_is_advised_leaves_few():
@@ -475,7 +475,7 @@ def test_a_phones_photo_with_a_preview_is_not_called_animated(tmp_path):
 
 def test_the_input_is_known_without_weights_and_without_a_network():
     config = configure("backbone=vit_tiny", "backbone.img_size=112")
-    assert input_of(config).preprocessing.size == (112, 112)
+    assert input_of(config, kind_of(config)).preprocessing.size == (112, 112)
     assert input_of(configure("+experiment=detect", "dataset.root=x")).strides == (8, 16, 32)
     assert input_of(configure("backbone.name=hf-hub:someone/something")) is None
 
@@ -495,6 +495,6 @@ class FakeCifar:
 
 def test_pictures_that_are_no_files_are_looked_at_too(monkeypatch, tmp_path):
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", FakeCifar)
-    checkup = checkup_of("dataset=cifar10", f"dataset.root={tmp_path}")
-    assert found(checkup)["leakage", "test"] == ["CIFAR10 test 0"]
-    assert checkup.plan.split_off == ("val",)
+    report = report_of("dataset=cifar10", f"dataset.root={tmp_path}")
+    assert found(report)["leakage", "test"] == ["CIFAR10 test 0"]
+    assert report.plan.split_off == ("val",)

@@ -1,4 +1,4 @@
-"""python -m vpt.doctor dataset=...: look at every picture once, and say what training would make of the data."""
+"""python -m vpt.doctor dataset=...: check a data set before training."""
 
 import shlex
 import sys
@@ -11,26 +11,26 @@ from vpt.config.schema import Config
 
 FOUND = 1
 
-USAGE = """python -m vpt.doctor: look at every picture once, and say what training would make of the data.
+USAGE = """python -m vpt.doctor: read every image once, report problems and what training would do with the data.
 
-It takes what vpt.train takes, and changes nothing:
+Options are those of vpt.train; no data are changed:
 
   dataset=NAME         and its keys: dataset.root=PATH, dataset.path=FILE, dataset.val_fraction=0.2, ...
-  +experiment=NAME     or an experiment, as in training
-  backbone=NAME        sizes are compared with its input; also backbone.img_size=448; no weights are loaded
-  num_workers=N        processes that read, as in training
-  json=FILE.json       write everything that was found, with all files, for programs
+  +experiment=NAME     an experiment, as in training
+  backbone=NAME        image sizes are compared with its input; also backbone.img_size=448; no weights are loaded
+  num_workers=N        loader processes, as in training
+  json=FILE.json       write all findings, with all files, as JSON
 
-`python -m vpt.train --help` lists all keys. It finds pictures that cannot be read, are too large or unusual; copies in
-a split, in two splits (leakage), and under different labels; classes with few pictures or none, imbalance; sizes that
-do not fit the backbone; wrong boxes, and boxes too small to be found.
+`python -m vpt.train --help` lists all keys. Reported are images that cannot be read, are too large or unusual;
+duplicates within a split, across splits (leakage) and under different labels; classes with few images or none,
+imbalance; sizes that do not fit the backbone; wrong boxes, and boxes too small to be detected.
 
-Exit codes: 0 training would run; 1 it would stop, or pictures are in two splits; 2 the command cannot be used.
+Exit codes: 0 training would run; 1 it would stop, or images are in two splits; 2 the command cannot be used.
 Example: python -m vpt.doctor dataset=folder dataset.root=photos backbone=vit_tiny json=found.json"""
 
 
 def main() -> None:
-    """Check the command line, look at the data, say what was found."""
+    """Check the command line and the data, and report."""
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
@@ -40,7 +40,7 @@ def main() -> None:
         config = read_config(quote_paths(words))
         is_fine = examine(config, output, shlex.join(["python", "-m", "vpt.train", *words]))
     except KeyboardInterrupt:
-        fail(RuntimeError("interrupted before every picture was looked at; nothing was written"), INTERRUPTED)
+        fail(RuntimeError("interrupted before every image was read; nothing was written"), INTERRUPTED)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if not is_for_user(error):
             raise
@@ -50,22 +50,22 @@ def main() -> None:
 
 
 def examine(config: Config, output: Path | None, command: str) -> bool:
-    """Look at the data, print what was found, write it as JSON; return whether it is free of errors.
+    """Check a data set, print the report and write it as JSON; returns whether there are no errors.
 
     Args:
         config: Of the run that would train on the data.
-        output: The JSON file, if one is wanted.
-        command: What would train on the data.
+        output: The JSON file, or None.
+        command: The command that would train on the data.
     """
     from vpt.doctor.report import check
     from vpt.storage.files import write_json
 
-    checkup = check(config, command)
-    print(checkup)
+    report = check(config, command)
+    print(report)
     if output is not None:
-        write_json(output, checkup.to_dict())
+        write_json(output, report.to_dict())
         print(f"json      {output}")
-    return checkup.is_fine
+    return report.is_fine
 
 
 def _take_json(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -1,96 +1,87 @@
-"""Pictures that are there more than once: in a split, in two splits, or under two labels."""
+"""Duplicate images within a split, across splits, and under different labels."""
 
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vpt.doctor.findings import File, Finding, Level
-from vpt.doctor.scan import Looks
+from vpt.doctor.scan import SplitScan
+from vpt.task_types.findings import File, Finding, Level
+
+LabelText = Callable[[Any, int], str]  # (samples, index)
 
 
 @dataclass(frozen=True)
 class _Member:
-    """A picture of a group of equal ones."""
+    """An image of a group with equal pixels."""
 
     split: str
     index: int
     name: str
-    label: str
     file: int
 
-    def repeats(self, other: "_Member", **more: str) -> File:
-        how = "the same file" if self.file == other.file else "the same pixels, saved anew"
-        return File(self.name, self.split, more.get("detail", how), same_as=other.name)
+    def duplicates(self, other: "_Member", detail: str = "") -> File:
+        how = "the same file" if self.file == other.file else "the same pixels in another file"
+        return File(self.name, self.split, detail or how, same_as=other.name)
 
 
-def find_copies(splits: Mapping[str, Any], looks: Mapping[str, Looks], has_labels: bool) -> list[Finding]:
-    """Pictures of equal pixels, as findings `leakage`, `duplicates` and `contradiction`."""
+def find_copies(
+    splits: Mapping[str, Any], scans: Mapping[str, SplitScan], label_text: LabelText | None
+) -> Iterator[Finding]:
+    """Images with equal pixels, as findings `leakage`, `duplicates` and `contradiction`.
+
+    Args:
+        splits: Samples by split.
+        scans: Of each split.
+        label_text: The label of an image, to be compared; None where labels are not known.
+    """
     leaks: dict[str, list[File]] = {split: [] for split in splits}
     twins: dict[str, list[File]] = {split: [] for split in splits}
     contradictions: list[File] = []
-    for group in _groups(splits, looks):
+    for group in _groups(splits, scans):
         first_of_split: dict[str, _Member] = {}
         for member in group:
             if member.split in first_of_split:
-                twins[member.split].append(member.repeats(first_of_split[member.split]))
+                twins[member.split].append(member.duplicates(first_of_split[member.split]))
             elif first_of_split:
-                leaks[member.split].append(member.repeats(group[0]))
+                leaks[member.split].append(member.duplicates(group[0]))
             first_of_split.setdefault(member.split, member)
-        if has_labels and len({member.label for member in group}) > 1:
-            contradictions += [File(group[0].name, group[0].split, f"is {group[0].label}")]
-            contradictions += [member.repeats(group[0], detail=f"is {member.label}") for member in group[1:]]
-    return [*_leakage(leaks), *_duplicates(twins), *_contradiction(contradictions)]
-
-
-def _leakage(leaks: Mapping[str, list[File]]) -> Iterator[Finding]:
+        if label_text is not None:
+            first, *others = [f"labelled {label_text(splits[one.split], one.index)}" for one in group]
+            if any(label != first for label in others):
+                contradictions.append(File(group[0].name, group[0].split, first))
+                contradictions += [
+                    one.duplicates(group[0], label) for one, label in zip(group[1:], others, strict=True)
+                ]
     for split, files in leaks.items():
-        if files:
-            message = f"{_pictures(len(files))} in another split, too, which makes the numbers of {split} too good; "
-            yield Finding(Level.error, "leakage", message + "keep each in one split", split, tuple(files))
-
-
-def _duplicates(twins: Mapping[str, list[File]]) -> Iterator[Finding]:
+        text = f"also in another split, which makes the metrics of {split} too high; keep each image in one split"
+        yield from _finding(Level.error, "leakage", text, split, files)
     for split, files in twins.items():
-        if files:
-            message = f"{_pictures(len(files))} there more than once; remove the copies"
-            yield Finding(Level.warning, "duplicates", message, split, tuple(files))
+        yield from _finding(Level.warning, "duplicates", "in the split more than once; remove the copies", split, files)
+    text = "in the data with different labels; keep one of each, with the right label"
+    yield from _finding(Level.warning, "contradiction", text, None, contradictions)
 
 
-def _contradiction(files: list[File]) -> Iterator[Finding]:
+def _finding(level: Level, code: str, text: str, split: str | None, files: list[File]) -> Iterator[Finding]:
     if files:
-        message = f"{_pictures(len(files))} there under different labels; keep the right one of each"
-        yield Finding(Level.warning, "contradiction", message, None, tuple(files))
+        images = "1 image is" if len(files) == 1 else f"{len(files):,} images are"
+        yield Finding(level, code, f"{images} {text}", split, tuple(files))
 
 
-def _pictures(num: int) -> str:
-    return f"{num:,} pictures are" if num > 1 else "1 picture is"
-
-
-def _groups(splits: Mapping[str, Any], looks: Mapping[str, Looks]) -> Iterator[list[_Member]]:
-    """Groups of two or more pictures of equal pixels, each in the order of the splits."""
+def _groups(splits: Mapping[str, Any], scans: Mapping[str, SplitScan]) -> Iterator[list[_Member]]:
+    """Groups of two or more images with equal pixels, each in the order of the splits."""
     order = list(splits)
-    indices = [looks[split].readable for split in order]
+    indices = [scans[split].readable for split in order]
     where = np.repeat(np.arange(len(order)), [len(of_split) for of_split in indices])
     places = np.concatenate(indices)
-    hashes = np.concatenate([looks[split].columns["pixels"][of] for split, of in zip(order, indices, strict=True)])
+    hashes = np.concatenate([scans[split].columns["pixels"][of] for split, of in zip(order, indices, strict=True)])
     by_hash = np.argsort(hashes, kind="stable")
     starts = np.flatnonzero(np.diff(hashes[by_hash], prepend=hashes[by_hash][:1] + np.uint64(1)))
     groups = [group for group in np.split(by_hash, starts[1:]) if len(group) > 1]
     for group in sorted(groups, key=lambda group: int(group[0])):
-        yield [_member(order[where[at]], int(places[at]), splits, looks) for at in group]
-
-
-def _member(split: str, index: int, splits: Mapping[str, Any], looks: Mapping[str, Looks]) -> _Member:
-    samples = splits[split]
-    return _Member(split, index, samples.names[index], _label(samples, index), int(looks[split].columns["file"][index]))
-
-
-def _label(samples: Any, index: int) -> str:
-    """The class of a picture, or its boxes in a short form."""
-    if hasattr(samples, "targets"):
-        return str(samples.classes[samples.targets[index]])
-    rows = sorted(zip(samples.labels[index].tolist(), samples.boxes[index].tolist(), strict=True))
-    return f"{len(rows)} boxes ({hashlib.sha256(repr(rows).encode()).hexdigest()[:8]})"
+        located = [(order[where[at]], int(places[at])) for at in group]
+        yield [
+            _Member(split, index, splits[split].names[index], int(scans[split].columns["file"][index]))
+            for split, index in located
+        ]

@@ -1,96 +1,70 @@
-"""Read data as training does; where training would refuse their labels, go on with the pictures alone."""
+"""Read a data set as training does; if training would refuse its labels, read the images alone."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vpt.config.errors import ConfigError
-from vpt.config.schema import Config, DatasetKind, TaskName
+from vpt.config.schema import Config, DatasetKind
 from vpt.data.images import find_images
-from vpt.data.readers.box_checks import DataReport, Finding
+from vpt.data.readers.box_checks import DataReport
 from vpt.data.samples import FileReader, Samples
 from vpt.data.splits import SPLIT_OF, SPLITS
 from vpt.storage.archives import unpacked
 from vpt.task_types.base import kind_of
 
-UNSPLIT = "train"  # what pictures are called that no label says more about
-
-
-@dataclass
-class FullReport(DataReport):
-    """A report that remembers every place, not only the first of each kind."""
-
-    places: dict[Finding, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, finding: Finding, where: str) -> None:
-        """Count a finding, and keep where it is."""
-        super().add(finding, where)
-        self.places[finding].append(where)
+UNSPLIT = "train"  # the split of images for which no split is given
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What could be read of a data set.
+    """A data set as far as it can be read.
 
     Args:
         splits: Samples by split.
-        split_off: Splits that are parts of what train was given.
+        report: What the reader found in labels.
+        split_off: Splits taken from the given train.
         refusal: Why training would refuse the data at once; None if it would not.
-        report: What the reader found in boxes; empty for classification.
-        has_labels: Whether targets or boxes of the samples mean anything.
-        root: The folder of the pictures, if they have one of their own.
+        has_labels: Whether the samples have the labels that training would use.
+        root: The folder of the images, if they are files.
     """
 
     splits: dict[str, Any]
+    report: DataReport
     split_off: tuple[str, ...] = ()
     refusal: str | None = None
-    report: FullReport = field(default_factory=FullReport)
     has_labels: bool = True
     root: Path | None = None
 
 
 def read_data(config: Config) -> Reading:
-    """Read what there is, without a look into the pictures.
+    """Read labels and names; no image is decoded.
 
     Raises:
-        ConfigError: There is no picture where the config says.
+        ConfigError: There are no images in the configured place.
     """
-    report, root = FullReport(), _root_of(config)
+    root = _root_of(config)
     dataset = replace(config.dataset, strict=False)
     if root is not None and dataset.root:
         dataset.root = str(root)  # an archive is unpacked once
-    lenient = replace(config, dataset=dataset)
+    task_type = kind_of(replace(config, dataset=dataset))
     try:
-        splits = _read(lenient, report)
+        splits: dict[str, Any] = task_type.read_all()
     except ValueError as error:
         loose = {} if root is None else _read_loosely(root)
         if not any(map(len, loose.values())):
             raise ConfigError(str(error)) from error
         has_labels = config.dataset.kind is DatasetKind.folder
-        return Reading(loose, refusal=str(error), report=report, has_labels=has_labels, root=root)
-    return Reading(splits, _split_off(lenient, splits), report=report, root=root)
-
-
-def _read(config: Config, report: FullReport) -> dict[str, Any]:
-    """Samples as a run gets them, but with the pictures that cannot be read."""
-    kind: Any = kind_of(config)
-    if config.task is TaskName.detection:
-        kind.report = report
-    splits: dict[str, Any] = kind.read_all()
-    return splits
-
-
-def _split_off(config: Config, splits: Mapping[str, Any]) -> tuple[str, ...]:
-    """The splits that are not there when nothing may be split off."""
-    whole = replace(config, dataset=replace(config.dataset, val_fraction=0.0, test_fraction=0.0))
-    given = _read(whole, FullReport())
-    return tuple(split for split in splits if split not in given)
+        return Reading(loose, task_type.report, refusal=str(error), has_labels=has_labels, root=root)
+    whole = replace(dataset, val_fraction=0.0, test_fraction=0.0)
+    given = kind_of(replace(config, dataset=whole)).read_all()
+    split_off = tuple(split for split in splits if split not in given)
+    return Reading(splits, task_type.report, split_off, root=root)
 
 
 def _root_of(config: Config) -> Path | None:
-    """The folder that holds the pictures as files of their own, or None."""
+    """The folder of the image files, or None."""
     dataset = config.dataset
     if dataset.kind is DatasetKind.torchvision or not (dataset.root or dataset.path):
         return None
@@ -100,7 +74,7 @@ def _root_of(config: Config) -> Path | None:
 
 
 def _read_loosely(root: Path) -> dict[str, Samples]:
-    """All pictures below a folder, in splits and classes as their folders say, whatever is wrong with those."""
+    """All images below a folder, in splits and classes by folder name, without any check."""
     rows: dict[str, list[tuple[Path, str]]] = defaultdict(list)
     folders = Counter[str]()
     has_splits = any(_split_of(entry) == "train" and entry.is_dir() for entry in root.iterdir())

@@ -1,44 +1,45 @@
-"""The whole checkup: all looks and comparisons of a data set, as text and as JSON."""
+"""Report of the doctor, as text and as JSON."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vpt.config.schema import Config, DatasetKind, OnError, TaskName
-from vpt.data.splits import take_per_class
-from vpt.doctor.boxes import find_box_problems, find_small_boxes
-from vpt.doctor.classes import Counts, count_classes, find_class_problems
+from vpt.config.schema import Config, DatasetKind
+from vpt.doctor.classes import Counts, find_class_problems
 from vpt.doctor.copies import find_copies
-from vpt.doctor.findings import Finding, Level, format_findings, printable, some, sort_findings, storable
 from vpt.doctor.images import find_ignored, find_size_problems, find_unreadable, find_unusual
 from vpt.doctor.reading import Reading, read_data
-from vpt.doctor.scan import Looks, look_at
+from vpt.doctor.scan import SplitScan, scan_images
 from vpt.doctor.training_plan import Input, Plan, input_of, make_plan
 from vpt.engine.console import format_table
+from vpt.task_types.base import Kind, kind_of
+from vpt.task_types.findings import Finding, Level, some
 
-VERSION = 1  # of the JSON
-MANY = 20  # classes; of more the table shows the largest and the smallest
+VERSION = 2  # of the JSON
+MANY = 20  # classes; of more, the table shows the largest and the smallest
 
 
 @dataclass(frozen=True)
-class Checkup:
-    """What is known of a data set after every picture was looked at once.
+class DoctorReport:
+    """Findings about a data set and what training would do with it.
 
     Args:
         config: Of the run that would train on it.
-        reading: What was read.
-        looks: What was seen, by split.
-        counts: Pictures or boxes of each class, by split; empty if labels could not be read.
-        input: How the backbone wants its pictures; None if that is not known here.
-        findings: Worst first.
+        task_type: Of the run.
+        reading: Samples and what the reader found.
+        scans: Scan of the images, by split.
+        counts: Images or boxes of each class, by split; empty if labels could not be read.
+        input: Of the backbone; None if not known here.
+        findings: Errors first, then warnings, then notes.
         plan: What training would do.
     """
 
     config: Config
+    task_type: Kind
     reading: Reading
-    looks: dict[str, Looks]
+    scans: dict[str, SplitScan]
     counts: Counts
     input: Input | None
     findings: list[Finding]
@@ -46,13 +47,8 @@ class Checkup:
 
     @property
     def is_fine(self) -> bool:
-        """Whether there is no error."""
+        """Whether there are no errors."""
         return not any(finding.level is Level.error for finding in self.findings)
-
-    @property
-    def what(self) -> str:
-        """What `counts` counts."""
-        return "boxes" if self.config.task is TaskName.detection else "pictures"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -60,12 +56,12 @@ class Checkup:
         return tuple(next(iter(self.reading.splits.values())).classes) if self.counts else ()
 
     def __str__(self) -> str:
-        parts = [self._split_table(), self._class_table(), format_findings(self.findings), self._plan_text()]
+        parts = [self._split_table(), self._class_table(), *_format_findings(self.findings), self._plan_text()]
         lines = "\n\n".join(part for part in parts if part).split("\n")
         return "\n".join(map(printable, lines))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON has it, see docs/doctor.md."""
+        """Everything as plain JSON values, see docs/doctor.md."""
         content = {
             "version": VERSION,
             "dataset": self.config.dataset.title,
@@ -79,23 +75,23 @@ class Checkup:
         return dict(storable(content))
 
     def _split_dict(self, split: str) -> dict[str, Any]:
-        looks = self.looks[split]
+        scan = self.scans[split]
         counts = self.counts.get(split)
         by_class = None if counts is None else dict(zip(self.classes, counts.tolist(), strict=True))
         names = ("smallest", "median", "largest")
         return {
-            "pictures": len(looks.columns),
-            "unreadable": len(looks.errors),
-            "sizes": dict(zip(names, sizes_of(looks), strict=False)) or None,
-            self.what + "_of_class": by_class,
+            "images": len(scan.columns),
+            "unreadable": len(scan.errors),
+            "sizes": dict(zip(names, _sizes_of(scan), strict=False)) or None,
+            self.task_type.counted + "_of_class": by_class,
         }
 
     def _split_table(self) -> str:
         rows = []
-        for split, looks in self.looks.items():
-            sizes = [f"{width} x {height}" for width, height in sizes_of(looks)] or ["-"] * 3
-            rows.append([split, f"{len(looks.columns):,}", f"{len(looks.errors):,}", *sizes])
-        return format_table(rows, ["split", "pictures", "unreadable", "smallest", "median", "largest"])
+        for split, scan in self.scans.items():
+            sizes = [f"{width} x {height}" for width, height in _sizes_of(scan)] or ["-"] * 3
+            rows.append([split, f"{len(scan.columns):,}", f"{len(scan.errors):,}", *sizes])
+        return format_table(rows, ["split", "images", "unreadable", "smallest", "median", "largest"])
 
     def _class_table(self) -> str:
         if not self.counts:
@@ -106,98 +102,110 @@ class Checkup:
             order = np.argsort(-self.counts["train"], kind="stable")
             ends = [*order[: MANY // 2], *order[-MANY // 2 :]]
             rows = [rows[label] for label in ends]
-        heading = f"{len(self.classes):,} classes, {self.what}"
+        heading = f"{len(self.classes):,} classes, {self.task_type.counted}"
         heading += f"; the {MANY // 2} largest and the {MANY // 2} smallest" if len(self.classes) > MANY else ""
         return f"{heading}\n{format_table(rows, ['class', *self.counts])}"
 
     def _plan_text(self) -> str:
         plan, train = self.plan, self.config.train
-        used = ", ".join(f"{split} {num:,}" for split, num in plan.pictures.items())
-        how = f"; {some(plan.split_off)} split off train by dataset.split_seed" if plan.split_off else ""
-        steps = f"{plan.steps_per_epoch:,} steps an epoch, {plan.steps:,} in {train.epochs} epochs"
+        used = ", ".join(f"{split} {num:,}" for split, num in plan.images.items())
+        how = f"; {some(plan.split_off)} split off from train by dataset.split_seed" if plan.split_off else ""
+        steps = f"{plan.steps_per_epoch:,} steps per epoch, {plan.steps:,} in {train.epochs} epochs"
         runs = f"would stop: {plan.stops_at}" if plan.stops_at else f"would run: {used}{how}; {steps}"
         return f"training  {runs}\nnext      {plan.next}"
 
 
-def check(config: Config, command: str) -> Checkup:
-    """Read a data set, look at every picture once, and compare.
+def check(config: Config, command: str) -> DoctorReport:
+    """Read a data set, decode every image once, and report.
 
     Args:
-        config: What would be trained on it, and how.
-        command: What would train on it, to be told as what to type next.
+        config: Of the run that would train on it.
+        command: The command of that run, for the report.
 
     Raises:
-        ValueError: There is no picture where the config says, or the backbone is unknown.
+        ValueError: There are no images in the configured place, or the backbone is unknown.
     """
-    wanted = input_of(config)
+    task_type = kind_of(config)
+    expected = input_of(config, task_type)
     reading = read_data(config)
-    looks = look_at(config, reading.splits)
-    counts = count_classes(reading.splits) if reading.has_labels else {}
-    findings = sort_findings(_find(config, reading, looks, counts, wanted))
-    plan = make_plan(config, _used(config, reading.splits, looks, counts), reading.split_off, findings, command)
-    return Checkup(config, reading, looks, counts, wanted, findings, plan)
+    task_type.report = reading.report
+    scans = scan_images(config, reading.splits)
+    splits = reading.splits.items()
+    counts = {split: task_type.class_counts(samples) for split, samples in splits} if reading.has_labels else {}
+    found = _find(config, task_type, reading, scans, counts, expected)
+    findings = sorted(found, key=lambda finding: list(Level).index(finding.level))
+    used = {split: len(samples) - len(scans[split].errors) for split, samples in splits}
+    if config.dataset.num_per_class is not None and counts:
+        used["train"] = min(used["train"], config.dataset.num_per_class * int((counts["train"] > 0).sum()))
+    plan = make_plan(config, used, reading.split_off, findings, command)
+    return DoctorReport(config, task_type, reading, scans, counts, expected, findings, plan)
 
 
-def sizes_of(looks: Looks) -> list[tuple[int, int]]:
-    """Width and height of the smallest, the median and the largest picture by area; nothing if none can be read."""
-    there = looks.columns[looks.readable]
-    if not len(there):
+def printable(text: str) -> str:
+    r"""One line with control characters, and bytes of names that are not UTF-8, as escapes.
+
+    Example:
+        >>> printable("a\x1b[31m.jpg")
+        'a\\x1b[31m.jpg'
+    """
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def storable(value: Any) -> Any:
+    """Plain values for JSON, with bytes of names that are not UTF-8 as escapes."""
+    match value:
+        case str():
+            return value.encode(errors="backslashreplace").decode()
+        case dict():
+            return {storable(key): storable(part) for key, part in value.items()}
+        case list() | tuple():
+            return [storable(part) for part in value]
+    return value
+
+
+def _format_findings(findings: Sequence[Finding]) -> Iterator[str]:
+    """All findings, under a heading for each level."""
+    for level in Level:
+        members = [finding for finding in findings if finding.level is level]
+        if members:
+            heading = f"{len(members)} {level.value}{'s' if len(members) > 1 else ''}"
+            yield "\n".join([heading, *(line for finding in members for line in finding.lines())])
+    if not findings:
+        yield "no problems found"
+
+
+def _sizes_of(scan: SplitScan) -> list[tuple[int, int]]:
+    """Width and height of the smallest, the median and the largest image by area; empty if none can be read."""
+    rows = scan.columns[scan.readable]
+    if not len(rows):
         return []
-    order = np.argsort(there["height"].astype(np.int64) * there["width"], kind="stable")
+    order = np.argsort(rows["height"].astype(np.int64) * rows["width"], kind="stable")
     chosen = [order[0], order[(len(order) - 1) // 2], order[-1]]
-    return [(int(there["width"][at]), int(there["height"][at])) for at in chosen]
+    return [(int(rows["width"][at]), int(rows["height"][at])) for at in chosen]
 
 
 def _find(
-    config: Config, reading: Reading, looks: Mapping[str, Looks], counts: Counts, wanted: Input | None
+    config: Config,
+    task_type: Kind,
+    reading: Reading,
+    scans: Mapping[str, SplitScan],
+    counts: Counts,
+    expected: Input | None,
 ) -> Iterator[Finding]:
-    splits = reading.splits
+    splits, preprocessing = reading.splits, expected and expected.preprocessing
     if reading.refusal is not None:
-        labels = "" if reading.has_labels else "; what follows is of the pictures alone"
-        yield Finding(Level.error, "refused", reading.refusal + labels)
-    yield from find_unreadable(config, splits, looks, reading.report.left_out)
-    yield from find_copies(splits, looks, reading.has_labels)
+        note = "" if reading.has_labels else "; the images were checked without their labels"
+        yield Finding(Level.error, "refused", reading.refusal + note)
+    yield from find_unreadable(config, splits, scans, reading.report.left_out)
+    yield from find_copies(splits, scans, task_type.label_text if reading.has_labels else None)
     if counts:
-        what = "boxes" if config.task is TaskName.detection else "pictures"
-        yield from find_class_problems(config, next(iter(splits.values())).classes, counts, what)
-        yield from _find_refusals(config, splits, looks, counts)
-    yield from find_box_problems(splits, reading.report, config.dataset.strict)
-    if wanted is not None and wanted.strides and reading.refusal is None:
-        yield from find_small_boxes(splits, wanted.preprocessing, wanted.strides)
-    yield from find_size_problems(splits, looks, None if wanted is None else wanted.preprocessing)
-    yield from find_unusual(config, splits, looks)
+        yield from find_class_problems(task_type, next(iter(splits.values())).classes, counts)
+    readable = {split: scans[split].readable for split in counts}
+    yield from task_type.check_data(splits, readable, preprocessing, expected.strides if expected else ())
+    yield from find_size_problems(splits, scans, preprocessing)
+    yield from find_unusual(config, splits, scans)
     if reading.root is not None and config.dataset.kind is DatasetKind.folder:
         yield from find_ignored(reading.root)
-    if wanted is None:
-        message = f"the input of {config.backbone.name} is known on the hub only; sizes were not compared with it"
+    if expected is None:
+        message = f"the input size of {config.backbone.name} is known on the hub only; image sizes were not compared"
         yield Finding(Level.note, "no_input", message)
-
-
-def _find_refusals(
-    config: Config, splits: Mapping[str, Any], looks: Mapping[str, Looks], counts: Counts
-) -> Iterator[Finding]:
-    """What a run refuses after the reader."""
-    if config.task is TaskName.classification and config.data.on_error is OnError.skip:
-        train = splits["train"]
-        left = np.bincount(np.array(train.targets, np.int64)[looks["train"].readable], minlength=len(train.classes))
-        lost = [train.classes[label] for label in np.flatnonzero((left == 0) & (counts["train"] > 0))]
-        if lost:
-            message = f"no picture of these classes can be read: {some(lost)}; replace the pictures"
-            yield Finding(Level.error, "lost_class", message, "train")
-    if config.task is TaskName.detection and "val" in counts and not counts["val"].any():
-        yield Finding(Level.error, "no_val_boxes", "there is no box, so that no epoch could be chosen; add some", "val")
-    num, seed = config.dataset.num_per_class, config.dataset.split_seed
-    if num is not None:
-        try:
-            take_per_class(splits["train"], num, seed)
-        except ValueError as error:
-            yield Finding(Level.error, "refused", str(error), "train")
-
-
-def _used(config: Config, splits: Mapping[str, Any], looks: Mapping[str, Looks], counts: Counts) -> dict[str, int]:
-    """Pictures of each split that training would use."""
-    used = {split: len(samples) - len(looks[split].errors) for split, samples in splits.items()}
-    num = config.dataset.num_per_class
-    if num is not None and counts:
-        used["train"] = min(used["train"], num * int((counts["train"] > 0).sum()))
-    return used

@@ -1,11 +1,11 @@
-"""One look at every picture, as training reads it: what is kept of a picture are numbers, never its pixels.
+"""Scan of a data set: every image is decoded once, as in training; digests and sizes are stored, pixels are not.
 
-Shapes: n pictures of a split.
+Shapes: n images of a split.
 """
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntFlag, auto
 from pathlib import Path
@@ -30,12 +30,12 @@ ENDINGS = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
-# 64 of the 256 bits of a sha256: in ten million pictures two different ones look alike once in 400,000 data sets.
+# 64 bits of a sha256: among ten million images, two different ones collide in one of 400,000 data sets.
 COLUMNS = np.dtype([("file", "u8"), ("pixels", "u8"), ("height", "i4"), ("width", "i4"), ("oddities", "u2")])
 
 
 class Oddity(IntFlag):
-    """What is unusual about a picture file."""
+    """Unusual properties of an image file."""
 
     ANIMATED = auto()
     PAGES = auto()
@@ -48,12 +48,12 @@ class Oddity(IntFlag):
 
 
 @dataclass(frozen=True)
-class Look:
-    """What one look at a picture tells.
+class ImageScan:
+    """The scan of an image.
 
     Args:
-        index: Its place in the split.
-        row: file, pixels, height, width, oddities, see `COLUMNS`; zeros for what is not known.
+        index: In its split.
+        row: file, pixels, height, width, oddities, see `COLUMNS`; zeros where unknown.
         error: Why it cannot be read, or None.
     """
 
@@ -63,12 +63,12 @@ class Look:
 
 
 @dataclass
-class Looks:
-    """What was seen of a split.
+class SplitScan:
+    """The scan of a split.
 
     Args:
-        columns: (n,), see `COLUMNS`; height and width are those of the upright picture.
-        errors: Why pictures cannot be read, by index.
+        columns: (n,), see `COLUMNS`; height and width of the upright images.
+        errors: Why images cannot be read, by index.
     """
 
     columns: NDArray[np.void]
@@ -76,69 +76,65 @@ class Looks:
 
     @property
     def readable(self) -> NDArray[np.int64]:
-        """Indices of the pictures that can be read, ascending."""
+        """Indices of the images that can be read, ascending."""
         return np.flatnonzero(self.columns["height"] > 0)
 
     def odd(self, oddity: Oddity) -> list[int]:
-        """Indices of the pictures that are unusual in this way."""
+        """Indices of the images with this property, ascending."""
         found: list[int] = np.flatnonzero(self.columns["oddities"] & oddity.value).tolist()
         return found
 
 
-class LookDataset:
-    """Samples, looked at; a key is `(epoch, index)`, as the sampler of the loaders gives it."""
+class ScanDataset:
+    """Scans of samples; a key is `(epoch, index)`, as the samplers of the loaders yield."""
 
     def __init__(self, samples: Any, max_pixels: int) -> None:
         self.samples, self.max_pixels = samples, max_pixels
 
-    def __getitem__(self, key: tuple[int, int]) -> Look:
+    def __getitem__(self, key: tuple[int, int]) -> ImageScan:
         _, index = key
         path = self.samples.paths[index] if self.samples.paths else None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, on metadata that nobody reads
-            return self._look(index, path)
+            warnings.simplefilter("ignore")  # of Pillow, about metadata that is not used
+            return self._scan(index, path)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def _look(self, index: int, path: Path | None) -> Look:
+    def _scan(self, index: int, path: Path | None) -> ImageScan:
         if path is not None and not path.is_file():  # a pipe would be read for ever
             what = "not a plain file" if path.exists() else "no such file"
-            return Look(index, (0, 0, 0, 0, 0), what)
+            return ImageScan(index, (0, 0, 0, 0, 0), what)
         digest = 0 if path is None else file_digest(path)
         oddities = Oddity(0) if path is None else find_oddities(path, self.max_pixels)
         try:
             image = self.samples.read(index)
         except ImageError as error:
-            return Look(index, (digest, 0, 0, 0, oddities.value), str(error).removeprefix(f"{path}: "))
-        return Look(index, (digest, pixel_digest(image), image.height, image.width, oddities.value), None)
+            return ImageScan(index, (digest, 0, 0, 0, oddities.value), str(error).removeprefix(f"{path}: "))
+        return ImageScan(index, (digest, pixel_digest(image), image.height, image.width, oddities.value), None)
 
 
-def look_at(config: Config, splits: Mapping[str, Any]) -> dict[str, Looks]:
-    """Look at every picture of all splits once, in as many processes as training would use.
+def scan_images(config: Config, splits: Mapping[str, Any]) -> dict[str, SplitScan]:
+    """Scan every image of all splits once, in as many processes as training would use.
 
     Args:
-        config: Says how many processes, and what is too large.
+        config: Of the run, with `num_workers` and `data.max_pixels`.
         splits: Samples by split.
     """
     datasets = {
-        split: LookDataset(samples, config.data.max_pixels) for split, samples in splits.items() if len(samples)
+        split: ScanDataset(samples, config.data.max_pixels) for split, samples in splits.items() if len(samples)
     }
     loaders = build_loaders(config, datasets, list)
-    found = {split: Looks(np.zeros(len(samples), COLUMNS)) for split, samples in splits.items()}
-    with Progress(sum(map(len, loaders.values())), "look") as progress:
+    found = {split: SplitScan(np.zeros(len(samples), COLUMNS)) for split, samples in splits.items()}
+    with Progress(sum(map(len, loaders.values())), "scan") as progress:
         for split in datasets:
-            for batch in _batches(loaders.pop(split)):  # its processes end with it
-                for look in batch:
-                    found[split].columns[look.index] = look.row
-                    if look.error is not None:
-                        found[split].errors[look.index] = look.error
+            for batch in loaders.pop(split):  # its processes end with it
+                for scan in batch:
+                    found[split].columns[scan.index] = scan.row
+                    if scan.error is not None:
+                        found[split].errors[scan.index] = scan.error
                 progress.advance(len(batch))
     return found
-
-
-def _batches(loader: Any) -> Iterator[list[Look]]:
-    yield from loader
 
 
 def file_digest(path: Path) -> int:
@@ -146,33 +142,35 @@ def file_digest(path: Path) -> int:
     try:
         with path.open("rb") as file:
             return int.from_bytes(hashlib.file_digest(file, "sha256").digest()[:8], "big")
-    except OSError:  # reading the picture will say why
+    except OSError:  # decoding the image reports why
         return 0
 
 
 def pixel_digest(image: Image.Image) -> int:
-    """64 bits of the sha256 of an RGB picture: the same for a copy that was saved in another lossless format."""
+    """64 bits of the sha256 of the pixels of an RGB image, equal for copies in other lossless formats."""
     digest = hashlib.sha256(f"{image.size}".encode())
     digest.update(np.ascontiguousarray(image).data)
     return int.from_bytes(digest.digest()[:8], "big")
 
 
 def find_oddities(path: Path, max_pixels: int) -> Oddity:
-    """What the header of a picture file tells; nothing if it cannot be read."""
+    """Unusual properties according to the header of an image file; none if it cannot be read."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             return _oddities_of(image, path, max_pixels)
     except Image.DecompressionBombError:
         return Oddity.TOO_LARGE
-    except Exception:  # Pillow raises almost anything on a broken file; reading the picture will say what
+    except Exception:  # Pillow raises almost anything on a broken file; decoding the image reports it
         return Oddity(0)
 
 
 def _oddities_of(image: Image.Image, path: Path, max_pixels: int) -> Oddity:
-    has_frames = bool(getattr(image, "is_animated", False)) and image.format != "MPO"  # a phone's photo and its preview
+    has_frames = (
+        bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+    )  # a photo of a phone, with its preview
     suffix = path.suffix.lower()
     orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    seen = {
+    found = {
         Oddity.ANIMATED: has_frames and image.format != "TIFF",
         Oddity.PAGES: has_frames and image.format == "TIFF",
         Oddity.SIXTEEN_BIT: image.mode.startswith("I"),
@@ -182,4 +180,4 @@ def _oddities_of(image: Image.Image, path: Path, max_pixels: int) -> Oddity:
         Oddity.ENDING: suffix in EXTENSIONS and suffix not in ENDINGS.get(str(image.format), (suffix,)),
         Oddity.TOO_LARGE: image.width * image.height > max_pixels,
     }
-    return Oddity(sum(oddity.value for oddity, is_so in seen.items() if is_so))
+    return Oddity(sum(oddity.value for oddity, is_so in found.items() if is_so))

@@ -1,22 +1,25 @@
 """Classification: a picture has one class."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vpt.build import Data, build_loaders, build_preprocessing, spread
 from vpt.config.schema import ClassWeights, Config, DatasetKind, OnError
 from vpt.data.images import Decoding
+from vpt.data.readers.box_checks import DataReport
 from vpt.data.readers.folder import fruit_root, read_folder
 from vpt.data.readers.tables import read_csv, read_list
 from vpt.data.readers.torchvision import read_torchvision
 from vpt.data.samples import ClassificationDataset, Samples, check_readable
 from vpt.data.splits import take_per_class
 from vpt.data.transforms.images import EvalTransform, TrainTransform
-from vpt.data.transforms.preprocessing import denormalise
+from vpt.data.transforms.preprocessing import Preprocessing, denormalise
 from vpt.engine.console import format_table, percent
 from vpt.engine.losses import CrossEntropy
 from vpt.engine.metrics.classification import ClassificationMetrics
@@ -25,6 +28,7 @@ from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
 from vpt.plots.grid import RIGHT, WRONG, confusion_picture, picture_grid
 from vpt.storage.archives import unpacked
+from vpt.task_types.findings import Finding, Level, some
 from vpt.task_types.unreadable import LeftOut, describe_left_out, leave_out_unreadable
 
 NUM_GRID_PICTURES = 32
@@ -42,15 +46,43 @@ class ClassEvaluator:
         self.metrics.update(model(images).float(), targets)
 
 
+class ClassPredictions:
+    """Predicted class and its probability for each image of a split."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Clear everything."""
+        self.labels: list[int] = []
+        self.probabilities: list[float] = []
+
+    def update(self, model: nn.Module, images: Tensor, targets: Tensor) -> None:
+        """Add the predictions for a batch."""
+        probabilities, labels = model(images).float().softmax(dim=1).max(dim=1)
+        self.labels += labels.tolist()
+        self.probabilities += [round(value, 4) for value in probabilities.tolist()]
+
+    def compute(self) -> dict[str, float]:
+        """No metrics: the run has them."""
+        return {}
+
+    def result(self) -> dict[str, Any]:
+        """The predictions and their probabilities, in the order of the split."""
+        return {"predictions": self.labels, "probabilities": self.probabilities}
+
+
 class Classification:
     """Pictures of one class each, see `Kind`."""
 
     select: ClassVar[str] = "top1"
     goal: ClassVar[float] = 1.0
     charts: ClassVar[Mapping[str, Sequence[str]]] = OVERVIEW
+    counted: ClassVar[str] = "images"
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.report = DataReport()
         self.decoding = Decoding(config.data.max_pixels, config.data.background)
         self.left_out: LeftOut = []
 
@@ -93,17 +125,61 @@ class Classification:
 
     def build_data(self, samples: Mapping[str, Samples], backbone_preprocessing: Mapping[str, Any]) -> Data:
         """Data sets and loaders of all splits; `augment.crop_mode` and `crop_pct` win over the backbone's wishes."""
-        augment = self.config.augment
-        preprocessing = build_preprocessing(
-            backbone_preprocessing, crop_mode=augment.crop_mode, crop_pct=augment.crop_pct
-        )
-        evaluation, training = EvalTransform(preprocessing), TrainTransform(preprocessing, augment.transforms)
+        preprocessing = self.preprocessing(backbone_preprocessing)
+        evaluation = EvalTransform(preprocessing)
+        training = TrainTransform(preprocessing, self.config.augment.transforms)
         datasets = {
             split: ClassificationDataset(members, training if split == "train" else evaluation, seed=self.config.seed)
             for split, members in samples.items()
         }
         loaders = build_loaders(self.config, datasets)
         return Data(dict(samples), datasets, loaders, preprocessing, training.is_random)
+
+    def preprocessing(self, backbone_preprocessing: Mapping[str, Any]) -> Preprocessing:
+        """Cropped as the backbone recommends, unless `augment.crop_mode` or `crop_pct` is set."""
+        augment = self.config.augment
+        return build_preprocessing(backbone_preprocessing, crop_mode=augment.crop_mode, crop_pct=augment.crop_pct)
+
+    def strides(self, patch_size: int) -> tuple[int, ...]:
+        """None: the head reads pooled features."""
+        return ()
+
+    def class_counts(self, samples: Samples) -> NDArray[np.int64]:
+        """Images of each class, (K,)."""
+        return np.bincount(np.array(samples.targets, np.int64), minlength=len(samples.classes))
+
+    def label_text(self, samples: Samples, index: int) -> str:
+        """The name of the class."""
+        return samples.classes[samples.targets[index]]
+
+    def imbalance_note(self, counts: NDArray[np.int64]) -> str:
+        """The smallest and the largest weight of `train.class_weights=balanced`."""
+        weights = counts.sum() / (len(counts) * counts[counts > 0])
+        verb = "weights" if self.config.train.class_weights is ClassWeights.balanced else "would weight"
+        return f"train.class_weights=balanced {verb} their losses by {weights.min():.2g} and {weights.max():.2g}"
+
+    def check_data(
+        self,
+        splits: Mapping[str, Samples],
+        readable: Mapping[str, NDArray[np.int64]],
+        preprocessing: Preprocessing | None,
+        strides: tuple[int, ...],
+    ) -> Iterator[Finding]:
+        """Classes that lose all their images, and classes too small for `dataset.num_per_class`."""
+        if not readable:
+            return
+        train, dataset = splits["train"], self.config.dataset
+        if self.config.data.on_error is OnError.skip:
+            left = self.class_counts(train.take(readable["train"].tolist()))
+            lost = [train.classes[label] for label in np.flatnonzero((left == 0) & (self.class_counts(train) > 0))]
+            if lost:
+                message = f"no image of these classes can be read: {some(lost)}; replace the images"
+                yield Finding(Level.error, "lost_class", message, "train")
+        if dataset.num_per_class is not None:
+            try:
+                take_per_class(train, dataset.num_per_class, dataset.split_seed)
+            except ValueError as error:
+                yield Finding(Level.error, "refused", str(error), "train")
 
     def losses(self, data: Data) -> Losses:
         """Cross-entropy with label smoothing and class weights."""
@@ -119,6 +195,10 @@ class Classification:
     def evaluator(self, data: Data, split: str | None) -> ClassEvaluator:
         """The same for every split."""
         return ClassEvaluator(len(data.classes))
+
+    def prediction_evaluator(self, data: Data, split: str) -> ClassPredictions:
+        """Predicted classes and their probabilities."""
+        return ClassPredictions()
 
     def describe(self, samples: Mapping[str, Samples]) -> list[str]:
         """Classes and pictures, and which of them are left out."""

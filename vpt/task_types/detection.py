@@ -1,17 +1,18 @@
 """Detection: a picture has boxes, each of a class."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vpt.build import Data, build_loaders, build_preprocessing, spread
 from vpt.config.schema import Config, DatasetKind
 from vpt.data.images import Decoding
-from vpt.data.readers.box_checks import DataReport
 from vpt.data.readers.boxes import read_detection, trees_root
 from vpt.data.readers.coco import read_coco
 from vpt.data.samples import DetectionDataset, DetectionSamples, collate_detection
@@ -22,9 +23,12 @@ from vpt.engine.metrics.detection import DetectionMetrics
 from vpt.engine.monitor import DETECTION_OVERVIEW, Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
+from vpt.models.heads.pyramid import default_strides
 from vpt.plots.boxes import draw_boxes, precision_recall_picture, truth_and_found_page
 from vpt.plots.grid import confusion_picture, picture_grid
 from vpt.storage.archives import unpacked
+from vpt.task_types.box_findings import FullReport, find_box_problems, find_small_boxes
+from vpt.task_types.findings import Finding, Level
 from vpt.task_types.unreadable import LeftOut, describe_left_out, leave_out_unreadable
 
 NUM_GRID_PICTURES = 16
@@ -77,6 +81,11 @@ class BoxEvaluator:
         """The COCO numbers, and losses where the head has them in evaluation."""
         return self.metrics.compute()
 
+    def result(self) -> dict[str, Any]:
+        """The average precision of each class, as the mean over IoU thresholds and at 0.5."""
+        precision = {"map": self.metrics.per_class(), "map50": self.metrics.precision_curves().mean(axis=1).tolist()}
+        return {"precision": precision}
+
 
 def to_original(detection: Found, size: tuple[int, int], preprocessing: Preprocessing) -> Found:
     """A detection in pixels of the input -> in those of the picture of this height and width, on the CPU."""
@@ -96,10 +105,11 @@ class Detection:
     select: ClassVar[str] = "map"
     goal: ClassVar[float] = 0.9
     charts: ClassVar[Mapping[str, Sequence[str]]] = DETECTION_OVERVIEW
+    counted: ClassVar[str] = "boxes"
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.report = DataReport()
+        self.report = FullReport()
         self.decoding = Decoding(config.data.max_pixels, config.data.background)
         self.left_out: LeftOut = []
 
@@ -137,7 +147,7 @@ class Detection:
     def build_data(self, samples: Mapping[str, DetectionSamples], backbone_preprocessing: Mapping[str, Any]) -> Data:
         """Data sets and loaders of all splits; every picture is letterboxed to the size of the input."""
         augment = self.config.augment
-        preprocessing = build_preprocessing(backbone_preprocessing, crop_mode="letterbox", crop_pct=1.0)
+        preprocessing = self.preprocessing(backbone_preprocessing)
         evaluation = DetectionEvalTransform(preprocessing)
         training = DetectionTrainTransform(preprocessing, augment.transforms, augment.min_visibility)
         datasets = {
@@ -146,6 +156,43 @@ class Detection:
         }
         loaders = build_loaders(self.config, datasets, collate_detection)
         return Data(dict(samples), datasets, loaders, preprocessing, training.is_random)
+
+    def preprocessing(self, backbone_preprocessing: Mapping[str, Any]) -> Preprocessing:
+        """Letterboxed, so that no box is cut off."""
+        return build_preprocessing(backbone_preprocessing, crop_mode="letterbox", crop_pct=1.0)
+
+    def strides(self, patch_size: int) -> tuple[int, ...]:
+        """Strides of the feature pyramid."""
+        return tuple(self.config.head.strides or default_strides(patch_size))
+
+    def class_counts(self, samples: DetectionSamples) -> NDArray[np.int64]:
+        """Boxes of each class that are not crowds, (K,)."""
+        labels = [labels[~crowd] for labels, crowd in zip(samples.labels, samples.crowd, strict=True)]
+        return np.bincount(np.concatenate(labels), minlength=len(samples.classes))
+
+    def label_text(self, samples: DetectionSamples, index: int) -> str:
+        """The number of boxes and a digest of them and their classes."""
+        rows = sorted(zip(samples.labels[index].tolist(), samples.boxes[index].tolist(), strict=True))
+        return f"{len(rows)} boxes ({hashlib.sha256(repr(rows).encode()).hexdigest()[:8]})"
+
+    def imbalance_note(self, counts: NDArray[np.int64]) -> str:
+        """Nothing: losses have no class weights."""
+        return ""
+
+    def check_data(
+        self,
+        splits: Mapping[str, DetectionSamples],
+        readable: Mapping[str, NDArray[np.int64]],
+        preprocessing: Preprocessing | None,
+        strides: tuple[int, ...],
+    ) -> Iterator[Finding]:
+        """A val without boxes, what the reader found in boxes, and boxes too small for the input size."""
+        if readable and "val" in splits and not self.class_counts(splits["val"]).any():
+            message = "no boxes, so no epoch could be selected; add some"
+            yield Finding(Level.error, "no_val_boxes", message, "val")
+        yield from find_box_problems(splits, self.report.places, self.config.dataset.strict)
+        if readable and preprocessing is not None:
+            yield from find_small_boxes(splits, preprocessing, strides)
 
     def losses(self, data: Data) -> Losses:
         """The head's own."""
@@ -162,12 +209,14 @@ class Detection:
         head = f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; pictures (boxes): {counts}"
         return [head, *describe_left_out(self.left_out), *self.report.findings()]
 
+    def prediction_evaluator(self, data: Data, split: str) -> BoxEvaluator:
+        """The average precision of each class."""
+        return self.evaluator(data, split)
+
     def class_table(self, evaluator: BoxEvaluator, data: Data, split: str) -> str:
         """The average precision of each class, the score of its best F1, and the number of its boxes."""
         metrics = evaluator.metrics
-        of_split: DetectionSamples = data.samples[split]
-        labels = [labels[~crowd] for labels, crowd in zip(of_split.labels, of_split.crowd, strict=True)]
-        counts = np.bincount(np.concatenate(labels), minlength=len(data.classes))
+        counts = self.class_counts(data.samples[split])
         columns = metrics.per_class(), metrics.precision_curves().mean(axis=1), metrics.best_thresholds(), counts
         rows = [
             [name, percent(precision), percent(precision50), "-" if score != score else f"{score:.2f}", f"{num:,}"]
