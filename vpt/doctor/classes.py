@@ -17,15 +17,7 @@ Counts = dict[str, NDArray[np.int64]]
 
 def count_classes(splits: Mapping[str, Any]) -> Counts:
     """Pictures, or boxes that are no crowds, of each class (K,), by split."""
-    counts = {}
-    for split, samples in splits.items():
-        if hasattr(samples, "targets"):
-            targets = np.array(samples.targets, np.int64)
-        else:
-            pairs = zip(samples.labels, samples.crowd, strict=True)
-            targets = np.concatenate([labels[~crowd] for labels, crowd in pairs])
-        counts[split] = np.bincount(targets, minlength=len(samples.classes))
-    return counts
+    return {split: samples.class_counts() for split, samples in splits.items()}
 
 
 def find_class_problems(config: Config, classes: tuple[str, ...], counts: Counts, what: str) -> Iterator[Finding]:

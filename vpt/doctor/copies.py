@@ -1,6 +1,5 @@
 """Pictures that are there more than once: in a split, in two splits, or under two labels."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,12 +84,6 @@ def _groups(splits: Mapping[str, Any], looks: Mapping[str, Looks]) -> Iterator[l
 
 def _member(split: str, index: int, splits: Mapping[str, Any], looks: Mapping[str, Looks]) -> _Member:
     samples = splits[split]
-    return _Member(split, index, samples.names[index], _label(samples, index), int(looks[split].columns["file"][index]))
-
-
-def _label(samples: Any, index: int) -> str:
-    """The class of a picture, or its boxes in a short form."""
-    if hasattr(samples, "targets"):
-        return str(samples.classes[samples.targets[index]])
-    rows = sorted(zip(samples.labels[index].tolist(), samples.boxes[index].tolist(), strict=True))
-    return f"{len(rows)} boxes ({hashlib.sha256(repr(rows).encode()).hexdigest()[:8]})"
+    return _Member(
+        split, index, samples.names[index], samples.label_text(index), int(looks[split].columns["file"][index])
+    )

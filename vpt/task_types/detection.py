@@ -166,8 +166,7 @@ class Detection:
         """The average precision of each class, the score of its best F1, and the number of its boxes."""
         metrics = evaluator.metrics
         of_split: DetectionSamples = data.samples[split]
-        labels = [labels[~crowd] for labels, crowd in zip(of_split.labels, of_split.crowd, strict=True)]
-        counts = np.bincount(np.concatenate(labels), minlength=len(data.classes))
+        counts = of_split.class_counts()
         columns = metrics.per_class(), metrics.precision_curves().mean(axis=1), metrics.best_thresholds(), counts
         rows = [
             [name, percent(precision), percent(precision50), "-" if score != score else f"{score:.2f}", f"{num:,}"]
