@@ -150,7 +150,7 @@ class DetectionSamples(Samples):
     def __post_init__(self) -> None:
         super().__post_init__()
         assert len(self.classes) == len(self.category_ids)
-        for array in (*self.boxes, *self.labels, *self.crowd):
+        for array in self._arrays():
             array.setflags(write=False)
 
     @property
@@ -174,7 +174,10 @@ class DetectionSamples(Samples):
 
     def label_bytes(self) -> Iterator[bytes]:
         """The arrays of boxes, labels and crowd."""
-        return (array.tobytes() for array in (*self.boxes, *self.labels, *self.crowd))
+        return (array.tobytes() for array in self._arrays())
+
+    def _arrays(self) -> tuple[NDArray[Any], ...]:
+        return *self.boxes, *self.labels, *self.crowd
 
 
 SamplesT = TypeVar("SamplesT", bound=Samples)

@@ -118,7 +118,7 @@ def _refuse_other_names(content: Mapping[str, Any], path: Path, categories: Mapp
         category_id, name = _value(entry, "id", int, where), _value(entry, "name", str, where)
         if categories.get(category_id, name) != name:
             raise ValueError(
-                f"{where}: id {category_id} is {name!r}, in train {categories[category_id]!r}; use equal ids in all files"
+                f"{where}: id {category_id} is {name!r}, in train {categories[category_id]!r}; use the same ids"
             )
 
 
