@@ -59,7 +59,9 @@ def test_strict_refuses_a_wrong_box_by_file_picture_and_numbers(bbox, tmp_path):
 
 
 def test_strict_counts_all_that_is_wrong(tmp_path):
-    with pytest.raises(ValueError, match=r"leave their picture \(1\), boxes with a side below 1 px \(2\); correct"):
+    with pytest.raises(
+        ValueError, match=r"partly outside the image \(1\), boxes with a side below 1 px \(2\); correct"
+    ):
         read_one(tmp_path, [{"bbox": [-4, 10, 20, 10]}, {"bbox": [5, 5, 0, 0]}, {"bbox": [5, 6, 0, 0]}], strict=True)
 
 
@@ -109,9 +111,9 @@ def test_missing_broken_and_unlisted_pictures_are_left_out_with_their_labels(tmp
     assert report.counts == {Finding.MISSING: 1, Finding.UNREADABLE: 1, Finding.STRAY: 1}
     assert "images[1]: " in report.first[Finding.MISSING]
     assert "b.png: no such file" in report.first[Finding.MISSING]
-    assert "c.png: not a picture" in report.first[Finding.UNREADABLE]
+    assert "c.png: not an image" in report.first[Finding.UNREADABLE]
     assert report.first[Finding.STRAY].endswith("annotations[3]: image_id 999")
-    with pytest.raises(ValueError, match=r"b\.png: no such file is the first of: pictures that are not there \(1\)"):
+    with pytest.raises(ValueError, match=r"b\.png: no such file is the first of: images that do not exist \(1\)"):
         read_coco(tmp_path, strict=True)
 
 
@@ -202,7 +204,7 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
 def test_a_picture_that_is_not_of_the_size_its_boxes_are_for_is_refused(tmp_path):
     train = read_coco(write_coco(tmp_path))["train"]
     draw_image(train.paths[0], (65, 32))
-    with pytest.raises(ImageError, match=r"a\.png: 65 x 32 pixels, but its boxes are for 64 x 32; was it changed"):
+    with pytest.raises(ImageError, match=r"a\.png: 65 x 32 pixels, but its boxes are for 64 x 32; it was changed"):
         train.read(0)
     draw_image(train.paths[1], (32, 64))
     content = train.paths[1].read_bytes()

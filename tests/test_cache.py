@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vpt.data.cache import cache_pictures, decoded_sizes
+from vpt.data.cache import cache_images, decoded_sizes
 from vpt.data.images import ImageError, read_image
 from vpt.data.loaders import build_loader
 from vpt.data.readers.folder import read_folder
-from vpt.data.samples import ClassificationDataset, Samples
+from vpt.data.samples import ClassificationDataset, ClassificationSamples
 from vpt.data.transforms.images import TrainTransform
 from vpt.data.transforms.preprocessing import Preprocessing
 
@@ -48,7 +48,7 @@ def samples(photos, tmp_path):
 
 
 def cached(samples):
-    return cache_pictures(samples, decoded_sizes(samples, max_bytes=1e9))
+    return cache_images(samples, decoded_sizes(samples, max_bytes=1e9))
 
 
 def loader_of(samples, num_workers, start_method=None):
@@ -95,7 +95,10 @@ def test_a_photograph_that_lies_on_its_side_is_kept_upright(tmp_path, orientatio
     exif[ORIENTATION] = orientation
     noise = np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path, exif=exif)
-    samples = Samples(("a", "b"), (0,), ("photo.jpg",), CountedReader((path,), tmp_path / "reads"), (path,))
+    reader = CountedReader((path,), tmp_path / "reads")
+    samples = ClassificationSamples(
+        classes=("a", "b"), targets=(0,), names=("photo.jpg",), reader=reader, paths=(path,)
+    )
     pictures = cached(samples)
     expected = read_image(path)
     assert expected.size == ((20, 31) if orientation >= 6 else (31, 20))
@@ -115,7 +118,7 @@ def test_a_picture_that_is_changed_after_it_was_read_leaves_the_cache_alone(samp
 
 def test_a_picture_of_another_size_than_its_header_said_is_read_each_time(samples):
     sizes = decoded_sizes(samples, max_bytes=1e9)
-    pictures = cache_pictures(samples, [(sizes[0][0] + 1, sizes[0][1]), *sizes[1:]])
+    pictures = cache_images(samples, [(sizes[0][0] + 1, sizes[0][1]), *sizes[1:]])
     for _ in range(2):
         assert [pictures.read(index).size for index in (0, 1)] == sizes[:2]
     assert samples.reader.reads == [0, 0, 1]

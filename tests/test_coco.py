@@ -78,11 +78,11 @@ def test_a_category_of_val_that_train_lacks_is_unknown_and_another_name_is_refus
     ("change", "message"),
     [
         (lambda c: c.pop("images"), r"instances_train2017\.json: no key 'images', only annotations, categories"),
-        (lambda c: c.update(annotations={}), r"'annotations' is of type dict; expected list"),
-        (lambda c: c["images"].append(3), r"images\[3\] is of type int; expected an object with the key 'id'"),
+        (lambda c: c.update(annotations={}), r"'annotations' is of type dict; must be list"),
+        (lambda c: c["images"].append(3), r"images\[3\] of type int; must be an object with the key 'id'"),
         (lambda c: c["images"][1].pop("file_name"), r"images\[1\]: no key 'file_name'"),
-        (lambda c: c["images"][1].update(id="7"), r"images\[1\]: 'id' is of type str; expected int"),
-        (lambda c: c["images"][1].update(id=100), r"images\[1\]: id 100 is there twice"),
+        (lambda c: c["images"][1].update(id="7"), r"images\[1\]: 'id' is of type str; must be int"),
+        (lambda c: c["images"][1].update(id=100), r"images\[1\]: id 100 is not unique"),
         (lambda c: c["images"][1].update(file_name="../../x.png"), r"images\[1\]: .*x\.png is outside of"),
         (lambda c: c["images"][1].update(file_name="/etc/hostname"), r"images\[1\]: /etc/hostname is outside of"),
         (lambda c: c["annotations"][2].pop("bbox"), r"annotations\[2\]: no key 'bbox'"),
@@ -93,12 +93,12 @@ def test_a_category_of_val_that_train_lacks_is_unknown_and_another_name_is_refus
         ),
         (
             lambda c: c["annotations"][2].update(bbox=[1, 2, 3]),
-            r"annotations\[2\]: 'bbox' is \[1, 2, 3\]; expected four",
+            r"annotations\[2\]: 'bbox' is \[1, 2, 3\]; must be four",
         ),
-        (lambda c: c["annotations"][2].update(bbox=[1, 2, 3, "4"]), r"annotations\[2\]: 'bbox' is .*; expected four"),
-        (lambda c: c["categories"][0].update(id=3), r"categories\[1\]: id 3 is there twice"),
-        (lambda c: c["categories"][0].update(name="cat"), r"categories: two classes are called 'cat'"),
-        (lambda c: c["categories"][0].update(name=None), r"categories\[0\]: 'name' is of type NoneType; expected str"),
+        (lambda c: c["annotations"][2].update(bbox=[1, 2, 3, "4"]), r"annotations\[2\]: 'bbox' is .*; must be four"),
+        (lambda c: c["categories"][0].update(id=3), r"categories\[1\]: id 3 is not unique"),
+        (lambda c: c["categories"][0].update(name="cat"), r"categories: two classes are named 'cat'"),
+        (lambda c: c["categories"][0].update(name=None), r"categories\[0\]: 'name' is of type NoneType; must be str"),
     ],
 )
 def test_wrong_json_is_refused_by_file_and_key(change, message, tmp_path):
@@ -111,11 +111,11 @@ def test_wrong_json_is_refused_by_file_and_key(change, message, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", r"train\.json is no JSON \("),
-        (b"[" * 100_000, r"train\.json is no JSON \("),
-        (b"[" + b"9" * 5000 + b"]", r"train\.json is no JSON \("),
-        (b"[]", r"train\.json is of type list; expected an object with the key 'images'"),
-        (b"\xff\xfe", r"train\.json is not UTF-8 text"),
+        (b"{", r"train\.json: not JSON \("),
+        (b"[" * 100_000, r"train\.json: not JSON \("),
+        (b"[" + b"9" * 5000 + b"]", r"train\.json: not JSON \("),
+        (b"[]", r"train\.json of type list; must be an object with the key 'images'"),
+        (b"\xff\xfe", r"train\.json: not UTF-8 text"),
     ],
 )
 def test_what_is_no_json_is_refused_by_name(content, message, tmp_path):
@@ -125,11 +125,11 @@ def test_what_is_no_json_is_refused_by_name(content, message, tmp_path):
 
 
 def test_a_missing_file_an_unknown_split_and_two_files_of_one_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no file .*/train\.json"):
+    with pytest.raises(ValueError, match=r"train\.json: no such file"):
         read_coco(tmp_path, {"train": "train.json"})
-    with pytest.raises(ValueError, match=r"dataset\.annotations has the key 'dev'; allowed: train, val, test"):
+    with pytest.raises(ValueError, match=r"annotations: unknown key 'dev'; allowed: train, val, test"):
         read_coco(tmp_path, {"train": "train.json", "dev": "val.json"})
     write_coco(tmp_path)
     write_text(tmp_path / "annotations" / "instances_train2014.json", "{}")
-    with pytest.raises(ValueError, match=r"has train twice"):
+    with pytest.raises(ValueError, match=r"both train and train are train"):
         read_coco(tmp_path)

@@ -5,7 +5,7 @@ import pytest
 
 from tests.helpers import CLASSES, TRUTH, write_coco, write_roboflow, write_text, write_voc, write_yolo
 from vpt.data.readers.box_checks import DataReport, Finding
-from vpt.data.readers.boxes import find_forms, read_detection
+from vpt.data.readers.boxes import find_formats, read_detection
 from vpt.data.readers.coco import read_coco
 from vpt.data.readers.voc import read_voc
 from vpt.data.readers.yolo import read_yolo
@@ -42,9 +42,9 @@ def test_every_form_reads_to_the_same_records(layout, tmp_path):
             assert_same(samples.crowd[i], [False] * len(boxes), np.bool_)
     assert report.counts == {Finding.BACKGROUND: 1}
     assert report.lines()[:3] == [
-        "train: 3 pictures, 3 boxes, 2 classes",
-        "val: 1 pictures, 1 boxes, 2 classes",
-        "test: 1 pictures, 2 boxes, 2 classes",
+        "train: 3 images, 3 boxes, 2 classes",
+        "val: 1 images, 1 boxes, 2 classes",
+        "test: 1 images, 2 boxes, 2 classes",
     ]
     assert len(report.lines()) == 4
 
@@ -67,39 +67,39 @@ def test_records_keep_the_numbers_of_their_source(layout, category_ids, image_id
 @pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
 def test_a_form_is_found_or_named(form, tmp_path):
     WRITERS[form](tmp_path)
-    assert find_forms(tmp_path) == [form]
-    assert len(read_detection(tmp_path, form=form)["train"]) == 3
+    assert find_formats(tmp_path) == [form]
+    assert len(read_detection(tmp_path, format=form)["train"]) == 3
 
 
 def test_two_forms_in_one_folder_must_be_told_apart(tmp_path):
     write_yolo(write_coco(tmp_path))
-    with pytest.raises(ValueError, match=r"has data in the forms coco and yolo; choose one, as in dataset\.form=coco"):
+    with pytest.raises(ValueError, match=r"formats coco and yolo found; use format='coco'"):
         read_detection(tmp_path)
-    assert read_detection(tmp_path, form="yolo")["train"].category_ids == (0, 1)
+    assert read_detection(tmp_path, format="yolo")["train"].category_ids == (0, 1)
 
 
 def test_no_form_at_all_is_refused_with_what_was_looked_for_and_where_it_is(tmp_path):
     with pytest.raises(ValueError, match=r"coco: annotations/.*yolo: data\.yaml.*voc: Annotations/"):
         read_detection(tmp_path)
     write_voc(tmp_path / "VOC2007")
-    with pytest.raises(ValueError, match=r"did you mean dataset\.root=.*/VOC2007\?"):
+    with pytest.raises(ValueError, match=r"did you mean root=.*/VOC2007\?"):
         read_detection(tmp_path)
-    with pytest.raises(ValueError, match=r"dataset\.root=.*/nothing is no folder"):
+    with pytest.raises(ValueError, match=r"root=.*/nothing is no folder"):
         read_detection(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"dataset\.form=pascal; allowed: auto, coco, yolo, voc"):
-        read_detection(tmp_path, form="pascal")
+    with pytest.raises(ValueError, match=r"format='pascal': must be one of auto, coco, yolo, voc"):
+        read_detection(tmp_path, format="pascal")
 
 
 @pytest.mark.parametrize(("form", "what"), [("coco", "annotations/"), ("yolo", "data.yaml"), ("voc", "JPEGImages/")])
 def test_a_named_form_that_is_not_there_is_refused(form, what, tmp_path):
-    with pytest.raises(ValueError, match=rf"nothing found; looked for .*{what}"):
-        read_detection(tmp_path, form=form)
+    with pytest.raises(ValueError, match=rf"nothing found; expected .*{what}"):
+        read_detection(tmp_path, format=form)
 
 
 @pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
 def test_a_set_without_train_is_refused(form, tmp_path):
     WRITERS[form](tmp_path, {"val": TRUTH["val"]})
-    with pytest.raises(ValueError, match="val but no train found; looked for"):
+    with pytest.raises(ValueError, match="val but no train found; expected"):
         read_detection(tmp_path)
 
 
@@ -115,16 +115,16 @@ def test_a_picture_of_two_splits_is_refused(form, tmp_path):
         write_text(tmp_path / "data.yaml", "train: images/train\nval: images/train\nnames: [cat, dog]\n")
     else:
         write_text(tmp_path / "ImageSets" / "Main" / "val.txt", "d\na\n")
-    with pytest.raises(ValueError, match=r"a\.png is there twice, first at .*; keep one of them"):
+    with pytest.raises(ValueError, match=r"a\.png duplicate"):
         read_detection(tmp_path)
 
 
 def test_train_without_pictures_or_without_boxes_is_refused_with_what_was_found(tmp_path):
     write_coco(tmp_path, {"train": {"a.png": ((8, 8), [("cat", (0, 0, 0, 0))])}})
-    with pytest.raises(ValueError, match=r"train has no box that can be used; boxes with a side below 1 px: 1"):
+    with pytest.raises(ValueError, match=r"train has no usable box; boxes with a side below 1 px: 1"):
         read_coco(tmp_path)
     (tmp_path / "train2017" / "a.png").unlink()
-    with pytest.raises(ValueError, match=r"train has no picture that can be used; pictures that are not there: 1"):
+    with pytest.raises(ValueError, match=r"train has no usable image; images that do not exist: 1"):
         read_coco(tmp_path)
 
 
@@ -164,7 +164,7 @@ def test_given_splits_stay_and_none_is_made_without_a_fraction(tmp_path):
 
 def test_fractions_out_of_range_and_a_train_too_small_are_refused(tmp_path):
     write_coco(tmp_path, many(1))
-    with pytest.raises(ValueError, match=r"dataset\.val_fraction=0\.6, test_fraction=0\.4; allowed"):
+    with pytest.raises(ValueError, match=r"val_fraction=0\.6, test_fraction=0\.4"):
         read_coco(tmp_path, val_fraction=0.6, test_fraction=0.4)
-    with pytest.raises(ValueError, match="train has one picture, so no val can be split off"):
+    with pytest.raises(ValueError, match="val_fraction=0.2: train has too few images"):
         read_coco(tmp_path)

@@ -415,7 +415,7 @@ def test_small_boxes_are_counted_and_the_size_that_is_advised_leaves_few():
     sides = generator.uniform(5, 100, (400, 2))
     boxes = np.concatenate([corners, corners + sides], axis=1).astype(np.float32)
     samples = DetectionSamples(
-        **{"classes": ("a",), "category_ids": (1,), "names": ("1.png",), "paths": (Path("1.png"),)},
+        **{"classes": ("a",), "category_ids": (1,), "names": ("1.png",), "paths": (Path("1.png"),), "reader": None},
         **{"sizes": ((300, 400),), "image_ids": (1,), "boxes": (boxes,)},
         **{"labels": (np.zeros(400, np.int64),), "crowd": (np.zeros(400, bool),)},
     )

@@ -119,7 +119,7 @@ def test_files_are_checked_and_pictures_in_memory_are_not(fakes, tmp_path):
     train = read_torchvision("SUN397", tmp_path)["train"]
     check_readable(train)
     (tmp_path / train.names[1]).write_bytes(b"nothing")
-    with pytest.raises(ImageError, match=rf"{train.names[1]}: not a picture"):
+    with pytest.raises(ImageError, match=rf"{train.names[1]}: not an image"):
         check_readable(train)
 
 
@@ -131,12 +131,12 @@ def test_one_class_only_is_refused(fakes, tmp_path, monkeypatch):
 
 def test_missing_files_tell_how_to_fetch_them(tmp_path):
     for name in ("CIFAR10", "EuroSAT", "Food101"):
-        with pytest.raises(ValueError, match=rf"files of torchvision's {name} are not in .*dataset.download=true"):
+        with pytest.raises(ValueError, match=rf"files of torchvision's {name} are not in .*download=True"):
             read_torchvision(name, tmp_path)
 
 
 def test_an_unknown_set_is_answered_with_the_nearest(tmp_path):
-    with pytest.raises(ValueError, match=r"dataset.name='cifar100' is unknown; did you mean 'CIFAR100'\? Allowed: CIF"):
+    with pytest.raises(ValueError, match=r"name='cifar100': unknown; did you mean 'CIFAR100'\? Allowed: CIF"):
         read_torchvision("cifar100", tmp_path)
 
 

@@ -1,7 +1,6 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import yaml
 
@@ -9,8 +8,7 @@ from vpt.config.composition import compose_config
 from vpt.config.errors import ConfigError
 from vpt.config.saved import conceal
 from vpt.config.validation import to_config
-from vpt.data.samples import Samples
-from vpt.runs.folder import RunFolder, digest_of
+from vpt.runs.folder import RunFolder
 from vpt.runs.summary import result_table
 from vpt.storage.lock import LockedError
 
@@ -272,25 +270,3 @@ def test_values_from_the_environment_are_used_and_not_written_down(tmp_path, mon
     assert "s3cret" not in text
     assert "root: ${oc.env:CANARY}" in text
     assert "title: ${dataset.root}" in text
-
-
-def test_the_digest_of_data_notices_a_picture_a_label_and_a_size(tmp_path):
-    for name in "ab":
-        (tmp_path / name).write_bytes(b"12")
-    samples = Samples(("x", "y"), (0, 1), ("a", "b"), None, (tmp_path / "a", tmp_path / "b"))
-    whole = digest_of({"train": samples})
-    assert digest_of({"train": samples}) == whole
-    assert digest_of({"train": samples.take([0])}) != whole
-    assert digest_of({"train": Samples(("x", "y"), (1, 1), ("a", "b"), None, samples.paths)}) != whole
-    (tmp_path / "b").write_bytes(b"123")
-    assert digest_of({"train": samples}) != whole
-
-
-def test_the_digest_of_data_notices_a_box():
-    class Boxes:
-        classes, names, paths = ("x",), ("a",), ()
-        boxes, labels, crowd = (np.zeros((400, 4), np.float32),), (np.zeros(400, np.int64),), (np.zeros(400, bool),)
-
-    whole = digest_of({"train": Boxes})
-    Boxes.boxes[0][200, 2] = 1
-    assert digest_of({"train": Boxes}) != whole

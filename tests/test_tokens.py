@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from vpt.data.readers.folder import read_folder
-from vpt.data.samples import Samples
+from vpt.data.samples import ClassificationSamples
 from vpt.data.tokens import TokenDataset, TokenFolder, content_sha256
 
 SHAPE = (5, 3, 4)
@@ -115,7 +115,10 @@ def test_a_digest_of_pictures_tells_every_byte_and_the_order(photos, tmp_path):
 
 def test_a_digest_of_pictures_that_are_no_files_is_one_of_their_pixels():
     def digest(*pictures):
-        return content_sha256(Samples(("a", "b"), (0,) * len(pictures), ("x",) * len(pictures), pictures.__getitem__))
+        num, reader = len(pictures), pictures.__getitem__
+        return content_sha256(
+            ClassificationSamples(classes=("a", "b"), targets=(0,) * num, names=("x",) * num, reader=reader)
+        )
 
     wide, high = Image.new("RGB", (4, 2)), Image.new("RGB", (2, 4))
     changed = wide.copy()

@@ -17,7 +17,7 @@ from vpt.config.composition import compose_config
 from vpt.config.errors import ConfigError
 from vpt.config.saved import conceal
 from vpt.config.validation import to_config
-from vpt.data.samples import Samples
+from vpt.data.samples import ClassificationSamples
 from vpt.evaluate.__main__ import EvaluateOptions, evaluate_run
 from vpt.models.vit import fingerprint, load_vit
 from vpt.predict.__main__ import PredictOptions, predict_run
@@ -246,7 +246,9 @@ def test_a_run_without_a_task_file_and_a_foreign_folder_are_told_apart(tmp_path)
 
 def test_balanced_class_weights_are_inverse_frequencies_with_a_mean_of_one():
     config = to_config(compose_config(["train.class_weights=balanced"]))
-    samples = Samples(("a", "b"), (0, 0, 0, 1), ("1", "2", "3", "4"), lambda _: None)
+    samples = ClassificationSamples(
+        classes=("a", "b"), targets=(0, 0, 0, 1), names=("1", "2", "3", "4"), reader=lambda _: None
+    )
     weight = build_cross_entropy(config, samples).weight
     assert weight.tolist() == pytest.approx([4 / 6, 2.0])
     assert weight[torch.tensor(samples.targets)].mean().item() == pytest.approx(1.0)

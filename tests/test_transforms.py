@@ -14,6 +14,7 @@ from PIL import Image
 from timm.data import create_transform
 
 import vpt.data.transforms.preprocessing
+from vpt.data.transforms.boxes import DetectionEvalTransform, DetectionTrainTransform
 from vpt.data.transforms.images import EvalTransform, TrainTransform
 from vpt.data.transforms.preprocessing import Preprocessing, denormalise, resize_and_crop
 
@@ -25,11 +26,125 @@ RECIPE = [
     {"name": "ColorJitter", "p": 0.8},
     {"name": "GaussNoise", "p": 0.5},
 ]
+BOXES = np.float32([[0, 0, 16, 16], [20, 8, 44, 40]])
 
 
 def picture(width: int, height: int) -> Image.Image:
     noise = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
+
+
+class WithoutBoxes:
+    """The transforms for classification."""
+
+    train, evaluation = TrainTransform, EvalTransform
+
+    @staticmethod
+    def apply(transform, image, seed):
+        return (transform(image, seed),)
+
+
+class WithBoxes:
+    """The transforms for detection."""
+
+    train, evaluation = DetectionTrainTransform, DetectionEvalTransform
+
+    @staticmethod
+    def apply(transform, image, seed):
+        return transform(image, BOXES, seed)
+
+
+both = pytest.mark.parametrize("task", [WithoutBoxes, WithBoxes])
+
+
+def equal(ours, theirs):
+    return all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+# Both tasks
+
+
+@both
+def test_an_empty_list_equals_evaluation(task):
+    image = picture(150, 400)
+    train, evaluation = task.train(SMALL), task.evaluation(SMALL)
+    assert equal(task.apply(train, image, 3), task.apply(evaluation, image, 0))
+    assert not train.is_random
+    assert task.train(SMALL, RECIPE).is_random
+
+
+@both
+def test_the_result_depends_on_image_and_seed_alone_and_changes_no_global_state(task):
+    transform, image = task.train(SMALL, RECIPE), picture(90, 70)
+    first = [task.apply(transform, image, seed) for seed in range(6)]
+    for seed_all in (random.seed, np.random.seed, torch.manual_seed):
+        seed_all(1)
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    again = pickle.loads(pickle.dumps(task.train(SMALL, RECIPE)))
+    for seed in (4, 0, 5, 2):
+        assert equal(task.apply(again, image, seed), first[seed])
+    assert not equal(first[0], first[1])
+    assert random.getstate() == states[0]
+    assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+@both
+def test_two_steps_of_equal_probability_are_independent(task):
+    flips = [{"name": "HorizontalFlip", "p": 0.5}, {"name": "VerticalFlip", "p": 0.5}]
+    transform, image = task.train(SMALL, flips), picture(32, 32)
+    plain = task.apply(task.evaluation(SMALL), image, 0)[0]
+    outcomes = set()
+    for seed in range(40):
+        result = task.apply(transform, image, seed)[0]
+        outcomes |= {i for i, dims in enumerate([(), (2,), (1,), (1, 2)]) if torch.equal(result, plain.flip(dims))}
+    assert outcomes == {0, 1, 2, 3}
+
+
+@both
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ({"name": "HorizontalFlp"}, "did you mean 'HorizontalFlip'"),
+        ({"p": 0.5}, "None is not a transform"),
+        ({"name": "Compose"}, "'Compose' is not a transform"),
+        ({"name": "os"}, "'os' is not a transform"),
+        ({"name": "BasicTransform"}, "'BasicTransform' is not a transform"),
+        ({"name": "Lambda"}, "'Lambda' is not a transform"),
+        ({"name": "HorizontalFlip", "prob": 1}, r"no argument 'prob'; did you mean 'p'\?"),
+        ({"name": "Rotate", "limits": 5}, "did you mean 'limit'"),
+        ({"name": "RandomResizedCrop", "scale": [2.0, 3.0]}, "RandomResizedCrop refuses"),
+        ({"name": "GaussianBlur", "blur_limit": "wide"}, "GaussianBlur refuses"),
+        ({"name": "RandomCrop"}, "RandomCrop refuses"),
+        ({"name": "HorizontalFlip", 3: 1}, "no argument 3"),
+        ("x", "='x': must be a mapping"),
+        (None, "=None: must be a mapping"),
+        ([["name", "x"]], "must be a mapping"),
+    ],
+)
+def test_a_wrong_step_is_refused_by_its_index_and_name(task, step, words):
+    with pytest.raises(ValueError, match=rf"^augment\[1\].*{words}") as error:
+        task.train(SMALL, [{"name": "VerticalFlip"}, step])
+    assert "\n" not in str(error.value)
+    assert "errors.pydantic.dev" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "size", "step", "words"),
+    [
+        (WithoutBoxes, 64, {"name": "RandomCrop", "height": 64, "width": 64}, "RandomCrop cannot .* 40 x 50 pixels"),
+        (WithoutBoxes, 32, {"name": "MaskDropout", "p": 0.99}, "MaskDropout cannot .* 32 x 32 pixels .*mask"),
+        (WithoutBoxes, 32, {"name": "RandomCrop", "height": 16, "width": 16}, r"\(16, 16, 3\).*RandomResizedCrop"),
+        (WithBoxes, 64, {"name": "RandomCrop", "height": 64, "width": 64}, "RandomCrop .* 40 x 50 pixels and 2 boxes"),
+        (WithBoxes, 64, {"name": "ToGray", "num_output_channels": 1, "p": 1}, r"ToGray .*shape \(40, 50"),
+    ],
+)
+def test_a_step_that_fails_on_an_image_is_named(task, size, step, words):
+    with pytest.raises(ValueError, match=f"^augment: .*{words}"):
+        task.apply(task.train(Preprocessing((size, size), *HALVES), [step]), picture(50, 40), 0)
+
+
+# Classification
 
 
 @pytest.mark.parametrize("image_size", [(100, 80), (80, 101), (64, 64), (20, 30), (333, 71)])
@@ -45,7 +160,7 @@ def picture(width: int, height: int) -> Image.Image:
 )
 def test_evaluation_equals_timm(image_size, crop_mode, size, crop_pct, interpolation):
     if size[0] != size[1] and tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 31):
-        pytest.skip("older timm keeps the ratio of pictures for oblong inputs in another way")
+        pytest.skip("older timm resizes to oblong inputs in another way")
     mean, std = (0.48, 0.45, 0.4), (0.26, 0.25, 0.27)
     ours = EvalTransform(Preprocessing(size, mean, std, interpolation, crop_pct, crop_mode))
     timms = create_transform(
@@ -55,120 +170,20 @@ def test_evaluation_equals_timm(image_size, crop_mode, size, crop_pct, interpola
     torch.testing.assert_close(ours(image), timms(image), rtol=0, atol=1e-6)
 
 
-def test_an_empty_list_equals_evaluation():
-    train, evaluation = TrainTransform(SMALL), EvalTransform(SMALL)
-    image = picture(50, 40)
-    assert torch.equal(train(image, 3), evaluation(image))
-
-
-def test_the_same_seed_gives_the_same_tensor_whatever_else_happens():
-    transform, image = TrainTransform(SMALL, RECIPE), picture(50, 40)
-    first = [transform(image, seed) for seed in range(6)]
-    random.seed(1)
-    np.random.seed(1)  # noqa: NPY002
-    torch.manual_seed(1)
-    again = TrainTransform(SMALL, RECIPE)
-    for seed in (4, 0, 5, 2):
-        assert torch.equal(again(image, seed), first[seed])
-    assert not torch.equal(first[0], first[1])
-
-
-def test_a_transform_leaves_the_global_random_states_alone():
-    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
-    TrainTransform(SMALL, RECIPE)(picture(50, 40), 0)
-    assert random.getstate() == states[0]
-    assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002
-    assert torch.equal(torch.get_rng_state(), states[2])
-
-
-def test_two_steps_of_equal_probability_do_not_always_happen_together():
-    flips = [{"name": "HorizontalFlip", "p": 0.5}, {"name": "VerticalFlip", "p": 0.5}]
-    transform, image = TrainTransform(SMALL, flips), picture(32, 32)
-    plain = EvalTransform(SMALL)(image)
-    outcomes = set()
-    for seed in range(40):
-        result = transform(image, seed)
-        outcomes |= {i for i, dims in enumerate([(), (2,), (1,), (1, 2)]) if torch.equal(result, plain.flip(dims))}
-    assert outcomes == {0, 1, 2, 3}
-
-
 def test_shrinking_by_a_random_crop_is_antialiased():
     stripes = np.zeros((256, 256, 3), dtype=np.uint8)
     stripes[:, ::2] = 255
     keep_all = [{"name": "RandomResizedCrop", "scale": [1.0, 1.0], "ratio": [1.0, 1.0]}]
-    preprocessing = SMALL
-    pixels = denormalise(TrainTransform(preprocessing, keep_all)(Image.fromarray(stripes), 0)[None], preprocessing)
-    assert pixels.min() >= 127
-    assert pixels.max() <= 128
+    pixels = denormalise(TrainTransform(SMALL, keep_all)(Image.fromarray(stripes), 0)[None], SMALL)
+    assert 127 <= pixels.min() <= pixels.max() <= 128
 
 
-def test_without_a_crop_in_the_list_the_evaluation_crop_comes_first():
-    flip = TrainTransform(SMALL, [{"name": "HorizontalFlip", "p": 1.0}])
-    image = picture(50, 40)
-    assert torch.equal(flip(image, 0), EvalTransform(SMALL)(image).flip(2))
-
-
-def test_a_crop_that_is_not_always_taken_starts_from_the_evaluation_crop():
-    sometimes = TrainTransform(SMALL, [{"name": "RandomResizedCrop", "scale": [0.1, 0.2], "p": 0.5}])
+def test_without_a_crop_that_is_always_applied_the_evaluation_crop_comes_first():
     image = picture(50, 40)
     plain = EvalTransform(SMALL)(image)
-    same = [torch.equal(sometimes(image, seed), plain) for seed in range(20)]
-    assert any(same)
-    assert not all(same)
-
-
-def test_a_list_that_ends_at_another_size_is_refused():
-    transform = TrainTransform(SMALL, [{"name": "RandomCrop", "height": 16, "width": 16}])
-    with pytest.raises(ValueError, match=r"shape \(16, 16, 3\).*\(32, 32, 3\).*RandomResizedCrop"):
-        transform(picture(50, 40), 0)
-
-
-@pytest.mark.parametrize(
-    ("step", "message"),
-    [
-        (
-            {"name": "RandomCrop", "height": 64, "width": 64},
-            r"augment.transforms: RandomCrop cannot be applied to 40 x 50 pixels",
-        ),
-        (
-            {"name": "MaskDropout", "p": 0.99},
-            r"augment.transforms: MaskDropout cannot be applied to 32 x 32 pixels .*mask",
-        ),
-    ],
-)
-def test_a_step_that_fails_on_a_picture_is_named(step, message):
-    with pytest.raises(ValueError, match=message):
-        TrainTransform(Preprocessing((64, 64) if "height" in step else (32, 32), *HALVES), [step])(picture(50, 40), 0)
-
-
-@pytest.mark.parametrize(
-    ("step", "message"),
-    [
-        (
-            {"name": "HorizontalFlp"},
-            r"augment\.transforms\[1\]: 'HorizontalFlp' is no transform.*did you mean 'HorizontalFlip'",
-        ),
-        ({"p": 0.5}, r"augment\.transforms\[1\]: None is no transform"),
-        ({"name": "Compose"}, "'Compose' is no transform"),
-        ({"name": "os"}, "'os' is no transform"),
-        ({"name": "BasicTransform"}, "'BasicTransform' is no transform"),
-        ({"name": "Lambda"}, "'Lambda' is no transform"),
-        ({"name": "HorizontalFlip", "prob": 1}, r"HorizontalFlip has no argument 'prob'; did you mean 'p'\?"),
-        ({"name": "Rotate", "limits": 5}, "Rotate has no argument 'limits'; did you mean 'limit'"),
-        ({"name": "RandomResizedCrop", "scale": [2.0, 3.0]}, "RandomResizedCrop refuses"),
-        ({"name": "GaussianBlur", "blur_limit": "wide"}, "GaussianBlur refuses"),
-        ({"name": "RandomCrop"}, "RandomCrop refuses"),
-        ({"name": "HorizontalFlip", 3: 1}, "HorizontalFlip has no argument 3"),
-        ("x", r"augment\.transforms\[1\] is 'x', no mapping; write \{name: HorizontalFlip, p: 0.5\}"),
-        (None, r"augment\.transforms\[1\] is None, no mapping"),
-        ([["name", "x"]], r"augment\.transforms\[1\] is \[\['name', 'x'\]\], no mapping"),
-    ],
-)
-def test_a_wrong_step_is_refused_by_its_place_and_name(step, message):
-    with pytest.raises(ValueError, match=message) as error:
-        TrainTransform(SMALL, [{"name": "VerticalFlip"}, step])
-    assert "\n" not in str(error.value)
-    assert "errors.pydantic.dev" not in str(error.value)
+    assert torch.equal(TrainTransform(SMALL, [{"name": "HorizontalFlip", "p": 1.0}])(image, 0), plain.flip(2))
+    sometimes = TrainTransform(SMALL, [{"name": "RandomResizedCrop", "scale": [0.1, 0.2], "p": 0.5}])
+    assert {torch.equal(sometimes(image, seed), plain) for seed in range(20)} == {True, False}
 
 
 def test_albumentations_is_imported_late_and_without_its_query_for_a_newer_version():
@@ -188,58 +203,46 @@ assert "albumentations" in sys.modules
     subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, check=True)
 
 
-def test_a_transform_can_be_sent_to_a_worker():
-    transform, image = TrainTransform(SMALL, RECIPE), picture(50, 40)
-    again = pickle.loads(pickle.dumps(transform))
-    assert torch.equal(again(image, 3), transform(image, 3))
+# Preprocessing
 
 
-def test_denormalise_gives_the_pixels_back():
+def test_denormalise_inverts_the_normalisation():
     image = picture(32, 32)
     preprocessing = Preprocessing(size=(32, 32), mean=(0.1, 0.5, 0.9), std=(0.2, 0.3, 0.4), crop_pct=1.0)
     images = EvalTransform(preprocessing)(image)[None].repeat(2, 1, 1, 1)
     pixels = denormalise(images, preprocessing)
-    assert pixels.shape == (2, 32, 32, 3)
-    assert pixels.dtype == np.uint8
+    assert (pixels.shape, pixels.dtype) == ((2, 32, 32, 3), np.uint8)
     assert np.array_equal(pixels[1], np.asarray(image))
     assert denormalise(images * 1000, preprocessing).max() == 255
 
 
-def test_a_preprocessing_survives_json():
-    values = json.loads(json.dumps(SMALL.to_dict()))
-    assert Preprocessing.from_dict(values) == SMALL
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "words"),
     [
-        ({"size": [0, 32]}, r"preprocessing.size is \(0, 32\)"),
-        ({"size": [32]}, "preprocessing.size"),
-        ({"size": [32.0, 32.0]}, "preprocessing.size"),
-        ({"size": [10**9, 32]}, "preprocessing.size"),
-        ({"mean": [0.5, 0.5]}, "preprocessing.mean"),
-        ({"mean": [0.5, 0.5, float("nan")]}, "preprocessing.mean"),
-        ({"std": [0.5, 0.5, 0.0]}, "preprocessing.std"),
-        ({"std": "abc"}, "preprocessing.std"),
-        ({"interpolation": "cubic"}, "preprocessing.interpolation is 'cubic'; allowed: .*bicubic"),
-        ({"interpolation": {}}, "preprocessing.interpolation"),
-        ({"crop_pct": 0.0}, "preprocessing.crop_pct"),
-        ({"crop_pct": 1e-9}, "preprocessing.crop_pct"),
-        ({"crop_pct": True}, "preprocessing.crop_pct"),
-        ({"crop_mode": "border"}, "preprocessing.crop_mode is 'border'; allowed: center, squash"),
+        ({"size": [0, 32]}, r"size is \(0, 32\)"),
+        ({"size": [32]}, "size"),
+        ({"size": [32.0, 32.0]}, "size"),
+        ({"size": [10**9, 32]}, "size"),
+        ({"mean": [0.5, 0.5]}, "mean"),
+        ({"mean": [0.5, 0.5, float("nan")]}, "mean"),
+        ({"std": [0.5, 0.5, 0.0]}, "std"),
+        ({"std": "abc"}, "std"),
+        ({"interpolation": "cubic"}, "interpolation is 'cubic'; allowed: .*bicubic"),
+        ({"interpolation": {}}, "interpolation"),
+        ({"crop_pct": 0.0}, "crop_pct"),
+        ({"crop_pct": 1e-9}, "crop_pct"),
+        ({"crop_pct": True}, "crop_pct"),
+        ({"crop_mode": "border"}, "crop_mode is 'border'; allowed: center, squash"),
         ({"_target_": "os.system"}, r"unknown keys \['_target_'\]"),
+        ({"std": None}, r"missing keys \['std'\]"),
     ],
 )
-def test_a_preprocessing_from_a_file_is_checked(change, message):
-    with pytest.raises(ValueError, match=message):
-        Preprocessing.from_dict(SMALL.to_dict() | change)
-
-
-def test_a_preprocessing_from_a_file_must_be_complete():
-    values = SMALL.to_dict()
-    del values["std"]
-    with pytest.raises(ValueError, match=r"missing keys \['std'\]"):
-        Preprocessing.from_dict(values)
+def test_a_preprocessing_survives_json_and_is_checked(change, words):
+    values = json.loads(json.dumps(SMALL.to_dict()))
+    assert Preprocessing.from_dict(values) == SMALL
+    changed = {key: value for key, value in (values | change).items() if value is not None}
+    with pytest.raises(ValueError, match=f"preprocessing.*{words}"):
+        Preprocessing.from_dict(changed)
 
 
 @pytest.mark.parametrize("image_size", [(100, 80), (80, 101), (333, 71), (9, 130), (64, 64)])
@@ -247,7 +250,7 @@ def test_a_preprocessing_from_a_file_must_be_complete():
 @pytest.mark.parametrize(
     ("size", "interpolation", "far"), [((64, 64), "bilinear", 1), ((48, 64), "bilinear", 1), ((64, 64), "bicubic", 40)]
 )
-def test_computing_only_what_is_seen_gives_the_pixels_of_all(
+def test_resizing_only_the_cropped_part_gives_the_same_pixels(
     image_size, crop_mode, size, interpolation, far, monkeypatch
 ):
     image = picture(*image_size)
@@ -255,18 +258,17 @@ def test_computing_only_what_is_seen_gives_the_pixels_of_all(
     whole = np.asarray(resize_and_crop(image, preprocessing)).astype(int)
     monkeypatch.setattr(vpt.data.transforms.preprocessing, "MAX_ENLARGED", 0)
     different = np.abs(np.asarray(resize_and_crop(image, preprocessing)) - whole)
-    # Pillow clips between its two passes, and takes first the one that leaves less: it matters to what overshoots.
+    # Pillow clips between its two passes, and starts with the one that leaves less: it matters where bicubic overshoots
     assert different.max() <= far
     assert different.mean() < 1
 
 
-def test_no_ordinary_picture_is_computed_in_part(monkeypatch):
-    preprocessing = Preprocessing((224, 224), *HALVES)
+def test_ordinary_images_are_resized_as_a_whole(monkeypatch):
     for size in ((100, 2), (4000, 3000), (20, 6000)):
         image = Image.new("RGB", size)
         resize = Mock(return_value=Image.new("RGB", (9, 9)))
         monkeypatch.setattr(image, "resize", resize)
-        resize_and_crop(image, preprocessing)
+        resize_and_crop(image, Preprocessing((224, 224), *HALVES))
         assert len(resize.call_args.args) == 2  # the size and the filter, and no box
 
 
@@ -289,6 +291,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline) / 1024)
 """
 
 
-def test_a_picture_of_one_pixel_by_a_million_is_used_with_little_memory():
+def test_an_image_of_one_pixel_by_a_million_takes_little_memory():
     output = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     assert float(output.stdout) < 400  # MB; enlarged it would take 250,000

@@ -52,9 +52,9 @@ def test_skip_leaves_out_train_pictures_that_cannot_be_read_and_tells(album, num
     samples = classes.read()
     assert len(samples["train"]) == 16
     assert [name for name, _ in classes.left_out] == ["train/grass/3.png", "train/rose/5.png"]
-    assert f"{album}/train/grass/3.png: broken picture" in classes.left_out[0][1]
+    assert f"{album}/train/grass/3.png: broken image" in classes.left_out[0][1]
     line = classes.describe(samples)[1]
-    assert line.startswith(f"2 train pictures cannot be read, left out; first {album}/train/grass/3.png: broken")
+    assert line.startswith(f"2 train images cannot be read, left out; first {album}/train/grass/3.png: broken")
     for index in range(16):
         samples["train"].read(index)
     assert "check train: 2/2 batches" in capsys.readouterr().err
@@ -63,12 +63,12 @@ def test_skip_leaves_out_train_pictures_that_cannot_be_read_and_tells(album, num
 def test_skip_counts_from_what_is_left(album):
     samples = kind(album, *SKIP, "dataset.num_per_class=5", "num_workers=0").read()
     assert len(samples["train"]) == 15
-    with pytest.raises(ValueError, match="class 'grass' has 5 train pictures, fewer than num_per_class=6"):
+    with pytest.raises(ValueError, match="class 'grass' has 5 train images, fewer than num_per_class=6"):
         kind(album, *SKIP, "dataset.num_per_class=6", "num_workers=0").read()
 
 
 def test_stop_is_the_default_and_looks_at_headers(album):
-    with pytest.raises(ImageError, match=r"train/rose/5\.png: not a picture.*; replace or remove") as error:
+    with pytest.raises(ImageError, match=r"train/rose/5\.png: not an image.*; replace or remove") as error:
         kind(album).read()
     assert "grass" not in str(error.value)  # its header is whole
 
@@ -76,7 +76,7 @@ def test_stop_is_the_default_and_looks_at_headers(album):
 def test_more_than_may_be_skipped_stop_the_run(album):
     with pytest.raises(
         ConfigError,
-        match=r"^2 of 18 train pictures cannot be read, more than data\.max_skipped=0\.1 allows; first .*3\.png",
+        match=r"^2 of 18 train images cannot be read, more than data\.max_skipped=0\.1 allows; first .*3\.png",
     ):
         kind(album, "data.on_error=skip", "data.max_skipped=0.1", "num_workers=0").read()
 
@@ -84,7 +84,7 @@ def test_more_than_may_be_skipped_stop_the_run(album):
 def test_a_class_that_would_be_lost_stops_the_run(album):
     for path in (album / "train" / "rose").iterdir():
         path.write_text("hello")
-    with pytest.raises(ConfigError, match="class 'rose': no train picture of it can be read"):
+    with pytest.raises(ConfigError, match="class 'rose': none of its train images can be read"):
         kind(album, "data.on_error=skip", "data.max_skipped=1", "num_workers=0").read()
 
 
@@ -92,7 +92,7 @@ def test_a_class_that_would_be_lost_stops_the_run(album):
 def test_val_and_test_never_skip(album, split):
     for name in ("0.png", "2.png"):
         cut(album / split / "grass" / name)
-    with pytest.raises(ImageError, match=rf"{split}/grass/0\.png: broken picture.*; 1 more cannot be read"):
+    with pytest.raises(ImageError, match=rf"{split}/grass/0\.png: broken image.*; 1 more cannot be read"):
         kind(album, *SKIP, "num_workers=0").read()
 
 
@@ -108,7 +108,7 @@ def test_boxes_skip_what_is_missing_and_what_cannot_be_decoded(forest):
     samples = trees.read()
     assert len(samples["train"]) == 14
     assert sorted(name for name, _ in trees.left_out) == ["train/3.png", "train/5.png"]
-    assert any(line.startswith("2 train pictures cannot be read, left out; first ") for line in trees.describe(samples))
+    assert any(line.startswith("2 train images cannot be read, left out; first ") for line in trees.describe(samples))
 
 
 def test_boxes_stop_at_a_missing_train_picture_unless_told(forest):
@@ -128,7 +128,7 @@ def test_boxes_of_val_and_test_never_lose_a_picture(boxes, tmp_path, split, over
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.background=whte", r"data\.background='whte' is no colour"),
+        ("data.background=whte", r"background='whte': not a colour"),
         ("data.max_pixels=1919", r"1,920 pixels are more than the 1,919 allowed"),
     ],
 )
@@ -165,7 +165,7 @@ def test_a_run_trains_without_what_it_leaves_out(album, tmp_path, capsys):
         "num_workers=0",
         f"run.root={tmp_path / 'runs'}",
     )
-    assert "2 train pictures cannot be read, left out; first" in capsys.readouterr().out
+    assert "2 train images cannot be read, left out; first" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -183,4 +183,4 @@ def test_a_picture_that_breaks_while_training_is_one_line_with_loader_processes(
     assert process.returncode == 2
     assert "Traceback" not in process.stderr
     (line,) = [line for line in process.stderr.splitlines() if "error" in line]
-    assert line.startswith(f"error: {root}/train/grass/3.png: broken picture")
+    assert line.startswith(f"error: {root}/train/grass/3.png: broken image")

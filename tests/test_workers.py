@@ -28,7 +28,7 @@ BAD = 7
 def misbehave(mode):
     match mode:
         case "raise":
-            raise ImageError("a/7.png: broken picture")
+            raise ImageError("a/7.png: broken image")
         case "hang":
             time.sleep(1000)
         case "leave":
@@ -72,10 +72,10 @@ def running():
 @pytest.mark.parametrize(
     ("mode", "words"),
     [
-        ("SIGKILL", r"was ended by SIGKILL; .*lack of memory"),
-        ("SIGSEGV", r"was ended by SIGSEGV; .*num_workers=0"),
-        ("SIGBUS", r"was ended by SIGBUS; .*/dev/shm"),
-        ("leave", r"ended by itself with exit code 3; .*num_workers=0"),
+        ("SIGKILL", r"was killed by SIGKILL; .*lack of memory"),
+        ("SIGSEGV", r"was killed by SIGSEGV; .*num_workers=0"),
+        ("SIGBUS", r"was killed by SIGBUS; .*/dev/shm"),
+        ("leave", r"exited with code 3; .*num_workers=0"),
     ],
 )
 def test_a_process_that_dies_is_named_with_its_end_and_its_last_picture(mode, words, capfd):
@@ -84,7 +84,7 @@ def test_a_process_that_dies_is_named_with_its_end_and_its_last_picture(mode, wo
         numbers(loader)
     assert time.monotonic() - start < 10
     assert "loader process 2 of 2 (pid " in str(error.value)
-    assert "the last picture that it read: a/7.png" in str(error.value)
+    assert "last image read: a/7.png" in str(error.value)
     assert "\n" not in str(error.value)
     del loader, error
     assert running() == []
@@ -108,16 +108,14 @@ def test_a_process_that_is_about_to_die_when_its_batch_is_fetched_is_named_as_we
     batches = iter(loader_of(album))
     while album.is_bad[0]:
         time.sleep(0.01)
-    with pytest.raises(LoaderError, match=r"loader process 2 of 2 .* was ended by SIGKILL; .*: a/7\.png; "):
+    with pytest.raises(LoaderError, match=r"loader process 2 of 2 .* was killed by SIGKILL; .*: a/7\.png; "):
         list(batches)
     assert running() == []
 
 
 def test_a_process_that_hangs_is_named_and_killed():
     start, loader = time.monotonic(), loader_of(Album("hang"), timeout_s=1.5)
-    with pytest.raises(
-        LoaderError, match=r"gave no batch in 1\.5 s; the last picture that it read: a/7\.png; .*timeout_s"
-    ):
+    with pytest.raises(LoaderError, match=r"sent no batch for 1\.5 s; last image read: a/7\.png; .*timeout_s"):
         numbers(loader)
     assert time.monotonic() - start < 10
     del loader
@@ -137,7 +135,7 @@ def test_a_slow_batch_within_the_limit_is_waited_for():
 def test_an_error_of_a_picture_is_the_same_one_line_with_and_without_processes(num_workers):
     with pytest.raises(ImageError) as error:
         numbers(loader_of(Album("raise"), num_workers))
-    assert str(error.value) == "a/7.png: broken picture"
+    assert str(error.value) == "a/7.png: broken image"
     assert error.value.__cause__ is None
     assert running() == []  # left to the garbage collection they would be waited for, ten seconds each
     if num_workers:
@@ -221,7 +219,7 @@ def test_the_end_of_a_process_is_an_error_when_a_batch_is_wanted_and_not_before(
 def test_other_ways_to_start_processes_tell_the_same(start_method):
     loader = loader_of(ALBUM)
     loader.multiprocessing_context = start_method
-    with pytest.raises(LoaderError, match=r"was ended by SIGKILL; the last picture that it read: a/7\.png"):
+    with pytest.raises(LoaderError, match=r"was killed by SIGKILL; last image read: a/7\.png"):
         numbers(loader)
 
 

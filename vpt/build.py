@@ -122,7 +122,7 @@ def build_loaders(
             shuffle=split == "train",
             seed=config.seed,
             num_workers=num_workers,
-            collate=collate,
+            collate_fn=collate,
             timeout_s=config.data.timeout_s,
         )
         for split, dataset in datasets.items()
@@ -232,7 +232,7 @@ def whiten_prompt(config: Config, model: Model, data: Data) -> None:
 def _start_pictures(config: Config, data: Data, num_pictures: int) -> Iterator[torch.Tensor]:
     """Batches of at least so many train pictures, or of all, the same ones in each call."""
     size = min(config.train.batch_size, num_pictures)
-    loader = build_loader(data.datasets["train"], size, shuffle=True, seed=config.seed, collate=_stack_images)
+    loader = build_loader(data.datasets["train"], size, shuffle=True, seed=config.seed, collate_fn=_stack_images)
     return islice(loader, -(-num_pictures // size))
 
 

@@ -1,4 +1,4 @@
-"""Pictures that are decoded once, however many epochs and processes read them."""
+"""Cache of decoded images, shared by all epochs and processes."""
 
 import itertools
 import mmap
@@ -9,32 +9,30 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.reduction import DupFd
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vpt.data.images import check_image
-from vpt.data.samples import DetectionSamples, Samples
+from vpt.data.samples import Samples, SamplesT
 from vpt.storage.files import reserve
 
 Size = tuple[int, int]  # width, height in pixels
-SamplesT = TypeVar("SamplesT", Samples, DetectionSamples)
 
-# What the flag of a picture says of its pixels.
+# Flag of an image: not decoded yet, of the size in its header, or with width and height swapped by EXIF.
 MISSING, AS_IN_HEADER, TURNED = 0, 1, 2
 
 
-class PictureCache:
-    """A reader that decodes each picture once, whichever process asks for it first.
+class ImageCache:
+    """A reader that decodes each image once, in whichever process reads it first.
 
-    The pixels lie in one temporary file that every process maps into its memory. The file has no name, so the system
-    removes it with the last process that has it open, however that ends. Shared memory (/dev/shm) would do the same,
-    but holds only 64 MB in many containers.
+    The pixels are in one temporary file that every process maps into its memory. The file has no name, so the system
+    removes it when the last process that has it open ends. Shared memory (/dev/shm) has only 64 MB in many containers.
 
     Args:
-        reader: Decodes the RGB picture of an index.
-        sizes: Width and height in the header of each picture. EXIF may turn a picture, which swaps them.
+        reader: Decodes the RGB image of an index.
+        sizes: Width and height in the header of each image; EXIF orientation may swap them.
 
     Raises:
         OSError: The temporary folder has no room.
@@ -48,7 +46,7 @@ class PictureCache:
             self._map(os.dup(file.fileno()))
 
     def __call__(self, index: int) -> Image.Image:
-        """Read a picture, mode RGB."""
+        """Read an image, mode RGB."""
         size, start = self.sizes[index], self._starts[index]
         pixels = self._pixels[start : start + num_bytes(size)]
         if self._flags[index] != MISSING:
@@ -56,12 +54,12 @@ class PictureCache:
         image = self.reader(index)
         if image.size in (size, size[::-1]):
             pixels[:] = np.asarray(image).reshape(-1)
-            # Only now, so that no other process reads half a picture; one that decodes it too writes the same bytes.
+            # Only now, so that no other process reads half an image; one that decodes it too writes the same bytes.
             self._flags[index] = AS_IN_HEADER if image.size == size else TURNED
         return image
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a worker that is started afresh: the open file is handed on by its number, as torch does it."""
+        """For a process that is spawned: the open file is passed by its number, as torch does it."""
         return {"reader": self.reader, "sizes": self.sizes, "handle": DupFd(self._handle)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -69,7 +67,7 @@ class PictureCache:
         self._map(state["handle"].detach())
 
     def _map(self, handle: int) -> None:
-        """Map the file, all pixels first, then a flag for each picture; it stays open as long as this object lives."""
+        """Map the file: all pixels, then a flag for each image; it is closed with this object."""
         self._handle = handle
         weakref.finalize(self, os.close, handle)
         buffer = np.frombuffer(mmap.mmap(handle, 0), dtype=np.uint8)
@@ -77,25 +75,20 @@ class PictureCache:
         self._pixels, self._flags = buffer[:end], buffer[end:]
 
 
-def cache_pictures(samples: SamplesT, sizes: Sequence[Size]) -> SamplesT:
-    """The same samples behind a `PictureCache`; `sizes` are what `decoded_sizes` says.
+def cache_images(samples: SamplesT, sizes: Sequence[Size]) -> SamplesT:
+    """The same samples behind an `ImageCache`; `sizes` come from `decoded_sizes`.
 
     Raises:
         OSError: The temporary folder has no room.
     """
-    return replace(samples, reader=PictureCache(samples.read, sizes))
+    return replace(samples, reader=ImageCache(samples.read, sizes))
 
 
-def decoded_sizes(samples: Samples | DetectionSamples, max_bytes: float) -> list[Size] | None:
-    """Width and height of all pictures by their headers; None as soon as their pixels are more than `max_bytes`.
-
-    Args:
-        samples: Pictures that are files.
-        max_bytes: Three bytes are counted for a pixel.
-    """
+def decoded_sizes(samples: Samples, max_bytes: float) -> list[Size] | None:
+    """Width and height of all image files, from their headers; None if their pixels take more than `max_bytes`."""
     sizes: list[Size] = []
     for path in samples.paths:
-        sizes.append(check_image(path, max_pixels=sys.maxsize))  # the limit of a run was checked when they were found
+        sizes.append(check_image(path, max_pixels=sys.maxsize))  # the limit of the run was checked by the reader
         max_bytes -= num_bytes(sizes[-1])
         if max_bytes < 0:
             return None
@@ -103,5 +96,5 @@ def decoded_sizes(samples: Samples | DetectionSamples, max_bytes: float) -> list
 
 
 def num_bytes(size: Size) -> int:
-    """Bytes of an RGB picture."""
+    """Bytes of an RGB image."""
     return size[0] * size[1] * 3

@@ -1,8 +1,7 @@
-"""Decode a picture file safely: one RGB picture, upright, or an error that names the file.
+"""Decoding of image files: an upright RGB image, or an error that names the file.
 
-Pillow decodes, and nothing else: other decoders crash, or return half a picture without a word, on broken files. What
-Pillow itself gets wrong is put right here: it leaves a photograph lying on its side, drops transparency, turns 16-bit
-grey into white, and waits for ever on a pipe.
+Only Pillow decodes: other decoders crash on broken files, or silently return half an image. Corrected here is what
+Pillow leaves to its callers: EXIF orientation, transparency, 16-bit grey, and pipes, on which opening would block.
 """
 
 import os
@@ -21,7 +20,7 @@ from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError, features
 
 MAX_PIXELS = 50_000_000
 
-# Not every format that Pillow knows: some start other programs (EPS calls Ghostscript).
+# Not every format that Pillow supports: some start other programs (EPS calls Ghostscript).
 FORMATS: tuple[str, ...] = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 EXTENSIONS = frozenset(
     {".bmp", ".gif", ".jpg", ".jpeg", ".png", ".pbm", ".pgm", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
@@ -29,7 +28,7 @@ EXTENSIONS = frozenset(
 if features.check("avif"):
     FORMATS, EXTENSIONS = (*FORMATS, "AVIF"), EXTENSIONS | {".avif"}
 
-# What turns a picture upright, by EXIF's number of how it lies.
+# The operation that turns an image upright, by EXIF orientation.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,14 +42,14 @@ TURNS = {
 
 @dataclass(frozen=True)
 class Decoding:
-    """What a run says of decoding: `data.max_pixels` and `data.background`.
+    """Options of decoding.
 
     Args:
-        max_pixels: Larger pictures are refused by the size in their header, before they are decoded.
-        background: What shows through transparent pictures: a name of a colour, or "#RRGGBB".
+        max_pixels: Larger images are refused by the size in their header, before they are decoded.
+        background: The colour behind transparent images: a name, or "#RRGGBB".
 
     Raises:
-        ValueError: The background is no opaque colour.
+        ValueError: The background is not an opaque colour.
     """
 
     max_pixels: int = MAX_PIXELS
@@ -61,49 +60,46 @@ class Decoding:
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; the message names it and says what is wrong."""
+    """An image that cannot be used; the message names the file and the reason."""
 
 
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, background: str = "white") -> Image.Image:
-    """Read a picture file as RGB, upright; of an animation the first frame.
+    """Read an image file as RGB, upright and fully decoded; of an animation the first frame.
 
     Args:
         path: The file; its content decides the format, not its name.
-        max_pixels: Larger pictures are refused by the size in their header, before they are decoded.
-        background: What shows through a transparent picture: a name of a colour, or "#RRGGBB".
-
-    Returns:
-        A picture of mode RGB, fully decoded.
+        max_pixels: Larger images are refused by the size in their header, before they are decoded.
+        background: The colour behind a transparent image: a name, or "#RRGGBB".
 
     Raises:
-        ImageError: The file is missing, empty, truncated, not a picture, too large, or holds floating point values.
+        ImageError: The file is missing, empty, truncated, not an image, too large, or holds floating point values.
     """
-    _colour(background)  # before a picture is blamed for it
+    _colour(background)  # before an image is blamed for it
     with _opened(path, max_pixels) as image:
         image.load()
         return to_rgb(image, background)
 
 
 def check_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Refuse what `read_image` refuses, as far as the header of the file tells; takes a tenth of a millisecond.
+    """Raise what `read_image` would raise, as far as the header shows; takes a tenth of a millisecond.
 
     Returns:
-        Width and height as the header says; a picture that lies on its side is not turned upright yet.
+        Width and height in the header, before EXIF orientation is applied.
 
     Raises:
-        ImageError: The file is missing, empty, not a picture, or too large.
+        ImageError: The file is missing, empty, not an image, or too large.
     """
     with _opened(path, max_pixels) as image:
         return image.size
 
 
 def read_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """Height and width of the upright picture and of the stored one, and EXIF's number of how it lies.
+    """Height and width of the upright image, those of the stored one, and the EXIF orientation.
 
-    The number is 1 unless the picture is stored on its side, which makes it 5, 6, 7 or 8.
+    The orientation is 1 unless the image is stored on its side (5, 6, 7 or 8).
 
     Raises:
-        ImageError: What `check_image` refuses, or broken EXIF data.
+        ImageError: As `check_image`, or the EXIF data are broken.
     """
     with _opened(path, max_pixels) as image:
         orientation = _orientation(image)
@@ -115,15 +111,15 @@ def read_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[tuple[i
 
 
 def find_images(path: str | Path) -> list[Path]:
-    """The pictures below a folder, sorted; dot files and dot folders are none. A file is itself.
+    """The image files of a folder and its subfolders, sorted, without hidden ones; a file is returned as it is.
 
-    Links to folders are followed, but no folder is read twice. A name that is not there may be a pattern, as
-    `photos/**/*.jpg`: then these are the pictures that match it, and those below folders that do; `**` is any number
-    of folders, but no links to them.
+    Links to folders are followed, but no folder is read twice. A name that does not exist may be a pattern, such as
+    `photos/**/*.jpg`: it returns the images that match, and those in folders that match; `**` matches any number of
+    folders, but no links.
 
     Raises:
-        FileNotFoundError: There is neither a file nor a folder of this name, or no picture that matches it.
-        ValueError: It is no possible pattern.
+        FileNotFoundError: There is neither a file nor a folder of this name, or no image matches.
+        ValueError: The pattern is invalid.
     """
     path = Path(path)
     if path.is_file():
@@ -142,14 +138,14 @@ def find_images(path: str | Path) -> list[Path]:
         if not any(part.startswith(".") for part in match.relative_to(folder).parts):
             found.update(_walk(match) if match.is_dir() else [match] if match.suffix.lower() in EXTENSIONS else [])
     if not found:
-        raise FileNotFoundError(f"{path}: matches no picture ({', '.join(sorted(EXTENSIONS))})")
+        raise FileNotFoundError(f"{path}: matches no image ({', '.join(sorted(EXTENSIONS))})")
     return sorted(found)
 
 
 def split_pattern(path: Path) -> tuple[Path, str]:
-    """The folder that a pattern starts from, and the rest; "" if the path is no pattern.
+    """The folder that a pattern starts from, and the rest; "" if the path is not a pattern.
 
-    Names that are there stand for themselves, whatever they look like.
+    Names that exist are taken literally.
 
     Example:
         >>> split_pattern(Path("photos/20*/**/*.jpg"))
@@ -165,7 +161,6 @@ def split_pattern(path: Path) -> tuple[Path, str]:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """The pictures below a folder, sorted."""
     found, visited = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
@@ -179,14 +174,14 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Turn a picture upright and into mode RGB: transparency over a colour, 16-bit grey scaled by 257.
+    """Turn an image upright and convert it to RGB: transparency over a colour, 16-bit grey divided by 257.
 
     Args:
-        image: A decoded picture of any mode but floating point.
-        background: The colour, by name or as "#RRGGBB".
+        image: A decoded image of any mode but floating point.
+        background: A colour, by name or as "#RRGGBB".
 
     Raises:
-        ImageError: The mode is floating point or unknown, or its values are no 16-bit grey.
+        ImageError: The mode is floating point or unknown, or its values are not 16-bit grey.
     """
     orientation = _orientation(image)
     if orientation in TURNS:
@@ -194,7 +189,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     if image.mode.startswith("I"):
         return _from_16_bit(image)
     if image.mode == "F":
-        raise ImageError("floating point pictures have no known range; save it with 8 bits per channel")
+        raise ImageError("floating point images have no known range; save it with 8 bits per channel")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, _colour(background)), image)
@@ -203,52 +198,47 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 @contextmanager
 def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
-    """A file with its header read and its size checked; every error in here, and in the block, names the file."""
+    """A file with its header read and its size checked; every error here and in the block names the file."""
     try:
         with _without_warnings(), _open(path) as image:
             num_pixels = image.width * image.height
             if num_pixels > max_pixels:
-                raise ImageError(f"{num_pixels:,} pixels are more than the {max_pixels:,} allowed; shrink the picture")
+                raise ImageError(f"{num_pixels:,} pixels are more than the {max_pixels:,} allowed; shrink the image")
             yield image
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: too many pixels ({error}); shrink the picture") from error
+        raise ImageError(f"{path}: too many pixels ({error}); shrink the image") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: {_why_unidentified(Path(path))}; pictures are {', '.join(FORMATS)}") from error
+        is_empty = Path(path).stat().st_size == 0
+        reason = "the file is empty" if is_empty else "not an image, or its header is broken"
+        raise ImageError(f"{path}: {reason}; formats: {', '.join(FORMATS)}") from error
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such file") from error
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file
-        raise ImageError(f"{path}: {_why_broken(error)}") from error
+        if isinstance(error, OSError) and error.strerror:  # of the system: Pillow's own have a text only
+            raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{path}: broken image ({reason})") from error
 
 
 def _open(path: str | Path) -> Image.Image:
-    """Open a file and read its header."""
     if isinstance(path, str | Path):
         mode = os.stat(path).st_mode  # noqa: PTH116  (either type)
-        if not stat.S_ISREG(mode):  # to open a pipe would wait for somebody to write, and a device may never end
-            raise ImageError("a folder, not a picture" if stat.S_ISDIR(mode) else "a pipe or a device, not a picture")
+        if not stat.S_ISREG(mode):  # opening a pipe blocks until it is written to, and a device may never end
+            raise ImageError(f"{'a folder' if stat.S_ISDIR(mode) else 'a pipe or a device'}, not an image")
     return Image.open(path, formats=FORMATS)
 
 
-def _why_unidentified(path: Path) -> str:
-    return "the file is empty" if path.stat().st_size == 0 else "not a picture, or its header is broken"
-
-
-def _why_broken(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:  # of the system: Pillow's own have a text only
-        return f"cannot be read ({error.strerror})"
-    return f"broken picture ({' '.join(str(error).split()) or type(error).__name__})"
-
-
 def _orientation(image: Image.Image) -> int:
-    """EXIF's number of how a picture lies; 1 if it says nothing."""
+    """EXIF orientation; 1 by default."""
     try:
-        # Pillow's own method for PNG would decode the picture, for the rare EXIF data that follow it.
+        # Pillow's own method for PNG would decode the image, for the rare EXIF data that follow it.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     except Exception as error:
+        reason = " ".join(str(error).split())
         raise ImageError(
-            f"broken EXIF data ({' '.join(str(error).split())}), so nothing tells how it lies; save it without them"
+            f"broken EXIF data ({reason}), so that the orientation is unknown; save it without them"
         ) from error
     return orientation if orientation in tuple(TURNS) else 1
 
@@ -258,9 +248,9 @@ def _colour(name: str) -> tuple[int, ...]:
     try:
         colour = ImageColor.getrgb(name)
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"data.background={name!r} is no colour; type a name such as white, or '#RRGGBB'") from error
+        raise ValueError(f"background={name!r}: not a colour; use a name such as white, or '#RRGGBB'") from error
     if len(colour) != 3:
-        raise ValueError(f"data.background={name!r} is transparent itself; type a name such as white, or '#RRGGBB'")
+        raise ValueError(f"background={name!r}: must be opaque; use a name such as white, or '#RRGGBB'")
     return colour
 
 
@@ -273,9 +263,9 @@ _num_silent = 0
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Ignore what Pillow warns of: metadata that nobody reads, and sizes for which there is a limit of our own.
+    """Ignore Pillow's warnings: about unused metadata, and about sizes, which have a limit here.
 
-    Pictures are read in several threads, in which `warnings.catch_warnings` would put back each other's filters.
+    Images are read in several threads, in which `warnings.catch_warnings` would restore each other's filters.
     """
     global _num_silent
     with _silence:
@@ -289,7 +279,7 @@ def _without_warnings() -> Iterator[None]:
             _num_silent -= 1
             if _num_silent == 0:
                 filters: Any = warnings.filters
-                with suppress(ValueError):  # somebody has replaced the filters meanwhile
+                with suppress(ValueError):  # the filters were replaced meanwhile
                     filters.remove(_SILENT)
 
 
@@ -297,5 +287,5 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     """Scale grey values 0 to 65535, of mode I;16 or I, to 0 to 255."""
     values = np.asarray(image).astype(np.int32, copy=False)
     if values.min() < 0 or values.max() > 65535:
-        raise ImageError(f"grey values {values.min()} to {values.max()} are no 16-bit values; save it with 8 bits")
+        raise ImageError(f"grey values {values.min()} to {values.max()} are not 16-bit; save it with 8 bits")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")

@@ -1,8 +1,8 @@
-"""Sampling and loading: from a data set to batches `(images, targets)`.
+"""Samplers and loaders of batches `(images, targets)`.
 
-What a batch holds is decided by the seed, the epoch and the index alone. Every random number comes from
-`stable_seed`, and a key of the sampler is `(epoch, index)`, so that a data set can augment a picture without any
-state of its own. The number of workers, the global random state and the point where a run was resumed change nothing.
+A batch depends on the seed, the epoch and the indices alone. Every random number comes from `stable_seed`, and a key of
+the sampler is `(epoch, index)`, so that a data set augments an image without any state of its own. The number of loader
+processes, the global random state and the point where a run was resumed change nothing.
 
 Shapes: B batch, C channels, H, W pixels.
 """
@@ -20,7 +20,7 @@ TIMEOUT_S = 120.0
 
 
 def stable_seed(*parts: int | str) -> int:
-    """A seed in [0, 2**63) made of the parts: the same on every machine and in every process, unlike `hash`.
+    """A seed in [0, 2**63) made of the parts; unlike `hash`, the same on every machine and in every process.
 
     Example:
         >>> stable_seed(0, 1, 2)
@@ -34,7 +34,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
     """Keys `(epoch, index)` of one epoch, in order or shuffled by seed and epoch only.
 
     Args:
-        num_samples: The size of the data set.
+        num_samples: Length of the data set.
         seed: Decides the order of every epoch.
         shuffle: Draw a new order each epoch.
 
@@ -52,11 +52,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch, self.num_skipped = 0, 0
 
     def set_epoch(self, epoch: int, num_skipped: int = 0) -> None:
-        """Choose the epoch that the next iteration goes through, and how many of its keys are done already."""
+        """Set the epoch of the next iteration, and how many of its first keys are skipped."""
         self.epoch, self.num_skipped = epoch, num_skipped
 
     def order(self, epoch: int) -> list[int]:
-        """Every index once, as an epoch goes through them."""
+        """Every index once, in the order of an epoch."""
         if not self.shuffle:
             return list(range(self.num_samples))
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "order", epoch))
@@ -77,29 +77,29 @@ def build_loader(
     shuffle: bool,
     seed: int = 0,
     num_workers: int = 0,
-    collate: Callable[[Any], Any] | None = None,
+    collate_fn: Callable[[Any], Any] | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> DataLoader[Any]:
-    """Build a loader of batches: images (B, 3, H, W) float32, targets (B,) int64, or what `collate` makes.
+    """Build a loader of batches: images (B, 3, H, W) float32 and targets (B,) int64, or what `collate_fn` makes.
 
     Call `loader.sampler.set_epoch(epoch)` before each epoch.
 
     Args:
-        dataset: Has a length, and gives (image, target) for a key (epoch, index).
-        batch_size: Pictures in a batch.
+        dataset: Has a length, and returns (image, target) for a key (epoch, index).
+        batch_size: Images in a batch.
         shuffle: Draw a new order each epoch.
         seed: Decides the order.
-        num_workers: Processes that read pictures; 0 reads in this one, with the same result.
-        collate: Makes a batch of a list of items; None stacks each part, as torch does.
-        timeout_s: Seconds that such a process may take for a batch; then iterating raises a `LoaderError`, as it does
-            when one dies.
+        num_workers: Loader processes; 0 reads in this one, with the same result.
+        collate_fn: Makes a batch of a list of items; by default that of torch.
+        timeout_s: Seconds that a loader process may take for a batch; then iterating raises a `LoaderError`, as it does
+            when a process dies.
 
     Raises:
         ValueError: The data set is empty.
     """
     num_samples = len(dataset)  # type: ignore[arg-type]
     if num_samples == 0:
-        raise ValueError("the data set is empty; check dataset.root")
+        raise ValueError("the data set is empty")
     options: dict[str, Any] = {
         "pin_memory": torch.cuda.is_available(),
         # Without its own generator every iterator would draw from the global one, and a resumed run would differ.
@@ -107,5 +107,5 @@ def build_loader(
     }
     sampler = EpochSampler(num_samples, seed, shuffle)
     if num_workers > 0:
-        return WorkerLoader(dataset, batch_size, sampler, num_workers, collate, timeout_s, **options)
-    return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, **options)
+        return WorkerLoader(dataset, batch_size, sampler, num_workers, collate_fn, timeout_s, **options)
+    return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate_fn, **options)

@@ -1,15 +1,17 @@
-"""Pictures with one class each, in folders; `tables.py` reads them from lists, `torchvision.py` those that have a name.
+"""Samples of one split and the data sets made of them, for classification and detection.
 
-Every reader returns `dict[str, Samples]` with keys among train, val and test. The class map is made from train and
-holds for all splits. Labels and paths are all checked here, at once; pictures are decoded later, one by one.
+Readers return `dict[str, Samples]` with keys among train, val and test. The classes are those of train, and are the
+same for all splits. Labels and paths are checked when samples are made; images are decoded when they are used.
 
-Shapes: H, W pixels.
+Shapes: H, W pixels, S side of the input, K classes, n boxes of an image.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -21,82 +23,185 @@ from torch.utils.data import Dataset
 from vpt.data.images import DEFAULT_DECODING, Decoding, ImageError, check_image, read_image
 from vpt.data.loaders import stable_seed
 
+Size = tuple[int, int]  # height, width in pixels
+Target = dict[str, Tensor]
+BoxTransform = Callable[
+    [Image.Image, NDArray[np.float32], int], tuple[Tensor, NDArray[np.float32], NDArray[np.int64]]
+]  # (RGB image, boxes, seed) -> tensor, the boxes that remain, their indices
 
-@dataclass(frozen=True)
-class Samples:
-    """One split: a class, a printable name and a way to read it, for each picture.
+
+@dataclass(frozen=True, kw_only=True)
+class Samples(ABC):
+    """One split: for each image a name, a way to read it, and the labels that a subclass adds.
 
     Args:
-        classes: The class names, by target.
-        targets: A number in [0, len(classes)) for each picture.
-        names: A relative path, or what else tells a person which picture it is, for each picture.
-        reader: Gives the RGB picture of an index; must be picklable, since workers get a copy.
-        paths: The file of each picture, or nothing where the pictures are no files.
+        classes: The class names, by class number.
+        names: A relative path, or another printable name, of each image.
+        reader: Returns the RGB image of an index; must be picklable, since loader processes get a copy.
+        paths: The file of each image; empty if the images are not files.
     """
 
+    PER_IMAGE: ClassVar[tuple[str, ...]] = ("names", "paths")  # fields with a value for each image
+
     classes: tuple[str, ...]
-    targets: tuple[int, ...]
     names: tuple[str, ...]
     reader: Callable[[int], Image.Image] = field(repr=False)
     paths: tuple[Path, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        assert len(self.targets) == len(self.names)
-        assert len(self.paths) in (0, len(self.names))
+        lengths = {key: len(getattr(self, key)) for key in self.PER_IMAGE}
+        assert all(length == len(self) for key, length in lengths.items() if key != "paths" or length)
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.names)
 
     def read(self, index: int) -> Image.Image:
-        """Read a picture, mode RGB."""
+        """Read an image, upright, mode RGB.
+
+        Raises:
+            ImageError: It cannot be read.
+        """
         return self.reader(index)
 
-    def take(self, indices: Sequence[int]) -> "Samples":
+    def take(self, indices: Sequence[int]) -> Self:
         """The samples at these indices, in this order."""
-        return replace(
-            self,
-            targets=tuple(self.targets[i] for i in indices),
-            names=tuple(self.names[i] for i in indices),
-            reader=_TakenReader(self.reader, tuple(indices)),
-            paths=tuple(self.paths[i] for i in indices) if self.paths else (),
-        )
+        values: dict[str, Any] = {key: getattr(self, key) for key in self.PER_IMAGE}
+        taken = {key: tuple(value[i] for i in indices) for key, value in values.items() if value}
+        return replace(self, reader=_TakenReader(self.reader, tuple(indices)), **taken)
+
+    @property
+    @abstractmethod
+    def strata(self) -> Sequence[int]:
+        """A number for each image; `split_off` takes the same part of the images of each number."""
+
+    @abstractmethod
+    def labels_of(self, index: int) -> NDArray[np.int64]:
+        """The class numbers of an image, one for each of its labels."""
+
+    @abstractmethod
+    def class_counts(self) -> NDArray[np.int64]:
+        """The number of images, or of boxes that are not crowd, of each class, (K,)."""
+
+    @abstractmethod
+    def label_text(self, index: int) -> str:
+        """The labels of an image in short, equal for equal labels only."""
+
+    @abstractmethod
+    def label_bytes(self) -> Iterator[bytes]:
+        """All labels as bytes, for `data_digest`."""
 
 
-class ClassificationDataset(Dataset[tuple[Tensor, int]]):
-    """Samples behind a transform.
-
-    A key is `(epoch, index)`, or an index, which means epoch 0. The transform is called with a seed made of `seed`,
-    epoch and index, so an item does not depend on who asks for it, nor when.
+@dataclass(frozen=True, kw_only=True)
+class ClassificationSamples(Samples):
+    """Samples with one class for each image.
 
     Args:
-        samples: One split.
-        transform: Called with (RGB picture, seed), returns a tensor (3, H, W) float32.
-        seed: The seed of the run.
+        targets: A number in [0, K) for each image.
     """
 
-    def __init__(self, samples: Samples, transform: Callable[[Image.Image, int], Tensor], seed: int = 0) -> None:
-        self.samples = samples
-        self.transform = transform
-        self.seed = seed
+    PER_IMAGE = (*Samples.PER_IMAGE, "targets")
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        image = self.transform(self.samples.read(index), stable_seed(self.seed, epoch, index))
-        return image, self.samples.targets[index]
+    targets: tuple[int, ...]
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    @property
+    def strata(self) -> Sequence[int]:
+        """The classes."""
+        return self.targets
+
+    def labels_of(self, index: int) -> NDArray[np.int64]:
+        """The class number of an image, (1,)."""
+        return np.array(self.targets[index : index + 1], np.int64)
+
+    def class_counts(self) -> NDArray[np.int64]:
+        """The number of images of each class, (K,)."""
+        return np.bincount(np.array(self.targets, np.int64), minlength=len(self.classes))
+
+    def label_text(self, index: int) -> str:
+        """The class name."""
+        return self.classes[self.targets[index]]
+
+    def label_bytes(self) -> Iterator[bytes]:
+        """The targets as text."""
+        return (f"{target} ".encode() for target in self.targets)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DetectionSamples(Samples):
+    """Samples with checked boxes for each image, in pixels of the upright image.
+
+    Args:
+        category_ids: The id of each class in its source: a COCO category id, a YOLO class number, or 1, 2, ...
+        sizes: Height and width of each upright image.
+        image_ids: The id of each image in its source: a COCO image id, or 1, 2, ...
+        boxes: Corners x1, y1, x2, y2 for each image, (n, 4) float32; read-only, as the next two.
+        labels: A number in [0, K) for each box, (n,) int64.
+        crowd: Whether loss and matching ignore a box, (n,) bool.
+    """
+
+    PER_IMAGE = (*Samples.PER_IMAGE, "sizes", "image_ids", "boxes", "labels", "crowd")
+
+    category_ids: tuple[int, ...]
+    sizes: tuple[Size, ...] = field(repr=False)
+    image_ids: tuple[int, ...] = field(repr=False)
+    boxes: tuple[NDArray[np.float32], ...] = field(repr=False)
+    labels: tuple[NDArray[np.int64], ...] = field(repr=False)
+    crowd: tuple[NDArray[np.bool_], ...] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert len(self.classes) == len(self.category_ids)
+        for array in self._arrays():
+            array.setflags(write=False)
+
+    @property
+    def strata(self) -> Sequence[int]:
+        """Zeros: an image may have boxes of any number of classes."""
+        return [0] * len(self)
+
+    def labels_of(self, index: int) -> NDArray[np.int64]:
+        """The class number of each box of an image, (n,)."""
+        return self.labels[index]
+
+    def class_counts(self) -> NDArray[np.int64]:
+        """The number of boxes of each class that are not crowd, (K,)."""
+        counted = [labels[~crowd] for labels, crowd in zip(self.labels, self.crowd, strict=True)]
+        return np.bincount(np.concatenate([np.zeros(0, np.int64), *counted]), minlength=len(self.classes))
+
+    def label_text(self, index: int) -> str:
+        """The number of boxes and a digest of them."""
+        rows = sorted(zip(self.labels[index].tolist(), self.boxes[index].tolist(), strict=True))
+        return f"{len(rows)} boxes ({hashlib.sha256(repr(rows).encode()).hexdigest()[:8]})"
+
+    def label_bytes(self) -> Iterator[bytes]:
+        """The arrays of boxes, labels and crowd."""
+        return (array.tobytes() for array in self._arrays())
+
+    def _arrays(self) -> tuple[NDArray[Any], ...]:
+        return *self.boxes, *self.labels, *self.crowd
+
+
+SamplesT = TypeVar("SamplesT", bound=Samples)
+
+
+def data_digest(splits: Mapping[str, Samples]) -> str:
+    """SHA-256 of the classes, names, labels and file sizes in bytes of all splits.
+
+    Checkpoints hold it, so its value for the same data must never change.
+    """
+    digest = hashlib.sha256()
+    for split, samples in splits.items():
+        digest.update(f"{split} {samples.classes} {samples.names}".encode())
+        for part in samples.label_bytes():
+            digest.update(part)
+        digest.update(f"{[path.stat().st_size for path in samples.paths]}".encode())
+    return digest.hexdigest()
 
 
 def check_readable(samples: Samples, decoding: Decoding = DEFAULT_DECODING) -> None:
-    """Look at the header of every picture file, before hours go by until one that cannot be read; decodes nothing.
-
-    Args:
-        samples: One split.
-        decoding: Says how large a picture may be.
+    """Check the header of every image file; nothing is decoded.
 
     Raises:
-        ImageError: Pictures are missing, broken or too large; names the first and counts the others.
+        ImageError: Images are missing, broken or too large; names the first and counts the others.
     """
     reasons = []
     for path in samples.paths:
@@ -108,13 +213,13 @@ def check_readable(samples: Samples, decoding: Decoding = DEFAULT_DECODING) -> N
 
 
 def refuse_unreadable(reasons: Sequence[str]) -> None:
-    """Refuse pictures that cannot be read, if there are any.
+    """Raise an error about images that cannot be read, if there are any.
 
     Args:
         reasons: What is wrong with each, with its path.
 
     Raises:
-        ImageError: There are any; names the first and counts the others.
+        ImageError: Names the first and counts the others.
     """
     if reasons:
         others = f"; {len(reasons) - 1} more cannot be read" if len(reasons) > 1 else ""
@@ -123,14 +228,27 @@ def refuse_unreadable(reasons: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class FileReader:
-    """Reads the picture file of an index."""
+    """Reads the image file of an index; if `sizes` are given, the upright image must have that height and width."""
 
     paths: tuple[Path, ...]
     decoding: Decoding = DEFAULT_DECODING
+    sizes: tuple[Size, ...] = ()
 
     def __call__(self, index: int) -> Image.Image:
-        """Read a picture, mode RGB."""
-        return read_image(self.paths[index], self.decoding.max_pixels, self.decoding.background)
+        """Read an image, mode RGB.
+
+        Raises:
+            ImageError: It cannot be read, or has another size.
+        """
+        path = self.paths[index]
+        image = read_image(path, self.decoding.max_pixels, self.decoding.background)
+        if self.sizes and (image.height, image.width) != self.sizes[index]:
+            raise ImageError(
+                f"{path}: {image.width} x {image.height} pixels, but its boxes are for "
+                f"{format_size(self.sizes[index])}; it was changed meanwhile, or EXIF data at its end turn it; "
+                "save it again, and restart"
+            )
+        return image
 
 
 @dataclass(frozen=True)
@@ -142,126 +260,69 @@ class _TakenReader:
         return self.reader(self.indices[index])
 
 
-Size = tuple[int, int]  # height, width in pixels
-
-
-Target = dict[str, Tensor]
-
-
-BoxTransform = Callable[
-    [Image.Image, NDArray[np.float32], int], tuple[Tensor, NDArray[np.float32], NDArray[np.int64]]
-]  # (RGB picture, boxes, seed) -> image, the boxes that stay, their indices
-
-
-@dataclass(frozen=True, eq=False)
-class DetectionSamples:
-    """One split: for each picture its file and its boxes, checked, in pixels of the upright picture.
-
-    Args:
-        classes: The class names, by label.
-        category_ids: What the source calls each class, by label: a COCO category id, a YOLO class number, or 1, 2, ...
-        names: The path of each picture, relative to the root.
-        paths: The file of each picture.
-        sizes: Height and width of each upright picture.
-        image_ids: What the source calls each picture: a COCO image id, or 1, 2, ...
-        boxes: Corners x1, y1, x2, y2 for each picture, (n, 4) float32; read-only, as the next two.
-        labels: A number in [0, K) for each box, (n,) int64.
-        crowd: Whether loss and matching ignore a box, (n,) bool.
-        reader: Gives the picture of an index, such as one that remembers it; None reads the file.
-        decoding: How a file is decoded.
-    """
-
-    classes: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    names: tuple[str, ...]
-    paths: tuple[Path, ...] = field(repr=False)
-    sizes: tuple[Size, ...] = field(repr=False)
-    image_ids: tuple[int, ...] = field(repr=False)
-    boxes: tuple[NDArray[np.float32], ...] = field(repr=False)
-    labels: tuple[NDArray[np.int64], ...] = field(repr=False)
-    crowd: tuple[NDArray[np.bool_], ...] = field(repr=False)
-    reader: Callable[[int], Image.Image] | None = field(default=None, repr=False)
-    decoding: Decoding = field(default=DEFAULT_DECODING, repr=False)
-
-    def __post_init__(self) -> None:
-        assert len(self.classes) == len(self.category_ids)
-        assert len({len(getattr(self, key)) for key in _BY_PICTURE}) == 1
-        for arrays in (self.boxes, self.labels, self.crowd):
-            for array in arrays:
-                array.setflags(write=False)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def read(self, index: int) -> Image.Image:
-        """Read a picture, upright, mode RGB.
-
-        Raises:
-            ImageError: It cannot be read, or is not of the size that its boxes were checked for.
-        """
-        if self.reader is not None:
-            return self.reader(index)
-        path, size = self.paths[index], self.sizes[index]
-        image = read_image(path, self.decoding.max_pixels, self.decoding.background)
-        if (image.height, image.width) != size:
-            raise ImageError(
-                f"{path}: {image.width} x {image.height} pixels, but its boxes are for {format_size(size)}; was it "
-                "changed meanwhile, or does EXIF data at its end turn it? save it anew, and start again"
-            )
-        return image
-
-    def take(self, indices: Sequence[int]) -> "DetectionSamples":
-        """The samples at these indices, in this order."""
-        assert self.reader is None  # it counts as these samples do
-        taken: dict[str, Any] = {key: tuple(getattr(self, key)[i] for i in indices) for key in _BY_PICTURE}
-        return replace(self, **taken)
-
-
-_BY_PICTURE = ("names", "paths", "sizes", "image_ids", "boxes", "labels", "crowd")
-
-
-class DetectionDataset(Dataset[tuple[Tensor, Target]]):
+class SampleDataset(Dataset[Any], ABC, Generic[SamplesT]):
     """Samples behind a transform.
 
-    A key is `(epoch, index)`, or an index, which means epoch 0. The transform is called with a seed made of `seed`,
-    epoch and index, so an item does not depend on who asks for it, nor when. An item is an image (3, S, S) float32 and
-    a target: "boxes" (n, 4) float32 in pixels of the image, "labels" (n,) int64, "crowd" (n,) bool, "image_index" ().
+    A key is `(epoch, index)`, or an index, which means epoch 0. The transform gets a seed made of `seed`, epoch and
+    index, so that an item depends on nothing else.
 
     Args:
         samples: One split.
-        transform: Called with (RGB picture, boxes, seed), returns a tensor, the boxes that stay, and their indices.
+        transform: Called with the RGB image, what the subclass adds, and the seed.
         seed: The seed of the run.
     """
 
-    def __init__(self, samples: DetectionSamples, transform: BoxTransform, seed: int = 0) -> None:
+    def __init__(self, samples: SamplesT, transform: Callable[..., Any], seed: int = 0) -> None:
         self.samples = samples
         self.transform = transform
         self.seed = seed
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
+        return self.make_item(self.samples.read(index), index, stable_seed(self.seed, epoch, index))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @abstractmethod
+    def make_item(self, image: Image.Image, index: int, seed: int) -> tuple[Tensor, Any]:
+        """The transformed image and its target."""
+
+
+class ClassificationDataset(SampleDataset[ClassificationSamples]):
+    """Items (image, target): what the transform makes of (RGB image, seed), (3, S, S) float32, and a class number."""
+
+    def make_item(self, image: Image.Image, index: int, seed: int) -> tuple[Tensor, int]:
+        """The transformed image and its class number."""
+        return self.transform(image, seed), self.samples.targets[index]
+
+
+class DetectionDataset(SampleDataset[DetectionSamples]):
+    """Items (image, target) for detection; the transform is a `BoxTransform`.
+
+    The image is (3, S, S) float32. The target has "boxes" (n, 4) float32 in pixels of the input, "labels" (n,) int64,
+    "crowd" (n,) bool and "image_index" ().
+    """
+
+    def make_item(self, image: Image.Image, index: int, seed: int) -> tuple[Tensor, Target]:
+        """The transformed image and its target."""
         samples = self.samples
-        image, boxes, kept = self.transform(
-            samples.read(index), samples.boxes[index], stable_seed(self.seed, epoch, index)
-        )
-        return image, {
+        tensor, boxes, kept = self.transform(image, samples.boxes[index], seed)
+        return tensor, {
             "boxes": torch.tensor(boxes),
             "labels": torch.tensor(samples.labels[index][kept]),
             "crowd": torch.tensor(samples.crowd[index][kept]),
             "image_index": torch.tensor(index),
         }
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
 
 def collate_detection(batch: Sequence[tuple[Tensor, Target]]) -> tuple[Tensor, list[Target]]:
-    """Make a batch of items: images (B, 3, S, S), and a target for each."""
+    """Collate items to images (B, 3, S, S) and a list of targets."""
     return torch.stack([image for image, _ in batch]), [target for _, target in batch]
 
 
 def format_size(size: Size) -> str:
-    """Width and height, as people say them.
+    """Height and width as "width x height".
 
     Example:
         >>> format_size((480, 640))

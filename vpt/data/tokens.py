@@ -1,4 +1,4 @@
-"""Tokens in the place of pictures: a data set of them, and the folder that keeps them from run to run.
+"""Data set of cached tokens, and the folder that stores them between runs.
 
 Shapes: N tokens, D token width.
 """
@@ -23,11 +23,11 @@ DAY_S = 24 * 3600
 
 
 class TokenDataset(Dataset[tuple[Tensor, int]]):
-    """Tokens and targets; takes the keys that a `ClassificationDataset` takes.
+    """Tokens and targets, by the keys of a `ClassificationDataset`.
 
     Args:
-        tokens: What a backbone made of each picture, (num, N, D) or (num, D).
-        targets: The class of each picture.
+        tokens: The output of a backbone for each image, (num, N, D) or (num, D).
+        targets: The class of each image.
     """
 
     def __init__(self, tokens: Tensor, targets: Sequence[int]) -> None:
@@ -44,13 +44,13 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
 
 
 class TokenFolder:
-    """Files of tokens, each under a key that names all that decides its values; they are mapped into memory.
+    """Files of tokens by key, mapped into memory when they are read.
 
-    A file holds the tokens' bytes and then their sha256. It is whole or absent, also when two runs write it at once.
+    A file holds the bytes of the tokens and their sha256. It is complete or absent, also if two runs write it at once.
 
     Args:
-        path: The folder; made when it is first written to.
-        max_bytes: What all files together may take. The files that were not used for longest make room for a new one.
+        path: The folder; created by the first write.
+        max_bytes: Limit of all files together; the least recently used ones are removed.
     """
 
     def __init__(self, path: Path, max_bytes: float) -> None:
@@ -58,8 +58,8 @@ class TokenFolder:
         self.max_bytes = max_bytes
 
     def read(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-        """The tokens of a key; None if they are not there, or not as they were written."""
-        path, size = self._file(key), math.prod(shape) * dtype.itemsize
+        """The tokens of a key; None if there are none, or the file is damaged."""
+        path, size = self.path / f"{key}.tokens", math.prod(shape) * dtype.itemsize
         if not path.is_file() or path.stat().st_size != size + DIGEST_BYTES:
             return None
         try:
@@ -69,25 +69,22 @@ class TokenFolder:
         if hashlib.sha256(content[:size].numpy().data).digest() != content[size:].numpy().tobytes():
             return None
         with suppress(OSError):  # in a folder of another user
-            os.utime(path)  # it was used
+            os.utime(path)  # for the order of removal
         return content[:size].view(dtype).view(*shape)
 
     def write(self, key: str, parts: Iterable[Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
-        """Write tokens that come in parts, the first rows first.
+        """Write tokens that are passed in parts, in order of their rows.
 
         Raises:
             OSError: The disk is full, or the folder cannot be written to.
         """
         size = math.prod(shape) * dtype.itemsize + DIGEST_BYTES
         self._make_room(size)
-        write_chunks(self._file(key), _with_digest(parts), size)
-
-    def _file(self, key: str) -> Path:
-        return self.path / f"{key}.tokens"
+        write_chunks(self.path / f"{key}.tokens", _with_digest(parts), size)
 
     def _make_room(self, size: int) -> None:
-        for leftover in self.path.glob(".*.tokens.*"):  # of a run that was killed while it wrote
-            with suppress(FileNotFoundError):  # another run may remove what this one looks at
+        for leftover in self.path.glob(".*.tokens.*"):  # of a run that was killed while writing
+            with suppress(FileNotFoundError):  # another run may remove the same files
                 if time.time() - leftover.stat().st_mtime > DAY_S:
                     leftover.unlink()
         found = {}
@@ -99,7 +96,7 @@ class TokenFolder:
             if used + size <= self.max_bytes:
                 break
             used -= status.st_size
-            file.unlink(missing_ok=True)  # a run that has it mapped keeps what it has
+            file.unlink(missing_ok=True)  # a run that has mapped it is not affected
 
 
 def _with_digest(parts: Iterable[Tensor]) -> Iterator[bytes]:
@@ -112,7 +109,7 @@ def _with_digest(parts: Iterable[Tensor]) -> Iterator[bytes]:
 
 
 def content_sha256(samples: Samples) -> str:
-    """A digest of the content of every picture, in order: of the files' bytes, or of the pixels of what is no file."""
+    """SHA-256 of the content of all images, in order: of the bytes of files, or of pixels if there are no files."""
     digest = hashlib.sha256()
     for index in range(len(samples)):
         if samples.paths:

@@ -1,7 +1,7 @@
-"""Processes that read pictures for a loader: what ends one of them, or holds it up, is told by name and picture.
+"""Data loader with processes whose failures are reported with the process and the image.
 
-torch's own loader raises from wherever the main process is when a process dies, waits for ever for one that hangs, and
-turns the errors of data sets into texts with tracebacks. `WorkerLoader` puts that right; batches are torch's.
+The loader of torch raises wherever the main process happens to be when a process dies, waits for ever for one that
+hangs, and turns the errors of data sets into texts with tracebacks. `WorkerLoader` corrects that; batches are the same.
 """
 
 import atexit
@@ -26,26 +26,26 @@ POLL_S = 1.0
 IGNORED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 FATAL = ("SIGSEGV", "SIGBUS", "SIGFPE")
 HINTS = {
-    "SIGKILL": "often that is for lack of memory: use fewer num_workers",
-    "SIGBUS": "often that is for lack of room in /dev/shm: give it more, or use num_workers=0",
+    "SIGKILL": "often for lack of memory: use fewer num_workers",
+    "SIGBUS": "often for lack of space in /dev/shm: enlarge it, or use num_workers=0",
 }
 
 
 class LoaderError(RuntimeError):
-    """A loader process died or hangs; the message says which, how, and at what picture."""
+    """A loader process died or hangs; the message names it, the cause and the last image."""
 
 
 class WorkerLoader(DataLoader[Any]):
-    """A loader with processes; its first argument is the data set, and an item's key is `(epoch, index)`.
+    """A `DataLoader` with processes, for keys `(epoch, index)`.
 
     Args:
-        dataset: Gives an item for a key; its `samples.names`, if it has them, name pictures in errors.
+        dataset: Returns an item for a key; its `samples.names`, if it has them, name images in errors.
         batch_size: Items in a batch.
-        sampler: Gives the keys.
+        sampler: Yields the keys.
         num_workers: Processes, at least one; they live as long as the loader.
-        collate: Makes a batch of a list of items; None stacks each part, as torch does.
-        timeout_s: Seconds after which a batch that has not come is an error.
-        options: What else torch's DataLoader takes.
+        collate_fn: Makes a batch of a list of items; by default that of torch.
+        timeout_s: Seconds after which a missing batch is an error.
+        options: Further arguments of `DataLoader`.
     """
 
     def __init__(
@@ -54,18 +54,18 @@ class WorkerLoader(DataLoader[Any]):
         batch_size: int,
         sampler: Sampler[tuple[int, int]],
         num_workers: int,
-        collate: Callable[[Any], Any] | None,
+        collate_fn: Callable[[Any], Any] | None,
         timeout_s: float,
         **options: Any,
     ) -> None:
         self.timeout_s = timeout_s
         self.marks = _Marks(dataset, num_workers)
         super().__init__(
-            _WorkerDataset(dataset, collate or default_collate, self.marks),
+            _WorkerDataset(dataset, collate_fn or default_collate, self.marks),
             batch_size,
             sampler=sampler,
             num_workers=num_workers,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             timeout=min(POLL_S, timeout_s),
             persistent_workers=True,
             worker_init_fn=start_worker,
@@ -77,10 +77,10 @@ class WorkerLoader(DataLoader[Any]):
         """The batches of an epoch.
 
         Raises:
-            LoaderError: A process died or hangs; also while the batches are read.
+            LoaderError: A process died or hangs; also raised while the batches are read.
         """
         if self._last is not None and not self._last.is_finished:
-            self.end_workers()  # they are still at work on the epoch that was left
+            self.end_workers()  # they still work on the epoch that was interrupted
         self._last = _Batches(self._start(), self.marks, self.timeout_s)
         return self._last
 
@@ -89,21 +89,21 @@ class WorkerLoader(DataLoader[Any]):
         try:
             return super().__iter__()
         except RuntimeError:
-            self.end_workers()  # one has died since the last epoch, or did not answer at once
+            self.end_workers()  # one has died since the last epoch, or did not respond
             return super().__iter__()
         finally:
             if _is_of_torch(signal.getsignal(signal.SIGCHLD)) and not _is_of_torch(handler):
-                signal.signal(signal.SIGCHLD, handler)  # it would raise in the middle of a step, or of a save
+                signal.signal(signal.SIGCHLD, handler)  # it would raise in the middle of a step or a save
 
     def end_workers(self) -> None:
-        """End the processes; the next epoch starts new ones."""
+        """Kill the processes; the next epoch starts new ones."""
         if self._last is not None:
             self._last.end()
         self._last = self._iterator = None
 
 
 class _Batches(Iterator[Any]):
-    """The batches of an epoch; ends with the first error of a process."""
+    """The batches of an epoch, up to the first error of a process."""
 
     def __init__(self, batches: Any, marks: "_Marks", timeout_s: float) -> None:
         self.batches, self.marks, self.timeout_s, self.is_finished = batches, marks, timeout_s, False
@@ -119,46 +119,46 @@ class _Batches(Iterator[Any]):
             except StopIteration:
                 self.is_finished = True
                 raise
-            except (RuntimeError, OSError, EOFError) as error:  # a batch that did not come yet is a RuntimeError, too
-                why = self._why_none(error, time.monotonic() - start)
-            if why is not None:
+            except (RuntimeError, OSError, EOFError) as error:  # also raised if a batch is only late
+                reason = self._reason(error, time.monotonic() - start)
+            if reason is not None:
                 self.end()
-                raise LoaderError(why)  # kept in no variable: a frame that holds its error would hold the loader, too
+                raise LoaderError(reason)  # in no variable: a frame that holds its error would hold the loader, too
         if isinstance(batch, _Failure):
             self.end()
             raise batch.error()
         return batch
 
     def end(self) -> None:
-        """End the processes, at once: they only read."""
+        """Kill the processes: they only read."""
         self.is_finished, batches, self.batches = False, self.batches, iter(())
         for worker in self.workers:
             worker.kill()
         if isinstance(batches, _BaseDataLoaderIter):
-            # Left to its last reference, it could be collected as garbage in a process that was forked meanwhile.
+            # Otherwise it could be garbage-collected in a process that was forked meanwhile.
             batches._shutdown_workers()  # type: ignore[attr-defined]
 
-    def _why_none(self, error: Exception, waited_s: float) -> str | None:
-        """Why there is no batch; None if it is only slow."""
-        if not isinstance(error, RuntimeError):  # who does not hand over its batch is about to die, and soon dead
+    def _reason(self, error: Exception, waited_s: float) -> str | None:
+        """Why there is no batch; None if it is only late."""
+        if not isinstance(error, RuntimeError):  # a process that sends no batch is about to die
             closed = wait([worker.sentinel for worker in self.workers], timeout=POLL_S)
             for worker in self.workers:
                 if worker.sentinel in closed:
-                    worker.join(POLL_S)  # its pipe is closed before it is gone
+                    worker.join(POLL_S)  # its pipe is closed before it exits
         dead = [number for number, worker in enumerate(self.workers) if worker.exitcode is not None]
         if dead:
             return self.marks.describe(dead[0], self.workers[dead[0]], _ending(self.workers[dead[0]]))
         if "timed out" not in str(error):
-            return " ".join(str(error).split()) or f"the loader processes gave no batch: {type(error).__name__}"
+            return " ".join(str(error).split()) or f"the loader processes sent no batch: {type(error).__name__}"
         if waited_s < self.timeout_s:
             return None
         busy = [number for number in range(len(self.workers)) if self.marks.is_busy(number)] or [0]
-        ending = f"gave no batch in {self.timeout_s:g} s", "raise data.timeout_s, or use num_workers=0"
+        ending = f"sent no batch for {self.timeout_s:g} s", "increase timeout_s, or use num_workers=0"
         return self.marks.describe(busy[0], self.workers[busy[0]], ending)
 
 
 class _Marks:
-    """Which picture each process is at, in memory that they share."""
+    """The image that each process reads, in shared memory."""
 
     def __init__(self, dataset: Any, num_workers: int) -> None:
         self.names: Sequence[str] = getattr(getattr(dataset, "samples", None), "names", ())
@@ -176,21 +176,21 @@ class _Marks:
         return bool(self._busy[number])
 
     def describe(self, number: int, worker: BaseProcess, ending: tuple[str, str]) -> str:
-        """A line on a process: which, what happened, at what picture, what to try."""
+        """A line on a process: which, what happened, its last image, what to try."""
         index = self._last[number]
         name = "none yet" if index < 0 else self.names[index] if index < len(self.names) else f"number {index}"
         what, advice = ending
         return (
             f"loader process {number + 1} of {self.num_workers} (pid {worker.pid}) {what}; "
-            f"the last picture that it read: {name}; {advice}"
+            f"last image read: {name}; {advice}"
         )
 
 
 class _WorkerDataset(Dataset[Any]):
-    """Gives whole batches, inside of a process; errors come as what they are, and not as tracebacks."""
+    """Returns whole batches inside a process, and errors as objects instead of tracebacks."""
 
-    def __init__(self, dataset: Dataset[Any], collate: Callable[[Any], Any], marks: _Marks) -> None:
-        self.dataset, self.collate, self.marks = dataset, collate, marks
+    def __init__(self, dataset: Dataset[Any], collate_fn: Callable[[Any], Any], marks: _Marks) -> None:
+        self.dataset, self.collate_fn, self.marks = dataset, collate_fn, marks
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -203,7 +203,7 @@ class _WorkerDataset(Dataset[Any]):
             for key in keys:
                 self.marks.begin(number, key[1])
                 items.append(self.dataset[key])
-            return self.collate(items)
+            return self.collate_fn(items)
         except Exception as error:
             return _Failure(type(error), str(error), traceback.format_exc())
         finally:
@@ -212,32 +212,32 @@ class _WorkerDataset(Dataset[Any]):
 
 @dataclass(frozen=True)
 class _Failure:
-    """An error on its way to the main process."""
+    """An error to be raised in the main process."""
 
-    kind: type[Exception]
+    error_type: type[Exception]
     message: str
     trace: str
 
     def error(self) -> Exception:
-        """The same error; the traceback of the process is a note, which is not part of its text."""
+        """The same error, with the traceback of the process as a note."""
         try:
-            error = self.kind(self.message)
-        except TypeError:  # a kind that wants more than a text
-            error = RuntimeError(f"{self.kind.__name__}: {self.message}")
+            error = self.error_type(self.message)
+        except TypeError:  # a type that requires more than a message
+            error = RuntimeError(f"{self.error_type.__name__}: {self.message}")
         error.add_note(self.trace)
         return error
 
 
 def start_worker(_: Any) -> None:
-    """One thread, and signals are for the main process alone: a scheduler sends them to all, and it saves and ends."""
+    """Use one thread, and ignore the signals that a scheduler sends to all processes: the main process handles them."""
     torch.set_num_threads(1)
-    for names, action in ((IGNORED, signal.SIG_IGN), (FATAL, signal.SIG_DFL)):  # torch would print on the fatal ones
+    for names, action in ((IGNORED, signal.SIG_IGN), (FATAL, signal.SIG_DFL)):  # torch would print on fatal signals
         for name in names:
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), action)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
@@ -246,12 +246,12 @@ def _is_of_torch(handler: Any) -> bool:
 
 
 def _ending(worker: BaseProcess) -> tuple[str, str]:
-    """How a process has ended, and what to try."""
+    """How a process ended, and what to try."""
     code = worker.exitcode or 0
     if code >= 0:
-        return f"ended by itself with exit code {code}", "use num_workers=0 to see why"
+        return f"exited with code {code}", "use num_workers=0 to see why"
     name = signal.Signals(-code).name
-    return f"was ended by {name}", HINTS.get(name, "use num_workers=0 to see why")
+    return f"was killed by {name}", HINTS.get(name, "use num_workers=0 to see why")
 
 
 _workers: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
@@ -260,7 +260,7 @@ _main_pid = os.getpid()
 
 @atexit.register
 def _kill_workers() -> None:
-    """At exit Python sends SIGTERM, which they ignore, and waits for them."""
+    """At exit Python would send SIGTERM, which they ignore, and wait for them."""
     for worker in list(_workers) if os.getpid() == _main_pid else ():
         if worker.is_alive():
             worker.kill()

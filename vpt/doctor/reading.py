@@ -9,7 +9,7 @@ from vpt.config.errors import ConfigError
 from vpt.config.schema import Config, DatasetKind
 from vpt.data.images import find_images
 from vpt.data.readers.box_checks import DataReport
-from vpt.data.samples import FileReader, Samples
+from vpt.data.samples import ClassificationSamples, FileReader
 from vpt.data.splits import SPLIT_OF, SPLITS
 from vpt.storage.archives import unpacked
 from vpt.task_types.base import kind_of
@@ -73,7 +73,7 @@ def _root_of(config: Config) -> Path | None:
     return root if root.is_dir() else None
 
 
-def _read_loosely(root: Path) -> dict[str, Samples]:
+def _read_loosely(root: Path) -> dict[str, ClassificationSamples]:
     """All images below a folder, in splits and classes by folder name, without any check."""
     rows: dict[str, list[tuple[Path, str]]] = defaultdict(list)
     folders = Counter[str]()
@@ -94,10 +94,10 @@ def _split_of(folder: Path) -> str | None:
     return SPLIT_OF.get(folder.name.lower()) if folder.is_dir() else None
 
 
-def _loose_samples(root: Path, classes: tuple[str, ...], rows: list[tuple[Path, str]]) -> Samples:
+def _loose_samples(root: Path, classes: tuple[str, ...], rows: list[tuple[Path, str]]) -> ClassificationSamples:
     paths = tuple(path for path, _ in rows)
     number = {name: target for target, name in enumerate(classes)}
-    return Samples(
+    return ClassificationSamples(
         classes=classes,
         targets=tuple(number[name] for _, name in rows),
         names=tuple(path.relative_to(root).as_posix() for path in paths),

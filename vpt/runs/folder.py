@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import yaml
 
 from vpt.config.errors import ConfigError, first_line
@@ -189,18 +188,6 @@ class RunFolder:
 def _is_begun(path: Path) -> bool:
     """Whether there is anything in a folder but locks and halves of files, which a process that was killed left."""
     return path.is_dir() and any(not inner.name.startswith(".") for inner in path.iterdir())
-
-
-def digest_of(samples: Mapping[str, Any]) -> str:
-    """A digest of which pictures there are, of what size in bytes, and what is said of them, in every split."""
-    digest = hashlib.sha256()
-    for split, members in samples.items():
-        digest.update(f"{split} {members.classes} {members.names}".encode())
-        for name in ("targets", "boxes", "labels", "crowd"):
-            for value in getattr(members, name, ()):
-                digest.update(value.tobytes() if isinstance(value, np.ndarray) else f"{value} ".encode())
-        digest.update(f"{[path.stat().st_size for path in members.paths]}".encode())
-    return digest.hexdigest()
 
 
 def _digest(values: Mapping[str, Any], is_sweep: bool) -> str:

@@ -16,7 +16,7 @@ from vpt.data.readers.box_checks import DataReport
 from vpt.data.readers.folder import fruit_root, read_folder
 from vpt.data.readers.tables import read_csv, read_list
 from vpt.data.readers.torchvision import read_torchvision
-from vpt.data.samples import ClassificationDataset, Samples, check_readable
+from vpt.data.samples import ClassificationDataset, ClassificationSamples, check_readable
 from vpt.data.splits import take_per_class
 from vpt.data.transforms.images import EvalTransform, TrainTransform
 from vpt.data.transforms.preprocessing import Preprocessing, denormalise
@@ -86,7 +86,7 @@ class Classification:
         self.decoding = Decoding(config.data.max_pixels, config.data.background)
         self.left_out: LeftOut = []
 
-    def read(self) -> dict[str, Samples]:
+    def read(self) -> dict[str, ClassificationSamples]:
         """Read which pictures there are, by split, without those that cannot be read and may be skipped."""
         dataset, is_skipping = self.config.dataset, self.config.data.on_error is OnError.skip
         samples = self.read_all()
@@ -98,7 +98,7 @@ class Classification:
             samples["train"] = take_per_class(samples["train"], dataset.num_per_class, dataset.split_seed)
         return samples
 
-    def read_all(self) -> dict[str, Samples]:
+    def read_all(self) -> dict[str, ClassificationSamples]:
         """Read which pictures there are, by split; none is looked at."""
         config = self.config.dataset
         root = unpacked(Path(config.root or ".").expanduser(), self.config.cache_dir)
@@ -123,7 +123,9 @@ class Classification:
                 return read_torchvision(str(config.name), root, download=config.download, **split)
         return read_folder(fruit_root(), **split)
 
-    def build_data(self, samples: Mapping[str, Samples], backbone_preprocessing: Mapping[str, Any]) -> Data:
+    def build_data(
+        self, samples: Mapping[str, ClassificationSamples], backbone_preprocessing: Mapping[str, Any]
+    ) -> Data:
         """Data sets and loaders of all splits; `augment.crop_mode` and `crop_pct` win over the backbone's wishes."""
         preprocessing = self.preprocessing(backbone_preprocessing)
         evaluation = EvalTransform(preprocessing)
@@ -196,11 +198,7 @@ class Classification:
         """The same for every split."""
         return ClassEvaluator(len(data.classes))
 
-    def prediction_evaluator(self, data: Data, split: str) -> ClassPredictions:
-        """Predicted classes and their probabilities."""
-        return ClassPredictions()
-
-    def describe(self, samples: Mapping[str, Samples]) -> list[str]:
+    def describe(self, samples: Mapping[str, ClassificationSamples]) -> list[str]:
         """Classes and pictures, and which of them are left out."""
         counts = ", ".join(f"{split} {len(members.targets)}" for split, members in samples.items())
         head = f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; pictures: {counts}"
@@ -243,7 +241,7 @@ class Classification:
         monitor.scalars(recall, result.best_step)
 
 
-def build_cross_entropy(config: Config, train: Samples) -> CrossEntropy:
+def build_cross_entropy(config: Config, train: ClassificationSamples) -> CrossEntropy:
     """Cross-entropy with label smoothing and class weights; weights have a mean of 1 over the train pictures."""
     weight = None
     if config.train.class_weights is ClassWeights.balanced:

@@ -216,7 +216,8 @@ class Detection:
     def class_table(self, evaluator: BoxEvaluator, data: Data, split: str) -> str:
         """The average precision of each class, the score of its best F1, and the number of its boxes."""
         metrics = evaluator.metrics
-        counts = self.class_counts(data.samples[split])
+        of_split: DetectionSamples = data.samples[split]
+        counts = of_split.class_counts()
         columns = metrics.per_class(), metrics.precision_curves().mean(axis=1), metrics.best_thresholds(), counts
         rows = [
             [name, percent(precision), percent(precision50), "-" if score != score else f"{score:.2f}", f"{num:,}"]

@@ -150,12 +150,12 @@ class _Training:
             )
 
     def _checkpoints(self) -> "Checkpoints":
+        from vpt.data.samples import data_digest
         from vpt.engine.checkpoint import Checkpoints
         from vpt.models.tuning import pretrained_fingerprint
-        from vpt.runs.folder import digest_of
 
         weights = pretrained_fingerprint(self.model.backbone.vit)
-        return Checkpoints(self.folder.path, {"pictures or labels": digest_of(self.samples), "backbone": weights})
+        return Checkpoints(self.folder.path, {"pictures or labels": data_digest(self.samples), "backbone": weights})
 
     def _fit(self, state: "RunState", checkpoints: "Checkpoints", monitor: "Monitor") -> "FitResult":
         from vpt import build

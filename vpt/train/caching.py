@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from vpt.build import Data, Model, choose_precision
 from vpt.config.errors import ConfigError
 from vpt.config.schema import CacheName, Config, Mode
-from vpt.data.cache import cache_pictures, decoded_sizes, num_bytes
+from vpt.data.cache import cache_images, decoded_sizes, num_bytes
 from vpt.data.loaders import build_loader
 from vpt.data.tokens import TokenDataset, TokenFolder, content_sha256
 from vpt.engine.console import Progress
@@ -178,7 +178,7 @@ def _plan_pictures(config: Config, data: Data, limit: float, why_no_tokens: str)
             return CachePlan(data, None, f"none ({why_no_tokens}; no pictures: {why})")
         total += sum(map(num_bytes, sizes))
         try:
-            samples[split] = cache_pictures(samples[split], sizes)
+            samples[split] = cache_images(samples[split], sizes)
         except OSError as error:
             return CachePlan(data, None, f"none ({why_no_tokens}; no pictures: {gettempdir()}: {error})")
     cached = kind_of(config).build_data(samples, data.preprocessing.to_dict())

@@ -1,7 +1,7 @@
-"""Read pictures with boxes, in the form that is there: COCO JSON, YOLO text files or Pascal VOC XML.
+"""Reader of images with boxes, in the format that a folder has: COCO JSON, YOLO text files or Pascal VOC XML.
 
-Every reader returns `dict[str, DetectionSamples]` with keys among train, val and test. The class map is made once, and
-holds for all splits. Files are read as data only; `boxes.py` checks what they say, and counts what is wrong with it.
+Every reader returns `dict[str, DetectionSamples]` with keys among train, val and test. Files are read as data only;
+`box_checks.py` checks their content, and counts what is wrong with it.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,31 +22,31 @@ READERS: dict[str, Callable[..., dict[str, DetectionSamples]]] = {
 }
 
 
-def read_detection(root: str | Path, form: str = "auto", **reading: Unpack[Reading]) -> dict[str, DetectionSamples]:
-    """Read pictures with boxes, in the form that is there.
+def read_detection(root: str | Path, format: str = "auto", **reading: Unpack[Reading]) -> dict[str, DetectionSamples]:
+    """Read images with boxes.
 
     A missing val is split off train, and so is test if `test_fraction` is not 0.
 
     Args:
         root: The folder.
-        form: One of coco, yolo, voc; auto looks which of them is there.
-        reading: val_fraction, test_fraction, seed, strict and report, see `make_samples`.
+        format: coco, yolo or voc; auto detects it.
+        reading: val_fraction, test_fraction, seed, strict, report and decoding, see `make_samples`.
 
     Raises:
-        ValueError: None of the forms is there, or more than one; or what the reader of the form refuses.
+        ValueError: None of the formats is found, or more than one; or what the reader of the format refuses.
     """
-    if form != "auto" and form not in READERS:
-        raise ValueError(f"dataset.form={form}; allowed: auto, {', '.join(READERS)}")
-    if form == "auto":
-        forms = find_forms(root)
-        if len(forms) != 1:
-            _refuse_forms(Path(root), forms)
-        form = forms[0]
-    return READERS[form](root, **reading)
+    if format != "auto" and format not in READERS:
+        raise ValueError(f"format={format!r}: must be one of auto, {', '.join(READERS)}")
+    if format == "auto":
+        formats = find_formats(root)
+        if len(formats) != 1:
+            _refuse_formats(Path(root), formats)
+        format = formats[0]
+    return READERS[format](root, **reading)
 
 
 def trees_root() -> Path:
-    """The folder of the aerial pictures of trees that ship in the package, for `read_coco`.
+    """The folder of the aerial images of trees of the package, for `read_coco`.
 
     Example:
         >>> sorted(read_coco(trees_root()))
@@ -55,26 +55,24 @@ def trees_root() -> Path:
     return Path(__file__).parents[1] / "trees"
 
 
-def find_forms(root: str | Path) -> list[str]:
-    """Which of the forms coco, yolo and voc a folder seems to have, by the names of its files.
+def find_formats(root: str | Path) -> list[str]:
+    """The formats among coco, yolo and voc whose files a folder has.
 
     Raises:
         ValueError: It is no folder.
     """
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"dataset.root={root} is no folder")
+        raise ValueError(f"root={root} is no folder")
     found = {"coco": find_json(root), "yolo": find_yaml(root), "voc": find_xml(root)}
-    return [form for form, files in found.items() if files]
+    return [format for format, files in found.items() if files]
 
 
-def _refuse_forms(root: Path, forms: Sequence[str]) -> NoReturn:
-    """Say what was looked for, and where it is if it lies a folder deeper."""
-    if forms:
-        raise ValueError(
-            f"{root} has data in the forms {' and '.join(forms)}; choose one, as in dataset.form={forms[0]}"
-        )
-    below = next((folder for folder in sorted(root.iterdir()) if folder.is_dir() and find_forms(folder)), None)
-    hint = f"did you mean dataset.root={below}? " if below else ""
-    looked = "; ".join(f"{form}: {layout}" for form, layout in LAYOUTS.items())
-    raise ValueError(f"{root} has no boxes in a form that is known; {hint}looked for {looked}")
+def _refuse_formats(root: Path, formats: Sequence[str]) -> NoReturn:
+    """Raise an error that names the expected files, and a subfolder that has them."""
+    if formats:
+        raise ValueError(f"{root}: files of the formats {' and '.join(formats)} found; use format={formats[0]!r}")
+    below = next((folder for folder in sorted(root.iterdir()) if folder.is_dir() and find_formats(folder)), None)
+    hint = f"did you mean root={below}? " if below else ""
+    expected = "; ".join(f"{format}: {layout}" for format, layout in LAYOUTS.items())
+    raise ValueError(f"{root}: no boxes in a known format; {hint}expected {expected}")

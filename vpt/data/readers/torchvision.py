@@ -1,4 +1,4 @@
-"""Classification data sets of torchvision, by the name of their class."""
+"""Reader of the classification data sets of torchvision, by class name."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 
 from vpt.data.images import DEFAULT_DECODING, Decoding, ImageError, to_rgb
-from vpt.data.readers.folder import refuse_one_class
-from vpt.data.samples import FileReader, Samples
+from vpt.data.readers.annotation_files import refuse_one_class
+from vpt.data.samples import ClassificationSamples, FileReader
 from vpt.data.splits import split_off
 from vpt.storage.archives import ArchiveError, extract, open_metered
 
@@ -24,10 +24,10 @@ _ALL: dict[str, dict[str, Any]] = {"train": {}}
 
 @dataclass(frozen=True)
 class _Source:
-    """How a data set of torchvision is built, and which of its attributes hold what.
+    """The arguments of a data set of torchvision for each split, and the names of its attributes.
 
-    Without `files` torchvision gives the pictures. Where `files` and `targets` are one attribute, it holds pairs of
-    them. Without `targets` they are in a file that `_pcam_targets` reads.
+    Without `files` torchvision reads the images. If `files` and `targets` are the same attribute, it holds pairs of
+    them. Without `targets`, `_pcam_targets` reads them.
     """
 
     splits: Mapping[str, Mapping[str, Any]]
@@ -70,29 +70,26 @@ def read_torchvision(
     test_fraction: float = 0.2,
     seed: int = 0,
     decoding: Decoding = DEFAULT_DECODING,
-) -> dict[str, Samples]:
+) -> dict[str, ClassificationSamples]:
     """Read a data set of torchvision by its class name.
 
-    The official splits are used where there are some; a missing val is split off train, and so is test of the sets
-    that have no official test split.
+    Official splits are used; a missing val is split off train, and so is a missing test.
 
     Args:
         name: A key of `TORCHVISION`.
-        root: The folder that torchvision keeps its files in.
-        download: Fetch the files if they are missing; the only use of the network.
-        val_fraction: Part of the pictures that becomes val if there is no official val.
-        test_fraction: Part of the pictures that becomes test if there is no official test.
-        seed: Decides what is split off.
-        decoding: How the pictures will be decoded; `max_pixels` counts where they are files.
+        root: The folder of the files of torchvision.
+        download: Download missing files; the only use of the network.
+        val_fraction: Part of the images that becomes val if there is no official val.
+        test_fraction: Part of the images that becomes test if there is no official test.
+        seed: Decides which images are split off.
+        decoding: Options of decoding; `max_pixels` applies to images that are files.
 
     Raises:
         ValueError: The name is unknown, or the files are missing.
     """
     if name not in TORCHVISION:
         nearest = get_close_matches(name, TORCHVISION, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"dataset.name={name!r} is unknown; did you mean {nearest!r}? Allowed: {', '.join(sorted(TORCHVISION))}"
-        )
+        raise ValueError(f"name={name!r}: unknown; did you mean {nearest!r}? Allowed: {', '.join(sorted(TORCHVISION))}")
     source = TORCHVISION[name]
     found = {split: _open_torchvision(name, split, Path(root), download, decoding) for split in source.splits}
     num_classes = 1 + max(found["train"].targets)
@@ -112,10 +109,10 @@ class _TorchvisionReader:
         try:
             return to_rgb(self.dataset[index][0], self.background)
         except Exception as error:  # Pillow's decoders raise almost anything on a broken file
-            raise ImageError(f"{self.name} {index}: broken picture ({error})") from error
+            raise ImageError(f"{self.name} {index}: broken image ({error})") from error
 
 
-def _open_torchvision(name: str, split: str, root: Path, download: bool, decoding: Decoding) -> Samples:
+def _open_torchvision(name: str, split: str, root: Path, download: bool, decoding: Decoding) -> ClassificationSamples:
     """One official split; classes are empty where torchvision has no names."""
     source = TORCHVISION[name]
     dataset = _construct(name, split, root, download)
@@ -124,14 +121,20 @@ def _open_torchvision(name: str, split: str, root: Path, download: bool, decodin
     if source.files is None:
         names = tuple(f"{name} {split} {i}" for i in range(len(targets)))
         reader = _TorchvisionReader(dataset, f"{name} {split}", decoding.background)
-        return Samples(classes, tuple(map(int, targets)), names, reader)
+        return ClassificationSamples(classes=classes, targets=tuple(map(int, targets)), names=names, reader=reader)
     files = getattr(dataset, source.files)
     if source.files == source.targets:
         files, targets = zip(*files, strict=True)
     names = tuple(Path(os.path.relpath(file, root)).as_posix() for file in files)
     paths = tuple(map(Path, files))
-    samples = Samples(classes, tuple(map(int, targets)), names, FileReader(paths, decoding), paths)
-    return samples.take(sorted(range(len(names)), key=names.__getitem__))  # SUN397 comes in the order of the disk
+    samples = ClassificationSamples(
+        classes=classes,
+        targets=tuple(map(int, targets)),
+        names=names,
+        reader=FileReader(paths, decoding),
+        paths=paths,
+    )
+    return samples.take(sorted(range(len(names)), key=names.__getitem__))  # SUN397 is listed in the order of the disk
 
 
 def _construct(name: str, split: str, root: Path, download: bool) -> Any:
@@ -148,16 +151,16 @@ def _construct(name: str, split: str, root: Path, download: bool) -> Any:
     except (RuntimeError, OSError) as error:
         if "pip install" in str(error):
             raise ValueError(f"torchvision's {name}: {error}") from error
-        advice = "check the network" if download else "to fetch them, add dataset.download=true"
+        advice = "check the network" if download else "use download=True to download them"
         raise ValueError(f"the files of torchvision's {name} are not in {root} ({error}); {advice}") from error
 
 
 @contextmanager
 def _guarded_extraction() -> Iterator[None]:
-    """Let torchvision extract archives with `vpt.storage.archives`, inside of this block.
+    """Make torchvision extract archives by `vpt.storage.archives` inside this block.
 
     Raises:
-        ValueError: This torchvision does not extract as those that are known, so that nothing would be guarded.
+        ValueError: This version of torchvision extracts in another way, so that nothing would be guarded.
     """
     from torchvision.datasets import utils
 
@@ -178,7 +181,7 @@ def _guarded_extraction() -> Iterator[None]:
 
 
 def _extract(archive: str | Path, into: str | Path, compression: str | None) -> None:
-    """What torchvision calls; how the archive is packed is seen from its content."""
+    """Called by torchvision; the content of the archive decides how it is unpacked."""
     extract(archive, into)
 
 

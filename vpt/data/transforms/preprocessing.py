@@ -1,10 +1,6 @@
-"""From a picture to a tensor; the only file that knows albumentations.
+"""Preprocessing of a backbone: resize, crop or letterbox, and normalise.
 
-`EvalTransform` is what the backbone was trained to see: resize, crop, normalise. `TrainTransform` puts random
-augmentation between picture and tensor. Both are called with a picture and a seed, and nothing else decides the result:
-not the global random state, not the number of workers, not the order of calls.
-
-Shapes: B batch, C channels, H, W pixels.
+Shapes: B batch, H, W pixels, n boxes. Boxes are corners x1, y1, x2, y2 in pixels, (n, 4) float32.
 """
 
 import math
@@ -26,34 +22,27 @@ INTERPOLATIONS = {
     "hamming": Image.Resampling.HAMMING,
     "lanczos": Image.Resampling.LANCZOS,
 }
-
-
 CROP_MODES = ("center", "squash", "letterbox")
-
-
-MAX_SIZE = 4096  # pixels; a preprocessing may come from a stranger's task file
-
-
+MAX_SIZE = 4096  # pixels; a preprocessing may come from an untrusted task file
 MIN_CROP_PCT = 0.1
+MAX_ENLARGED = 400  # times the pixels of the input, before the crop: at crop_pct 0.9 an image of 1 : 300
 
-
-MAX_ENLARGED = (
-    400  # times the pixels of the input that a picture may have before the crop; at crop_pct 0.9 one of 1 : 300
-)
+Boxes = NDArray[np.float32]
+NO_BOXES = np.zeros((0, 4), dtype=np.float32)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a backbone wants its pictures: everything between an RGB picture and a normalised tensor.
+    """How a backbone expects its images: everything between an RGB image and a normalised tensor.
 
     Args:
         size: (height, width) in pixels.
         mean: Three floats, of values in [0, 1].
         std: Three positive floats.
         interpolation: One of nearest, bilinear, bicubic, box, hamming, lanczos.
-        crop_pct: The part of the resized picture's side that the centre crop keeps, in [0.1, 1].
+        crop_pct: The part of the resized image's side that the centre crop keeps, in [0.1, 1].
         crop_mode: "center" resizes the short side and keeps the aspect ratio; "squash" resizes both sides; "letterbox"
-            keeps all of the picture and its aspect ratio, as detection does, see `letterbox`.
+            keeps the whole image and its aspect ratio, as detection does, see `letterbox`.
 
     Raises:
         ValueError: A value is out of range.
@@ -78,12 +67,12 @@ class Preprocessing:
         _check("crop_mode", self.crop_mode, self.crop_mode in CROP_MODES, ", ".join(CROP_MODES))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON knows them: lists, numbers, strings."""
+        """The fields as JSON values: lists, numbers, strings."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Preprocessing":
-        """Read what `to_dict` wrote; every field must be there, and nothing else.
+        """Read the result of `to_dict`; every field is required, and no other is allowed.
 
         Raises:
             ValueError: A key is missing or unknown, or a value is out of range.
@@ -101,12 +90,12 @@ def _check(key: str, value: object, is_valid: bool, allowed: str) -> None:
         raise ValueError(f"preprocessing.{key} is {value!r}; allowed: {allowed}")
 
 
-def _are_numbers(values: object, count: int, kind: type, low: float, high: float) -> bool:
-    """Is this a tuple of `count` finite numbers in [low, high]?"""
+def _are_numbers(values: object, count: int, number: type, low: float, high: float) -> bool:
+    """Whether this is a tuple of `count` finite numbers in [low, high]."""
     if not isinstance(values, tuple) or len(values) != count:
         return False
-    kinds = (int, float) if kind is float else (kind,)
-    return all(type(value) in kinds and math.isfinite(value) and low <= value <= high for value in values)
+    types = (int, float) if number is float else (number,)
+    return all(type(value) in types and math.isfinite(value) and low <= value <= high for value in values)
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
@@ -119,7 +108,7 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
     interpolation = INTERPOLATIONS[preprocessing.interpolation]
     if resized[0] * resized[1] <= MAX_ENLARGED * height * width:
         return image.resize(resized[::-1], interpolation).crop((left, top, left + width, top + height))
-    # A line, not a picture: enlarged it could take all memory, so that only what is seen of it is computed.
+    # A line: enlarged it could take all memory, so only the part that the crop keeps is computed.
     y, x = image.height / resized[0], image.width / resized[1]
     box = left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height)
     return image.resize((width, height), interpolation, box)
@@ -145,49 +134,40 @@ def to_tensor(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Tensor
 
 
 def denormalise(images: Tensor, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Turn normalised images (B, 3, H, W) back into pixels (B, H, W, 3) uint8."""
+    """Convert normalised images (B, 3, H, W) to pixels (B, H, W, 3) uint8."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     pixels = images.detach().float().cpu().mul(std).add(mean).mul(255).round().clamp(0, 255)
     values: NDArray[np.uint8] = pixels.to(torch.uint8).permute(0, 2, 3, 1).numpy()
     return values
 
 
-# Pictures with boxes. Boxes are corners x1, y1, x2, y2 in pixels, (n, 4) float32, n of them.
-
-NO_BOXES = np.zeros((0, 4), dtype=np.float32)
-
-
-Boxes = NDArray[np.float32]
-
-
 def letterbox(image: Image.Image, boxes: Boxes, preprocessing: Preprocessing) -> tuple[Image.Image, Boxes]:
-    """Resize a picture until it just fits into the input, antialiased, and put it into the upper left corner.
+    """Resize an image, antialiased, to the largest size that fits into the input, at its upper left corner.
 
-    The aspect ratio stays. The rest is filled with the mean of the backbone's pictures, so that it is zero to the
-    backbone but for rounding. `crop_pct` and `crop_mode` are not used: a detector sees the whole picture.
+    The aspect ratio stays. The rest is filled with the mean colour, which is zero after normalisation but for rounding.
+    `crop_pct` and `crop_mode` are not used: a detector sees the whole image.
 
     Args:
-        image: An RGB picture.
+        image: An RGB image.
         boxes: (n, 4) float32 in its pixels.
-        preprocessing: Says the size of the input, the interpolation and the mean.
+        preprocessing: Size of the input, interpolation and mean.
 
     Returns:
-        The input picture, and the boxes (n, 4) float32 in its pixels; `unletterbox` takes boxes back.
+        The input image, and the boxes (n, 4) float32 in its pixels; `unletterbox` inverts this.
     """
-    height, width = preprocessing.size
-    resized, boxes = _resize(image, boxes, _fitted_size(image.height, image.width, height, width), preprocessing)
-    filled = Image.new("RGB", (width, height), _mean_colour(preprocessing))
+    resized, boxes = fit_into(image, boxes, preprocessing.size, preprocessing)
+    filled = Image.new("RGB", preprocessing.size[::-1], mean_colour(preprocessing))
     filled.paste(resized, (0, 0))
     return filled, boxes
 
 
 def unletterbox(boxes: Boxes, size: tuple[int, int], preprocessing: Preprocessing) -> Boxes:
-    """Take boxes (n, 4) from the pixels of the input back to those of a picture, and clip them to it.
+    """Convert boxes (n, 4) in pixels of the input to pixels of the original image, and clip them to it.
 
     Args:
         boxes: In pixels of the input.
-        size: Height and width of the picture before `letterbox`.
-        preprocessing: As `letterbox` had it.
+        size: Height and width of the image before `letterbox`.
+        preprocessing: As for `letterbox`.
 
     Example:
         >>> preprocessing = Preprocessing(size=(64, 64), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -196,35 +176,39 @@ def unletterbox(boxes: Boxes, size: tuple[int, int], preprocessing: Preprocessin
         [[10.0, 20.0, 30.0, 80.0]]
     """
     height, width = size
-    boxes = _scale(boxes, _fitted_size(height, width, *preprocessing.size), size)
+    boxes = _scale(boxes, letterboxed_size(size, preprocessing), size)
     return boxes.clip(0, np.array([width, height, width, height], dtype=np.float32))
 
 
 def letterboxed_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """Height and width that a picture of this height and width has in the input; the rest of the input is fill."""
-    return _fitted_size(*size, *preprocessing.size)
+    """Height and width in the input of an image of this height and width; the rest of the input is filled."""
+    return _fitted_size(size, preprocessing.size)
 
 
-def _mean_colour(preprocessing: Preprocessing) -> tuple[int, ...]:
+def mean_colour(preprocessing: Preprocessing) -> tuple[int, ...]:
+    """Red, green and blue of the mean, in 0 to 255."""
     return tuple(min(max(round(255 * value), 0), 255) for value in preprocessing.mean)
 
 
-def _fitted_size(height: int, width: int, max_height: int, max_width: int) -> tuple[int, int]:
+def _fitted_size(size: tuple[int, int], limit: tuple[int, int]) -> tuple[int, int]:
     """The largest height and width of the same ratio that fit, at least a pixel each."""
-    ratio = min(max_height / height, max_width / width)
-    return max(round(height * ratio), 1), max(round(width * ratio), 1)
+    ratio = min(limit[0] / size[0], limit[1] / size[1])
+    return max(round(size[0] * ratio), 1), max(round(size[1] * ratio), 1)
 
 
-def _resize(
-    image: Image.Image, boxes: Boxes, size: tuple[int, int], preprocessing: Preprocessing
+def fit_into(
+    image: Image.Image, boxes: Boxes, limit: tuple[int, int], preprocessing: Preprocessing
 ) -> tuple[Image.Image, Boxes]:
-    """Resize a picture to a height and width, and its boxes with it."""
-    resized = image.resize(size[::-1], INTERPOLATIONS[preprocessing.interpolation])
-    return resized, _scale(boxes, (image.height, image.width), size)
+    """Resize an image and its boxes to the largest size that fits into a height and width; the aspect ratio stays."""
+    size = image.height, image.width
+    fitted = _fitted_size(size, limit)
+    return image.resize(fitted[::-1], INTERPOLATIONS[preprocessing.interpolation]), _scale(boxes, size, fitted)
 
 
 def _scale(boxes: Boxes, old: tuple[int, int], new: tuple[int, int]) -> Boxes:
-    """Boxes in a picture of height and width `old` -> boxes in the same one of `new`; sides may differ in ratio."""
+    """Boxes in an image of height and width `old` -> boxes in the same image of `new`; the ratio may differ."""
     x, y = new[1] / old[1], new[0] / old[0]
-    scaled: Boxes = (boxes * np.array([x, y, x, y])).astype(np.float32)  # by float64, so that a border stays one
+    scaled: Boxes = (boxes * np.array([x, y, x, y])).astype(
+        np.float32
+    )  # in float64, so that a box at the border stays there
     return scaled

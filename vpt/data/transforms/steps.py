@@ -1,14 +1,11 @@
-"""From a picture to a tensor; the only file that knows albumentations.
+"""Augmentation steps: transforms of albumentations, built from a config and applied with a seed.
 
-`EvalTransform` is what the backbone was trained to see: resize, crop, normalise. `TrainTransform` puts random
-augmentation between picture and tensor. Both are called with a picture and a seed, and nothing else decides the result:
-not the global random state, not the number of workers, not the order of calls.
-
-Shapes: B batch, C channels, H, W pixels.
+The only module that imports albumentations.
 """
 
 import inspect
 import os
+import random
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,30 +13,105 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
 
-from vpt.data.transforms.preprocessing import Preprocessing
+import numpy as np
+from numpy.typing import NDArray
+
+from vpt.data.transforms.preprocessing import Preprocessing, mean_colour
 
 STEP_FORM = "write {name: HorizontalFlip, p: 0.5}"
+MIN_SIDE = 1.0  # pixels of a box
 
-
-# Bases, and what takes functions or makes no 8-bit picture.
+# Base classes, and transforms that take functions or return no 8-bit image.
 NOT_FOR_AUGMENT = {
     "BasicTransform", "DualTransform", "FromFloat", "ImageOnlyTransform", "Lambda", "Normalize", "ToFloat",
     "ToTensor3D", "ToTensorV2", "Transform3D",
 }  # fmt: skip
 
 
+class Augmentation:
+    """Steps that are applied in order and draw from two generators made of the seed, and from nothing else.
+
+    Args:
+        steps: Each `{"name": a transform of albumentations, **its arguments}`.
+        preprocessing: Size and mean of the input.
+        min_visibility: With a number the steps take boxes, too: a box remains if this part of its area does.
+
+    Raises:
+        ValueError: An unknown name or argument, a value that albumentations refuses, or a step that would not move
+            boxes with the image.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Mapping[str, Any]],
+        preprocessing: Preprocessing,
+        min_visibility: float | None = None,
+    ) -> None:
+        self.config = [dict(step) if isinstance(step, Mapping) else step for step in steps]
+        self.steps: list[tuple[str, Any]] = []
+        for i, step in enumerate(self.config):
+            if min_visibility is None:
+                built = _build_step(step, f"augment[{i}]", preprocessing)
+                self.steps.append((type(built).__name__, built))
+            else:
+                self.steps.append(_build_box_step(step, f"augment[{i}]", preprocessing, min_visibility))
+
+    def __call__(
+        self, pixels: NDArray[np.uint8], seed: int, rows: NDArray[Any] | None = None, only_certain: bool = False
+    ) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+        """Apply the steps.
+
+        Args:
+            pixels: (H, W, 3).
+            seed: Decides what is random.
+            rows: Boxes and a fifth column that stays with its box, (n, 5); None without boxes.
+            only_certain: Skip steps that are not always applied.
+
+        Raises:
+            ValueError: A step fails, or with boxes returns no image (H, W, 3) uint8.
+        """
+        if self.steps:
+            import cv2
+
+            cv2.setNumThreads(0)  # each loader process is one of many; threads of its own would slow down all
+        # One pair of generators for all steps: with `set_random_seed` each step would have equal ones, so that a flip
+        # and a blur of equal probability always happened together.
+        generators = np.random.default_rng(seed), random.Random(seed)
+        for name, step in self.steps:
+            if only_certain and step.p < 1:
+                continue
+            step.set_random_state(*generators)
+            boxes = {} if rows is None else {"bboxes": rows}
+            try:
+                result = step(image=pixels, **boxes)
+            except Exception as error:  # albumentations and OpenCV raise almost anything
+                raise ValueError(
+                    f"augment: {name} cannot be applied to {pixels.shape[0]} x {pixels.shape[1]} pixels"
+                    f"{'' if rows is None else f' and {len(rows)} boxes'} ({error!r}); change its arguments, or "
+                    "remove it"
+                ) from error
+            pixels = result["image"]
+            if rows is not None:
+                rows = np.reshape(result["bboxes"], (-1, 5))
+                if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+                    raise ValueError(
+                        f"augment: {name} returned {pixels.dtype} pixels of shape {pixels.shape}, not uint8 of "
+                        "(height, width, 3); change its arguments, or remove it"
+                    )
+        return pixels, np.zeros((0, 5)) if rows is None else rows
+
+
 def _build_step(step: object, where: str, preprocessing: Preprocessing) -> Any:
-    """Build one transform of albumentations; its warnings about arguments are errors here."""
+    """Build one transform of albumentations; its warnings about arguments are errors."""
     if not isinstance(step, Mapping):
-        raise ValueError(f"{where} is {step!r}, no mapping; {STEP_FORM}")
+        raise ValueError(f"{where}={step!r}: must be a mapping; {STEP_FORM}")
     arguments = dict(step)
     name = arguments.pop("name", None)
     transform = _find_transform(name, where)
     allowed = list(inspect.signature(transform).parameters)
     for key in arguments:
         if key not in allowed:
-            hint = _did_you_mean(str(key), allowed)
-            raise ValueError(f"{where}: {name} has no argument {key!r}{hint}; it has {allowed}")
+            raise ValueError(f"{where}: {name} has no argument {key!r}{_hint(str(key), allowed)}; it has {allowed}")
     if name == "RandomResizedCrop":
         arguments = {"size": preprocessing.size, "area_for_downscale": "image"} | arguments
     with warnings.catch_warnings():
@@ -50,8 +122,33 @@ def _build_step(step: object, where: str, preprocessing: Preprocessing) -> Any:
             raise ValueError(f"{where}: {name} refuses {arguments}: {_one_line(error)}") from error
 
 
+def _build_box_step(step: object, where: str, preprocessing: Preprocessing, min_visibility: float) -> tuple[str, Any]:
+    """Build one transform that moves boxes with the image; empty areas are filled with grey by default."""
+    library = _albumentations()
+    if isinstance(step, Mapping):
+        transform = _find_transform(step.get("name"), where)
+        if "fill" in inspect.signature(transform).parameters and issubclass(transform, library.DualTransform):
+            # One number, and no colour: CropAndPad would draw one of the three, for all channels.
+            step = {"fill": round(sum(mean_colour(preprocessing)) / 3)} | dict(step)
+    built = _build_step(step, where, preprocessing)
+    name = type(built).__name__
+    if not isinstance(built, library.DualTransform):
+        return name, built
+    if "bboxes" not in built.available_keys:
+        raise ValueError(f"{where}: {name} does not move boxes with the image; remove it")
+    parameters = library.BboxParams(
+        format="pascal_voc",
+        clip=True,
+        filter_invalid_bboxes=True,
+        min_visibility=min_visibility,
+        min_width=MIN_SIDE,
+        min_height=MIN_SIDE,
+    )
+    return name, library.Compose([built], bbox_params=parameters)
+
+
 def _find_transform(name: object, where: str) -> Any:
-    """Look a transform up by name; nothing but a transform of albumentations is ever found."""
+    """Find a transform by name; nothing but a transform of albumentations is ever returned."""
     library = _albumentations()
     valid = [
         key
@@ -60,18 +157,18 @@ def _find_transform(name: object, where: str) -> Any:
     ]
     if name not in valid:
         raise ValueError(
-            f"{where}: {name!r} is no transform of albumentations{_did_you_mean(str(name), valid)}; {STEP_FORM}"
+            f"{where}: {name!r} is not a transform of albumentations{_hint(str(name), valid)}; {STEP_FORM}"
         )
     return getattr(library, str(name))
 
 
 def _one_line(error: Exception) -> str:
-    """What an error says, in one line: pydantic's has many, the first a count and the last a link."""
+    """An error in one line: pydantic's has many, the first a count and the last a link."""
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines if not re.match(r"\d+ validation error|For further information", line))
 
 
-def _did_you_mean(word: str, valid: Sequence[str]) -> str:
+def _hint(word: str, valid: Sequence[str]) -> str:
     nearest = get_close_matches(word, valid, n=1, cutoff=0.3)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
