@@ -37,7 +37,7 @@ from vpt.models.adapters import Adapters
 from vpt.models.backbone import PromptedViT
 from vpt.serve.app import make_app
 from vpt.serve.service import Settings
-from vpt.train.__main__ import run
+from vpt.train.training import run
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
 

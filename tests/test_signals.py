@@ -25,7 +25,7 @@ def test_a_patient_run_ends_where_it_looks(number):
     done = []
 
     def work():
-        with StopSignal() as stop, stop.patient():
+        with StopSignal() as stop, stop.deferred():
             stop.check()
             signal.raise_signal(number)
             done.append("step")
@@ -37,11 +37,11 @@ def test_a_patient_run_ends_where_it_looks(number):
 
 
 def test_a_wait_inside_of_a_patient_run_ends_at_once():
-    with StopSignal() as stop, stop.patient():
-        with pytest.raises(Stopped), stop.patient(False):
+    with StopSignal() as stop, stop.deferred():
+        with pytest.raises(Stopped), stop.interruptible():
             signal.raise_signal(signal.SIGTERM)
         assert stop.received is signal.SIGTERM
-        with pytest.raises(Stopped), stop.patient(False):  # nor does another begin
+        with pytest.raises(Stopped), stop.interruptible():  # nor does another begin
             pytest.fail("it waited")
 
 
@@ -56,7 +56,7 @@ def test_a_second_signal_ends_the_process_at_once():
     code = """
 import time
 from vpt.engine.signals import StopSignal
-with StopSignal() as stop, stop.patient():
+with StopSignal() as stop, stop.deferred():
     print("ready", flush=True)
     time.sleep(60)
     time.sleep(60)

@@ -7,8 +7,7 @@ from vpt.build import Data
 from vpt.config.schema import Config, TaskName
 from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
-from vpt.engine.steps import Losses
-from vpt.engine.trainer import Evaluator
+from vpt.engine.steps import Evaluator, Losses
 
 
 class Kind(Protocol):
@@ -20,7 +19,7 @@ class Kind(Protocol):
 
     select: ClassVar[str]  # the metric of val that chooses
     goal: ClassVar[float]  # of that metric on one batch, for mode=overfit
-    charts: ClassVar[Mapping[str, Sequence[str]]]  # TensorBoard's overview: title -> regular expressions of tags
+    charts: ClassVar[Mapping[str, Sequence[str]]]  # of TensorBoard's overview, with those of every run: title -> tags
 
     def __init__(self, config: Config) -> None: ...
 
