@@ -58,13 +58,7 @@ def choices(photos, boxes):
 
 
 def test_a_run_that_is_killed_several_times_ends_with_the_same_bytes(tmp_path, choices):
-    options = [
-        "num_workers=0",
-        "train.ema=0.5",
-        "train.patience=2",
-        *TASK_TYPES["classification"],
-        choices["classification"],
-    ]
+    options = ["num_workers=0", "train.ema=0.5", "train.patience=2", *choices["classification"]]
     points = [point for point in POINTS if "boxes" not in point]
     assert len(prove(tmp_path, options, points, num_kills=4)) == 4
 
@@ -73,9 +67,7 @@ def test_a_run_that_is_killed_several_times_ends_with_the_same_bytes(tmp_path, c
 @pytest.mark.parametrize("task_type", TASK_TYPES)
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(
-    tmp_path, choices, task_type, num_workers, accumulation
-):
+def test_a_run_killed_anywhere_ends_with_the_same_bytes(tmp_path, choices, task_type, num_workers, accumulation):
     options = [f"num_workers={num_workers}", f"train.accumulation={accumulation}", "train.ema=0.5", "train.patience=2"]
     points = [point for point in POINTS if point != FOREIGN[task_type]]
     prove(
