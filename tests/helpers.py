@@ -30,15 +30,20 @@ from vpt.config.validation import to_config
 from vpt.data.readers.box_checks import DataReport
 from vpt.data.readers.coco import read_coco
 from vpt.data.samples import DetectionSamples, Samples
+from vpt.engine.checkpoint import Checkpoints
 from vpt.engine.metrics.classification import ClassificationMetrics
 from vpt.engine.metrics.detection import DetectionMetrics
-from vpt.engine.steps import Stepper
+from vpt.engine.monitor import Monitor
+from vpt.engine.optim import MovingAverage, warmup_cosine
+from vpt.engine.state import RunState
+from vpt.engine.steps import Callbacks, FitData, FitSettings, Stepper
+from vpt.engine.trainer import fit
 from vpt.models.adapters import Adapters
 from vpt.models.backbone import PromptedViT
 from vpt.models.vit import load_vit
 from vpt.serve.app import make_app
 from vpt.serve.service import Settings
-from vpt.train.__main__ import run
+from vpt.train.training import run
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
 
@@ -490,3 +495,40 @@ def make_loader(num=22, batch_size=5, seed=0):
 
 def metric_lines(tmp_path):
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def fit_small(
+    folder,
+    model=None,
+    train=None,
+    val=None,
+    losses=cross_entropy,
+    evaluator=None,
+    *,
+    optimizer=torch.optim.SGD,
+    lr=0.5,
+    warmup=2,
+    num_steps=None,
+    ema=None,
+    names_of=lambda epoch, first, end: (),
+    callbacks=None,
+    **settings,
+):
+    """Start a run of a small model in a folder, or resume it; its model, result and state."""
+    model, train, val = model or Separable(), train or make_loader(), val or make_loader(seed=1)
+    settings = FitSettings(**{"epochs": 4, "select": "top1", "log_every": 1, **settings})
+    torch.manual_seed(0)
+    optimizer = optimizer([{"params": model.parameters(), "lr": lr, "name": "head"}])
+    num_steps = num_steps or settings.epochs * len(train)
+    schedule = warmup_cosine(optimizer, num_steps=num_steps, num_warmup_steps=warmup)
+    parameters = dict(model.named_parameters())
+    state = RunState(parameters, optimizer, schedule, MovingAverage(parameters, ema) if ema else None)
+    checkpoints = Checkpoints(folder)
+    saved, resume_at = checkpoints.load(), None
+    if saved is not None:
+        state.load(saved.tensors, saved.numbers)
+        resume_at = saved.numbers["metrics_bytes"], state.result.steps
+    with Monitor(folder, resume_at=resume_at) as monitor:
+        data = FitData(train, val, losses, evaluator or Evaluator(), names_of)
+        result = fit(model, data, state, settings, Callbacks(monitor, checkpoints, **(callbacks or {})))
+    return model, result, state

@@ -140,5 +140,5 @@ def test_a_table_without_rows_is_its_header():
 
 
 def test_rows_of_another_length_are_refused():
-    with pytest.raises(ValueError, match=r"A row has 1 cells, the header 2: \['x'\]"):
+    with pytest.raises(ValueError, match=r"\['x'\] has 1 cells"):
         format_table([["x"]], header=["a", "b"])

@@ -128,7 +128,7 @@ def test_worst_gives_fewer_when_fewer_were_evaluated_and_refuses_more_than_it_ke
     metrics = fed(*random_split(3, 4), batch_size=2, num_worst=5)
     assert len(metrics.worst()) == 3
     assert metrics.worst(0) == []
-    with pytest.raises(ValueError, match="only 5 samples are remembered"):
+    with pytest.raises(ValueError, match="num=6"):
         metrics.worst(6)
 
 
@@ -173,19 +173,19 @@ def test_an_empty_batch_changes_nothing():
 
 
 def test_computing_without_samples_is_an_error():
-    with pytest.raises(ValueError, match="No sample was evaluated"):
+    with pytest.raises(ValueError, match="no sample was evaluated"):
         ClassificationMetrics(3).compute()
 
 
 @pytest.mark.parametrize(
     ("logits", "targets", "message"),
     [
-        (torch.zeros(2, 4), torch.tensor([0, 1]), r"3 classes need \(B, 3\)"),
-        (torch.zeros(3), torch.tensor([0, 1, 2]), r"3 classes need \(B, 3\)"),
-        (torch.zeros(2, 3), torch.tensor([0]), r"these logits need \(2,\)"),
-        (torch.zeros(2, 3), torch.tensor([0, 3]), r"Target 3 is outside of \[0, 3\)"),
-        (torch.zeros(2, 3), torch.tensor([-100, 0]), r"Target -100 is outside"),
-        (torch.zeros(2, 3), torch.tensor([0.0, 1.0]), "class numbers are integers"),
+        (torch.zeros(2, 4), torch.tensor([0, 1]), r"3 classes require \(B, 3\)"),
+        (torch.zeros(3), torch.tensor([0, 1, 2]), r"3 classes require \(B, 3\)"),
+        (torch.zeros(2, 3), torch.tensor([0]), r"these logits require \(2,\)"),
+        (torch.zeros(2, 3), torch.tensor([0, 3]), r"target 3 is outside of \[0, 3\)"),
+        (torch.zeros(2, 3), torch.tensor([-100, 0]), r"target -100 is outside"),
+        (torch.zeros(2, 3), torch.tensor([0.0, 1.0]), "must be integers"),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(logits, targets, message):

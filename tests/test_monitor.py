@@ -15,7 +15,9 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
-from vpt.engine.monitor import OVERVIEW, Monitor
+from vpt.engine.monitor import CHARTS, Monitor
+from vpt.task_types.classification import Classification
+from vpt.task_types.detection import Detection
 
 
 def events_of(run_dir: Path) -> EventAccumulator:
@@ -36,6 +38,7 @@ def test_scalars_come_back_with_their_steps_and_values(tmp_path):
     with Monitor(tmp_path) as monitor:
         for step in range(1, 31):
             monitor.scalars({"train/loss": 1 / step, "lr/prompt": torch.tensor(0.01 * step)}, step)
+            assert len(lines_of(tmp_path)) == step  # a line can be read before the run ends
         monitor.scalars({"val/top1": np.float64(0.5)}, 30)
     events = events_of(tmp_path)
     assert set(events.Tags()["scalars"]) == {"train/loss", "lr/prompt", "val/top1"}
@@ -48,13 +51,6 @@ def test_scalars_come_back_with_their_steps_and_values(tmp_path):
     assert len(lines_of(tmp_path)) == 31
 
 
-def test_a_line_can_be_read_before_the_run_ends(tmp_path):
-    monitor = Monitor(tmp_path)
-    monitor.scalars({"train/loss": 0.25}, 3)
-    assert lines_of(tmp_path) == [{"step": 3, "train/loss": 0.25}]
-    monitor.close()
-
-
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     with Monitor(tmp_path) as monitor:
         monitor.scalars({"train/loss": math.nan, "val/loss": -math.inf, "lr/head": 1}, 1)
@@ -63,34 +59,30 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
 
 
 def test_the_tag_step_is_refused(tmp_path):
-    with Monitor(tmp_path) as monitor, pytest.raises(ValueError, match='The tag "step" is taken'):
+    with Monitor(tmp_path) as monitor, pytest.raises(ValueError, match='"step"'):
         monitor.scalars({"step": 1.0}, 1)
 
 
-def test_pictures_decode_to_what_was_written(tmp_path):
+def test_images_and_text_are_read_back(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
     with Monitor(tmp_path) as monitor:
         monitor.images("val/confusion", picture, 5)
         monitor.images("val/worst", [picture, 255 - picture], 5)
         monitor.images("val/prompts", picture[None], 5)
+        monitor.text("run/config", "```yaml\nseed: 1\n```")
     events = events_of(tmp_path)
     assert set(events.Tags()["images"]) == {"val/confusion", "val/worst_00", "val/worst_01", "val/prompts_00"}
     (event,) = events.Images("val/worst_01")
     assert event.step == 5
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), 255 - picture)
+    (event,) = events.Tensors("run/config/text_summary")
+    assert event.tensor_proto.string_val[0].decode() == "```yaml\nseed: 1\n```"
 
 
 @pytest.mark.parametrize("picture", [np.zeros((3, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8)])
-def test_pictures_of_another_shape_or_type_are_refused(tmp_path, picture):
-    with Monitor(tmp_path) as monitor, pytest.raises(ValueError, match=r"a picture is \(H, W, 3\) uint8"):
+def test_images_of_another_shape_or_type_are_refused(tmp_path, picture):
+    with Monitor(tmp_path) as monitor, pytest.raises(ValueError, match=r"must be \(H, W, 3\) uint8"):
         monitor.images("val/worst", [picture], 1)
-
-
-def test_text_comes_back(tmp_path):
-    with Monitor(tmp_path) as monitor:
-        monitor.text("run/config", "```yaml\nseed: 1\n```")
-    (event,) = events_of(tmp_path).Tensors("run/config/text_summary")
-    assert event.tensor_proto.string_val[0].decode() == "```yaml\nseed: 1\n```"
 
 
 def test_hyperparameters_and_their_results_stay_in_the_same_run(tmp_path):
@@ -117,25 +109,24 @@ def test_hyperparameters_and_their_results_stay_in_the_same_run(tmp_path):
     assert lines_of(tmp_path)[-1] == {"step": 40, "test/top1": 0.75}
 
 
-def test_the_overview_page_shows_every_tag_that_training_writes(tmp_path):
-    Monitor(tmp_path).close()
+@pytest.mark.parametrize(
+    ("task_type", "metrics"),
+    [
+        (Classification, ["val/top1", "val/mean_per_class"]),
+        (Detection, ["train/box_loss", "val/map", "val/map50", "val/map75"]),
+    ],
+)
+def test_the_overview_page_shows_every_tag_that_training_writes_once(tmp_path, task_type, metrics):
+    Monitor(tmp_path, charts=task_type.charts).close()
     (page,) = layout_of(tmp_path).category
     assert page.title == "overview"
     patterns = [tag for chart in page.chart for tag in chart.multiline.tag]
-    tags = ["train/loss", "val/loss", "val/top1", "val/mean_per_class", "lr/prompt", "lr/head"]
+    tags = [*metrics, "train/loss", "val/loss", "lr/prompt", "lr/head"]
     tags += [f"{kind}/block_07" for kind in ("prompt_grad_norm", "prompt_norm", "prompt_update_ratio")]
     tags += ["perf/images_per_s", "perf/data_wait_fraction", "memory/peak_mib"]
     for tag in tags:
         assert sum(re.match(pattern, tag) is not None for pattern in patterns) == 1, tag
-    assert [chart.title for chart in page.chart] == list(OVERVIEW)
-
-
-def test_another_layout_takes_the_place_of_the_overview(tmp_path):
-    Monitor(tmp_path, layout={"boxes": ["^val/map$", "^val/map50$"]}).close()
-    (page,) = layout_of(tmp_path).category
-    assert [(chart.title, list(chart.multiline.tag)) for chart in page.chart] == [
-        ("boxes", ["^val/map$", "^val/map50$"])
-    ]
+    assert [chart.title for chart in page.chart] == ["loss", *task_type.charts, *CHARTS]
 
 
 def test_a_run_has_one_events_file_beside_its_metrics(tmp_path):
@@ -147,14 +138,7 @@ def test_a_run_has_one_events_file_beside_its_metrics(tmp_path):
     assert metrics_file == "metrics.jsonl"
 
 
-def test_a_new_run_begins_with_an_empty_file(tmp_path):
-    for step in (1, 2):
-        with Monitor(tmp_path) as monitor:
-            monitor.scalars({"train/loss": 0.5}, step)
-    assert [line["step"] for line in lines_of(tmp_path)] == [2]
-
-
-def test_what_was_written_behind_a_checkpoint_is_taken_back_when_the_run_goes_on(tmp_path):
+def test_lines_after_the_checkpoint_are_removed_when_the_run_resumes_and_all_when_it_starts_anew(tmp_path):
     with Monitor(tmp_path) as monitor:
         monitor.scalars({"train/loss": 0.5}, 1)
         num_bytes = monitor.sync()
@@ -162,11 +146,14 @@ def test_what_was_written_behind_a_checkpoint_is_taken_back_when_the_run_goes_on
         monitor.scalars({"train/loss": 0.3}, 3)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "train/lo')
-    with Monitor(tmp_path, going_on=(num_bytes, 1)) as monitor:
+    with Monitor(tmp_path, resume_at=(num_bytes, 1)) as monitor:
         monitor.scalars({"train/loss": 0.2}, 2)
     assert [(line["step"], line["train/loss"]) for line in lines_of(tmp_path)] == [(1, 0.5), (2, 0.2)]
     points = [(point.step, point.value) for point in events_of(tmp_path).Scalars("train/loss")]
     assert points == [(1, 0.5), (2, pytest.approx(0.2))]
+    with Monitor(tmp_path) as monitor:
+        monitor.scalars({"train/loss": 0.5}, 7)
+    assert [line["step"] for line in lines_of(tmp_path)] == [7]
 
 
 def test_paces_and_memory_are_in_the_events_only(tmp_path):
@@ -176,7 +163,7 @@ def test_paces_and_memory_are_in_the_events_only(tmp_path):
     assert {"perf/images_per_s", "memory/peak_mib"} <= set(events_of(tmp_path).Tags()["scalars"])
 
 
-def test_a_folder_that_cannot_be_written_is_reported_once_and_training_goes_on(tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_reported_once_and_training_continues(tmp_path, capsys):
     (tmp_path / "runs").write_text("a file where a folder should be")
     with Monitor(tmp_path / "runs" / "first") as monitor:
         for step in (1, 2, 3):
@@ -190,26 +177,24 @@ def test_a_folder_that_cannot_be_written_is_reported_once_and_training_goes_on(t
     assert texts[1].startswith("warning: metrics.jsonl of")
 
 
-def test_metrics_are_still_written_when_the_events_fail_on_the_way(tmp_path, monkeypatch, capsys):
+def test_metrics_and_events_are_written_when_the_other_fails(tmp_path, monkeypatch, capsys):
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with Monitor(tmp_path) as monitor:
+    with Monitor(tmp_path / "a") as monitor:
         monitor.scalars({"train/loss": 1.0}, 1)
-        monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
-        monitor.scalars({"train/loss": 0.5}, 2)
-        monitor.scalars({"train/loss": 0.25}, 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(SummaryWriter, "add_scalar", fail)
+            monitor.scalars({"train/loss": 0.5}, 2)
+            monitor.scalars({"train/loss": 0.25}, 3)
     assert capsys.readouterr().err.count("No space left on device") == 1
-    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
-
-
-def test_events_are_still_written_when_the_metrics_fail_on_the_way(tmp_path, capsys):
-    with Monitor(tmp_path) as monitor:
-        (tmp_path / "metrics.jsonl").mkdir()
+    assert [line["step"] for line in lines_of(tmp_path / "a")] == [1, 2, 3]
+    with Monitor(tmp_path / "b") as monitor:
+        (tmp_path / "b" / "metrics.jsonl").mkdir()
         monitor.scalars({"train/loss": 0.5}, 1)
         monitor.scalars({"train/loss": 0.5}, 2)
     assert "metrics.jsonl of" in capsys.readouterr().err
-    assert len(events_of(tmp_path).Scalars("train/loss")) == 2
+    assert len(events_of(tmp_path / "b").Scalars("train/loss")) == 2
 
 
 def test_a_disk_that_is_full_for_a_while_leaves_no_half_lines(small_disk, capsys):

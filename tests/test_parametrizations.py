@@ -136,7 +136,7 @@ def test_the_state_of_a_run_goes_on_as_if_it_had_not_stopped(name, images):
             parameter.add_(1)
     state = state_of(model)
     step(model, images, state)
-    state.keep_best({"top1": 0.5})
+    state.save_best({"top1": 0.5})
     tensors = {key: tensor.clone() for key, tensor in state.tensors().items()}
     going_on = state_of(other)
     going_on.load(tensors, state.numbers())

@@ -1,4 +1,4 @@
-"""A run that is killed anywhere, any number of times, ends with the same bytes as one that is not."""
+"""A run that is killed at any point, any number of times, ends with the same bytes as one that is not."""
 
 import json
 import os
@@ -44,31 +44,39 @@ def prove(tmp_path, overrides, points, num_kills, seed=0):
 
 
 FOREIGN = {"classification": "in validation of boxes", "detection": "in validation"}
-KINDS = {
-    "classification": ["dataset=folder", "train.batch_size=4", "prompt.dropout=0.1"],
-    "detection": ["dataset=coco", "head.channels=16", "train.batch_size=4", "augment=boxes", "backbone.img_size=96"],
-}
+TASK_TYPES = ("classification", "detection")
 
 
 @pytest.fixture
-def roots(photos, boxes):
-    return {"classification": f"dataset.root={photos}", "detection": f"dataset.root={boxes}"}
+def choices(photos, boxes):
+    """Overrides of a run of each type of task."""
+    detection = ["dataset=coco", "head.channels=16", "augment=boxes", "backbone.img_size=96", f"dataset.root={boxes}"]
+    return {
+        "classification": ["dataset=folder", "train.batch_size=4", "prompt.dropout=0.1", f"dataset.root={photos}"],
+        "detection": ["train.batch_size=4", *detection],
+    }
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, roots):
-    options = ["num_workers=0", "train.ema=0.5", "train.patience=2", *KINDS["classification"], roots["classification"]]
+def test_a_run_that_is_killed_several_times_ends_with_the_same_bytes(tmp_path, choices):
+    options = ["num_workers=0", "train.ema=0.5", "train.patience=2", *choices["classification"]]
     points = [point for point in POINTS if "boxes" not in point]
     assert len(prove(tmp_path, options, points, num_kills=4)) == 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("task_type", TASK_TYPES)
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_killed_anywhere_a_run_ends_with_the_same_bytes(tmp_path, roots, kind, num_workers, accumulation):
+def test_a_run_killed_anywhere_ends_with_the_same_bytes(tmp_path, choices, task_type, num_workers, accumulation):
     options = [f"num_workers={num_workers}", f"train.accumulation={accumulation}", "train.ema=0.5", "train.patience=2"]
-    points = [point for point in POINTS if point != FOREIGN[kind]]
-    prove(tmp_path, [*options, *KINDS[kind], roots[kind]], points, NUM_KILLS, seed=num_workers + accumulation)
+    points = [point for point in POINTS if point != FOREIGN[task_type]]
+    prove(
+        tmp_path,
+        [*options, *choices[task_type]],
+        points,
+        NUM_KILLS,
+        seed=num_workers + accumulation,
+    )
 
 
 # Signals, as a scheduler sends them.
@@ -93,28 +101,28 @@ def start():
 
 
 def wait_for(process, text):
-    """Read what a process says until a line has a text."""
+    """Read the output of a process until a line has a text."""
     for line in process.stdout:
         if text in line:
             return
-    pytest.fail(f"{text!r} was not said")
+    pytest.fail(f"{text!r} was not printed")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_ends_the_command_with_75_and_the_same_command_goes_on(start, tmp_path, roots, number):
-    options = [*KINDS["classification"], roots["classification"], "train.epochs=8"]
+def test_a_signal_saves_and_ends_the_command_with_75_and_the_same_command_resumes(start, tmp_path, choices, number):
+    options = [*choices["classification"], "train.epochs=8"]
     process = start(tmp_path, *options)
     wait_for(process, "epoch 2/8: val")
     begin = time.monotonic()
     process.send_signal(number)
-    said = process.communicate(timeout=30)[0]
+    output = process.communicate(timeout=30)[0]
     assert time.monotonic() - begin < 10
     assert process.returncode == 75
-    assert f"stopped by {number.name}; type the same command again" in said
+    assert f"stopped by {number.name}; type the same command again" in output
     last = json.loads((tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()[-1])["step"]
     process = start(tmp_path, *options)
-    wait_for(process, f"behind step {last}")
+    wait_for(process, f"after step {last}")
     assert process.communicate(timeout=120)
     assert process.returncode == 0
     assert attempt_run(tmp_path / "log", [*SMALL_RUN, *options, f"run.root={tmp_path}/whole", "num_workers=0"]) == 0
@@ -122,23 +130,23 @@ def test_a_signal_saves_and_ends_the_command_with_75_and_the_same_command_goes_o
 
 
 @pytest.mark.slow
-def test_torchrun_passes_the_signal_on(start, tmp_path, roots):
-    options = [*KINDS["classification"], roots["classification"], "train.epochs=400"]
+def test_torchrun_passes_the_signal_on(start, tmp_path, choices):
+    options = [*choices["classification"], "train.epochs=400"]
     process = start(
         tmp_path, *options, program=("-m", "torch.distributed.run", "--nproc_per_node=1", "-m", "vpt.train")
     )
     wait_for(process, "epoch 2/400: val")
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=60)[0]
     assert process.returncode == 1  # torchrun's own
-    assert "stopped by SIGTERM" in said
+    assert "stopped by SIGTERM" in output
     assert Checkpoints(tmp_path / "runs/run").load().numbers["result"]["steps"] >= 10
 
 
 @pytest.mark.slow
-def test_the_command_that_is_killed_at_any_time_ends_with_the_same_bytes(start, tmp_path, roots):
+def test_the_command_that_is_killed_at_any_time_ends_with_the_same_bytes(start, tmp_path, choices):
     """While it imports, reads, trains, evaluates or writes, as time has it; by another process."""
-    options, draw = [*KINDS["classification"], roots["classification"], "train.epochs=6"], random.Random(0)
+    options, draw = [*choices["classification"], "train.epochs=6"], random.Random(0)
     for _ in range(NUM_KILLS):
         process = start(tmp_path, *options)
         with suppress(subprocess.TimeoutExpired):
@@ -151,15 +159,15 @@ def test_the_command_that_is_killed_at_any_time_ends_with_the_same_bytes(start, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("option", "code"), [("fresh=true", 75), ("mode=overfit", 128 + signal.SIGTERM)])
-def test_what_cannot_go_on_says_so(start, tmp_path, roots, option, code):
+def test_a_run_that_cannot_be_resumed_reports_it(start, tmp_path, choices, option, code):
     slow = ["train.epochs=400", "backbone.img_size=256"]  # still at work when the signal comes
     slow += ["optim.prompt_lr=1e-60", "optim.head_lr=1e-60"]  # no step, for float32: a batch is never learned
-    process = start(tmp_path, *KINDS["classification"], roots["classification"], *slow, option)
+    process = start(tmp_path, *choices["classification"], *slow, option)
     wait_for(process, "device ")
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=60)[0]
     assert process.returncode == code
-    assert ("but without fresh=true" if code == 75 else "mode=overfit keeps nothing") in said
+    assert ("but without fresh=true" if code == 75 else "mode=overfit saves nothing") in output
 
 
 def test_several_processes_of_torchrun_are_refused(monkeypatch):
@@ -169,40 +177,35 @@ def test_several_processes_of_torchrun_are_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_second_command_in_the_same_folder_is_refused_and_the_first_one_goes_on(start, tmp_path, roots):
-    options = [*KINDS["classification"], roots["classification"], "train.epochs=400"]
+def test_a_second_command_in_the_same_folder_is_refused_and_the_first_one_continues(start, tmp_path, choices):
+    options = [*choices["classification"], "train.epochs=400"]
     first = start(tmp_path, *options)
     wait_for(first, "epoch 1/400: val")
     second = start(tmp_path, *options)
-    said = second.communicate(timeout=60)[0]
+    output = second.communicate(timeout=60)[0]
     assert second.returncode == 2
-    assert f"is in use by process {first.pid} on " in said
+    assert f"is in use by process {first.pid} on " in output
     assert first.poll() is None
     first.kill()
     first.wait()
-    wait_for(start(tmp_path, *options), "going on ")
+    wait_for(start(tmp_path, *options), "resuming ")
 
 
 # What is on the disk.
 
 
-def test_data_that_changed_are_refused(tmp_path, photos):
+def test_data_that_changed_are_refused(tmp_path, photos, choices):
     shutil.copytree(photos, tmp_path / "photos")
-    options = [
-        *SMALL_RUN,
-        *KINDS["classification"],
-        f"dataset.root={tmp_path}/photos",
-        f"run.root={tmp_path}",
-        "cache=off",
-    ]
+    places = [f"dataset.root={tmp_path}/photos", f"run.root={tmp_path}"]
+    options = [*SMALL_RUN, *choices["classification"], *places, "cache=off"]
     assert attempt_run(tmp_path / "log", options, "behind a step", 4) == KILLED
     (tmp_path / "photos/train/rose/0.png").rename(tmp_path / "photos/train/rose/9.png")
-    with pytest.raises(ValueError, match="the pictures or labels of this run are not those that it was begun with"):
+    with pytest.raises(ValueError, match=r"images or labels of this run changed .*fresh=true"):
         train_with(*options)
 
 
-def test_without_a_whole_checkpoint_nothing_is_done(tmp_path, roots):
-    options = [*SMALL_RUN, *KINDS["classification"], roots["classification"], f"run.root={tmp_path}"]
+def test_without_a_whole_checkpoint_nothing_is_done(tmp_path, choices):
+    options = [*SMALL_RUN, *choices["classification"], f"run.root={tmp_path}"]
     assert attempt_run(tmp_path / "log", options, "behind a step", 6) == KILLED
     for name in NAMES:
         (tmp_path / "run" / name).write_bytes((tmp_path / "run" / name).read_bytes()[:1000])
@@ -215,8 +218,8 @@ def test_without_a_whole_checkpoint_nothing_is_done(tmp_path, roots):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, roots, capsys):
-    options = [*SMALL_RUN, *KINDS["classification"], roots["classification"], "num_workers=0"]
+def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, choices, capsys):
+    options = [*SMALL_RUN, *choices["classification"], "num_workers=0"]
     assert attempt_run(tmp_path / "log", [*options, f"run.root={tmp_path}/whole"]) == 0
     assert attempt_run(tmp_path / "log", [*options, f"run.root={tmp_path}/killed"], "behind a step", 8) == KILLED
     last = tmp_path / "killed/run" / NAMES[0]
@@ -224,15 +227,15 @@ def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, roots, capsys):
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
     train_with(*options, f"run.root={tmp_path}/killed")
-    assert "going on from previous.checkpoint" in capsys.readouterr().err
+    assert "resuming from previous.checkpoint" in capsys.readouterr().err
     assert kept_files(tmp_path / "killed") == kept_files(tmp_path / "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_room_made", [True, False])
-def test_a_full_disk_does_not_end_a_run_but_its_end_tells(small_disk, tmp_path, roots, is_room_made, capsys):
+def test_a_full_disk_does_not_end_a_run_but_is_reported_at_its_end(small_disk, tmp_path, choices, is_room_made, capsys):
     disk = small_disk("2m")
-    options = [*SMALL_RUN, *KINDS["classification"], roots["classification"], "num_workers=0", "train.epochs=5"]
+    options = [*SMALL_RUN, *choices["classification"], "num_workers=0", "train.epochs=5"]
     epochs, filler = [], disk / "filler"
 
     def fill(evaluator):
@@ -253,10 +256,10 @@ def test_a_full_disk_does_not_end_a_run_but_its_end_tells(small_disk, tmp_path, 
         else:
             with pytest.raises(OSError, match="No space left on device"):
                 train_with(*options, f"run.root={disk}")
-    said = capsys.readouterr()
-    assert "Training goes on, and the next checkpoint is tried again" in said.err
-    assert "epoch 5/5: val" in said.out
-    assert said.err.count("metrics.jsonl of") == 1
+    output = capsys.readouterr()
+    assert "Training continues, and the next checkpoint is tried again" in output.err
+    assert "epoch 5/5: val" in output.out
+    assert output.err.count("metrics.jsonl of") == 1
     saved = Checkpoints(disk / "run").load()
     assert saved.numbers["epoch"] == (6 if is_room_made else 2)
     if not is_room_made:

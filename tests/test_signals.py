@@ -21,11 +21,11 @@ def test_a_signal_ends_what_runs_at_once(number):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_patient_run_ends_where_it_looks(number):
+def test_a_deferred_signal_ends_the_run_at_the_next_check(number):
     done = []
 
     def work():
-        with StopSignal() as stop, stop.patient():
+        with StopSignal() as stop, stop.deferred():
             stop.check()
             signal.raise_signal(number)
             done.append("step")
@@ -36,16 +36,16 @@ def test_a_patient_run_ends_where_it_looks(number):
     assert done == ["step"]
 
 
-def test_a_wait_inside_of_a_patient_run_ends_at_once():
-    with StopSignal() as stop, stop.patient():
-        with pytest.raises(Stopped), stop.patient(False):
+def test_an_interruptible_wait_ends_at_once():
+    with StopSignal() as stop, stop.deferred():
+        with pytest.raises(Stopped), stop.interruptible():
             signal.raise_signal(signal.SIGTERM)
         assert stop.received is signal.SIGTERM
-        with pytest.raises(Stopped), stop.patient(False):  # nor does another begin
+        with pytest.raises(Stopped), stop.interruptible():  # a second one does not begin
             pytest.fail("it waited")
 
 
-def test_handlers_are_those_of_before_when_it_is_over():
+def test_the_former_handlers_are_restored():
     before = [signal.getsignal(number) for number in SIGNALS]
     with StopSignal():
         assert [signal.getsignal(number) for number in SIGNALS] != before
@@ -56,7 +56,7 @@ def test_a_second_signal_ends_the_process_at_once():
     code = """
 import time
 from vpt.engine.signals import StopSignal
-with StopSignal() as stop, stop.patient():
+with StopSignal() as stop, stop.deferred():
     print("ready", flush=True)
     time.sleep(60)
     time.sleep(60)

@@ -22,7 +22,7 @@ from vpt.evaluate.__main__ import EvaluateOptions, evaluate_run
 from vpt.models.vit import fingerprint, load_vit
 from vpt.predict.__main__ import PredictOptions, predict_run
 from vpt.task_types.classification import build_cross_entropy
-from vpt.train.__main__ import run
+from vpt.train.training import run
 
 SMALL = [
     "train.epochs=2",

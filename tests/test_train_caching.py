@@ -24,7 +24,7 @@ from vpt.models.vit import fingerprint, preprocessing_of
 from vpt.task_types.base import kind_of
 from vpt.task_types.classification import Classification
 from vpt.train import caching
-from vpt.train.__main__ import run
+from vpt.train.training import run
 
 NUM_TRAIN, NUM_VAL, NUM_TEST = 18, 9, 12
 SMALL = [

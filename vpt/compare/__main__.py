@@ -112,7 +112,7 @@ def read_options(arguments: Sequence[str]) -> CompareOptions:
 def compare(options: CompareOptions, stop: StopSignal | None = None) -> "Comparison":
     """Train what is not trained yet, print the table, write the files."""
     stop = stop or StopSignal()
-    with stop.patient():  # an exception in the middle of an import of C++ ends the process
+    with stop.deferred():  # an exception in the middle of an import of C++ ends the process
         from vpt.compare.report import Comparison, write_report
         from vpt.compare.runs import Runs, choose_output
         from vpt.compare.table import describe_table, write_tables
@@ -138,7 +138,8 @@ def compare(options: CompareOptions, stop: StopSignal | None = None) -> "Compari
 
 def _trainer(log: Path, stop: StopSignal) -> "Train":
     """Trains as the command does; what a run tells goes to a file."""
-    from vpt.train.__main__ import run
+    with stop.deferred():
+        from vpt.train.training import run
 
     def train(config: Config, shown: Config) -> None:
         with log.open("a") as file, redirect_stdout(file):

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: `last.checkpoint`, and `previous.checkpoint` in case that the last one is damaged."""
+"""Checkpoints of a run: `last.checkpoint`, and `previous.checkpoint` in case the last one is damaged."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +11,13 @@ from vpt.engine.console import warn
 from vpt.storage.files import read_tensors, replace, write_tensors
 
 NAMES = ("last.checkpoint", "previous.checkpoint")
-NEW = "next.checkpoint"  # until it has been read again
+NEW = "next.checkpoint"  # until it was read back
+FORMER_KEYS = {"images or labels": "pictures or labels"}  # of `made_from`, in checkpoints of version 0.1
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint holds, and where it was found."""
+    """The content of a checkpoint and its path."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -24,11 +25,11 @@ class Saved:
 
 
 class Checkpoints:
-    """The two last states of a run; a damaged or cut file is noticed by its sha256, and the other one taken.
+    """The two last states of a run; a file that is damaged by its sha256 is replaced by the other one.
 
     Args:
         run_dir: The run folder.
-        made_from: Digests of what the run is made from, such as {"data": ...}; a state goes on with the same only.
+        made_from: Digests of what the run depends on, such as {"data": ...}; a state with others is refused.
 
     Attributes:
         error: Why the last `save` failed; None if it did not.
@@ -41,13 +42,13 @@ class Checkpoints:
         self._is_damaged = False  # the last file, so that it must not take the place of the previous one
 
     def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> bool:
-        """Write a state and read it again, before it takes the place of the last one, which becomes the previous one.
+        """Write a state, read it back, and make it the last one; the last one becomes the previous one.
 
-        A disk that is full is told, and no reason to stop: the last state stays, and the next call tries again.
+        A full disk is a warning: the last state stays, and the next call tries again.
 
         Args:
             tensors: The tensors of the state.
-            numbers: The rest, as JSON values.
+            numbers: All else, as JSON values.
 
         Returns:
             Whether the state is on the disk.
@@ -63,16 +64,16 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             self.error = error if isinstance(error, OSError) else OSError(str(error))
             new.unlink(missing_ok=True)
-            warn(f"no checkpoint: {self.error}. Training goes on, and the next checkpoint is tried again")
+            warn(f"no checkpoint: {self.error}. Training continues, and the next checkpoint is tried again")
             return False
         self.error = None
         return True
 
     def load(self) -> Saved | None:
-        """The last state that is whole; None if the run has never saved one.
+        """The last state that is not damaged; None if none was ever saved.
 
         Raises:
-            ValueError: There are files, and none of them is whole; or the run was made from something else.
+            ValueError: All files are damaged, or the run depends on other data or weights.
         """
         found = [path for path in (self.last, self.previous) if path.exists()]
         errors = []
@@ -84,18 +85,19 @@ class Checkpoints:
                 self._is_damaged |= path == self.last
                 continue
             if errors:
-                warn(f"{errors[0]}; going on from {path.name}")
-            self._refuse_others(path, numbers.get("made_from"))
+                warn(f"{errors[0]}; resuming from {path.name}")
+            self._check_made_from(path, numbers.get("made_from"))
             return Saved(path, tensors, numbers)
         if errors:
-            raise ValueError(f"{'; '.join(errors)}; no checkpoint is left: type fresh=true to start anew")
+            raise ValueError(f"{'; '.join(errors)}; no checkpoint is left")
         return None
 
-    def _refuse_others(self, path: Path, made_from: object) -> None:
+    def _check_made_from(self, path: Path, made_from: object) -> None:
         known = made_from if isinstance(made_from, dict) else {}
+        known = {new: known[old] for new, old in FORMER_KEYS.items() if old in known} | known
         changed = [name for name, digest in self.made_from.items() if known.get(name) != digest]
         if changed:
             raise ValueError(
-                f"{path}: the {' and the '.join(changed)} of this run are not those that it was begun with; "
-                "bring them back, or type fresh=true to put the run away and start anew"
+                f"{path}: the {' and the '.join(changed)} of this run changed since it was started; "
+                "restore them, or start a new run"
             )

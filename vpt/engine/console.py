@@ -1,4 +1,4 @@
-"""What a run says on the console: progress of an epoch, aligned tables, percentages."""
+"""Console output: warnings, progress of an epoch, aligned tables, percentages."""
 
 import math
 import re
@@ -13,20 +13,20 @@ _NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( ?(%|x|[kKMGT]i?B?|[mu]?s))
 
 
 def warn(message: str) -> None:
-    """Tell, on the standard error, what went wrong without being a reason to stop."""
+    """Print a warning to the standard error."""
     sys.stderr.write(f"warning: {message}\n")
     sys.stderr.flush()
 
 
 class Progress:
-    """The progress of one pass over a loader: a bar with its ETA on a terminal, plain lines anywhere else.
+    """Progress of one pass over a loader: a bar with an ETA on a terminal, plain lines anywhere else.
 
-    A log file gets one line at the end of the pass and, in a long one, a line every `interval_s` seconds at most.
+    A log file gets one line at the end of the pass and, in a long pass, at most one line every `interval_s` seconds.
 
     Args:
         total: Number of batches.
-        description: What is passed over, like "epoch 3/20".
-        stream: Where to write; by default the standard error.
+        description: Name of the pass, such as "epoch 3/20".
+        stream: The output; by default the standard error.
         interval_s: Seconds between two plain lines.
 
     Example:
@@ -48,9 +48,8 @@ class Progress:
     def __enter__(self) -> Self:
         self._start = self._shown = time.monotonic()
         if self._is_terminal:
-            self._bar = tqdm(
-                total=self._total, desc=self._description, unit="batch", file=self._stream, dynamic_ncols=True
-            )
+            options = {"unit": "batch", "file": self._stream, "dynamic_ncols": True}
+            self._bar = tqdm(total=self._total, desc=self._description, **options)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,15 +60,15 @@ class Progress:
             self._write_line()
 
     def skip(self, num_batches: int) -> None:
-        """Count batches that were done before."""
+        """Count batches that were done before a resume."""
         self._batches += num_batches
 
     def advance(self, num_images: int, **values: SupportsFloat) -> None:
         """Count one batch.
 
         Args:
-            num_images: Pictures in the batch.
-            **values: Numbers to show. A tensor is read only when it is shown, so that a GPU need not be waited for.
+            num_images: Images in the batch.
+            **values: Numbers to show. A tensor is read only when it is shown, so that the GPU is not synchronised.
         """
         self._batches += 1
         self._images += num_images
@@ -78,10 +77,7 @@ class Progress:
         if now - self._shown < self._interval_s or self._batches >= self._total:
             return
         self._shown = now
-        if self._is_terminal:
-            self._show_bar()
-        else:
-            self._write_line()
+        (self._show_bar if self._is_terminal else self._write_line)()
 
     def _show_bar(self) -> None:
         self._bar.set_postfix_str(", ".join([self._rate(), *self._numbers()]), refresh=False)
@@ -90,11 +86,8 @@ class Progress:
 
     def _write_line(self) -> None:
         seconds = time.monotonic() - self._start
-        if self._batches < self._total:
-            left = seconds / self._batches * (self._total - self._batches)
-            duration = f"{_clock(left)} left"
-        else:
-            duration = _clock(seconds)
+        left = self._total - self._batches
+        duration = f"{_clock(seconds / self._batches * left)} left" if left > 0 else _clock(seconds)
         parts = [f"{self._batches}/{self._total} batches", self._rate(), *self._numbers(), duration]
         self._stream.write(f"{self._description}: {', '.join(parts)}\n")
         self._stream.flush()
@@ -118,14 +111,14 @@ def percent(fraction: float) -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """An aligned table of plain text; columns that hold only numbers (with a unit or not) are set to the right.
+    """Format an aligned table of plain text; columns of numbers, with a unit or not, are aligned to the right.
 
     Args:
         rows: Cells, each row as long as the header.
         header: Names of the columns.
 
     Raises:
-        ValueError: If a row is longer or shorter than the header.
+        ValueError: A row is longer or shorter than the header.
 
     Example:
         >>> print(format_table([["deep", "92,160"], ["linear", "0"]], header=["prompt", "tuned"]))
@@ -136,7 +129,7 @@ def format_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
     """
     for row in rows:
         if len(row) != len(header):
-            raise ValueError(f"A row has {len(row)} cells, the header {len(header)}: {list(row)}.")
+            raise ValueError(f"rows: {list(row)} has {len(row)} cells, the header has {len(header)}")
     columns = list(zip(*rows, strict=True)) or [()] * len(header)
     widths = [max(map(len, (name, *column))) for name, column in zip(header, columns, strict=True)]
     aligns = [">" if column and all(map(_NUMBER.fullmatch, column)) else "<" for column in columns]

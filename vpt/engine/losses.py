@@ -1,4 +1,4 @@
-"""Losses of the tasks."""
+"""Loss functions."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,12 +7,12 @@ from torch.nn import functional as F
 class CrossEntropy(nn.Module):
     """Cross-entropy of logits (B, K) and targets (B,): the sum of the weighted losses over B, a scalar.
 
-    `nn.CrossEntropyLoss` divides by the sum of the weights that happen to be in a batch, so that accumulated small
-    batches are not one large batch; here they are.
+    `nn.CrossEntropyLoss` divides by the sum of the weights in a batch, so that accumulated small batches differ from
+    one large batch; here they do not.
 
     Args:
-        weight: Of each class, (K,); None weighs all alike.
-        label_smoothing: Share of the target that is spread over all classes, in [0, 1).
+        weight: Weight of each class, (K,); None weighs all equally.
+        label_smoothing: Part of the target that is spread over all classes, in [0, 1).
     """
 
     weight: Tensor | None

@@ -1,7 +1,7 @@
-"""What a run writes down while it trains: TensorBoard events and `metrics.jsonl`.
+"""Logs of a run: TensorBoard events and `metrics.jsonl`.
 
-The only file that knows TensorBoard. Events lie directly in the run's folder, so that `tensorboard --logdir runs` shows
-one entry for each run, named like its folder.
+The only module that imports TensorBoard. Events are written directly into the run's folder, so that
+`tensorboard --logdir runs` shows one entry for each run, named like its folder.
 """
 
 import errno
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 MEASURED = ("perf/", "memory/")
 
-OVERVIEW: Mapping[str, Sequence[str]] = {
-    "loss": ["^train/loss$", "^val/loss$"],
-    "accuracy": ["^val/top1$", "^val/mean_per_class$"],
+CHARTS: Mapping[str, Sequence[str]] = {
     "learning rate": ["^lr/"],
     "prompt gradient norm": [r"^prompt(_factor\d)?_grad_norm/"],
     "prompt norm": [r"^prompt(_factor\d)?_norm/"],
@@ -33,29 +31,22 @@ OVERVIEW: Mapping[str, Sequence[str]] = {
     "data wait fraction": ["^perf/data_wait_fraction$"],
     "peak memory, MiB": ["^memory/peak_mib$"],
 }
-"""The charts of the page "overview" under Custom Scalars: title -> regular expressions of the tags that it shows."""
-
-DETECTION_OVERVIEW: Mapping[str, Sequence[str]] = {
-    "loss": ["^train/loss$", "^val/loss$"],
-    "losses apart": ["^train/.*_loss$"],
-    "mean average precision": ["^val/map$", "^val/map50$", "^val/map75$"],
-    **{title: tags for title, tags in OVERVIEW.items() if title not in ("loss", "accuracy")},
-}
+"""Charts of every run on the page "overview" under Custom Scalars: title -> regular expressions of tags."""
 
 
 class Monitor:
-    """Writes scalars, pictures, text and hyperparameters of one run; in a run of many processes, the first makes one.
+    """Writes scalars, figures, text and hyperparameters of one run; of many processes, only the first makes one.
 
-    A file that cannot be written (a full disk, a lost share) is reported once, as a warning, and training goes on.
+    A file that cannot be written (a full disk, a lost share) is reported once, as a warning, and training continues.
 
-    `metrics.jsonl` is the same whenever the run is the same, also if it was stopped and went on: paces and memory are
+    The same run writes the same `metrics.jsonl`, also if it was stopped and resumed: `perf/` and `memory/` values are
     in the events only.
 
     Args:
-        run_dir: The run's folder; made if it is missing.
-        layout: Charts of the overview page, title -> regular expressions of tags; None for `OVERVIEW`.
-        going_on: Of a run that goes on: the bytes of `metrics.jsonl`, as `sync` told them, and the step; what was
-            written after that is taken back.
+        run_dir: The run's folder; created if it is missing.
+        charts: Charts of the overview page between the loss and `CHARTS`, title -> regular expressions of tags.
+        resume_at: Of a run that resumes: the bytes of `metrics.jsonl`, as `sync` returned them, and the step; what was
+            written after that is removed.
 
     Example:
         >>> import tempfile
@@ -69,22 +60,21 @@ class Monitor:
         self,
         run_dir: Path,
         *,
-        layout: Mapping[str, Sequence[str]] | None = None,
-        going_on: tuple[int, int] | None = None,
+        charts: Mapping[str, Sequence[str]] | None = None,
+        resume_at: tuple[int, int] | None = None,
     ) -> None:
         self._metrics_file = run_dir / "metrics.jsonl"
         self._warned: set[str] = set()
-        num_bytes, self._last_step = going_on or (0, 0)
+        num_bytes, self._last_step = resume_at or (0, 0)
         self._writer: SummaryWriter | None = None
         self._before, threading.excepthook = threading.excepthook, self._on_thread_error
         self._attempt("metrics.jsonl", lambda: run_dir.mkdir(parents=True, exist_ok=True))
-        self._attempt("metrics.jsonl", lambda: self._cut(num_bytes))
-        self._attempt("TensorBoard events", lambda: self._open_events(run_dir, going_on))
-        if going_on is not None:
-            return
-        charts = OVERVIEW if layout is None else layout
-        multiline = {title: ["Multiline", list(tags)] for title, tags in charts.items()}
-        self._write_events(lambda writer: writer.add_custom_scalars({"overview": multiline}))
+        self._attempt("metrics.jsonl", lambda: self._truncate(num_bytes))
+        self._attempt("TensorBoard events", lambda: self._open_events(run_dir, resume_at))
+        if resume_at is None:
+            overview = {"loss": ["^train/loss$", "^val/loss$"], **(charts or {}), **CHARTS}
+            multiline = {title: ["Multiline", list(tags)] for title, tags in overview.items()}
+            self._write_events(lambda writer: writer.add_custom_scalars({"overview": multiline}))
 
     def __enter__(self) -> Self:
         return self
@@ -95,21 +85,21 @@ class Monitor:
     def scalars(self, values: Mapping[str, SupportsFloat], step: int) -> None:
         """Write numbers, one point for each tag and one line of `metrics.jsonl`, where nan and inf become null.
 
-        What differs from one run to its repetition, `perf/` and `memory/`, is left out of `metrics.jsonl`.
+        `perf/` and `memory/` values, which differ when a run is repeated, are not in `metrics.jsonl`.
 
         Args:
             values: Tag -> a number or a tensor of one element.
             step: Optimiser updates so far.
 
         Raises:
-            ValueError: If a tag is "step", the name that `metrics.jsonl` keeps for the step.
+            ValueError: A tag is "step", the name of the step in `metrics.jsonl`.
         """
         if "step" in values:
-            raise ValueError('The tag "step" is taken: metrics.jsonl keeps the step under this name.')
+            raise ValueError('values: "step" is the name of the step in metrics.jsonl; choose another tag')
         numbers = {tag: float(value) for tag, value in values.items()}
         self._last_step = step
-        kept = {tag: number for tag, number in numbers.items() if not tag.startswith(MEASURED)}
-        self._attempt("metrics.jsonl", lambda: _append(self._metrics_file, step, kept))
+        repeatable = {tag: number for tag, number in numbers.items() if not tag.startswith(MEASURED)}
+        self._attempt("metrics.jsonl", lambda: _append(self._metrics_file, step, repeatable))
 
         def write(writer: "SummaryWriter") -> None:
             for tag, number in numbers.items():
@@ -117,49 +107,48 @@ class Monitor:
 
         self._write_events(write)
 
-    def images(self, tag: str, pictures: "NDArray[np.uint8] | Sequence[NDArray[np.uint8]]", step: int) -> None:
-        """Write one picture under `tag`, or several under `tag_00`, `tag_01`, ...
+    def images(self, tag: str, images: "NDArray[np.uint8] | Sequence[NDArray[np.uint8]]", step: int) -> None:
+        """Write one image under `tag`, or several under `tag_00`, `tag_01`, ...
 
         Args:
             tag: The tag.
-            pictures: (H, W, 3) uint8, or a sequence of such.
+            images: (H, W, 3) uint8, or a sequence of such.
             step: Optimiser updates so far.
 
         Raises:
-            ValueError: If a picture has another shape or type.
+            ValueError: An image has another shape or type.
         """
-        if isinstance(pictures, Sequence) or pictures.ndim == 4:
-            tagged = {f"{tag}_{i:02d}": picture for i, picture in enumerate(pictures)}
-        else:
-            tagged = {tag: pictures}
-        for name, picture in tagged.items():
-            _check_picture(name, picture)
+        is_one = not isinstance(images, Sequence) and images.ndim != 4
+        tagged = {tag: images} if is_one else {f"{tag}_{i:02d}": image for i, image in enumerate(images)}
+        for name, image in tagged.items():
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != "uint8":
+                raise ValueError(f"{name}: an image must be (H, W, 3) uint8, not {image.shape} {image.dtype}")
 
         def write(writer: "SummaryWriter") -> None:
-            for name, picture in tagged.items():
-                writer.add_image(name, picture, step, dataformats="HWC")
+            for name, image in tagged.items():
+                writer.add_image(name, image, step, dataformats="HWC")
 
         self._write_events(write)
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
-        """Write text, which TensorBoard reads as Markdown: put code between fences."""
+        """Write text in Markdown."""
         self._write_events(lambda writer: writer.add_text(tag, text, step))
 
     def hparams(self, hparams: Mapping[str, object], metrics: Mapping[str, SupportsFloat]) -> None:
-        """Write the row of this run in the table of hyperparameters; call it once, when the run has ended.
+        """Write the row of this run in the table of hyperparameters, once, at the end of the run.
 
-        TensorBoard shows the first row that a run writes: a later call changes the scalars only.
+        TensorBoard shows the first row of a run: a later call changes the scalars only.
 
         Args:
-            hparams: Name -> value; a nested mapping becomes `outer.inner`, what is no number becomes text.
-            metrics: The columns of results, tag -> number; also written as scalars, at the last step.
+            hparams: Name -> value; a nested mapping becomes `outer.inner`, values other than numbers become text.
+            metrics: Results, tag -> number; also written as scalars, at the last step.
         """
         self.scalars(metrics, self._last_step)
 
         def write(writer: "SummaryWriter") -> None:
             from torch.utils.tensorboard.summary import hparams as summaries
 
-            # writer.add_hparams would open a second run inside of this one.
+            # writer.add_hparams would open a second run in this one
             file_writer: Any = writer.file_writer
             for summary in summaries(_flat(hparams), dict(metrics)):  # type: ignore[no-untyped-call]
                 file_writer.add_summary(summary)
@@ -167,29 +156,35 @@ class Monitor:
         self._write_events(write)
 
     def sync(self) -> int:
-        """Bring all that was written to the disk, for a run that may go on from here; return metrics.jsonl's bytes."""
+        """Flush all logs to the disk; return the bytes of `metrics.jsonl`, for a run that resumes from here."""
         self._write_events(lambda writer: writer.flush())
-        self._attempt("metrics.jsonl", lambda: _sync(self._metrics_file))
-        return self._metrics_file.stat().st_size if self._metrics_file.is_file() else 0
+        if not self._metrics_file.is_file():
+            return 0
+        self._attempt("metrics.jsonl", self._sync_metrics)
+        return self._metrics_file.stat().st_size
 
     def close(self) -> None:
-        """Write what is still waiting, and close the events file."""
+        """Flush and close the events file."""
         self._write_events(lambda writer: writer.close())
         threading.excepthook = self._before
 
     def _on_thread_error(self, error: "threading.ExceptHookArgs") -> None:
-        """TensorBoard's thread fails with a traceback, and again at the next event, where it is told in a line."""
-        is_told = isinstance(error.exc_value, OSError) and type(error.thread).__module__.startswith("tensorboard.")
-        if not is_told:
+        # TensorBoard's thread prints a traceback, and raises the error again at the next event, where it is reported.
+        is_reported = isinstance(error.exc_value, OSError) and type(error.thread).__module__.startswith("tensorboard.")
+        if not is_reported:
             self._before(error)
 
-    def _open_events(self, run_dir: Path, going_on: tuple[int, int] | None) -> None:
+    def _open_events(self, run_dir: Path, resume_at: tuple[int, int] | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purged = None if going_on is None else going_on[1] + 1  # TensorBoard then hides what was written later
+        purged = None if resume_at is None else resume_at[1] + 1  # TensorBoard hides events of this step and later
         self._writer = SummaryWriter(str(run_dir), purge_step=purged, flush_secs=30)
 
-    def _cut(self, num_bytes: int) -> None:
+    def _sync_metrics(self) -> None:
+        with self._metrics_file.open("a") as file:
+            os.fsync(file.fileno())
+
+    def _truncate(self, num_bytes: int) -> None:
         if self._metrics_file.exists() and self._metrics_file.stat().st_size > num_bytes:
             os.truncate(self._metrics_file, num_bytes)
 
@@ -205,12 +200,12 @@ class Monitor:
             if what in self._warned:
                 return
             self._warned.add(what)
-            warn(f"{what} of {self._metrics_file.parent} cannot be written: {error}. Training goes on without.")
+            warn(f"{what} of {self._metrics_file.parent} cannot be written: {error}. Training continues without.")
 
 
 def _append(metrics_file: Path, step: int, numbers: Mapping[str, float]) -> None:
     finite = {tag: number if math.isfinite(number) else None for tag, number in numbers.items()}
-    # Opened for each line: nothing waits in a buffer when the process dies, and a share that comes back is used again.
+    # Opened for each line: no buffer is lost when the process dies, and a share that is back is used again.
     with metrics_file.open("ab", buffering=0) as file:
         num_bytes, line = file.tell(), (json.dumps({"step": step, **finite}) + "\n").encode()
         try:
@@ -220,17 +215,6 @@ def _append(metrics_file: Path, step: int, numbers: Mapping[str, float]) -> None
         if not is_whole:
             file.truncate(num_bytes)  # half a line would spoil the next one
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(metrics_file))
-
-
-def _sync(metrics_file: Path) -> None:
-    if metrics_file.exists():
-        with metrics_file.open("a") as file:
-            os.fsync(file.fileno())
-
-
-def _check_picture(tag: str, picture: "NDArray[np.uint8]") -> None:
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != "uint8":
-        raise ValueError(f"{tag}: a picture is (H, W, 3) uint8, not {picture.shape} {picture.dtype}.")
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:

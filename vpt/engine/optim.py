@@ -1,7 +1,8 @@
-"""Optimisers with a group for each part that trains, the learning-rate schedule, and the moving average."""
+"""Optimisers with a group for each part that trains, the learning-rate schedule and the moving average."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -19,17 +20,17 @@ def make_optimizer(
     weight_decay: float,
     momentum: float,
 ) -> Optimizer:
-    """An optimiser with a named group, `group["name"]`, for each part.
+    """Make an optimiser with a named group, `group["name"]`, for each part.
 
     Args:
         name: "adamw" or "sgd".
         parts: Parameters and learning rate of each part, such as {"prompt": (..., 1e-2), "head": (..., 1e-3)}; parts
             without parameters are left out. Vectors, which are biases, have no weight decay.
-        weight_decay: Of matrices and prompt tokens.
-        momentum: Of SGD.
+        weight_decay: Weight decay of matrices and prompt tokens.
+        momentum: Momentum of SGD.
 
     Raises:
-        ValueError: The name is unknown, or nothing trains.
+        ValueError: Unknown name, or no part has parameters.
     """
     groups = []
     for part, (parameters, lr) in parts.items():
@@ -41,19 +42,17 @@ def make_optimizer(
             if members:
                 groups.append({"name": part + suffix, "params": members, "lr": lr, "weight_decay": decay})
     if not groups:
-        raise ValueError("nothing trains: there is neither a prompt nor a head")
-    if name == "adamw":
-        return AdamW(groups)
-    if name == "sgd":
-        return SGD(groups, momentum=momentum)
-    raise ValueError(f"optim.name must be one of {', '.join(get_args(OptimizerName))}, got {name!r}")
+        raise ValueError("parts: none has parameters, nothing would train")
+    if name not in get_args(OptimizerName):
+        raise ValueError(f"name={name!r}: must be one of {', '.join(get_args(OptimizerName))}")
+    return AdamW(groups) if name == "adamw" else SGD(groups, momentum=momentum)
 
 
 def warmup_cosine(optimizer: Optimizer, *, num_steps: int, num_warmup_steps: int) -> LambdaLR:
     """Linear warm-up, then a cosine to zero, advanced once a step.
 
-    Step s of w warm-up steps trains at (s + 1) / w of the learning rate, so the first one is not at zero (in the code
-    of the VPT paper the whole first epoch is). Later steps train at (1 + cos(pi * t)) / 2 for t from 0 to 1.
+    Step s of w warm-up steps trains at (s + 1) / w of the learning rate, so that the first step is not at zero (in the
+    code of the VPT paper the whole first epoch is). Later steps train at (1 + cos(pi * t)) / 2 for t from 0 to 1.
     """
     warmup = min(num_warmup_steps, max(0, num_steps - 1))
 
@@ -69,8 +68,8 @@ class MovingAverage:
     """Exponential moving average of parameters; the decay at update s is min(d, (1 + s) / (10 + s)).
 
     Args:
-        parameters: The parameters to follow, by name.
-        decay: D, the weight of the past.
+        parameters: The parameters to average, by name.
+        decay: The largest decay, d.
 
     Example:
         >>> parameter = nn.Parameter(torch.zeros(1))
@@ -90,28 +89,23 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move towards the parameters as they are now."""
+        """Add the current parameters."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
         for name, parameter in self.parameters.items():
             self.average[name].lerp_(parameter.detach(), 1 - decay)
 
-    def swapped_in(self) -> "_Swap":
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
         """A context in which the parameters have their averaged values."""
-        return _Swap(self.parameters, self.average)
-
-
-class _Swap:
-    def __init__(self, parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-        self.parameters, self.values = parameters, values
-
-    @torch.no_grad()
-    def __enter__(self) -> None:
-        self.own = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self.values[name])
+        own = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        try:
+            self._assign(self.average)
+            yield
+        finally:
+            self._assign(own)
 
     @torch.no_grad()
-    def __exit__(self, *_: object) -> None:
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            parameter.copy_(self.own[name])
+            parameter.copy_(values[name])

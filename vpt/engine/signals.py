@@ -1,19 +1,19 @@
-"""Signals that ask a run to end: it comes to a point where it can be taken up again, saves, and stops."""
+"""Signals that end a run at a point from which it can be resumed."""
 
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any, Self
 
-STOPPED = 75  # EX_TEMPFAIL, the exit code of a command that goes on when it is typed again
+STOPPED = 75  # EX_TEMPFAIL: the exit code of a command that resumes when it is typed again
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(BaseException):
-    """The run was asked to end; no Exception, so that nothing that goes on after errors goes on after it."""
+    """A signal ended the run; not an Exception, so that no handler of errors continues after it."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(number.name)
@@ -21,12 +21,12 @@ class Stopped(BaseException):
 
 
 class StopSignal:
-    """While entered, one of `SIGNALS` raises `Stopped`: at once, or at the next `check` inside of `patient`.
+    """While entered, one of `SIGNALS` raises `Stopped`: at once, or at the next `check` inside of `deferred`.
 
-    A second signal ends the process at once, with 128 and the signal's number, as shells have it.
+    A second signal ends the process at once, with the exit code 128 plus the signal's number.
 
     Example:
-        >>> with StopSignal() as stop, stop.patient():
+        >>> with StopSignal() as stop, stop.deferred():
         ...     signal.raise_signal(signal.SIGTERM)  # nothing yet
         ...     try:
         ...         stop.check()
@@ -37,7 +37,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._is_patient = False
+        self._is_deferred = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -50,24 +50,32 @@ class StopSignal:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise `Stopped` if a signal has come."""
+        """Raise `Stopped` if a signal was received."""
         if self.received is not None:
             raise Stopped(self.received)
 
+    def deferred(self) -> AbstractContextManager[None]:
+        """A context in which a signal waits for the next `check`."""
+        return self._mode(is_deferred=True)
+
     @contextmanager
-    def patient(self, is_patient: bool = True) -> Iterator[None]:
-        """A context in which a signal waits for the next `check`; with False, one inside of it in which it does not."""
-        before, self._is_patient = self._is_patient, is_patient
+    def interruptible(self) -> Iterator[None]:
+        """A context, inside of `deferred`, in which a signal raises at once, also one that was received before."""
+        with self._mode(is_deferred=False):
+            self.check()
+            yield
+
+    @contextmanager
+    def _mode(self, is_deferred: bool) -> Iterator[None]:
+        before, self._is_deferred = self._is_deferred, is_deferred
         try:
-            if not is_patient:
-                self.check()
             yield
         finally:
-            self._is_patient = before
+            self._is_deferred = before
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             os._exit(128 + number)
         self.received = signal.Signals(number)
-        if not self._is_patient:
+        if not self._is_deferred:
             raise Stopped(self.received)

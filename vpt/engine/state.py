@@ -1,4 +1,4 @@
-"""All that a run has become: what a checkpoint holds, so that a run that goes on from it is the run itself."""
+"""Training state stored in a checkpoint: a run that resumes from it continues bit for bit."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from vpt.engine.optim import MovingAverage
 
 @dataclass
 class FitResult:
-    """What fit() did: the best epoch (from 1), its last step and its val metrics; epochs, steps and seconds of all."""
+    """Result of fit(): the best epoch (from 1), its last step and its val metrics; total epochs, steps and seconds."""
 
     best_epoch: int = 0
     best_step: int = 0
@@ -27,21 +27,21 @@ class FitResult:
 
 
 class RunState:
-    """Where a run stands between two optimiser steps, and everything that decides what the next one does.
+    """The state of a run between two optimiser steps: all that decides the result of the next one.
 
     Args:
         parameters: The tuned parameters, by name.
-        optimizer: Their optimiser.
-        schedule: Its learning rates.
-        average: Their moving average, if there is one.
+        optimizer: The optimiser of the parameters.
+        schedule: The learning-rate schedule.
+        average: The moving average of the parameters, or None.
 
     Attributes:
-        epoch: The epoch that runs, from 1.
+        epoch: The current epoch, from 1.
         batch: Batches of it that are done.
         num_parts: Parts that each batch is computed in, to fit into memory.
-        num_skipped: Steps that were left out, as their loss or gradient was not finite.
-        result: What came of the epochs that are over.
-        is_whole: Whether it may be saved.
+        num_skipped: Steps that were skipped because their loss or gradient was not finite.
+        result: The result of the epochs that are done.
+        is_whole: Whether the state may be saved.
     """
 
     def __init__(
@@ -57,39 +57,39 @@ class RunState:
         self._best: dict[str, Tensor] = {}
         self.device = next(iter(self.parameters.values())).device
         self.is_whole = True
-        self.remember_random()
+        self._copy_random()
 
     @contextmanager
-    def moving(self) -> Iterator[None]:
-        """A context in which the state is changed; left by an error, it is not whole, and worth nothing."""
+    def changing(self) -> Iterator[None]:
+        """A context in which the state changes; if an error leaves it, the state is not whole and must not be saved."""
         self.is_whole = False
         yield
-        self.remember_random()
+        self._copy_random()
         self.is_whole = True
 
-    def remember_random(self) -> None:
-        """Keep the state of torch's random numbers: the next step starts with it, or starts again with it."""
+    def _copy_random(self) -> None:
+        # The next step starts from it, also where it is repeated after a lack of memory.
         self._random = {"cpu": torch.get_rng_state()}
         if self.device.type != "cpu":
             self._random[self.device.type] = torch.get_device_module(self.device).get_rng_state()
 
     def restore_random(self) -> None:
-        """Set torch's random numbers back to what was remembered."""
+        """Set torch's random generators to their state before the current step."""
         torch.set_rng_state(self._random["cpu"])
         if self.device.type in self._random and self.device.type != "cpu":
             torch.get_device_module(self.device).set_rng_state(self._random[self.device.type])
 
-    def keep_best(self, values: dict[str, float]) -> None:
-        """Remember the parameters as they are now, as those of the best epoch, and what val says of them."""
+    def save_best(self, values: dict[str, float]) -> None:
+        """Copy the current parameters as those of the best epoch, with its val metrics."""
         self._best = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
         self.result.best_epoch, self.result.best_step, self.result.best = self.epoch, self.result.steps, values
 
     def restore_best(self) -> None:
-        """Put the best parameters into the model."""
+        """Load the best parameters into the model."""
         _copy(self._best, self.parameters)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state, by names such as "tuned/head.weight" and "optimizer/0/exp_avg"."""
+        """All tensors, by names such as "tuned/head.weight" and "optimizer/0/exp_avg"."""
         average = {} if self.average is None else self.average.average
         steps = self.optimizer.state_dict()["state"]
         return {
@@ -106,7 +106,7 @@ class RunState:
         }
 
     def numbers(self) -> dict[str, Any]:
-        """All the rest, as JSON values."""
+        """All else, as JSON values."""
         return {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -119,40 +119,33 @@ class RunState:
         }
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Become what `tensors` and `numbers` were taken from.
-
-        Raises:
-            ValueError: They are of a run that tunes other parameters.
-        """
+        """Load what `tensors` and `numbers` returned; ValueError if they are of a run that tunes other parameters."""
         parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
             parts.setdefault(part, {})[name] = tensor
         shapes = {name: tensor.shape for name, tensor in parts["tuned"].items()}
-        wanted = {name: parameter.shape for name, parameter in self.parameters.items()}
-        if shapes != wanted or ("average" in parts) != (self.average is not None):
-            odd = next((name for name in {**wanted, **shapes} if wanted.get(name) != shapes.get(name)), "its average")
-            raise ValueError(f"holds the state of a run that tunes other parameters ({odd})")
+        expected = {name: parameter.shape for name, parameter in self.parameters.items()}
+        if shapes != expected or ("average" in parts) != (self.average is not None):
+            names = (name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name))
+            raise ValueError(f"holds the state of a run that tunes other parameters ({next(names, 'its average')})")
         _copy(parts["tuned"], self.parameters)
         self._best = parts.get("best", {})
         self._random = parts["random"]
         if self.average is not None:
             _copy(parts["average"], self.average.average)
             self.average.num_updates = numbers["num_updates"]
-        self._load_optimizer(parts.get("optimizer", {}), numbers["groups"])
+        steps: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in parts.get("optimizer", {}).items():
+            index, _, name = key.partition("/")
+            steps.setdefault(int(index), {})[name] = tensor
+        self.optimizer.load_state_dict({"state": steps, "param_groups": numbers["groups"]})
         self.schedule.load_state_dict(numbers["schedule"])
         self.epoch, self.batch = numbers["epoch"], numbers["batch"]
         self.num_parts, self.num_skipped = numbers["num_parts"], numbers["num_skipped"]
         self.result = FitResult(**numbers["result"])
         self.result.best = {name: math.nan if value is None else value for name, value in self.result.best.items()}
         self.restore_random()
-
-    def _load_optimizer(self, tensors: Mapping[str, Tensor], groups: Any) -> None:
-        steps: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            index, _, name = key.partition("/")
-            steps.setdefault(int(index), {})[name] = tensor
-        self.optimizer.load_state_dict({"state": steps, "param_groups": groups})
 
 
 @torch.no_grad()

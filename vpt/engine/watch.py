@@ -1,4 +1,4 @@
-"""RowWatch: the norm of each row of a parameter, of its gradient, and of what a step changes."""
+"""Norms of the rows of a parameter, of its gradient, and of the change by an optimiser step."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ class RowWatch:
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Remember the values and the gradients that the optimiser is about to use."""
+        """Store the values and the gradient norms that the optimiser is about to use."""
         self._before = self.parameter.detach().clone()
         gradient = self.parameter.grad
         self._gradient_norms = torch.zeros(len(self.rows)) if gradient is None else _row_norms(gradient)
@@ -37,8 +37,8 @@ class RowWatch:
         changes = _row_norms(self.parameter.detach() - self._before)
         values = {"norm": norms, "grad_norm": self._gradient_norms, "update_ratio": changes / norms.clamp(min=1e-12)}
         return {
-            f"{self.name}_{kind}/{row}": value
-            for kind, column in values.items()
+            f"{self.name}_{quantity}/{row}": value
+            for quantity, column in values.items()
             for row, value in zip(self.rows, column.tolist(), strict=True)
         }
 

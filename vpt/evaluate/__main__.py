@@ -1,4 +1,4 @@
-"""python -m vpt.evaluate run=RUN: the metrics of a trained run on one of its splits."""
+"""python -m vpt.evaluate run=RUN: metrics of a trained run on one of its splits."""
 
 import sys
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ USAGE = """python -m vpt.evaluate: metrics of a trained run on one split of its 
 
   run=FOLDER         a run folder, such as runs/quickstart
   split=test         train, val or test
-  root=PATH          where the data lie now, when they have moved
-  checkpoint=FILE    weights of the backbone, when they have moved
-  output=FILE.json   write the metrics there too
-  batch_size=N       pictures at a time; as in training when left out, since losses of boxes are means over a batch
+  root=PATH          the data set, if it has moved
+  checkpoint=FILE    the weights of the backbone, if they have moved
+  output=FILE.json   also write the metrics to this file
+  batch_size=N       images in a batch; by default as in training, since losses of boxes are means over a batch
   num_workers=0  device=auto
 
 Example: python -m vpt.evaluate run=runs/quickstart split=val"""
@@ -39,7 +39,7 @@ def main() -> None:
     try:
         evaluate_run(parse_options(EvaluateOptions, sys.argv[1:], USAGE))
     except KeyboardInterrupt:
-        fail(RuntimeError("interrupted before the metrics were known; nothing was written"), INTERRUPTED)
+        fail(RuntimeError("interrupted before the metrics were computed; nothing was written"), INTERRUPTED)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if not is_for_user(error):
             raise
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def evaluate_run(options: EvaluateOptions) -> dict[str, float]:
-    """Evaluate a run on a split, print a table of the metrics and one of the classes, return the metrics."""
+    """Evaluate a run on a split, print tables of the metrics and of the classes, return the metrics."""
     from vpt import build
     from vpt.engine.trainer import evaluate
     from vpt.runs import summary as report
@@ -59,15 +59,15 @@ def evaluate_run(options: EvaluateOptions) -> dict[str, float]:
         check_file("output", output, (".json",))
     run = build.load_run(Path(options.run).expanduser(), checkpoint=options.checkpoint, device=options.device)
     if options.split != "train":
-        run.config.data.on_error = OnError.stop  # none but train pictures are skipped, so none need be decoded twice
-    kind, data = read_run(
+        run.config.data.on_error = OnError.stop  # only train images are skipped
+    task_type, data = read_run(
         run, [options.split], root=options.root, batch_size=options.batch_size, num_workers=options.num_workers
     )
-    evaluator = kind.evaluator(data, options.split)
+    evaluator = task_type.evaluator(data, options.split)
     precision = build.choose_precision(run.config, next(run.model.parameters()).device)
     values = evaluate(run.model, data.loaders[options.split], evaluator, precision=precision, description=options.split)
     print(report.result_table({options.split: values}))
-    print(kind.class_table(evaluator, data, options.split))
+    print(task_type.class_table(evaluator, data, options.split))
     if output is not None:
         write_json(output, {"run": options.run, "split": options.split, "metrics": values})
     return values

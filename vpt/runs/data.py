@@ -1,4 +1,4 @@
-"""The data of a finished run, read once more as they are: nothing is augmented, and what changed since is refused."""
+"""The data of a finished run, read again without augmentation."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -17,39 +17,39 @@ def read_run(
     batch_size: int | None = None,
     num_workers: int = 0,
 ) -> tuple[Kind, Data]:
-    """The kind of task of a run and its data, prepared as its task file says.
+    """The task type of a run and its data, prepared as its task file states.
 
     Args:
-        run: Its config is changed to what is read.
-        splits: Those that are wanted.
-        root: Where the data lie now; None where they did.
-        batch_size: Pictures at a time; None as in training.
+        run: The run; its config is changed to what is read.
+        splits: The splits that are required.
+        root: The data set, if it has moved.
+        batch_size: Images in a batch; None as in training.
         num_workers: Loader processes.
 
     Raises:
-        ConfigError: A split is not there, or its labels do not mean what they mean to the model.
+        ConfigError: A split does not exist, or its classes are not those of the model.
         ValueError, OSError: The data cannot be read.
     """
     config = run.config
     config.dataset.root = root or config.dataset.root
     config.train.batch_size, config.num_workers = batch_size or config.train.batch_size, num_workers
-    config.augment.transforms = []  # train is read as the others are
-    kind = kind_of(config)
-    samples = kind.read()
+    config.augment.transforms = []
+    task_type = kind_of(config)
+    samples = task_type.read()
     for split in splits:
         if split not in samples:
             raise ConfigError(f"split={split}: this data set has {', '.join(samples)}")
         _check_classes("the data of this run" if root is None else f"root={root}", samples[split], run.model)
-    return kind, kind.build_data(samples, run.metadata.preprocessing)
+    return task_type, task_type.build_data(samples, run.metadata.preprocessing)
 
 
 def _check_classes(given: str, samples: Any, model: Any) -> None:
-    """Labels must mean the same to the data as to the model."""
+    """Refuse data whose classes, in order, are not those of the model."""
     for key in ("classes", "category_ids"):
         of_data, of_task = getattr(samples, key, None) or (), getattr(model, key, None) or ()
         for label, (one, other) in enumerate(zip_longest(of_data, of_task, fillvalue="missing")):
             if one != other:
                 raise ConfigError(
-                    f"{given}: {key}[{label}] is {one} in the data, and {other} in the task file; the data must have "
-                    f"what the task file has, in this order: {', '.join(map(str, of_task[:20]))}"
+                    f"{given}: {key}[{label}] is {one} in the data and {other} in the task file; the data must have "
+                    f"those of the task file, in this order: {', '.join(map(str, of_task[:20]))}"
                 )

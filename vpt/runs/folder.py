@@ -1,7 +1,7 @@
-"""The folder of a run: which one a command means, whose it is, and whether there is anything left to do in it.
+"""The folder of a run: its name, its lock, and whether the run in it has finished or can be resumed.
 
-The same command goes on in the same folder. A name that was given is that of the folder; without one, and in a sweep,
-a digest of all that decides the result is in it, so that each config has a folder of its own.
+The same command resumes in the same folder. Without `run.name`, and in a sweep, the name of the folder ends in a digest
+of all settings that decide the result, so that each config has a folder of its own.
 """
 
 import hashlib
@@ -27,19 +27,19 @@ CONFIG, RESULT, TASK, LOCK = "config.yaml", "result.json", "task.safetensors", "
 
 
 class RunFolder:
-    """The folder of one run, locked while entered, unless there is nothing left to do in it.
+    """The folder of one run, locked while entered unless the run has finished.
 
     Args:
         config: The run's config.
-        shown: The config as it may be written down.
-        is_sweep: Whether it is one of many runs that one command asks for.
+        shown: The config as it may be saved.
+        is_sweep: Whether it is one of several runs of one command.
 
     Attributes:
-        path: Where it is, or will be.
-        task: Its task file.
-        result_file: What a run leaves last.
-        config_text: The config as YAML, as it is written down.
-        is_finished: Whether there is nothing left to do.
+        path: The folder, which may not exist yet.
+        task: The task file.
+        result_file: The file that a run writes last.
+        config_text: The saved config as YAML.
+        is_finished: Whether the run has finished.
     """
 
     def __init__(self, config: Config, shown: Config, *, is_sweep: bool = False) -> None:
@@ -54,19 +54,19 @@ class RunFolder:
         self._stack, self._is_locked = ExitStack(), False
 
     def __enter__(self) -> Self:
-        """Lock the folder if it is there, and make sure that it is this run's.
+        """Lock the folder if it exists, and check that it is of this run.
 
         Raises:
-            ConfigError: It is not, or not known to be; or `fresh=true` cannot put it away.
+            ConfigError: It is of another run or of no run, or `fresh=true` cannot rename it.
             LockedError: Another process trains in it.
         """
         if not _is_begun(self.path):
             return self
         with self._stack:
             if self.config.fresh or self.config.mode is Mode.dry:
-                self._put_away()
+                self._move_away()
             else:
-                self._join()
+                self._resume()
             self._stack = self._stack.pop_all()
         return self
 
@@ -74,39 +74,32 @@ class RunFolder:
         self._unlock()
 
     def result(self) -> dict[str, Any]:
-        """What a finished run left in `result.json`; null stands for nan.
-
-        Raises:
-            ConfigError: It is damaged.
-        """
+        """Read `result.json` of a finished run, with nan for null; ConfigError if it is damaged."""
         try:
             result = dict(json.loads(self.result_file.read_text()))
-            of_splits = {split: dict(values) for split, values in result["metrics"].items()}
             metrics = {
                 split: {name: math.nan if value is None else float(value) for name, value in values.items()}
-                for split, values in of_splits.items()
+                for split, values in result["metrics"].items()
             }
             return {**result, "epochs": int(result["epochs"]), "metrics": metrics}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{self.result_file}: damaged ({error!r}); delete it, and it is made again") from error
+            raise ConfigError(f"{self.result_file}: damaged ({error!r}); delete it, and it is written again") from error
 
     def make(self) -> None:
-        """Make the folder if it is not there, lock it, and write down the config.
-
-        What a run left that was killed before its first checkpoint is removed.
+        """Create and lock the folder, and save the config; remove the logs of a run that has no checkpoint.
 
         Raises:
-            ConfigError: The folder cannot be made or written to.
+            ConfigError: The folder cannot be created or written to.
             LockedError: Another process was faster.
         """
         try:
             if not self._is_locked:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock()
-                if _is_begun(self.path):  # another process made it meanwhile
+                if _is_begun(self.path):  # another process created it meanwhile
                     self._refuse_changes()
             for name in (CONFIG, RESULT, TASK, NEW):
-                for leftover in self.path.glob(f".{name}.*"):  # of a process that was killed while it wrote
+                for leftover in self.path.glob(f".{name}.*"):  # of a process that was killed while writing
                     leftover.unlink()
             if not any((self.path / name).exists() for name in NAMES):
                 for leftover in [*self.path.glob("events.out.tfevents.*"), self.path / "metrics.jsonl"]:
@@ -116,12 +109,12 @@ class RunFolder:
             where = f"run.root={self.config.run.root}"
             raise ConfigError(f"{where}: {error.strerror}; choose a folder that can be written to") from error
 
-    def _join(self) -> None:
-        """Go on in the folder, or find that there is nothing to do; that takes no lock, and no right to write."""
+    def _resume(self) -> None:
+        """Lock the folder, or set `is_finished`; a finished run requires no lock and no permission to write."""
         before = self._refuse_changes()
         is_done = self.result_file.is_file() and self.task.is_file()
         if is_done and dict(_places(before)) == dict(_places(self.values)):
-            self.is_finished = True  # data of another place are compared with those of the checkpoint first
+            self.is_finished = True  # moved data are first compared with those of the checkpoint
         else:
             self._lock()
 
@@ -134,23 +127,23 @@ class RunFolder:
         self._is_locked = False
 
     def _read_config(self) -> dict[str, Any]:
-        """The config that is written in the folder; refuses a folder that is no run's."""
+        """Read the saved config; refuse a folder that is no run folder."""
         another = "choose another run.name"
         try:
             found = yaml.safe_load((self.path / CONFIG).read_text())
         except FileNotFoundError as error:
-            raise ConfigError(f"{self.path}: is there, and no run folder; {another}") from error
+            raise ConfigError(f"{self.path}: exists and is no run folder; {another}") from error
         except (OSError, ValueError, yaml.YAMLError) as error:
-            why = f"cannot be read ({first_line(error)}); {another}, or put it away with fresh=true"
+            why = f"cannot be read ({first_line(error)}); {another}, or rename the folder with fresh=true"
             raise ConfigError(f"{self.path / CONFIG}: {why}") from error
         if not isinstance(found, dict):
-            raise ConfigError(f"{self.path / CONFIG}: is no config; {another}, or put it away with fresh=true")
+            raise ConfigError(f"{self.path / CONFIG}: is no config; {another}, or rename the folder with fresh=true")
         return found
 
     def _refuse_changes(self) -> dict[str, Any]:
-        """Refuse a config that would give another result than the one that was begun with, which is returned.
+        """Refuse a config that would change the result of the run; return the saved config.
 
-        What was not known when it was begun had the value that it has when nothing is said.
+        Keys that the saved config does not have had their defaults.
         """
         before, defaults = self._read_config(), dict(_decisive(to_plain(Config())))
         was, now = defaults | dict(_decisive(before)), dict(_decisive(self.values))
@@ -158,21 +151,21 @@ class RunFolder:
         changed = [f"{key} was {was.get(key)}, is now {now.get(key)}" for key in keys]
         if changed:
             raise ConfigError(
-                f"{self.path}: was begun with another config ({'; '.join(changed)}); give these the values they had, "
-                "name another folder with run.name=NAME, or type fresh=true to put this one away and start anew"
+                f"{self.path}: was started with another config ({'; '.join(changed)}); restore these values, name "
+                "another folder with run.name=NAME, or type fresh=true to rename this one and start anew"
             )
         for key in ROUNDING:
             if before.get(key) != self.values.get(key):
                 warn(f"{key} was {before.get(key)}, is now {self.values.get(key)}: last digits of numbers may differ")
         return before
 
-    def _put_away(self) -> None:
-        """Give the folder another name, `NAME_1` say; that of a dry run is deleted."""
+    def _move_away(self) -> None:
+        """Rename the folder, for instance to `NAME_1`; delete that of a dry run."""
         if not (self.path / CONFIG).exists():
-            self._read_config()  # which says what is wrong
+            self._read_config()  # raises the reason
         is_dry = self.config.mode is Mode.dry
         if is_dry and self._read_config().get("mode") != Mode.dry:
-            raise ConfigError(f"{self.path}: is there, and no dry run; choose another run.name")
+            raise ConfigError(f"{self.path}: exists and is no dry run; choose another run.name")
         self._lock()
         if is_dry:
             shutil.rmtree(self.path)
@@ -181,20 +174,17 @@ class RunFolder:
             away = next(path for path in names if not path.exists())
             self.path.rename(away)
             (away / LOCK).unlink(missing_ok=True)
-            warn(f"{self.path} was there; it is {away} now")
+            warn(f"{self.path} existed and was renamed to {away}")
         self._unlock()
 
 
 def _is_begun(path: Path) -> bool:
-    """Whether there is anything in a folder but locks and halves of files, which a process that was killed left."""
+    """Whether a folder has files other than locks and parts of files, which a killed process leaves."""
     return path.is_dir() and any(not inner.name.startswith(".") for inner in path.iterdir())
 
 
 def _digest(values: Mapping[str, Any], is_sweep: bool) -> str:
-    """A digest of all that decides the result; in a sweep of all else, too, but where runs lie.
-
-    Of paths it is their absolute form, as the same data have.
-    """
+    """A digest of all settings that decide the result, with absolute paths; in a sweep, of all but the run's own."""
     ignored = ("run", "fresh") if is_sweep else (*WITHOUT_EFFECT, *ROUNDING)
     absolute = {
         key: str(Path(value).expanduser().absolute()) if isinstance(value, str) else value
@@ -205,7 +195,7 @@ def _digest(values: Mapping[str, Any], is_sweep: bool) -> str:
 
 
 def _decisive(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Keys and values that decide the result, such as "train.epochs"; of paths, which may move, the last part."""
+    """Keys and values that decide the result, such as "train.epochs"; of paths, which may move, the last part only."""
     for key, value in _flat(values):
         if not set(key.split(".")) & {*WITHOUT_EFFECT, *ROUNDING}:
             is_place = key.rpartition(".")[2] in PLACES and isinstance(value, str)
@@ -213,7 +203,7 @@ def _decisive(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _places(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Keys and values that say where data and weights lie; not where the run does."""
+    """Keys and values of the paths of data and weights, not those of the run."""
     for key, value in _flat(values):
         if key.rpartition(".")[2] in PLACES and not key.startswith("run."):
             yield key, value

@@ -1,4 +1,4 @@
-"""What a run of any kind tells a person: the summary at its start, the tables at its end."""
+"""Summary of a run at its start, and tables of its results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,14 +16,14 @@ MAX_COLUMNS = 8
 
 
 def summarise(model: Model, data: Data, config: Config, described: Sequence[str], cache: str) -> str:
-    """What is about to be trained, on what, and what is kept for later epochs: a few lines for the console.
+    """Describe model, data and settings of a run, in a few lines.
 
     Args:
         model: On its device.
-        data: What the model will see.
+        data: The data of the run.
         config: The run's config.
-        described: Lines on the data, as their kind describes them.
-        cache: A line on what is kept.
+        described: Lines on the data, from the task type.
+        cache: A line on what is cached.
     """
     count, device = count_parameters(model), next(model.parameters()).device
     height, width = data.preprocessing.size
@@ -37,10 +37,12 @@ def summarise(model: Model, data: Data, config: Config, described: Sequence[str]
     frozen = "frozen" if not count.backbone_tuned else f"{config.tuning.kind.value} tuned"
     frozen = f"frozen, with {config.tuning.adapters} adapters" if count.adapters else frozen
     no_prompt = "none" if count.backbone_tuned else "none (linear probe)" if not count.neck else "none (head only)"
+    # Where features are pooled, the last block computes only the tokens that are read.
+    path = model.backbone.extra_repr() if isinstance(model, ClassificationModel) else model.backbone.describe_paths()
     rows = [
         ["backbone", f"{model.backbone.name}, {count.backbone:,} parameters, {frozen}{held}, {height} x {width} px"],
         ["prompt", no_prompt if prompt is None else prompt.extra_repr()],
-        *([] if prompt is None else [["path", _describe_path(model)]]),
+        *([] if prompt is None else [["path", path]]),
         *(["data" if i == 0 else "", line] for i, line in enumerate(described)),
         ["tuned", f"{tuned} = {count.tuned:,} parameters, {100 * count.share:.2f} % of the backbone's"],
         ["task file", f"about {task_file_bytes(model) / 1000:,.0f} kB"],
@@ -50,31 +52,30 @@ def summarise(model: Model, data: Data, config: Config, described: Sequence[str]
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
 
 
-def _describe_path(model: Model) -> str:
-    """The path of each prompted block, and what is read of the last one where features are pooled."""
-    backbone = model.backbone
-    return backbone.extra_repr() if isinstance(model, ClassificationModel) else backbone.describe_paths()
-
-
 def task_file_bytes(model: Model) -> int:
-    """Bytes of the tensors that the task file will hold."""
+    """Bytes of the tensors in the task file of a model."""
     return sum(tensor.numel() * tensor.element_size() for tensor in task_tensors(model).values())
 
 
 def result_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """A table of the metrics of some splits: {"val": {"top1": 0.9}, ...}; in percent, but for losses.
+    """Format a table of metrics by split, {"val": {"top1": 0.9}, ...}, in percent except for losses.
 
-    A line for each split, or for each metric where there are many.
+    It has a row for each split, or for each metric if there are more than `MAX_COLUMNS`.
     """
+
+    def cell(name: str, values: Mapping[str, float]) -> str:
+        value = values.get(name)
+        return "" if value is None else f"{value:.4f}" if name.startswith("loss") else percent(value)
+
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
-    columns = [[_format(name, values[name]) if name in values else "" for name in names] for values in metrics.values()]
+    columns = [[cell(name, values) for name in names] for values in metrics.values()]
     if len(names) > MAX_COLUMNS:
         return format_table([[*row] for row in zip(names, *columns, strict=True)], ["metric", *metrics])
     return format_table([[split, *row] for split, row in zip(metrics, columns, strict=True)], ["split", *names])
 
 
 def describe_result(result: FitResult, metrics: Mapping[str, Mapping[str, float]], task: Path) -> str:
-    """What a run ended with: the best epoch, a table of metrics, the task file."""
+    """Describe the result of a run: the best epoch, a table of metrics, the task file."""
     return "\n".join(
         [
             f"\nbest epoch {result.best_epoch} of {result.epochs}, {result.steps} steps, {result.seconds:.0f} s",
@@ -85,16 +86,12 @@ def describe_result(result: FitResult, metrics: Mapping[str, Mapping[str, float]
 
 
 def log_start(monitor: Monitor, config_text: str, summary: str) -> None:
-    """The config and the summary, as text."""
+    """Log the config and the summary."""
     monitor.text("config", f"```yaml\n{config_text}\n```")
     monitor.text("summary", f"```\n{summary}\n```")
 
 
 def log_hparams(monitor: Monitor, values: Mapping[str, object], result: FitResult, test: Mapping[str, float]) -> None:
-    """The row of this run in the table of hyperparameters; `values` are those of its config."""
+    """Log the row of a run in the table of hyperparameters; `values` are those of its config."""
     results = {f"best/val_{name}": value for name, value in result.best.items()}
     monitor.hparams(values, results | {f"best/test_{name}": value for name, value in test.items()})
-
-
-def _format(name: str, value: float) -> str:
-    return f"{value:.4f}" if name.startswith("loss") else percent(value)

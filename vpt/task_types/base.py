@@ -12,8 +12,7 @@ from vpt.data.readers.box_checks import DataReport
 from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
-from vpt.engine.steps import Losses
-from vpt.engine.trainer import Evaluator
+from vpt.engine.steps import Evaluator, Losses
 from vpt.task_types.findings import Finding
 
 
@@ -26,7 +25,7 @@ class Kind(Protocol):
 
     select: ClassVar[str]  # the metric of val that chooses
     goal: ClassVar[float]  # of that metric on one batch, for mode=overfit
-    charts: ClassVar[Mapping[str, Sequence[str]]]  # TensorBoard's overview: title -> regular expressions of tags
+    charts: ClassVar[Mapping[str, Sequence[str]]]  # of TensorBoard's overview, with those of every run: title -> tags
 
     counted: ClassVar[str]  # what is counted of each class: "images" or "boxes"
     report: DataReport  # filled by `read_all`: problems of the labels

@@ -23,7 +23,7 @@ from vpt.data.transforms.preprocessing import Preprocessing, denormalise
 from vpt.engine.console import format_table, percent
 from vpt.engine.losses import CrossEntropy
 from vpt.engine.metrics.classification import ClassificationMetrics
-from vpt.engine.monitor import OVERVIEW, Monitor
+from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
 from vpt.plots.grid import RIGHT, WRONG, confusion_picture, picture_grid
@@ -77,7 +77,7 @@ class Classification:
 
     select: ClassVar[str] = "top1"
     goal: ClassVar[float] = 1.0
-    charts: ClassVar[Mapping[str, Sequence[str]]] = OVERVIEW
+    charts: ClassVar[Mapping[str, Sequence[str]]] = {"accuracy": ["^val/top1$", "^val/mean_per_class$"]}
     counted: ClassVar[str] = "images"
 
     def __init__(self, config: Config) -> None:

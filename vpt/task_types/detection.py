@@ -20,7 +20,7 @@ from vpt.data.transforms.boxes import DetectionEvalTransform, DetectionTrainTran
 from vpt.data.transforms.preprocessing import Preprocessing, denormalise, letterboxed_size, unletterbox
 from vpt.engine.console import format_table, percent
 from vpt.engine.metrics.detection import DetectionMetrics
-from vpt.engine.monitor import DETECTION_OVERVIEW, Monitor
+from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
 from vpt.models.heads.pyramid import default_strides
@@ -104,7 +104,10 @@ class Detection:
 
     select: ClassVar[str] = "map"
     goal: ClassVar[float] = 0.9
-    charts: ClassVar[Mapping[str, Sequence[str]]] = DETECTION_OVERVIEW
+    charts: ClassVar[Mapping[str, Sequence[str]]] = {
+        "losses apart": ["^train/.*_loss$"],
+        "mean average precision": ["^val/map$", "^val/map50$", "^val/map75$"],
+    }
     counted: ClassVar[str] = "boxes"
 
     def __init__(self, config: Config) -> None:

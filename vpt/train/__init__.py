@@ -1,1 +1,5 @@
 """Training."""
+
+
+class NotLearnedError(RuntimeError):
+    """One batch could not be learned."""

@@ -1,12 +1,12 @@
-"""Less work in training: what a run keeps of one epoch for the next ones, and why not more.
+"""Caches of training: tokens that frozen blocks compute once, or images that are decoded once.
 
-A run keeps one of two things, or nothing. *Tokens*: where frozen blocks lie in front of the first prompt, or there is
-no prompt, and train pictures are not augmented at random, every epoch would compute the same tokens; they are computed
-once, and each epoch runs only what comes after. *Pictures*: decoded once, augmented anew in each epoch.
+*Tokens*: where frozen blocks precede the first prompt, or there is no prompt, and train images are not augmented at
+random, every epoch would compute the same tokens; they are computed once, and each epoch runs only the later blocks.
+*Images*: decoded once, augmented anew in each epoch.
 
 Neither changes a result. A kernel's last bits may depend on the size of its batch (on a CPU those of bfloat16 do, those
-of float32 were not seen to), so tokens are computed in batches as large as those of training. One difference is left:
-without a cache the last pictures of an epoch come in a smaller batch, if there is a rest.
+of float32 were not observed to), so tokens are computed in batches as large as those of training. One difference
+remains: without a cache the last batch of an epoch may be smaller.
 
 Shapes: B batch, N tokens, D embed_dim.
 """
@@ -39,18 +39,18 @@ from vpt.storage.files import sha256_of
 from vpt.task_types.base import kind_of
 from vpt.version import __version__
 
-FORMAT_VERSION = 1  # raise it when the same key would give other tokens
-SPLITS = ("train", "val")  # what every epoch reads
+FORMAT_VERSION = 1  # raise it when the same key would stand for other tokens
+SPLITS = ("train", "val")  # read in every epoch
 
 
 @dataclass(frozen=True)
 class TokenSpec:
-    """What is kept of a picture: the tokens that enter the first prompted block, or the features without a prompt.
+    """The tokens of an image that enter the first prompted block, or its features without a prompt.
 
     Args:
         shape: (N, D), or (D,) for features.
         dtype: As the backbone computes them.
-        position: What `forward_frozen` gives beside them; the same for all pictures.
+        position: The position that `forward_frozen` returns, the same for all images.
     """
 
     shape: tuple[int, ...]
@@ -58,14 +58,14 @@ class TokenSpec:
     position: Tensor | None
 
     def num_bytes(self, data: Data) -> int:
-        """Bytes of all pictures that an epoch reads."""
-        num_pictures = sum(len(data.samples[split]) for split in SPLITS)
-        return num_pictures * math.prod(self.shape) * self.dtype.itemsize
+        """Bytes for all images of an epoch."""
+        num_images = sum(len(data.samples[split]) for split in SPLITS)
+        return num_images * math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a run keeps: `data` may read kept pictures; `tokens` are kept if there are any; `text` says it in a line."""
+    """What a run caches: `data` may read cached images; `tokens` if they are cached; `text` describes it."""
 
     data: Data
     tokens: TokenSpec | None
@@ -74,7 +74,7 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class FitInputs:
-    """What fit() works on: a module, loaders of what goes into it, and a line on what went otherwise than planned."""
+    """A module and the loaders of its inputs for fit(), and a note if tokens are not cached as planned."""
 
     model: nn.Module
     train_loader: Loader
@@ -83,7 +83,7 @@ class FitInputs:
 
 
 def plan_cache(config: Config, model: Model, data: Data) -> CachePlan:
-    """Choose what a run keeps; nothing is decoded and no tokens are computed yet.
+    """Choose what a run caches; nothing is decoded and no tokens are computed yet.
 
     Args:
         config: The run's config.
@@ -91,22 +91,22 @@ def plan_cache(config: Config, model: Model, data: Data) -> CachePlan:
         data: The data without a cache.
 
     Raises:
-        ConfigError: Tokens are asked for by `cache=ram` or `cache=disk`, and cannot be kept or take too much.
+        ConfigError: `cache=ram` or `cache=disk` is set, and tokens cannot be cached or take too much memory.
     """
     if config.cache is CacheName.off:
         return CachePlan(data, None, "off")
-    tokens = None if config.cache is CacheName.auto else _asked_tokens(config, model, data)
+    tokens = None if config.cache is CacheName.auto else _requested_tokens(config, model, data)
     if config.mode is not Mode.train or (tokens is None and config.train.epochs == 1):
-        return CachePlan(data, None, "none: no picture is read in a second epoch")
+        return CachePlan(data, None, "none: no image is read in a second epoch")
     if tokens is None:
         return _plan_auto(config, model, data)
     return CachePlan(data, tokens, _describe(config, model, data, tokens))
 
 
 def build_fit_inputs(config: Config, model: Model, plan: CachePlan) -> FitInputs:
-    """The module and the loaders of fit(); tokens, if the plan is to keep them, are computed here or found on disk."""
+    """The module and the loaders of fit(); tokens, if they are planned, are computed here or read from the disk."""
     data, spec = plan.data, plan.tokens
-    tokens, note = ({}, None) if spec is None else _keep_tokens(config, model, data, spec)
+    tokens, note = ({}, None) if spec is None else _cache_tokens(config, model, data, spec)
     if spec is None or not tokens or not isinstance(model, ClassificationModel):
         return FitInputs(model, data.loaders["train"], data.loaders["val"], note)
     loaders = {
@@ -122,7 +122,7 @@ def build_fit_inputs(config: Config, model: Model, plan: CachePlan) -> FitInputs
 
 
 def free_memory() -> float:
-    """Bytes that new data may take: free memory of this machine, or of this container where that is less."""
+    """Free memory in bytes of this machine, or of this container where that is less."""
     try:
         available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
         free = float(available[1]) * 1024 if available else 0.0
@@ -132,7 +132,7 @@ def free_memory() -> float:
 
 
 def _control_groups() -> list[Path]:
-    """The folders of the control groups that this process is in, the outermost first; none but on Linux."""
+    """The folders of the control groups of this process, the outermost first."""
     root = Path("/sys/fs/cgroup")
     try:
         (inner,) = re.findall(r"^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
@@ -151,62 +151,59 @@ def _free_in_group(folder: Path) -> float:
         return math.inf
 
 
-# The plan.
-
-
 def _plan_auto(config: Config, model: Model, data: Data) -> CachePlan:
-    """Tokens in memory if they can be kept and fit, otherwise decoded pictures if they fit."""
+    """Tokens in memory if they can be cached and fit, otherwise decoded images if they fit."""
     limit = _limit(config)
     refusal = _why_no_tokens(model, data)
     if refusal is not None:
-        return _plan_pictures(config, data, limit, f"no tokens: {refusal[0]}")
+        return _plan_images(config, data, limit, f"no tokens: {refusal[0]}")
     tokens = _probe(config, model, data)
     size = tokens.num_bytes(data)
     if size <= limit:
         return CachePlan(data, tokens, _describe(config, model, data, tokens))
-    return _plan_pictures(config, data, limit, f"no tokens: {_size(size)} are {_more_than(config, limit)}")
+    return _plan_images(config, data, limit, f"no tokens: {_size(size)} are {_more_than(config, limit)}")
 
 
-def _plan_pictures(config: Config, data: Data, limit: float, why_no_tokens: str) -> CachePlan:
+def _plan_images(config: Config, data: Data, limit: float, why_no_tokens: str) -> CachePlan:
     samples, total = dict(data.samples), 0
     for split in SPLITS:
         if not samples[split].paths:
-            return CachePlan(data, None, f"none ({why_no_tokens}; no pictures: they are no files)")
+            return CachePlan(data, None, f"none ({why_no_tokens}; no images: they are not files)")
         sizes = decoded_sizes(samples[split], limit - total)
         if sizes is None:
             why = f"decoded they are {_more_than(config, limit)}"
-            return CachePlan(data, None, f"none ({why_no_tokens}; no pictures: {why})")
+            return CachePlan(data, None, f"none ({why_no_tokens}; no images: {why})")
         total += sum(map(num_bytes, sizes))
         try:
             samples[split] = cache_images(samples[split], sizes)
         except OSError as error:
-            return CachePlan(data, None, f"none ({why_no_tokens}; no pictures: {gettempdir()}: {error})")
+            return CachePlan(data, None, f"none ({why_no_tokens}; no images: {gettempdir()}: {error})")
     cached = kind_of(config).build_data(samples, data.preprocessing.to_dict())
-    return CachePlan(cached, None, f"pictures, {_size(total)}, decoded once ({why_no_tokens})")
+    return CachePlan(cached, None, f"images, {_size(total)}, decoded once ({why_no_tokens})")
 
 
-def _asked_tokens(config: Config, model: Model, data: Data) -> TokenSpec:
-    """The tokens that `cache=ram` or `cache=disk` asks for, or the reason why not."""
-    asked = f"cache={config.cache.value}"
+def _requested_tokens(config: Config, model: Model, data: Data) -> TokenSpec:
+    """The tokens that `cache=ram` or `cache=disk` requires; ConfigError with the reason why not."""
+    option = f"cache={config.cache.value}"
     refusal = _why_no_tokens(model, data)
     if refusal is not None:
-        raise ConfigError(f"{asked} needs {refusal[1]}: {refusal[0]}; or type cache=auto")
+        raise ConfigError(f"{option} needs {refusal[1]}: {refusal[0]}; or type cache=auto")
     tokens = _probe(config, model, data)
     size, free = tokens.num_bytes(data), free_memory()
     if size > config.cache_gb * 1e9:
         enough = math.ceil(size / 1e8) / 10
         raise ConfigError(
-            f"{asked} needs {_size(size)}, more than cache_gb={config.cache_gb:g}; type cache_gb={enough:g}"
+            f"{option} needs {_size(size)}, more than cache_gb={config.cache_gb:g}; type cache_gb={enough:g}"
         )
     if config.cache is CacheName.ram and size > free:
-        raise ConfigError(f"{asked} needs {_size(size)}, more than the free memory of {_size(free)}; type cache=disk")
+        raise ConfigError(f"{option} needs {_size(size)}, more than the free memory of {_size(free)}; type cache=disk")
     return tokens
 
 
 def _why_no_tokens(model: Model, data: Data) -> tuple[str, str] | None:
-    """None if tokens are the same in every epoch and spare work; otherwise why not, and what they need."""
+    """None if tokens are the same in every epoch and save work; otherwise the reason and what they need."""
     if not isinstance(model, ClassificationModel):
-        return "a pyramid looks at several blocks", "a task of classification"
+        return "the head reads several blocks", "a task of classification"
     if any(parameter.requires_grad for parameter in model.backbone.vit.parameters()):
         return "the backbone trains", "tuning=prompt or tuning=linear"
     if data.is_augmented:
@@ -237,7 +234,7 @@ def _folder(config: Config) -> Path:
 
 
 def _limit(config: Config) -> float:
-    """Bytes that are taken without being asked for."""
+    """Bytes that `cache=auto` may take."""
     return min(config.cache_gb * 1e9, free_memory() / 2)
 
 
@@ -250,11 +247,8 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
-# Tokens.
-
-
-def _keep_tokens(config: Config, model: Model, data: Data, spec: TokenSpec) -> tuple[dict[str, Tensor], str | None]:
-    """The tokens of each split, and a line when they are not where they should be; none if they are nowhere."""
+def _cache_tokens(config: Config, model: Model, data: Data, spec: TokenSpec) -> tuple[dict[str, Tensor], str | None]:
+    """The tokens of each split, and a note if the disk cannot hold them; empty if memory cannot either."""
     note = None
     if config.cache is CacheName.disk:
         try:
@@ -262,8 +256,8 @@ def _keep_tokens(config: Config, model: Model, data: Data, spec: TokenSpec) -> t
         except OSError as error:
             note = f"no tokens on disk: {error}"
         if spec.num_bytes(data) > _limit(config):
-            return {}, f"{note}; training goes on without a cache"
-        note += "; they are kept in memory"
+            return {}, f"{note}; training continues without a cache"
+        note += "; they are held in memory"
     return {split: _in_memory(config, model, data, spec, split) for split in SPLITS}, note
 
 
@@ -276,11 +270,12 @@ def _in_memory(config: Config, model: Model, data: Data, spec: TokenSpec, split:
 
 
 def _on_disk(config: Config, model: Model, data: Data, spec: TokenSpec) -> dict[str, Tensor]:
-    """Tokens out of the folder; what it does not hold is computed and written first."""
+    """Read tokens from the folder; compute and write those that it does not hold."""
     folder = TokenFolder(_folder(config), config.cache_gb * 1e9)
     common = _describe_run(config, model, data, spec)
     tokens = {}
     for split in SPLITS:
+        # "pictures" stays: another name would make every existing cache useless
         described = {**common, "split": split, "pictures": content_sha256(data.samples[split])}
         key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         shape = (len(data.samples[split]), *spec.shape)
@@ -289,13 +284,13 @@ def _on_disk(config: Config, model: Model, data: Data, spec: TokenSpec) -> dict[
             folder.write(key, _compute(config, model, data, split), shape, spec.dtype)
             found = folder.read(key, shape, spec.dtype)
         if found is None:
-            raise OSError(f"{folder.path} does not hold what was written to it")
+            raise OSError(f"{folder.path} does not hold the tokens that were written to it")
         tokens[split] = found
     return tokens
 
 
 def _describe_run(config: Config, model: Model, data: Data, spec: TokenSpec) -> dict[str, Any]:
-    """Everything but the pictures that decides the bits of tokens."""
+    """All that decides the bits of tokens except for the images."""
     vit, prompt = model.backbone.vit, model.backbone.prompt
     device = next(model.parameters()).device
     is_cuda = device.type == "cuda"
@@ -317,10 +312,10 @@ def _describe_run(config: Config, model: Model, data: Data, spec: TokenSpec) -> 
 
 @torch.no_grad()
 def _compute(config: Config, model: Model, data: Data, split: str) -> Iterator[Tensor]:
-    """Tokens (B, N, D) of the pictures of a split, in order, on the CPU.
+    """Tokens (B, N, D) of the images of a split, in order, on the CPU, in batches as in evaluation.
 
-    Batches are those of evaluation. The last one of train, whose order changes with the epoch, is filled up with
-    pictures of the one before, as nearly all batches of training are full.
+    The order of train changes with the epoch and nearly all of its batches are full, so the last batch is filled up
+    with images of the one before.
     """
     device = next(model.parameters()).device
     precision = choose_precision(config, device)

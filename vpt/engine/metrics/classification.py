@@ -1,6 +1,6 @@
-"""Metrics of classification: pure functions and one running accumulator.
+"""Metrics of classification.
 
-Shapes: `B` batch, `K` classes. Metrics are fractions in [0, 1]; percent appears only when they are printed.
+Shapes: `B` batch, `K` classes. Metrics are fractions in [0, 1].
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ NUM_TOP = 5
 
 
 class Sample(NamedTuple):
-    """One evaluated picture: its position in evaluation order, cross-entropy in nats, target and prediction."""
+    """An evaluated image: its position in evaluation order, cross-entropy in nats, target and prediction."""
 
     position: int
     loss: float
@@ -22,10 +22,10 @@ class Sample(NamedTuple):
 
 
 def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
-    """How many classes come before the target: (B, K) floating point, (B,) int64 -> (B,) int64, 0 where it is best.
+    """Number of classes ranked before the target: (B, K) floating point, (B,) int64 -> (B,) int64, 0 for the best.
 
     Of equal logits the lower class comes first, as in argmax. They are common in bfloat16, and if a tie counted as a
-    hit, a model whose logits are all the same would be right every time. nan comes before every number.
+    hit, a model with constant logits would always be right. nan comes before every number.
 
     Example:
         >>> target_ranks(torch.tensor([[0.1, 0.7, 0.7]]).expand(3, 3), torch.tensor([0, 1, 2]))
@@ -38,21 +38,21 @@ def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def per_class_recall(confusion: Tensor) -> Tensor:
-    """The fraction of each class that was found: (K, K) counts -> (K,) float64, nan for a class without targets."""
+    """Recall of each class: (K, K) counts -> (K,) float64, nan for a class without targets."""
     return confusion.diagonal().double() / confusion.sum(dim=1).double()
 
 
 class ClassificationMetrics:
-    """Counts and sums over batches of any size, from which the metrics of a whole split follow exactly.
+    """Metrics of a split, accumulated over batches of any size.
 
-    Everything is kept on the CPU, integers and float64: how the split is cut into batches does not matter.
+    Counts are integers and sums are float64, on the CPU, so that the sizes of batches do not matter.
 
     Args:
         num_classes: Number of classes, K.
-        num_worst: How many of the samples with the highest cross-entropy are remembered.
+        num_worst: Number of stored samples with the highest cross-entropy.
 
     Raises:
-        ValueError: If `num_classes` is below 1 or `num_worst` below 0.
+        ValueError: `num_classes` is below 1 or `num_worst` below 0.
 
     Example:
         >>> metrics = ClassificationMetrics(num_classes=2)
@@ -63,15 +63,15 @@ class ClassificationMetrics:
 
     def __init__(self, num_classes: int, *, num_worst: int = 16) -> None:
         if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes}: must be at least 1.")
+            raise ValueError(f"num_classes={num_classes}: must be at least 1")
         if num_worst < 0:
-            raise ValueError(f"num_worst={num_worst}: must be at least 0.")
+            raise ValueError(f"num_worst={num_worst}: must be at least 0")
         self.num_classes = num_classes
         self.num_worst = num_worst
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, to start another evaluation."""
+        """Clear everything, to start another evaluation."""
         self._confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
         self._sums = torch.zeros(2, dtype=torch.float64)  # of the losses, of the targets among the five best
         self._num_seen = 0
@@ -84,10 +84,10 @@ class ClassificationMetrics:
         Args:
             logits: (B, K) floating point of any precision, on any device.
             targets: (B,) integers in [0, K).
-            loss: Mean loss of the batch as the task defines it; by default the cross-entropy of the logits.
+            loss: Mean loss of the batch; by default the cross-entropy of the logits.
 
         Raises:
-            ValueError: If a shape does not fit, or a target lies outside of [0, K).
+            ValueError: A shape does not fit, or a target is outside of [0, K).
         """
         logits, targets = logits.detach().cpu().double(), targets.detach().cpu()
         self._check(logits, targets)
@@ -99,18 +99,14 @@ class ClassificationMetrics:
         self._confusion.index_put_((targets, predictions), torch.ones_like(targets), accumulate=True)
         self._sums[0] += losses.sum() if loss is None else float(loss) * len(targets)
         self._sums[1] += (target_ranks(logits, targets) < NUM_TOP).sum()
-        self._remember_worst(losses, targets, predictions)
+        self._update_worst(losses, targets, predictions)
         self._num_seen += len(targets)
 
     def compute(self) -> dict[str, float]:
-        """The metrics of everything that was added: loss, top1, mean_per_class, and top5 where K > 5.
-
-        Raises:
-            ValueError: If nothing was added.
-        """
+        """Return loss, top1, mean_per_class, and top5 where K > 5; ValueError if nothing was added."""
         num = int(self._confusion.sum())
         if num == 0:
-            raise ValueError("No sample was evaluated: the split is empty, or update() was never called.")
+            raise ValueError("no sample was evaluated: the split is empty, or update() was never called")
         loss, hits_top5 = (self._sums / num).tolist()
         values = {"loss": loss, "top1": int(self._confusion.diagonal().sum()) / num}
         if self.num_classes > NUM_TOP:
@@ -132,18 +128,18 @@ class ClassificationMetrics:
         """The samples of the highest cross-entropy, highest first; of equal ones the earlier comes first.
 
         Args:
-            num: How many, at most `num_worst`; by default all that are remembered. Fewer if fewer were evaluated.
+            num: Their number, at most `num_worst`, which is the default. Fewer if fewer were evaluated.
 
         Raises:
-            ValueError: If `num` is outside of [0, num_worst].
+            ValueError: `num` is outside of [0, num_worst].
         """
         num = self.num_worst if num is None else num
         if not 0 <= num <= self.num_worst:
-            raise ValueError(f"num={num}: only {self.num_worst} samples are remembered; set num_worst to keep more.")
+            raise ValueError(f"num={num}: must be in [0, {self.num_worst}], which is num_worst")
         return self._worst[:num]
 
-    def _remember_worst(self, losses: Tensor, targets: Tensor, predictions: Tensor) -> None:
-        # Only the worst of the batch can be among the worst of all. argsort puts nan first: the worst there is.
+    def _update_worst(self, losses: Tensor, targets: Tensor, predictions: Tensor) -> None:
+        # argsort puts nan first, as the worst loss.
         order = losses.argsort(descending=True, stable=True)[: self.num_worst].tolist()
         batch = [Sample(self._num_seen + i, float(losses[i]), int(targets[i]), int(predictions[i])) for i in order]
         both = self._worst + batch
@@ -153,11 +149,11 @@ class ClassificationMetrics:
     def _check(self, logits: Tensor, targets: Tensor) -> None:
         K = self.num_classes
         if logits.ndim != 2 or logits.shape[1] != K:
-            raise ValueError(f"Logits have the shape {tuple(logits.shape)}; {K} classes need (B, {K}).")
+            raise ValueError(f"logits have the shape {tuple(logits.shape)}; {K} classes require (B, {K})")
         if targets.shape != logits.shape[:1]:
-            raise ValueError(f"Targets have the shape {tuple(targets.shape)}; these logits need ({len(logits)},).")
+            raise ValueError(f"targets have the shape {tuple(targets.shape)}; these logits require ({len(logits)},)")
         if targets.is_floating_point():
-            raise ValueError(f"Targets are {targets.dtype}; class numbers are integers.")
+            raise ValueError(f"targets are {targets.dtype}; must be integers")
         outside = targets[(targets < 0) | (targets >= K)]
         if len(outside):
-            raise ValueError(f"Target {int(outside[0])} is outside of [0, {K}): the data and the head disagree.")
+            raise ValueError(f"target {int(outside[0])} is outside of [0, {K}): data and head have different classes")

@@ -1,4 +1,4 @@
-"""Metrics of detection: the numbers of the COCO evaluation, from the boxes of a whole split, and where they come from.
+"""Metrics of detection: the COCO evaluation of a split, its curves, and confusion of classes.
 
 Shapes: `B` images, `n` detections of an image, `G` true boxes of it, `K` classes, `T` thresholds of overlap (.5, .55 ..
 .95), `R` points of recall (0, .01 .. 1), `A` ranges of area (AREAS), `M` numbers of detections (NUMBERS). Boxes are
@@ -19,27 +19,27 @@ from torch import Tensor
 AREAS = ("map", "map_small", "map_medium", "map_large")
 NUMBERS = ("ar1", "ar10", "ar100")
 MIN_SCORE = 0.25
-"""What a detection must score to be counted as an error, and to be drawn."""
+"""Lowest score of detections that count as errors, and that are drawn."""
 MIN_OVERLAP = 0.45
-"""How far (intersection over union) a detection must lie on a true box to be of the same object."""
+"""Lowest intersection over union of a detection and a true box of the same object."""
 Backend = Literal["auto", "pycocotools", "faster-coco-eval"]
 Curves = tuple[NDArray[np.float64], NDArray[np.float64]]  # precision (T, R, K, A, M), recall (T, K, A, M); -1: no box
 
 
 class DetectionMetrics:
-    """Remembers the boxes of every image; mean average precision (map) and average recall (ar) follow from all of them.
+    """Mean average precision (map) and average recall (ar), from the stored boxes of all images.
 
-    Small, medium and large are true boxes of up to 32², up to 96² and more pixels: give boxes in pixels of the original
-    pictures, or these three compare with nobody else's. The area is that of the box, where COCO itself takes that of
-    the mask. Per image and class the 100 detections of the highest score count; of equal scores the earlier. What falls
-    on a crowd is neither right nor wrong. A box that is nan or infinite is wrong; a score that is counts as 0.
+    Small, medium and large are true boxes of up to 32², up to 96² and more pixels: pass boxes in pixels of the original
+    images, or these three cannot be compared with published ones. The area is that of the box, where COCO itself takes
+    that of the mask. Per image and class the 100 detections of the highest score count; of equal scores the earlier. A
+    detection on a crowd is neither right nor wrong. A box that is nan or infinite is wrong; such a score counts as 0.
 
     Args:
         num_classes: Number of classes, K.
-        backend: "auto" takes faster-coco-eval where it is installed: the same numbers, several times faster.
+        backend: "auto" takes faster-coco-eval if it is installed: the same numbers, several times faster.
 
     Raises:
-        ValueError: If `num_classes` is below 1, or `backend` is unknown or not installed.
+        ValueError: `num_classes` is below 1, or `backend` is unknown or not installed.
 
     References:
         Microsoft COCO: Common Objects in Context (Lin et al., 2014), and its evaluation code, pycocotools.
@@ -55,7 +55,7 @@ class DetectionMetrics:
 
     def __init__(self, num_classes: int, *, backend: Backend = "auto") -> None:
         if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes}: must be at least 1.")
+            raise ValueError(f"num_classes={num_classes}: must be at least 1")
         if backend not in get_args(Backend):
             raise ValueError(f"backend={backend!r}: must be one of {', '.join(get_args(Backend))}.")
         is_installed = importlib.util.find_spec("faster_coco_eval") is not None
@@ -66,29 +66,29 @@ class DetectionMetrics:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, to start another evaluation."""
-        self._detections: list[Tensor] = []  # of an image each: rows of x, y, width, height, label, crowd, score
+        """Clear everything, to start another evaluation."""
+        self._detections: list[Tensor] = []  # of each image: rows of x, y, width, height, label, crowd, score
         self._targets: list[Tensor] = []
-        self._losses: dict[str, list[tuple[float, int]]] = {}  # by name, of a batch each: mean, number of images
+        self._losses: dict[str, list[tuple[float, int]]] = {}  # by name, of each batch: mean, number of images
         self._curves: Curves | None = None
 
     @torch.no_grad()
     def update(self, detections: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Tensor]]) -> None:
-        """Add the boxes of B images, on any device; an image may have none.
+        """Add the boxes of B images, on any device.
 
         Args:
             detections: For each image "boxes" (n, 4), "scores" (n,) and "labels" (n,), integers in [0, K).
             targets: For each image "boxes" (G, 4), "labels" (G,) and, if there are crowds, "crowd" (G,) bool.
 
         Raises:
-            ValueError: If a shape, a label or a true box does not fit; then nothing of the batch is added.
+            ValueError: A shape, a label or a true box does not fit; then nothing of the batch is added.
         """
         if len(detections) != len(targets):
-            raise ValueError(f"{len(detections)} images with detections, {len(targets)} with targets: must be as many.")
+            raise ValueError(f"{len(detections)} images with detections, {len(targets)} with targets: must be equal")
         found = [self._rows(image["boxes"], image["labels"], scores=image["scores"]) for image in detections]
         true = [self._rows(image["boxes"], image["labels"], crowd=image.get("crowd")) for image in targets]
         if not all(rows.isfinite().all() for rows in true):
-            raise ValueError("A true box is nan or infinite.")
+            raise ValueError("targets: a box is nan or infinite")
         self._detections += found
         self._targets += true
         self._curves = None
@@ -96,12 +96,12 @@ class DetectionMetrics:
     def add_losses(self, losses: Mapping[str, float], num_images: int) -> None:
         """Add the losses of a batch by name ("class", "box"), means over its `num_images`; ValueError if below 1."""
         if num_images < 1:
-            raise ValueError(f"num_images={num_images}: must be at least 1.")
+            raise ValueError(f"num_images={num_images}: must be at least 1")
         for name, value in losses.items():
             self._losses.setdefault(name, []).append((float(value), num_images))
 
     def compute(self) -> dict[str, float]:
-        """The metrics of everything that was added; nan where no true box says anything; ValueError without images.
+        """Metrics of all images; nan where there are no true boxes; ValueError without images.
 
         Returns:
             map (over T), map_small, map_medium, map_large, map50, map75; ar1, ar10, ar100, with at most 1, 10 and 100
@@ -118,34 +118,33 @@ class DetectionMetrics:
         return losses | of_areas | of_thresholds | {name: _mean(recall[..., 0, m]) for m, name in enumerate(NUMBERS)}
 
     def per_class(self) -> list[float]:
-        """Average precision of each class, over T: K values, nan where a class has no true boxes but crowds."""
+        """Average precision of each class, over T: K values, nan for a class without true boxes other than crowds."""
         precision, _ = self._evaluate()
         return [_mean(precision[:, :, label, 0, -1]) for label in range(self.num_classes)]
 
     def precision_curves(self) -> NDArray[np.float64]:
-        """Precision of each class over recall, at an overlap of .5: (K, R), nan where a class has no true boxes.
+        """Precision of each class over recall, at an overlap of .5: (K, R), nan for a class without true boxes.
 
-        A value is the best precision at this recall or a higher one, as COCO has it; its mean over R is map50.
+        A value is the best precision at this recall or a higher one, as in COCO; its mean over R is map50.
         """
         precision, _ = self._evaluate()
         curves = precision[0, :, :, 0, -1].T
         return np.where(curves > -1, curves, np.nan)
 
     def confusion(self, min_score: float = MIN_SCORE, min_overlap: float = MIN_OVERLAP) -> Tensor:
-        """How often each class was found as each class: (K+1, K+1) int64, rows are truth, columns what was found.
+        """Confusion matrix of classes: (K+1, K+1) int64, rows are true, columns are detected classes.
 
-        The last column counts true boxes that were missed, the last row false boxes. Detections take a true box in the
-        order of their scores: of those that nobody has taken, the one of the highest overlap, whatever its class; of
-        two such, the one of the right class. So an object that was found twice counts as found once and as one false
-        box. Crowds are left out, and so is what falls on a crowd but on no true box.
+        The last column counts missed true boxes, the last row false boxes. Detections are matched in the order of their
+        scores, each to the free true box of the highest overlap, whatever its class; of two such, to the one of the
+        same class. So an object that is detected twice counts as one right and one false box. Crowds are left out, and
+        so are detections on a crowd alone.
 
         Args:
-            min_score: Detections that score less are not there.
-            min_overlap: Intersection over union from which a detection may take a true box; the part of a detection
-                that must lie in a crowd.
+            min_score: Detections of a lower score are left out.
+            min_overlap: Lowest intersection over union of a match; lowest part of a detection that is in a crowd.
 
         Raises:
-            ValueError: If no image was added, or a threshold is out of range.
+            ValueError: No image was added, or a threshold is out of range.
         """
         confusion = np.zeros((self.num_classes + 1, self.num_classes + 1), dtype=np.int64)
         for pairs in self._pairs(min_score, min_overlap):
@@ -153,20 +152,20 @@ class DetectionMetrics:
         return torch.from_numpy(confusion)
 
     def images_by_error(self, num: int, min_score: float = MIN_SCORE, min_overlap: float = MIN_OVERLAP) -> list[int]:
-        """Numbers of the `num` images with the most errors, the worst first, in the order in which they were added.
+        """Positions, in the order of `update`, of the `num` images with the most errors, the worst first.
 
-        An error is what `confusion` counts off its diagonal: a missed, a false or a confused box. Of images with as
-        many errors the earlier comes first; images without any come last.
+        An error is counted by `confusion` off its diagonal: a missed, a false or a confused box. Of images with equally
+        many errors the earlier comes first.
         """
         errors = [int((pairs[:, 0] != pairs[:, 1]).sum()) for pairs in self._pairs(min_score, min_overlap)]
         return sorted(range(len(errors)), key=lambda image: -errors[image])[:num]
 
     def best_thresholds(self) -> list[float]:
-        """The score from which on a class is found best: K values, of the highest F1 at an overlap of .5.
+        """The threshold of the score with the highest F1 at an overlap of .5: K values.
 
         F1 is 2 * right / (found + true boxes), where found are the detections of this score or a higher one. It is nan
-        where a class has no true boxes but crowds, or none of them is found. Detections and crowds are matched within
-        the class, as for map50.
+        for a class without true boxes other than crowds, or without any right detection. Detections and crowds are
+        matched within the class, as for map50.
         """
         scores: list[list[Tensor]] = [[] for _ in range(self.num_classes)]
         is_right: list[list[NDArray[np.bool_]]] = [[] for _ in range(self.num_classes)]
@@ -186,14 +185,14 @@ class DetectionMetrics:
         ]
 
     def _images(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows of the detections of each image, the best first, and of its true boxes; what is not finite is 0."""
+        """Rows of the detections of each image, the best first, and of its true boxes; values that are not finite are 0."""
         self._need_images()
         for found, true in zip(self._detections, self._targets, strict=True):
             finite = _finite(found)
             yield finite[finite[:, 6].argsort(descending=True, stable=True)], true
 
     def _pairs(self, min_score: float, min_overlap: float) -> Iterator[NDArray[np.int64]]:
-        """For each image the classes (n, 2) of what is there and what was found instead; K is nothing."""
+        """For each image the pairs (n, 2) of true and detected class; K stands for none."""
         if not (0 <= min_score <= 1 and 0 < min_overlap <= 1):
             raise ValueError(
                 f"min_score={min_score}, min_overlap={min_overlap}; allowed: 0 <= min_score <= 1, 0 < min_overlap <= 1"
@@ -203,29 +202,31 @@ class DetectionMetrics:
             taken = _match(found, true, min_overlap)
             is_missed = true[:, 5].numpy() == 0
             is_missed[taken[taken >= 0]] = False
-            there = np.append(true[:, 4].numpy(), self.num_classes)  # -1, no true box, is the last one too
+            classes = np.append(true[:, 4].numpy(), self.num_classes)  # index -1, no true box, is the last one too
             counts = taken != _IGNORED
-            matched = np.stack([there[taken[counts]], found[:, 4].numpy()[counts]], axis=1)
-            missed = np.stack([there[:-1][is_missed], np.full(is_missed.sum(), self.num_classes)], axis=1)
+            matched = np.stack([classes[taken[counts]], found[:, 4].numpy()[counts]], axis=1)
+            missed = np.stack([classes[:-1][is_missed], np.full(is_missed.sum(), self.num_classes)], axis=1)
             yield np.concatenate([matched, missed]).astype(np.int64)
 
     def _rows(self, boxes: Tensor, labels: Tensor, crowd: Tensor | None = None, scores: Tensor | None = None) -> Tensor:
         columns = [labels, *(torch.zeros(len(boxes)) if values is None else values for values in (crowd, scores))]
         if boxes.shape != (len(boxes), 4) or any(values.shape != boxes.shape[:1] for values in columns):
             shapes = [tuple(values.shape) for values in (boxes, *columns)]
-            raise ValueError(f"Boxes, labels, crowd, scores: {shapes}; must be (n, 4) and three times (n,).")
+            raise ValueError(f"boxes, labels, crowd, scores: {shapes}; must be (n, 4) and three times (n,)")
         if labels.is_floating_point():
-            raise ValueError(f"Labels are {labels.dtype}; class numbers are integers.")
+            raise ValueError(f"labels are {labels.dtype}; must be integers")
         outside = labels[(labels < 0) | (labels >= self.num_classes)]
         if len(outside):
-            raise ValueError(f"Label {outside[0]} is outside of [0, {self.num_classes}): data and head disagree.")
+            raise ValueError(
+                f"label {outside[0]} is outside of [0, {self.num_classes}): data and head have different classes"
+            )
         corners = boxes.cpu().double()
         size = (corners[:, 2:] - corners[:, :2]).clamp(min=0)
         return torch.cat([corners[:, :2], size, torch.stack([values.cpu().double() for values in columns], 1)], dim=1)
 
     def _need_images(self) -> None:
         if not self._targets:
-            raise ValueError("No image was evaluated: the split is empty, or update() was never called.")
+            raise ValueError("no image was evaluated: the split is empty, or update() was never called")
 
     def _evaluate(self) -> Curves:
         self._need_images()
@@ -264,7 +265,7 @@ _FALSE, _IGNORED = -1, -2
 
 
 def _match(found: Tensor, true: Tensor, min_overlap: float) -> NDArray[np.int64]:
-    """For each detection, the best first: the number of the true box that it takes, _FALSE or, on a crowd, _IGNORED."""
+    """For each detection, the best first: the index of the matched true box, _FALSE or, on a crowd, _IGNORED."""
     from pycocotools import mask
 
     taken = np.full(len(found), _FALSE)
@@ -297,7 +298,7 @@ def _best_score(scores: NDArray[np.float64], is_right: NDArray[np.bool_], num_tr
 
 
 def _finite(rows: Tensor) -> Tensor:
-    # An overlap of nan passes every threshold: a box that is not finite would be a hit. One without size never is.
+    # An overlap of nan passes every threshold, so that a box that is not finite would be a hit; an empty box is none.
     return rows.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 

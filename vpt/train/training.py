@@ -1,0 +1,223 @@
+"""One training run: prepare or restore, fit, evaluate, write the task file; or overfit one batch."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vpt import build
+from vpt.build import Data, Model
+from vpt.config.errors import ConfigError
+from vpt.config.saved import recipe, to_plain
+from vpt.config.schema import Config, Mode
+from vpt.data.samples import data_digest
+from vpt.engine.checkpoint import Checkpoints, Saved
+from vpt.engine.console import warn
+from vpt.engine.monitor import Monitor
+from vpt.engine.signals import StopSignal
+from vpt.engine.state import FitResult, RunState
+from vpt.engine.steps import Callbacks, FitData, OutOfMemoryError
+from vpt.engine.trainer import evaluate, fit, overfit
+from vpt.models.task_file import save_task
+from vpt.models.tuning import pretrained_fingerprint
+from vpt.models.vit import preprocessing_of
+from vpt.runs import summary as report
+from vpt.runs.folder import RunFolder
+from vpt.storage.files import write_json
+from vpt.task_types.base import Kind, kind_of
+from vpt.train import NotLearnedError
+from vpt.train.caching import build_fit_inputs, plan_cache
+
+Metrics = dict[str, dict[str, float]]  # by split
+
+
+def run(
+    config: Config, shown: Config | None = None, *, is_sweep: bool = False, stop: StopSignal | None = None
+) -> Path | None:
+    """Start or resume one training run; return its folder, or None for `mode=overfit`, which saves nothing.
+
+    Args:
+        config: The run's config.
+        shown: The config as it may be saved, see `conceal`; None for the config itself.
+        is_sweep: Whether it is one of several runs of one command, so that each requires a folder of its own.
+        stop: The signals that end it; None for none.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("vpt trains in one process: type torchrun --nproc_per_node=1, or python -m vpt.train")
+    if config.mode is Mode.overfit:
+        _overfit(config)
+        return None
+    with RunFolder(config, shown or config, is_sweep=is_sweep) as folder:
+        if folder.is_finished:
+            result = folder.result()
+            print(f"{folder.path}: this run has finished, in {result['epochs']} epochs; fresh=true would start it anew")
+            print(f"{report.result_table(result['metrics'])}\ntask file  {folder.task}")
+        else:
+            _Training(config, shown or config, folder, stop or StopSignal()).run()
+        return folder.path
+
+
+class _Training:
+    """A run, from its beginning or from its last checkpoint to its end."""
+
+    def __init__(self, config: Config, shown: Config, folder: RunFolder, stop: StopSignal) -> None:
+        self.config, self.shown, self.folder, self.stop = config, shown, folder, stop
+        self.task_type, self.model, self.samples, data = _prepare(config)
+        self.plan = plan_cache(config, self.model, data)
+        self.data = self.plan.data
+
+    def run(self) -> None:
+        config, task_type = self.config, self.task_type
+        weights = pretrained_fingerprint(self.model.backbone.vit)
+        made_from = {"images or labels": data_digest(self.samples), "backbone": weights}
+        checkpoints = Checkpoints(self.folder.path, made_from)
+        try:
+            saved = checkpoints.load()
+        except ValueError as error:
+            raise ConfigError(f"{error}: type fresh=true to rename the folder and start anew") from error
+        if saved is None:
+            build.start_prompt(config, self.model, self.data)  # before there is a folder, if it is refused
+        summary = report.summarise(self.model, self.data, config, task_type.describe(self.samples), self.plan.text)
+        print(summary, flush=True)
+        self.folder.make()
+        print(f"{'run':<10} {self.folder.path} (tensorboard --logdir {config.run.root})", flush=True)
+        state = build.build_state(config, self.model, len(self.data.loaders["train"]))
+        resume_at = None if saved is None else _restore(saved, state)
+        with Monitor(self.folder.path, charts=task_type.charts, resume_at=resume_at) as monitor:
+            if resume_at is None:
+                report.log_start(monitor, self.folder.config_text, summary)
+                task_type.log_start(monitor, self.data)
+            with _with_config_keys(config):
+                result = self._fit(state, checkpoints, monitor)
+                metrics = self._evaluate(monitor, result)
+            report.log_hparams(monitor, to_plain(self.shown), result, metrics.get("test", {}))
+        self._finish(result, metrics)
+        if checkpoints.error is not None:
+            raise OSError(
+                f"the last checkpoint could not be written ({checkpoints.error}); all other files of the run are saved"
+            )
+
+    def _fit(self, state: RunState, checkpoints: Checkpoints, monitor: Monitor) -> FitResult:
+        config, task_type, data = self.config, self.task_type, self.data
+        inputs = build_fit_inputs(config, self.model, self.plan)
+        if inputs.note is not None:
+            print(inputs.note, flush=True)
+        if config.compile:
+            inputs.model.compile()
+        evaluator = task_type.evaluator(data, "val")
+        fit_data = FitData(
+            inputs.train_loader,
+            inputs.val_loader,
+            task_type.losses(data),
+            evaluator,
+            build.names_in(inputs.train_loader, self.samples["train"].names),
+        )
+        callbacks = Callbacks(
+            monitor,
+            checkpoints,
+            self.stop,
+            build.build_watches(self.model),
+            on_best=self._save_best,
+            on_epoch=lambda epoch, step: task_type.log_epoch(monitor, data, evaluator, epoch, step),
+        )
+        return fit(
+            inputs.model, fit_data, state, build.build_settings(config, state.device, task_type.select), callbacks
+        )
+
+    def _save_best(self, values: dict[str, float]) -> None:
+        """Write the task of an epoch, which can be used while the run continues; a full disk is only a warning."""
+        try:
+            self._save_task({"val": values})
+        except OSError as error:
+            warn(f"the task of this epoch is not written: {error}")
+
+    def _save_task(self, metrics: Metrics) -> None:
+        preprocessing = self.data.preprocessing.to_dict()
+        save_task(self.model, self.folder.task, metrics=metrics, preprocessing=preprocessing, config=recipe(self.shown))
+
+    def _evaluate(self, monitor: Monitor, result: FitResult) -> Metrics:
+        """Metrics of the best epoch on val, and on test if there is one."""
+        settings = build.build_settings(self.config, next(self.model.parameters()).device, self.task_type.select)
+        reading: dict[str, Any] = {"precision": settings.precision, "max_batches": settings.max_batches}
+        evaluator = self.task_type.evaluator(self.data, "val")
+        metrics = {"val": evaluate(self.model, self.data.loaders["val"], evaluator, **reading)}
+        if "test" in self.data.loaders:
+            of_test = self.task_type.evaluator(self.data, "test")
+            metrics["test"] = evaluate(self.model, self.data.loaders["test"], of_test, description="test", **reading)
+        self.task_type.log_end(monitor, self.data, evaluator, result)  # last: a run that dies here logs it once more
+        return metrics
+
+    def _finish(self, result: FitResult, metrics: Metrics) -> None:
+        """Write the task file and, last, the file that marks the run as finished."""
+        self._save_task(metrics)
+        numbers = {name: value for name, value in asdict(result).items() if name != "best"}  # it is the val of metrics
+        write_json(self.folder.result_file, {"mode": self.config.mode.value, **numbers, "metrics": metrics})
+        print(report.describe_result(result, metrics, self.folder.task))
+
+
+@contextmanager
+def _with_config_keys(config: Config) -> Iterator[None]:
+    """Add to errors of the engine, which names no config keys, what to type."""
+    try:
+        yield
+    except FloatingPointError as error:
+        lower = "lower optim.prompt_lr, optim.head_lr or tuning.lr, and add fresh=true"
+        skip = f"check these images, or allow such steps: train.skip_nonfinite={config.train.skip_nonfinite + 10}"
+        advice = f"{lower}; or {skip}" if "skip_nonfinite" in str(error) else lower
+        raise FloatingPointError(f"{error}; {advice}") from error
+    except OutOfMemoryError as error:
+        size, accumulation = config.train.batch_size, config.train.accumulation
+        smaller = f"train.batch_size={max(1, size // 2)} train.accumulation={accumulation * (2 if size > 1 else 1)}"
+        raise OutOfMemoryError(
+            f"{error}; type auto_batch=true, or {smaller}, or grad_checkpointing=true, or a smaller backbone.img_size"
+        ) from error
+
+
+def _prepare(config: Config) -> tuple[Kind, Model, Mapping[str, Any], Data]:
+    """The task type, the model on its device, the samples by split, and the data without a cache."""
+    build.seed_everything(config.seed, config.deterministic)
+    device = build.pick_device(config.device)
+    if config.compile:
+        build.check_compiler(device)
+    task_type = kind_of(config)
+    samples = task_type.read()
+    train = samples["train"]
+    model = build.build_model(config, train.classes, getattr(train, "category_ids", None)).to(device)
+    data = task_type.build_data(samples, preprocessing_of(model.backbone.vit))
+    build.whiten_prompt(config, model, data)
+    return task_type, model, samples, data
+
+
+def _restore(saved: Saved, state: RunState) -> tuple[int, int]:
+    """Load the state of a checkpoint; return its bytes of metrics.jsonl and its step."""
+    try:
+        state.load(saved.tensors, saved.numbers)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{saved.path}: {error}; type fresh=true to rename the folder and start anew") from error
+    print(f"{'resuming':<10} after step {state.result.steps}, epoch {state.epoch}, from {saved.path}", flush=True)
+    return int(saved.numbers["metrics_bytes"]), state.result.steps
+
+
+def _overfit(config: Config) -> None:
+    """Check that one batch can be learned."""
+    task_type, model, samples, data = _prepare(config)
+    build.start_prompt(config, model, data)
+    plan = plan_cache(config, model, data)
+    print(report.summarise(model, plan.data, config, task_type.describe(samples), plan.text), flush=True)
+    if config.compile:
+        model.compile()
+    batch = next(iter(data.loaders["train"]))
+    steps = overfit(
+        model,
+        batch,
+        losses=task_type.losses(data),
+        evaluator=task_type.evaluator(data, None),
+        select=task_type.select,
+        goal=task_type.goal,
+        optimizer=build.build_optimizer(config, model),
+    )
+    if steps is None:
+        raise NotLearnedError("one batch was not learned: raise optim.prompt_lr or optim.head_lr, or check the data")
+    print(f"learned {len(batch[0])} images in {steps} steps")
