@@ -1,4 +1,4 @@
-"""Archives that are whole, hostile and damaged; what is refused leaves nothing behind."""
+"""Extraction of whole, hostile and damaged archives; a refusal leaves nothing behind."""
 
 import bz2
 import gzip
@@ -19,7 +19,7 @@ from vpt.config.composition import compose_config
 from vpt.config.validation import to_config
 from vpt.data.readers.torchvision import _guarded_extraction
 from vpt.storage import archives
-from vpt.storage.archives import ArchiveError, extract, is_archive, open_metered, unpacked
+from vpt.storage.archives import ArchiveError, extract, open_metered, unpacked
 from vpt.task_types.base import kind_of
 
 FILES = {"a/x.jpg": b"one", "a/y.jpg": b"", "b/ü z.jpg": b"three" * 1000}
@@ -52,58 +52,54 @@ def content_of(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refused(archive, folder, message, **caps):
+def refused(archive, folder, message, **limits):
     """Refuse in one line that names the archive, and leave nothing."""
     before = sorted(folder.parent.rglob("*"))
-    with pytest.raises(ArchiveError, match=message) as told:
-        extract(archive, folder, **caps)
-    assert str(told.value).startswith(f"{archive}: ")
-    assert "\n" not in str(told.value)
-    assert "nothing was extracted" in str(told.value)
+    with pytest.raises(ArchiveError, match=rf"^[^\n]*{message}[^\n]*nothing was extracted$") as refusal:
+        extract(archive, folder, **limits)
+    assert str(refusal.value).startswith(f"{archive}: ")
     assert sorted(folder.parent.rglob("*")) == before
 
 
+def patched(path, *changes):
+    """A file with bytes changed: (bytes to find, offset, new bytes)."""
+    data = bytearray(path.read_bytes())
+    for marker, offset, new in changes:
+        start = data.index(marker) + offset
+        data[start : start + len(new)] = new
+    path.write_bytes(data)
+    return path
+
+
 @pytest.mark.parametrize(
-    "name", ["p.zip", "p.tar", "p.tar.gz", "p.tgz", "p.tar.bz2", "p.tbz", "p.tbz2", "p.tar.xz", "p.txz"]
+    ("name", "mode"),
+    [
+        *(("p.zip", ""), ("p.tar", "w"), ("p.tar.gz", "w:gz"), ("p.tgz", "w:gz"), ("p.tar.bz2", "w:bz2")),
+        *(("p.tbz", "w:bz2"), ("p.tbz2", "w:bz2"), ("p.tar.xz", "w:xz"), ("p.TXZ", "w:xz")),
+    ],
 )
-def test_each_form_comes_out_as_it_went_in(tmp_path, name):
-    mode = {"gz": "w:gz", "z2": "w:bz2", "bz": "w:bz2", "xz": "w:xz"}.get(name[-2:].replace("tgz", "gz"), "w")
-    mode = "w:gz" if name == "p.tgz" else mode
+def test_each_format_is_extracted_as_it_was_packed(tmp_path, name, mode):
     path = tmp_path / name
-    make_zip(path, FILES) if name.endswith(".zip") else make_tar(path, FILES.items(), mode)
-    assert is_archive(path)
+    make_tar(path, FILES.items(), mode) if mode else make_zip(path, FILES)
     assert content_of(extract(path, tmp_path / "out")) == FILES
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([name, "out"])
+    assert content_of(unpacked(path)) == FILES
 
 
-def test_a_folder_in_an_archive_comes_out_and_files_get_the_rights_of_any_file(tmp_path):
+def test_folders_are_extracted_and_files_get_default_permissions(tmp_path):
     info = tarfile.TarInfo("run.sh")
     info.mode, info.uid = 0o6777, 0
     path = make_tar(tmp_path / "p.tar", [(tar_member("empty", tarfile.DIRTYPE), b""), (info, b"x")])
     folder = extract(path, tmp_path / "out")
     (tmp_path / "new").write_bytes(b"")
-    (tmp_path / "new_folder").mkdir()
     assert (folder / "empty").is_dir()
     assert stat.S_IMODE((folder / "run.sh").stat().st_mode) == stat.S_IMODE((tmp_path / "new").stat().st_mode)
-    assert stat.S_IMODE(folder.stat().st_mode) & 0o7000 == 0
-    assert stat.S_IMODE(folder.stat().st_mode) & 0o700 == 0o700
+    assert stat.S_IMODE(folder.stat().st_mode) & 0o7700 == 0o700
 
 
 NAMES = [
-    "../evil",
-    "a/../../evil",
-    "/evil",
-    "//evil",
-    "C:evil",
-    "C:/evil",
-    "a\\..\\..\\evil",
-    "..\\evil",
-    "a/..",
-    "..",
-    "line\nfeed",
-    "a" * 256,
-    "é" * 128,
-    "/".join("a" * 51),
+    *("../evil", "a/../../evil", "/evil", "//evil", "C:evil", "C:/evil", "a\\..\\..\\evil", "..\\evil", "a/..", ".."),
+    *("line\nfeed", "a" * 256, "é" * 128, "/".join("a" * 51)),
 ]
 
 
@@ -111,53 +107,36 @@ NAMES = [
     ("form", "name"),
     [*itertools.product(["zip", "tar"], NAMES), ("zip", "nul\0.jpg")],  # a tar ends a name at its NUL
 )
-def test_a_name_that_leaves_the_folder_or_is_none_is_refused(tmp_path, form, name):
+def test_a_name_that_leaves_the_folder_or_is_invalid_is_refused(tmp_path, form, name):
     (tmp_path / "in").mkdir()
     if form == "tar":
         path = make_tar(tmp_path / "p.tar", [("good.jpg", b"x"), (name, b"x")])
     else:
-        path = tmp_path / "p.zip"
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("good.jpg", b"x")
-            info = zipfile.ZipInfo("x")
-            info.filename = info.orig_filename = name  # the constructor would tidy it up
-            archive.writestr(info, b"x")
-    refused(path, tmp_path / "in" / "out", "is no plain name inside of it|is too long")
+        info = zipfile.ZipInfo("x")
+        info.filename = info.orig_filename = name  # the constructor would normalise it
+        path = make_zip(tmp_path / "p.zip", {"good.jpg": b"x", info: b"x"})
+    refused(path, tmp_path / "in" / "out", "(not a plain relative name|is too long)")
     assert not (tmp_path / "evil").exists()
 
 
 @pytest.mark.parametrize(
     ("kind", "target"),
     [
-        (tarfile.SYMTYPE, "/etc/passwd"),
-        (tarfile.SYMTYPE, "good.jpg"),
-        (tarfile.LNKTYPE, "../secret"),
-        (tarfile.LNKTYPE, "good.jpg"),
-        (tarfile.CHRTYPE, ""),
-        (tarfile.BLKTYPE, ""),
-        (tarfile.FIFOTYPE, ""),
-        (b"Z", ""),  # of a kind that nobody knows
+        *((tarfile.SYMTYPE, "/etc/passwd"), (tarfile.SYMTYPE, "good.jpg"), (tarfile.LNKTYPE, "../secret")),
+        *((tarfile.LNKTYPE, "good.jpg"), (tarfile.CHRTYPE, ""), (tarfile.BLKTYPE, ""), (tarfile.FIFOTYPE, "")),
+        (b"Z", ""),  # an unknown type
+        *((stat.S_IFLNK, "/etc/passwd"), (stat.S_IFCHR, ""), (stat.S_IFIFO, "")),
     ],
 )
-def test_what_is_neither_a_file_nor_a_folder_in_a_tar_is_refused(tmp_path, kind, target):
-    path = make_tar(tmp_path / "p.tar", [("good.jpg", b"x"), (tar_member("odd", kind, target), b"")])
+def test_a_member_that_is_neither_a_file_nor_a_folder_is_refused(tmp_path, kind, target):
+    if isinstance(kind, bytes):
+        members = [("good.jpg", b"x"), (tar_member("odd", kind, target), b""), ("odd/evil", b"x")]
+        path = make_tar(tmp_path / "p", members)
+    else:
+        info = zipfile.ZipInfo("odd")
+        info.external_attr = (kind | 0o777) << 16
+        path = make_zip(tmp_path / "p", {"good.jpg": b"x", info: target.encode()})
     refused(path, tmp_path / "out", "'odd' is neither a file nor a folder")
-
-
-@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFCHR, stat.S_IFIFO])
-def test_what_is_neither_a_file_nor_a_folder_in_a_zip_is_refused(tmp_path, kind):
-    info = zipfile.ZipInfo("odd")
-    info.external_attr = (kind | 0o777) << 16
-    make_zip(tmp_path / "p.zip", {"good.jpg": b"x", info: b"/etc/passwd"})
-    refused(tmp_path / "p.zip", tmp_path / "out", "'odd' is neither a file nor a folder")
-
-
-def test_a_link_and_a_file_behind_it_do_not_leave_the_folder(tmp_path):
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    link = tar_member("a", tarfile.SYMTYPE, str(outside))
-    refused(make_tar(tmp_path / "p.tar", [(link, b""), ("a/evil", b"x")]), tmp_path / "out", "neither a file")
-    assert list(outside.iterdir()) == []
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -165,54 +144,23 @@ def test_a_link_and_a_file_behind_it_do_not_leave_the_folder(tmp_path):
     "names",
     [("a/x.jpg", "a/X.JPG"), ("A/x.jpg", "a/y.jpg"), ("x", "x/y"), ("x/y", "x"), ("x", "./x"), ("é", "e\u0301")],
 )
-def test_names_that_cannot_be_beside_each_other_are_refused(tmp_path, names):
-    path = make_tar(tmp_path / "p.tar", [(name, b"x") for name in names])
-    refused(path, tmp_path / "out", "cannot be beside each other|is there twice")
-    path = make_zip(tmp_path / "p.zip", dict.fromkeys(names, b"x"))
-    refused(path, tmp_path / "out", "cannot be beside each other|is there twice")
+def test_names_that_are_the_same_on_some_disks_are_refused(tmp_path, names):
+    for path in (
+        make_tar(tmp_path / "p.tar", [(name, b"x") for name in names]),
+        make_zip(tmp_path / "p.zip", dict.fromkeys(names, b"x")),
+    ):
+        refused(path, tmp_path / "out", "have the same name on some disks")
 
 
 @pytest.mark.parametrize("form", ["zip", "gz", "bz2", "xz"])
-def test_a_bomb_is_refused_while_it_comes_out(tmp_path, form, monkeypatch):
+def test_a_bomb_is_refused_while_it_is_extracted(tmp_path, form, monkeypatch):
     monkeypatch.setattr(archives, "FREE_BYTES", 1_000_000)
-    zeros = bytes(30_000_000)
-    if form == "zip":
-        path = make_zip(tmp_path / "p.zip", {"zeros": zeros})
-    else:
-        path = make_tar(tmp_path / f"p.tar.{form}", [("zeros", zeros)], f"w:{form}")
+    zeros, path = bytes(30_000_000), tmp_path / "p"
+    make_zip(path, {"zeros": zeros}) if form == "zip" else make_tar(path, [("zeros", zeros)], f"w:{form}")
     assert path.stat().st_size < 40_000
-    refused(path, tmp_path / "out", r"more than [\d,]+ bytes come out of it")
+    refused(path, tmp_path / "out", r"more than [\d,]+ bytes")
     refused(path, tmp_path / "out", "more than 1,000 bytes", max_bytes=1000, max_ratio=1e9)
     assert (extract(path, tmp_path / "out", max_ratio=1e6) / "zeros").stat().st_size == len(zeros)
-
-
-def test_sizes_are_counted_and_not_believed(tmp_path, monkeypatch):
-    """The header says one byte; the content has ten million."""
-    monkeypatch.setattr(archives, "FREE_BYTES", 1_000_000)
-    path = make_zip(tmp_path / "p.zip", {"zeros": bytes(10_000_000)})
-    data = path.read_bytes().replace((10_000_000).to_bytes(4, "little"), (1).to_bytes(4, "little"))
-    path.write_bytes(data)
-    refused(path, tmp_path / "out", "no zip or tar that can be read|bytes come out")
-
-
-def test_a_sparse_file_of_a_tar_counts_in_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "FREE_BYTES", 1_000_000)
-    info = tarfile.TarInfo("sparse")
-    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(10**12)}
-    body = b"1\n1000000000000\n0\n".ljust(512, b"\0")
-    with tarfile.open(tmp_path / "p.tar", "w", format=tarfile.PAX_FORMAT) as archive:
-        info.size = len(body)
-        archive.addfile(info, io.BytesIO(body))
-    refused(tmp_path / "p.tar", tmp_path / "out", "bytes come out of it|no zip or tar that can be read")
-
-
-def test_a_header_that_claims_to_be_huge_is_refused_before_it_is_read(tmp_path):
-    header = tar_member("././@LongLink", tarfile.GNUTYPE_LONGNAME)
-    header.size = 2**31
-    path = tmp_path / "p.tar.xz"
-    with lzma.open(path, "wb") as file:
-        file.write(header.tobuf(tarfile.GNU_FORMAT) + bytes(1_000_000))
-    refused(path, tmp_path / "out", "a header claims to be huge")
 
 
 def test_too_many_files_are_refused(tmp_path):
@@ -222,59 +170,78 @@ def test_too_many_files_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_files_come_out(tmp_path):
+def test_a_hundred_thousand_files_are_extracted(tmp_path):
     path = make_tar(tmp_path / "p.tar.gz", [(f"{number % 100}/{number}", b"") for number in range(100_000)], "w:gz")
     assert len(content_of(extract(path, tmp_path / "out"))) == 100_000
 
 
-def test_a_zip_whose_table_of_contents_ends_early_is_refused(tmp_path):
-    path = make_zip(tmp_path / "p.zip", FILES)
-    data = bytearray(path.read_bytes())
-    data[data.index(b"PK\x01\x02") + 33] = 0xFF  # the length of the first member's comment, beyond all others
-    path.write_bytes(data)
+def zip_with_a_false_size(path):
+    size = (10_000_000).to_bytes(4, "little")
+    make_zip(path, {"zeros": bytes(10_000_000)})
+    path.write_bytes(path.read_bytes().replace(size, (1).to_bytes(4, "little")))
+
+
+def zip_with_a_short_table_of_contents(path):  # the first comment seems longer than all other entries
+    patched(make_zip(path, FILES), (b"PK\x01\x02", 33, b"\xff"))
     with zipfile.ZipFile(path) as opened:
         assert len(opened.infolist()) == 1
-    refused(path, tmp_path / "out", "its table of contents is damaged")
 
 
-def test_a_folder_of_a_zip_with_content_is_refused(tmp_path):
-    path = make_zip(tmp_path / "p.zip", {"good.jpg": b"x", "odd/": b"content"})
-    refused(path, tmp_path / "out", "'odd/' is a folder with content")
+def sparse_tar(path):
+    info = tarfile.TarInfo("sparse")
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(10**12)}
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        info.size = 512
+        archive.addfile(info, io.BytesIO(b"1\n1000000000000\n0\n".ljust(512, b"\0")))
 
 
-def test_a_tar_with_a_broken_header_in_its_middle_is_refused(tmp_path):
-    path = make_tar(tmp_path / "p.tar", [("a.jpg", b"x"), ("b.jpg", b"y")])
+def tar_with_a_huge_header(path):
+    header = tar_member("././@LongLink", tarfile.GNUTYPE_LONGNAME)
+    header.size = 2**31
+    path.write_bytes(lzma.compress(header.tobuf(tarfile.GNU_FORMAT) + bytes(1_000_000)))
+
+
+def tar_with_a_broken_header(path):  # the checksum of the second of two
+    make_tar(path, [("a.jpg", b"x"), ("b.jpg", b"y")])
     data = bytearray(path.read_bytes())
-    data[1024 + 150] ^= 1  # the checksum of the second header
+    data[1024 + 150] ^= 1
     path.write_bytes(data)
     with tarfile.open(path) as opened:
         assert opened.getnames() == ["a.jpg"]  # as if there were no more
-    refused(path, tmp_path / "out", "it is damaged")
 
 
-def test_an_encrypted_zip_and_an_unknown_packing_are_refused(tmp_path):
-    path = make_zip(tmp_path / "p.zip", FILES)
-    data = bytearray(path.read_bytes())
-    data[data.index(b"PK\x01\x02") + 8] |= 1
-    path.write_bytes(data)
-    refused(path, tmp_path / "out", "'a/x.jpg' is encrypted")
-    path = make_zip(tmp_path / "q.zip", FILES)
-    data = bytearray(path.read_bytes())
-    for start in (b"PK\x01\x02", b"PK\x03\x04"):
-        data[data.index(start) + {b"PK\x01\x02": 10, b"PK\x03\x04": 8}[start]] = 99
-    path.write_bytes(data)
-    refused(path, tmp_path / "out", "no zip or tar that can be read")
+UNREADABLE = "not a readable zip or tar"
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04", b"\x1f\x8b", bytes(511), b"Rar!\x1a\x07\x00" * 100])
-def test_what_is_no_archive_is_refused(tmp_path, content):
-    (tmp_path / "p.zip").write_bytes(content)
-    refused(tmp_path / "p.zip", tmp_path / "out", "no zip or tar that can be read|it is damaged")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (zip_with_a_false_size, rf"({UNREADABLE}|more than [\d,]+ bytes)"),
+        (sparse_tar, rf"({UNREADABLE}|more than [\d,]+ bytes)"),
+        (tar_with_a_huge_header, "a header claims to be huge"),
+        (zip_with_a_short_table_of_contents, "its table of contents is damaged"),
+        (lambda path: make_zip(path, {"good.jpg": b"x", "odd/": b"content"}), "'odd/' is a folder with content"),
+        (tar_with_a_broken_header, "it is damaged"),
+        (lambda path: patched(make_zip(path, FILES), (b"PK\x01\x02", 8, b"\1")), "is encrypted"),
+        (  # an unknown compression
+            lambda path: patched(make_zip(path, FILES), (b"PK\x01\x02", 10, b"c"), (b"PK\x03\x04", 8, b"c")),
+            UNREADABLE,
+        ),
+        *(
+            (lambda path, content=content: path.write_bytes(content), f"({UNREADABLE}|it is damaged)")
+            for content in (b"", b"text", b"PK\x03\x04", b"\x1f\x8b", bytes(511), b"Rar!\x1a\x07\x00" * 100)
+        ),
+    ],
+)
+def test_a_damaged_or_deceptive_archive_is_refused(tmp_path, monkeypatch, make, message):
+    monkeypatch.setattr(archives, "FREE_BYTES", 1_000_000)
+    make(tmp_path / "p.zip")
+    refused(tmp_path / "p.zip", tmp_path / "out", message)
 
 
 @pytest.mark.parametrize("form", ["zip", "tar", "gz", "bz2", "xz"])
-def test_a_truncated_or_changed_archive_is_refused_or_gives_what_was_in_it(tmp_path, form):
-    """A zip and what is packed have checksums of their own; a bare tar has them of its headers only."""
+def test_a_truncated_or_changed_archive_is_refused_or_extracted_as_it_was_packed(tmp_path, form):
+    """A zip and compressed streams have checksums; a bare tar has them for its headers only."""
     files = {f"{number % 3}/{number}.jpg": random.Random(number).randbytes(700) for number in range(9)}
     path = tmp_path / f"p.{form}"
     mode = "w" if form == "tar" else f"w:{form}"
@@ -295,7 +262,7 @@ def test_a_truncated_or_changed_archive_is_refused_or_gives_what_was_in_it(tmp_p
             num_refused += 1
             assert not out.exists()
             continue
-        if form != "tar":  # a byte that nobody reads, such as a date
+        if form != "tar":  # a byte that is not read, such as a date
             assert set(content_of(out).values()) == set(files.values())
     assert num_refused > (20 if form == "tar" else 60)
     assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
@@ -309,7 +276,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["p.zip"]
 
 
-def test_what_is_in_a_folder_that_is_there_stays(tmp_path):
+def test_files_of_an_existing_folder_stay(tmp_path):
     out = tmp_path / "out"
     (out / "a").mkdir(parents=True)
     (out / "a" / "mine").write_bytes(b"mine")
@@ -317,10 +284,10 @@ def test_what_is_in_a_folder_that_is_there_stays(tmp_path):
     extract(make_zip(tmp_path / "p.zip", FILES), out)
     assert content_of(out) == FILES | {"a/mine": b"mine"}
     assert sorted(entry.name for entry in out.iterdir()) == ["a", "b"]
-    refused(make_tar(tmp_path / "q.tar", [("new", b"x"), ("../x", b"x")]), out, "no plain name")
+    refused(make_tar(tmp_path / "q.tar", [("new", b"x"), ("../x", b"x")]), out, "not a plain")
 
 
-def test_a_data_set_is_extracted_once_for_its_content(tmp_path, monkeypatch):
+def test_a_data_set_is_extracted_once_per_content(tmp_path, monkeypatch):
     path = make_zip(
         tmp_path / "my photos.v2.zip", {"photos/a/x.jpg": b"x", "photos/b/y.jpg": b"y", "__MACOSX/._x": b""}
     )
@@ -338,27 +305,27 @@ def test_a_data_set_is_extracted_once_for_its_content(tmp_path, monkeypatch):
     assert content_of(unpacked(path)) == {"train/a/x.jpg": b"other"}
 
 
-def test_a_path_that_is_no_archive_is_itself(tmp_path):
+def test_a_path_that_is_not_an_archive_is_returned(tmp_path):
     (tmp_path / "folder.zip").mkdir()
     for path in (tmp_path, tmp_path / "folder.zip", tmp_path / "gone.zip", tmp_path / "gone"):
         assert unpacked(path) == path
 
 
-def test_an_archive_must_be_the_one_that_its_sha256_tells_of(tmp_path):
+def test_an_archive_must_match_its_sha256_file(tmp_path):
     path = make_zip(tmp_path / "p.zip", FILES)
-    told, sha256 = tmp_path / "p.zip.sha256", hashlib.sha256(path.read_bytes()).hexdigest()
-    told.write_text(f"{'0' * 64}  p.zip\n")
-    with pytest.raises(ArchiveError, match=rf"p\.zip: its sha256 is {sha256}, not the one that p\.zip\.sha256 tells"):
+    declared, sha256 = tmp_path / "p.zip.sha256", hashlib.sha256(path.read_bytes()).hexdigest()
+    declared.write_text(f"{'0' * 64}  p.zip\n")
+    with pytest.raises(ArchiveError, match=rf"p\.zip: its sha256 is {sha256}, not the one in p\.zip\.sha256"):
         unpacked(path)
-    told.write_text("no digest")
-    with pytest.raises(ArchiveError, match=r"p\.zip\.sha256: does not begin with a sha256"):
+    declared.write_text("no digest")
+    with pytest.raises(ArchiveError, match=r"p\.zip\.sha256: must begin with a sha256"):
         unpacked(path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["p.zip", "p.zip.sha256"]
-    told.write_text(f"{sha256.upper()}  p.zip\n")
+    declared.write_text(f"{sha256.upper()}  p.zip\n")
     assert content_of(unpacked(path)) == FILES
 
 
-def test_pictures_are_read_from_an_archive(tmp_path, photos):
+def test_images_are_read_from_an_archive(tmp_path, photos):
     path = make_zip(
         tmp_path / "photos.zip",
         {f"photos/{file.relative_to(photos).as_posix()}": file.read_bytes() for file in photos.rglob("*.png")},
@@ -388,10 +355,7 @@ def _with_root(config, root):
     return config
 
 
-# torchvision's own extraction.
-
-
-def test_torchvision_extracts_with_the_guard_inside_of_the_block_only(tmp_path, monkeypatch):
+def test_torchvision_extracts_safely_inside_of_the_block_only(tmp_path, monkeypatch):
     utils = torchvision.datasets.utils
     monkeypatch.setattr(archives, "FREE_BYTES", 1_000_000)
     good = make_zip(tmp_path / "good.zip", FILES)
@@ -408,26 +372,26 @@ def test_torchvision_extracts_with_the_guard_inside_of_the_block_only(tmp_path, 
         with pytest.raises(ArchiveError, match="neither a file nor a folder"):
             utils.extract_archive(str(evil), str(tmp_path / "out"))
         for bomb in bombs:
-            with pytest.raises(ArchiveError, match="bytes come out"):
+            with pytest.raises(ArchiveError, match="more than"):
                 utils.extract_archive(str(bomb))
     assert (dict(utils._ARCHIVE_EXTRACTORS), dict(utils._COMPRESSED_FILE_OPENERS)) == before
 
 
-def test_a_torchvision_that_extracts_otherwise_is_refused(monkeypatch):
+def test_a_torchvision_that_extracts_in_another_way_is_refused(monkeypatch):
     monkeypatch.delattr(torchvision.datasets.utils, "_ARCHIVE_EXTRACTORS")
     with pytest.raises(ValueError, match="extracts archives in a way that cannot be guarded"), _guarded_extraction():
         pass
 
 
-def test_a_packed_file_is_read_as_far_as_the_cap_allows(tmp_path):
+def test_a_compressed_file_is_read_up_to_the_limit(tmp_path):
     path = tmp_path / "a.gz"
     path.write_bytes(gzip.compress(b"abc" * 1000))
     with open_metered(path, "rb") as file:
         assert file.read() == b"abc" * 1000
 
 
-def test_a_pickle_in_the_place_of_a_data_set_of_torchvision_is_not_read(tmp_path):
-    """CIFAR comes as pickles. torchvision opens them only if their md5 is the one that it knows."""
+def test_a_pickle_in_place_of_a_torchvision_data_set_is_not_read(tmp_path):
+    """CIFAR comes as pickles, which torchvision opens only if it knows their md5."""
     import pickle
 
     from vpt.data.readers.torchvision import read_torchvision

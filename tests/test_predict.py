@@ -377,7 +377,7 @@ def test_batch_size_and_where_the_weights_are_may_change_on_the_way(tasks, album
         (
             ("deep",),
             {"top_k": 2},
-            r"f\.csv\.partial: .* has done so far \(top_k was None, now 2\); .*, delete the file, or",
+            r"f\.csv\.partial: .* \(top_k was None, now 2\); .*, delete the file, or",
         ),
         (("deep",), {"given": "album/sub"}, r"\(input was \S+album, now \S+album/sub\)"),
         (("late",), {}, r"\(task late was None, now [0-9a-f]{64}\)"),

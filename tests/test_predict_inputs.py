@@ -1,4 +1,4 @@
-"""Pictures and frames are read batch by batch, ahead of the model, and never all at once."""
+"""Images and frames are read batch by batch, ahead of the model, and never all at once."""
 
 import os
 from pathlib import Path
@@ -10,12 +10,12 @@ from PIL import Image
 
 import vpt.predict.inputs
 from vpt.data.images import read_image
-from vpt.predict.inputs import Frames, Pictures, is_video
+from vpt.predict.inputs import Frames, ImageFiles, is_video
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Nine pictures, 0 to 8 by their grey, of which number 4 is none."""
+    """Nine images, 0 to 8 by their grey, of which number 4 is unreadable."""
     (tmp_path / "photos" / "sub").mkdir(parents=True)
     for number in range(9):
         Image.new("RGB", (5 + number, 5), (number,) * 3).save(tmp_path / "photos" / "sub" / f"{number}.png")
@@ -37,18 +37,18 @@ def chunks_of(inputs, size):
     return [inputs.paths[start : start + size] for start in range(0, len(inputs.paths), size)]
 
 
-def grey(picture):
-    return int(np.asarray(picture)[0, 0, 0])
+def grey(image):
+    return int(np.asarray(image)[0, 0, 0])
 
 
-def test_batches_hold_what_was_prepared_and_why_a_picture_cannot_be_read(folder):
-    pictures = Pictures(folder)
-    batches = list(pictures.read(chunks_of(pictures, 4), grey))
+def test_batches_hold_prepared_images_and_why_others_cannot_be_read(folder):
+    images = ImageFiles(folder)
+    batches = list(images.read(chunks_of(images, 4), grey))
     assert [len(batch) for batch in batches] == [4, 4, 1]
     assert batches[0] == [0, 1, 2, 3]
     assert batches[1][1:] == [5, 6, 7]
-    assert batches[1][0].startswith("photos/sub/4.png: not a picture")
-    assert list(pictures.read([], grey)) == []
+    assert batches[1][0].startswith("photos/sub/4.png: not a")
+    assert list(images.read([], grey)) == []
 
 
 def test_only_two_batches_are_read_before_the_first_is_taken_and_no_more_after_the_end(folder, monkeypatch):
@@ -59,34 +59,34 @@ def test_only_two_batches_are_read_before_the_first_is_taken_and_no_more_after_t
         return read_image(path)
 
     monkeypatch.setattr(vpt.predict.inputs, "read_image", spy)
-    pictures = Pictures(folder)
-    batches = pictures.read(chunks_of(pictures, 2), grey)
+    images = ImageFiles(folder)
+    batches = images.read(chunks_of(images, 2), grey)
     assert read == []
     assert next(batches) == [0, 1]
     batches.close()
-    assert set(read) <= set(pictures.paths[:4])
+    assert set(read) <= set(images.paths[:4])
 
 
 def test_an_error_of_the_preparation_is_raised(folder):
-    def refuse(picture):
-        raise TypeError("a fault of the program")
+    def refuse(image):
+        raise TypeError("a bug")
 
-    pictures = Pictures(folder)
-    with pytest.raises(TypeError, match="a fault of the program"):
-        list(pictures.read(chunks_of(pictures, 4), refuse))
+    images = ImageFiles(folder)
+    with pytest.raises(TypeError, match="a bug"):
+        list(images.read(chunks_of(images, 4), refuse))
 
 
 @pytest.mark.parametrize(
     ("given", "root"),
     [("photos", "photos"), ("photos/sub/3.png", "photos/sub"), ("photos/*/3.png", "photos"), ("*/sub/3.png", ".")],
 )
-def test_names_start_from_the_folder_or_from_where_the_pattern_does(folder, given, root):
-    pictures = Pictures(Path(given))
-    assert pictures.root == Path(root)
-    assert Path("photos/sub/3.png") in pictures.paths
+def test_names_are_relative_to_the_folder_or_to_that_of_the_pattern(folder, given, root):
+    images = ImageFiles(Path(given))
+    assert images.root == Path(root)
+    assert Path("photos/sub/3.png") in images.paths
 
 
-def test_frames_that_are_not_wanted_are_left_out_and_the_others_are_the_same(clip):
+def test_frames_that_are_not_requested_are_left_out_and_the_others_are_the_same(clip):
     frames = Frames(clip, every=2)
     chunks = chunks_of(frames, 2)
     assert [path.relative_to(frames.root).as_posix() for path in chunks[1]] == [
@@ -100,15 +100,15 @@ def test_frames_that_are_not_wanted_are_left_out_and_the_others_are_the_same(cli
 
 
 def test_the_stamp_of_a_frame_is_that_of_its_video(clip, folder):
-    frames, pictures = Frames(clip, 1), Pictures(folder)
+    frames, images = Frames(clip, 1), ImageFiles(folder)
     assert {frames.stamp(path) for path in frames.paths} == {(clip.stat().st_size, clip.stat().st_mtime_ns)}
-    before = [pictures.stamp(path) for path in pictures.paths]
-    os.utime(pictures.paths[2], ns=(1, 1))
-    after = [pictures.stamp(path) for path in pictures.paths]
+    before = [images.stamp(path) for path in images.paths]
+    os.utime(images.paths[2], ns=(1, 1))
+    after = [images.stamp(path) for path in images.paths]
     assert [index for index in range(9) if before[index] != after[index]] == [2]
 
 
-def test_a_folder_that_is_called_like_a_video_is_a_folder(clip, tmp_path):
+def test_a_folder_named_like_a_video_is_a_folder(clip, tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     assert is_video(clip)
     assert not is_video(tmp_path / "folder.mp4")

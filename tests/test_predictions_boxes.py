@@ -40,7 +40,7 @@ TWO = found_in("a/x.jpg", [[1, 2, 30.5, 40], [0, 0, 640, 480]], [0.9, 0.25], [2,
 NONE = found_in("b/y.jpg")
 
 
-def test_csv_has_a_row_for_each_box_and_none_for_a_picture_without():
+def test_csv_has_a_row_for_each_box_and_none_for_an_image_without():
     found = {picture.path: {"zoo": picture} for picture in (NONE, TWO)}
     rows = list(csv.DictReader(io.StringIO(to_box_table(found, {"zoo": CLASSES}, ".csv").decode())))
     assert [list(row.values()) for row in rows] == [
@@ -98,15 +98,15 @@ def test_numbers_that_are_not_finite_are_refused_by_json():
     ("pictures", "ids"),
     [
         pytest.param([("000139.jpg", 5), ("b.jpg", 9)], [5, 9], id="given"),
-        pytest.param([("a/000139.jpg", None), ("a/7.png", None)], [139, 7], id="called by numbers"),
-        pytest.param([("a/000139.jpg", None), ("a/x.png", None)], [1, 2], id="not all called by numbers"),
+        pytest.param([("a/000139.jpg", None), ("a/7.png", None)], [139, 7], id="named by numbers"),
+        pytest.param([("a/000139.jpg", None), ("a/x.png", None)], [1, 2], id="not all named by numbers"),
         pytest.param([("a/7.jpg", None), ("b/7.jpg", None)], [1, 2], id="two of the same number"),
         pytest.param([("a/7.jpg", None), ("b/8.jpg", 7)], [7, 8], id="not all given"),
         pytest.param([("²٣.jpg", None), ("8.jpg", None)], [1, 2], id="other digits"),
         pytest.param([], [], id="none"),
     ],
 )
-def test_pictures_have_their_own_numbers_or_are_counted(pictures, ids):
+def test_images_have_their_own_numbers_or_are_counted(pictures, ids):
     found = [found_in(path, [[1, 2, 4, 6]], [0.5], [1], image_id=image_id) for path, image_id in pictures]
     assert coco_image_ids(found) == ids
     entries = json.loads(to_coco(found, CATEGORY_IDS, CLASSES))
@@ -115,8 +115,8 @@ def test_pictures_have_their_own_numbers_or_are_counted(pictures, ids):
     ]
 
 
-def test_two_pictures_of_one_number_are_refused():
-    with pytest.raises(ValueError, match="two pictures have the image_id 4"):
+def test_two_images_of_one_number_are_refused():
+    with pytest.raises(ValueError, match="two images have image_id=4"):
         to_coco([found_in("a.jpg", image_id=4), found_in("b.jpg", image_id=4)], CATEGORY_IDS, CLASSES)
 
 
@@ -179,7 +179,7 @@ def test_yolo_has_a_line_for_each_box():
 
 
 @pytest.mark.parametrize("ending", [".txt", ".jpg"])
-def test_files_of_pictures_that_differ_in_folder_or_ending_have_names_of_their_own(ending):
+def test_files_of_images_that_differ_in_folder_or_ending_have_names_of_their_own(ending):
     paths = ["a/x.jpg", "b/x.jpg", "b/x.png", "x.y.jpg", "x.jpg"]
     assert file_names(paths, ending) == [f"{stem}{ending}" for stem in ("a/x", "b/x.jpg", "b/x.png", "x.y", "x")]
 
@@ -187,12 +187,12 @@ def test_files_of_pictures_that_differ_in_folder_or_ending_have_names_of_their_o
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        (["/pictures/x.jpg"], "must be relative"),
+        (["/images/x.jpg"], "must be relative"),
         (["a/../../x.jpg"], "must be relative"),
-        (["x.jpg", "x.jpg"], r"x\.jpg: its file would be x\.jpg\.txt, which is that of x\.jpg; rename"),
+        (["x.jpg", "x.jpg"], r"x\.jpg: its file x\.jpg\.txt is also that of x\.jpg; rename"),
         (
             ["x.jpg", "x.png", "x.jpg.bmp"],
-            r"x\.jpg\.bmp: its file would be x\.jpg\.txt, which is that of x\.jpg; rename",
+            r"x\.jpg\.bmp: its file x\.jpg\.txt is also that of x\.jpg",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Tables and JSON of the classes that were found."""
+"""Tables and JSON of predicted classes."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ def test_one_task_has_no_column_for_it():
     assert second["predictions"][0] == {"class": "kiwi", "probability": 2 / 3}
 
 
-def test_several_tasks_are_told_apart_and_the_narrower_leaves_cells_empty():
+def test_several_tasks_have_a_column_and_the_narrower_leaves_cells_empty():
     lines = list(csv.reader(io.StringIO(to_class_table(TWO, CLASSES, ".csv").decode())))
     assert lines[0] == ["path", "task", "class_1", "probability_1", "class_2", "probability_2"]
     assert lines[1][:3] == ["a.jpg", "fruit", "sour, plum"]
@@ -35,7 +35,7 @@ def test_several_tasks_are_told_apart_and_the_narrower_leaves_cells_empty():
     assert [(row["path"], row["task"]) for row in rows] == [tuple(line[:2]) for line in lines[1:]]
 
 
-def test_parquet_says_what_csv_says_with_all_digits():
+def test_parquet_has_the_values_of_csv_with_all_digits():
     rows = list(csv.DictReader(io.StringIO(to_class_table(TWO, CLASSES, ".csv").decode())))
     table = parquet.read_table(io.BytesIO(to_class_table(TWO, CLASSES, ".parquet"))).to_pylist()
     as_text = [

@@ -33,13 +33,13 @@ def test_a_table_without_rows_keeps_its_columns():
     assert to_table(COLUMNS, [], ".csv") == b"path,class,score\n"
 
 
-def test_numbers_in_csv_are_rounded_if_asked():
+def test_numbers_in_csv_are_rounded_to_digits():
     assert to_table({"score": float}, [[2 / 3], [1e-9]], ".csv", digits=3) == b"score\n0.667\n0.000\n"
 
 
-def test_parquet_without_pyarrow_says_what_to_install(monkeypatch):
+def test_parquet_without_pyarrow_is_refused_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ValueError, match=r'\.parquet needs pyarrow, .*; type: uv pip install .*"\.\[parquet\]"'):
+    with pytest.raises(ValueError, match=r'\.parquet needs pyarrow, .*; run: uv pip install .*"\.\[parquet\]"'):
         check_table(".parquet")
     check_table(".csv")

@@ -1,4 +1,4 @@
-"""The journal of a command that can be typed again."""
+"""The progress file of a command that resumes when it is typed again."""
 
 import json
 import multiprocessing
@@ -6,80 +6,80 @@ import os
 
 import pytest
 
-from vpt.predict.progress_file import Entry, Journal, stamp_of
+from vpt.predict.progress_file import Entry, ProgressFile, stamp_of
 from vpt.storage.lock import LockedError
 
 COMMAND = {"vpt": "1", "top_k": 5, "classes": None}
 BATCHES = [
     [
         Entry("a/ü,\n.jpg", (1200, 5), {"pets": [[1, 0.1], [0, 1e-9]]}),
-        Entry("b.jpg", (7, 6), None, "b.jpg: no picture"),
+        Entry("b.jpg", (7, 6), None, "b.jpg: not an image"),
     ],
     [Entry("gone.jpg", None, None, "gone.jpg: no such file"), Entry("c\udcff.jpg", (3, 2**62), {"pets": []})],
 ]
 
 
 @pytest.fixture
-def journal(tmp_path):
-    journal = Journal(tmp_path / "new" / "out.csv.partial", COMMAND)
-    assert list(journal.entries()) == []
+def progress(tmp_path):
+    progress = ProgressFile(tmp_path / "new" / "out.csv.partial", COMMAND)
+    assert list(progress.entries()) == []
     for batch in BATCHES:
-        journal.add(batch)
-    journal.close()
-    return journal
+        progress.add(batch)
+    progress.close()
+    return progress
 
 
-def read(journal, command=COMMAND):
-    return list(Journal(journal.path, command).entries())
+def read(progress, command=COMMAND):
+    return list(ProgressFile(progress.path, command).entries())
 
 
-def test_what_was_added_is_read_again(journal):
-    assert read(journal) == BATCHES[0] + BATCHES[1]
+def test_entries_are_read_as_they_were_added(progress):
+    assert read(progress) == BATCHES[0] + BATCHES[1]
 
 
 def test_each_batch_is_in_the_file_before_the_next_is_added(tmp_path):
-    journal = Journal(tmp_path / "j", COMMAND)
-    list(journal.entries())
+    progress = ProgressFile(tmp_path / "j", COMMAND)
+    list(progress.entries())
     for number, batch in enumerate(BATCHES, 1):
-        journal.add(batch)
-        assert len(read(journal)) == 2 * number
-    journal.close()
+        progress.add(batch)
+        assert len(read(progress)) == 2 * number
+    progress.close()
 
 
-def test_nothing_is_made_before_the_first_batch_and_nothing_is_left_at_the_end(tmp_path):
-    journal = Journal(tmp_path / "new" / "j", COMMAND)
-    list(journal.entries())
-    journal.remove()
+def test_the_file_is_created_with_the_first_batch_and_removed_at_the_end(tmp_path):
+    progress = ProgressFile(tmp_path / "new" / "j", COMMAND)
+    list(progress.entries())
+    progress.remove()
     assert list(tmp_path.iterdir()) == []
-    journal.add(BATCHES[0])
-    journal.remove()
+    progress.add(BATCHES[0])
+    progress.remove()
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_a_file_cut_at_any_byte_gives_its_whole_batches_and_goes_on_as_if_it_had_not_been_cut(journal):
-    whole = journal.path.read_bytes()
+def test_a_file_cut_at_any_byte_resumes_behind_its_last_whole_batch(progress):
+    whole = progress.path.read_bytes()
     ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
     assert len(ends) == 3
     for length in range(len(whole) + 1):
-        journal.path.write_bytes(whole[:length])
-        again = Journal(journal.path, COMMAND)
+        progress.path.write_bytes(whole[:length])
+        again = ProgressFile(progress.path, COMMAND)
         num_batches = max(0, sum(end <= length for end in ends) - 1)
         assert list(again.entries()) == [entry for batch in BATCHES[:num_batches] for entry in batch]
         for batch in BATCHES[num_batches:]:
             again.add(batch)
         again.close()
-        assert journal.path.read_bytes() == whole
+        assert progress.path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("line", [b"\0\0\0\n", b"[[1, 2]]\n", b'[["a.jpg", [1], null, null]]\n', b"7\n", b"\xff\n"])
-def test_from_a_broken_line_on_nothing_counts(journal, line):
-    lines = journal.path.read_bytes().splitlines(keepends=True)
-    journal.path.write_bytes(lines[0] + lines[1] + line + lines[2])
-    again = Journal(journal.path, COMMAND)
+def test_a_broken_line_and_all_behind_it_are_ignored(progress, line):
+    lines = progress.path.read_bytes().splitlines(keepends=True)
+    progress.path.write_bytes(lines[0] + lines[1] + line + lines[2])
+    again = ProgressFile(progress.path, COMMAND)
     assert list(again.entries()) == BATCHES[0]
     again.add(BATCHES[1])
     again.close()
-    assert journal.path.read_bytes() == b"".join(lines)
+    assert progress.path.read_bytes() == b"".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -87,19 +87,19 @@ def test_from_a_broken_line_on_nothing_counts(journal, line):
     [
         (
             {"top_k": 3},
-            r"out\.csv\.partial: .*another command has done so far \(top_k was 5, now 3\); .* delete the fil",
+            r"out\.csv\.partial: .*another command \(top_k was 5, now 3\); .* delete the file",
         ),
         ({"classes": "cat"}, r"\(classes was None, now cat\)"),
         ({"task b": "77"}, r"\(task b was None, now 77\)"),
     ],
 )
-def test_the_journal_of_another_command_is_refused_and_stays(journal, change, message):
-    before = journal.path.read_bytes()
+def test_a_file_of_another_command_is_refused_and_stays(progress, change, message):
+    before = progress.path.read_bytes()
     with pytest.raises(ValueError, match=message):
-        read(journal, {**COMMAND, **change})
+        read(progress, {**COMMAND, **change})
     with pytest.raises(ValueError, match="top_k was 5, now None"):
-        read(journal, {key: value for key, value in COMMAND.items() if key != "top_k"})
-    assert journal.path.read_bytes() == before
+        read(progress, {key: value for key, value in COMMAND.items() if key != "top_k"})
+    assert progress.path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,14 @@ def test_the_journal_of_another_command_is_refused_and_stays(journal, change, me
         b"my own notes\n",
         b"[]\n",
         b"{}\n",
-        json.dumps({"vpt_journal": 99, "command": {}}).encode() + b"\n",
+        json.dumps({"vpt_progress": 99, "command": {}}).encode() + b"\n",
     ],
 )
-def test_a_file_that_is_no_journal_is_refused_and_stays(tmp_path, content):
+def test_a_file_of_another_format_is_refused_and_stays(tmp_path, content):
     path = tmp_path / "out.csv.partial"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"out\.csv\.partial: no journal of this version of vpt; delete it, or name"):
-        list(Journal(path, COMMAND).entries())
+    with pytest.raises(ValueError, match=r"out\.csv\.partial: not a progress file"):
+        list(ProgressFile(path, COMMAND).entries())
     assert path.read_bytes() == content
 
 
@@ -131,13 +131,13 @@ def test_a_stamp_changes_with_size_and_time_of_a_file(tmp_path):
 
 
 def test_two_commands_at_once_do_not_write_to_one_file(tmp_path):
-    first = Journal(tmp_path / "out.csv.partial", COMMAND)
+    first = ProgressFile(tmp_path / "out.csv.partial", COMMAND)
     list(first.entries())
     first.add(BATCHES[0])
 
     def second():
         with pytest.raises(LockedError, match=r"out\.csv\.partial is in use by process \d+ on "):
-            Journal(tmp_path / "out.csv.partial", COMMAND).add(BATCHES[1])
+            ProgressFile(tmp_path / "out.csv.partial", COMMAND).add(BATCHES[1])
 
     process = multiprocessing.get_context("fork").Process(target=second)
     process.start()

@@ -205,7 +205,7 @@ def test_a_second_process_is_refused(tmp_path, monkeypatch):
     def refuse(*_):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr("fcntl.lockf", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.raises(LockedError, match="mine is in use by"):
         begin(tmp_path, "run.name=mine")
     with pytest.raises(LockedError, match="new is in use by"):

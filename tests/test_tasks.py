@@ -1,4 +1,4 @@
-"""`python -m vpt.tasks` as it is typed, and what docs/task_format.md promises to other programs."""
+"""`python -m vpt.tasks`, and the promises of docs/task_format.md to other programs."""
 
 import ast
 import hashlib
@@ -80,7 +80,7 @@ def typed(monkeypatch, capsys):
 def test_list_shows_each_task_file_below_a_folder_and_no_checkpoints(typed, made):
     code, output, errors = typed("list", made)
     header, _, *rows = [re.split(r"  +", line) for line in output.splitlines()]
-    assert header == ["file", "kind", "backbone", "prompt", "classes", "kB", "dtype", "best known metric"]
+    assert header == ["file", "task type", "backbone", "prompt", "classes", "kB", "dtype", "best known metric"]
     assert {row[2] for row in rows} == {f"{NANO}.vpt"}
     assert [int(row[5]) for row in rows] == [round((made / row[0]).stat().st_size / 1000) for row in rows]
     assert [(row[0], row[1], row[3], row[4], *row[6:]) for row in rows] == [
@@ -92,7 +92,7 @@ def test_list_shows_each_task_file_below_a_folder_and_no_checkpoints(typed, made
     assert (code, errors) == (0, "")
 
 
-def test_list_names_what_is_refused_and_why_behind_the_table(typed, copied):
+def test_list_names_refused_files_below_the_table(typed, copied):
     (copied / "deep.safetensors").write_bytes(b"no safetensors")
     code, output, _ = typed("list", copied)
     *_, last = output.splitlines()
@@ -114,7 +114,7 @@ def test_show_prints_everything_with_the_config_at_the_end(typed, made):
     assert output.endswith('\nconfig\n{\n  "optim": {\n    "lr": 0.01\n  }\n}\n')
 
 
-def test_a_strangers_text_cannot_steer_the_terminal(typed, tmp_path):
+def test_an_untrusted_text_cannot_control_the_terminal(typed, tmp_path):
     evil = "\x1b[2Jcat\x9b31m\u202e\r\nok deep.safetensors"
     path = make_task(tmp_path / "a.safetensors", classes=[evil, "b", "c"], note=evil, config={evil: evil}, licence=evil)
     code, output, errors = typed("show", path)
@@ -123,7 +123,7 @@ def test_a_strangers_text_cannot_steer_the_terminal(typed, tmp_path):
     assert not any(line.startswith("ok") for line in output.splitlines())
 
 
-def test_verify_says_ok_or_why_not_for_each_file(typed, copied):
+def test_verify_prints_ok_or_the_reason_for_each_file(typed, copied):
     assert typed("verify", copied / "deep.safetensors") == (0, f"ok       {copied / 'deep.safetensors'}\n", "")
     (copied / "deep.safetensors").write_bytes((copied / "deep.safetensors").read_bytes()[:-7])
     metadata, tensors = open_task(copied / "shallow.safetensors")
@@ -138,10 +138,10 @@ def test_verify_says_ok_or_why_not_for_each_file(typed, copied):
     assert lines[0].startswith("refused  bias.safetensors: damaged or edited")
     assert lines[1].startswith("refused  deep.safetensors: not a readable safetensors file")
     assert lines[2] == "ok       runs/boxes/task.safetensors"
-    assert lines[3] == "refused  shallow.safetensors: head.bias holds nan or inf; train again"
+    assert lines[3] == "refused  shallow.safetensors: head.bias contains nan or inf; train again"
 
 
-def test_verify_loads_each_file_onto_the_backbone_that_is_named(typed, copied):
+def test_verify_loads_each_file_onto_the_given_backbone(typed, copied):
     make_task(copied / "other.safetensors", backbone=make_tiny_vit())
     metadata, tensors = open_task(copied / "deep.safetensors")
     too_deep = {**metadata.prompt, "blocks": [2, 3, 9]}
@@ -157,7 +157,7 @@ def test_verify_loads_each_file_onto_the_backbone_that_is_named(typed, copied):
     assert re.search(rf"made for the backbone vit_tiny_patch16_224\S*, but the given one is {NANO}", lines[2])
 
 
-def test_a_backbone_that_cannot_be_had_is_an_error_and_no_file_is_blamed(typed, made):
+def test_an_unknown_backbone_is_an_error_of_the_option(typed, made):
     code, output, errors = typed("verify", made, "backbone=vit_nno_patch8_64")
     assert (code, output) == (2, "")
     assert errors.startswith("error: backbone=vit_nno_patch8_64 is not a model that timm knows; did you mean vit_nano")
@@ -166,7 +166,7 @@ def test_a_backbone_that_cannot_be_had_is_an_error_and_no_file_is_blamed(typed, 
 
 
 @pytest.mark.parametrize("name", ["deep", "shallow", "bias", "runs/boxes/task"])
-def test_convert_makes_a_folder_and_the_same_file_of_it_again(typed, made, tmp_path, name):
+def test_convert_makes_a_folder_and_restores_the_same_file(typed, made, tmp_path, name):
     source, folder, back = made / f"{name}.safetensors", tmp_path / "folder", tmp_path / "back.safetensors"
     assert typed("convert", source, folder)[0] == 0
     assert typed("verify", folder) == (0, "ok       adapter_model.safetensors\n", "")
@@ -198,20 +198,20 @@ def test_convert_refuses_numbers_that_are_too_large_for_the_dtype(typed, copied)
         assert not (copied / target).exists()
 
 
-def test_convert_never_writes_over_anything(typed, copied):
+def test_convert_never_overwrites_anything(typed, copied):
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     for target in ("deep.safetensors", "shallow.safetensors", "notes.txt", "runs", "."):
         code, _, errors = typed("convert", copied / "deep.safetensors", copied / target)
         assert code == 2
-        assert errors.endswith("is there already, and nothing is written over; name another one\n")
+        assert errors.endswith("exists already; name another output\n")
     assert before == {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
 
 
-def test_format_says_what_the_name_does_not(typed, made, tmp_path):
+def test_format_decides_where_the_name_is_ambiguous(typed, made, tmp_path):
     source = made / "deep.safetensors"
     code, _, errors = typed("convert", source, tmp_path / "pets.v2")
     assert code == 2
-    assert "pets.v2: must end in .safetensors; for a folder of this name add format=peft" in errors
+    assert "pets.v2: must end in .safetensors; for a folder, add format=peft" in errors
     assert typed("convert", source, tmp_path / "pets.v2", "format=peft")[0] == 0
     assert (tmp_path / "pets.v2" / "adapter_config.json").is_file()
     code, _, errors = typed("convert", source, tmp_path / "pets", "format=task")
@@ -241,7 +241,7 @@ def test_convert_makes_a_task_file_of_the_original_prompts(typed, prompts, tmp_p
     assert typed("verify", target, f"backbone={NANO}")[0] == 0
 
 
-def test_checkpoint_names_the_weights_of_the_backbone_of_the_original_prompts(typed, prompts, tmp_path):
+def test_checkpoint_loads_the_weights_for_the_original_prompts(typed, prompts, tmp_path):
     vit = load_vit(NANO)
     vit.norm.weight.data += 1
     torch.save(vit.state_dict(), tmp_path / "other.pth")
@@ -255,8 +255,8 @@ def test_checkpoint_names_the_weights_of_the_backbone_of_the_original_prompts(ty
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "does not say its backbone; add the timm name of it, such as backbone=vit_base"),
-        ([f"backbone={NANO}"], "holds prompts and no head; add num_classes=K"),
+        ([], "backbone is required; add its timm name, such as backbone=vit_base"),
+        ([f"backbone={NANO}"], "has prompts but no head; add num_classes=K"),
         ([f"backbone={NANO}", "num_classes=0"], "num_classes=0 is out of range"),
         ([f"backbone={NANO}", "num_classes=many"], "num_classes=many: must be a whole number"),
         ([f"backbone={NANO}", "num_classes=2", "crop_mode=all"], "crop_mode=all: must be one of center, squash"),
@@ -268,7 +268,7 @@ def test_checkpoint_names_the_weights_of_the_backbone_of_the_original_prompts(ty
         ),
     ],
 )
-def test_what_is_missing_for_the_original_prompts_is_said(typed, prompts, tmp_path, options, message):
+def test_options_missing_for_the_original_prompts_are_named(typed, prompts, tmp_path, options, message):
     code, output, errors = typed("convert", prompts, tmp_path / "pets.safetensors", *options)
     assert (code, output) == (2, "")
     assert message in errors
@@ -279,22 +279,22 @@ def test_what_is_missing_for_the_original_prompts_is_said(typed, prompts, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["lst", "x"], "lst: not one of the commands of vpt.tasks; did you mean list?"),
-        (["list"], "list needs DIR: type python -m vpt.tasks list DIR"),
-        (["convert", "a"], "convert needs IN and OUT: type python -m vpt.tasks convert IN OUT"),
+        (["lst", "x"], "lst: not a command of vpt.tasks; did you mean list?"),
+        (["list"], "list needs DIR: run python -m vpt.tasks list DIR"),
+        (["convert", "a"], "convert needs IN and OUT: run python -m vpt.tasks convert IN OUT"),
         (["list", "nowhere"], "nowhere: no such file or folder"),
-        (["list", "."], ".: holds no task files (.safetensors)"),
+        (["list", "."], ".: contains no task files (.safetensors)"),
         (["show", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["show", "."], "adapter_config.json: no such file; a PEFT-style folder has adapter_config.json and"),
-        (["show", "a", "b"], "b: show takes FILE and nothing else"),
+        (["show", "a", "b"], "b: show takes only FILE"),
         (["verify", "a", "backbon=x"], "backbon=x: not an option of the form key=value; did you mean backbone?"),
-        (["verify", "a", "checkpoint=x"], "checkpoint=x: add backbone=NAME, whose weights they are"),
+        (["verify", "a", "checkpoint=x"], "checkpoint=x: add backbone=NAME"),
         (["convert", "a.safetensors", "b.safetensors"], "a.safetensors: no such file"),
         (["convert", "a.pth", "b.safetensors", "backbone=vit_nano_patch8_64"], "a.pth: no such file"),
-        (["convert", "a", "b", "num_classes=3"], "num_classes=3 is for a .pth of the original code, and a is none"),
+        (["convert", "a", "b", "num_classes=3"], "num_classes=3 is for a .pth of the original code, not for a"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_exit_code_2(typed, tmp_path, monkeypatch, words, message):
+def test_a_wrong_command_is_one_line_and_exit_code_2(typed, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     code, output, errors = typed(*words)
     assert (code, output) == (2, "")
@@ -317,12 +317,12 @@ def run_program(*words):
     return subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_as_a_program_it_exits_as_said_and_loads_nothing_heavy_before_it_is_needed():
+def test_as_a_program_it_exits_with_its_code_and_imports_nothing_heavy_early():
     done = run_program("--help")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{tasks.USAGE}\n", "")
     done = run_program("verfy", "x")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: verfy: not one of the commands of vpt.tasks; did you mean verify?\n"
+    assert done.stderr == "error: verfy: not a command of vpt.tasks; did you mean verify?\n"
 
 
 @pytest.mark.slow
@@ -439,9 +439,9 @@ def test_the_sizes_on_the_page_are_those_of_files(tmp_path, title, num_tokens, k
         prompts.append(part["prompt.tokens"].nbytes if num_tokens else 0)
         heads.append(part["head.weight"].nbytes + part["head.bias"].nbytes)
         sizes.append(write_task(tmp_path / f"{dtype}.safetensors", metadata, part).stat().st_size)
-    told = [int(cell) for cell in cells]
-    assert told[:4] == [*prompts, *heads]
-    assert told[4:] == pytest.approx(sizes, abs=100)  # the versions of libraries are longer or shorter
+    stated = [int(cell) for cell in cells]
+    assert stated[:4] == [*prompts, *heads]
+    assert stated[4:] == pytest.approx(sizes, abs=100)  # the versions of libraries are longer or shorter
 
 
 def plain_fingerprint(vit):

@@ -27,7 +27,7 @@ def test_peft_gives_the_same_logits_as_the_task(method, images, tmp_path):
     assert config["base_model_name_or_path"] == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     with pytest.raises(ValueError, match=f'peft_type is "{method.upper()}"'):
         read_folder(folder)
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="exists already"):
         write_peft_folder(folder, *open_task(path))
 
 
@@ -39,11 +39,11 @@ def test_peft_gives_the_same_logits_as_the_task(method, images, tmp_path):
         ({"tuning": "adapters", "adapters": vpt.Adapters("lora"), "prompt": "deep"}, "has a prompt"),
         (
             {"tuning": "adapters", "adapters": vpt.Adapters("lora"), "task": "detection", "channels": 16},
-            "is a task of kind detection",
+            "is of type detection",
         ),
     ],
 )
-def test_what_peft_cannot_hold_is_refused(options, message, tmp_path):
+def test_what_peft_cannot_represent_is_refused(options, message, tmp_path):
     model = vpt.create_model(make_tiny_vit(img_size=64), num_classes=3, **options)
     task = open_task(vpt.save_task(model, tmp_path / "task.safetensors"))
     with pytest.raises(ValueError, match=f"the task {message}"):

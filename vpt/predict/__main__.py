@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from vpt.predict.inputs import Inputs
     from vpt.predict.open_tasks import OpenTasks, Prepared
-    from vpt.predict.progress_file import Journal
+    from vpt.predict.progress_file import ProgressFile
     from vpt.predict.writers import Found, Predictions
 
     Results = dict[Path, Found | str]  # what was found in each picture, or why it cannot be read
@@ -98,7 +98,7 @@ def main() -> None:
 
 def predict_run(options: PredictOptions) -> list[str]:
     """Predict all pictures of the input and write what is found; return a line for each that cannot be read."""
-    from vpt.predict.progress_file import Journal
+    from vpt.predict.progress_file import ProgressFile
     from vpt.predict.writers import predictions_of
 
     inputs = _find(options)
@@ -107,7 +107,7 @@ def predict_run(options: PredictOptions) -> list[str]:
             raise ConfigError(f"input={options.input}: the name of {str(path)!r} is not UTF-8; rename that picture")
     tasks = _open(options)
     predictions = predictions_of(tasks, options, inputs.root, inputs.paths)
-    journal = Journal(_journal_path(options), _command(options, tasks))
+    journal = ProgressFile(_journal_path(options), _command(options, tasks))
     results = _earlier(inputs, predictions, journal, options.batch_size)
     with closing(journal):
         results |= _predict(inputs, tasks, predictions, journal, results, options.batch_size)
@@ -125,7 +125,7 @@ def predict_run(options: PredictOptions) -> list[str]:
     return unreadable
 
 
-def _earlier(inputs: "Inputs", predictions: "Predictions", journal: "Journal", size: int) -> "Results":
+def _earlier(inputs: "Inputs", predictions: "Predictions", journal: "ProgressFile", size: int) -> "Results":
     """What the journal keeps of batches that are done as a whole, of pictures that have not changed since.
 
     A batch holds the same pictures whether the command was stopped or not, so that all numbers are the same to the last
@@ -155,7 +155,7 @@ def _predict(
     inputs: "Inputs",
     tasks: "OpenTasks",
     predictions: "Predictions",
-    journal: "Journal",
+    journal: "ProgressFile",
     done: "Results",
     size: int,
 ) -> "Results":
@@ -187,14 +187,14 @@ def _predict(
 def _find(options: PredictOptions) -> "Inputs":
     """The pictures of the input, or the frames of a video."""
     from vpt.data.images import EXTENSIONS
-    from vpt.predict.inputs import Frames, Pictures, is_video
+    from vpt.predict.inputs import Frames, ImageFiles, is_video
 
     path = Path(options.input).expanduser()
     if is_video(path):
         return Frames(path, options.every or 1)
     if options.every is not None:
         raise ConfigError(f"every={options.every} is for a video, and input={options.input} is none: leave it out")
-    pictures = Pictures(path)
+    pictures = ImageFiles(path)
     if not pictures.paths:
         raise ConfigError(f"input={options.input}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
     return pictures

@@ -1,4 +1,4 @@
-"""Pictures to predict, files or frames of a video: their names, and reading them batch by batch, ahead of the model."""
+"""Images to predict, files or frames of a video, read batch by batch ahead of the model."""
 
 import itertools
 from collections import deque
@@ -22,30 +22,30 @@ Batches = Generator[list[PreparedT | str]]
 
 
 class Inputs(Protocol):
-    """The pictures of one input."""
+    """The images of one input."""
 
     @property
     def root(self) -> Path:
-        """The folder that their names start from."""
+        """The folder that their names are relative to."""
 
     @property
     def paths(self) -> Sequence[Path]:
-        """All of them, in order."""
+        """All paths, in order."""
 
     def stamp(self, path: Path) -> Stamp:
-        """What changes with a picture."""
+        """A value that changes with the image."""
 
     def read(self, chunks: Chunks, prepare: Prepare[PreparedT]) -> Batches[PreparedT]:
-        """What is prepared of each picture, or why it cannot be read; at most two batches are in memory.
+        """Prepare each image, or return why it cannot be read; at most two batches are in memory.
 
         Args:
-            chunks: Some of the paths, in their order, batch by batch.
-            prepare: What is kept of an upright RGB picture; called from several threads.
+            chunks: Some of the paths, in order, batch by batch.
+            prepare: Takes an upright RGB image; called from several threads.
         """
 
 
-class Pictures:
-    """A picture file, those of a folder, or those that match a pattern, see `find_images`.
+class ImageFiles:
+    """An image file, those of a folder, or those that match a pattern, see `find_images`.
 
     Raises:
         FileNotFoundError, ValueError: As `find_images` raises them.
@@ -57,7 +57,7 @@ class Pictures:
         self.root = folder if pattern or path.is_dir() else path.parent
 
     def stamp(self, path: Path) -> Stamp:
-        """Of the file."""
+        """Size and time of the file."""
         return stamp_of(path)
 
     def read(self, chunks: Chunks, prepare: Prepare[PreparedT]) -> Batches[PreparedT]:
@@ -94,11 +94,11 @@ class Frames:
         self.paths, self.root = self.video.names, path.parent
 
     def stamp(self, path: Path) -> Stamp:
-        """Of the video."""
+        """Size and time of the video."""
         return stamp_of(self.video.path)
 
     def read(self, chunks: Chunks, prepare: Prepare[PreparedT]) -> Batches[PreparedT]:
-        """Decode frame by frame; those that are not wanted are decoded too, as a video is, and dropped."""
+        """Decode all frames one by one, and drop those that are not in `chunks`."""
         wanted = set(itertools.chain(*chunks))
         if not wanted:
             return
@@ -109,5 +109,5 @@ class Frames:
 
 
 def is_video(path: Path) -> bool:
-    """Whether a path looks like that of a video file."""
+    """Whether a path ends like a video file."""
     return path.suffix.lower() in EXTENSIONS and not path.is_dir()

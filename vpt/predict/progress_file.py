@@ -1,7 +1,7 @@
-"""What a long command has done so far, in a file beside its output: typed again, the command goes on behind it.
+"""Progress file of a long command, beside its output: the same command typed again resumes from it.
 
-The first line says which command it is, each further one is a batch that is done. A line that was cut, as the process
-was killed, counts as never written.
+JSON lines: the first is the command, each further one a batch that is done. A line that was cut, because the process
+was killed, is ignored with everything after it.
 """
 
 import json
@@ -19,12 +19,12 @@ Stamp = tuple[int, int] | None  # bytes, and nanoseconds of the last change; Non
 
 @dataclass(frozen=True)
 class Entry:
-    """One picture that is done.
+    """One image that is done.
 
     Args:
-        name: What the input calls it.
+        name: Its name in the input.
         stamp: Of its file before it was read, see `stamp_of`.
-        found: What was found in it, as plain JSON values; None if it cannot be read.
+        found: The predictions, as plain JSON values; None if it cannot be read.
         error: Why it cannot be read; None if it can.
     """
 
@@ -34,32 +34,33 @@ class Entry:
     error: str | None = None
 
 
-class Journal:
-    """Entries of one command. Go through `entries` before the first `add`.
+class ProgressFile:
+    """Entries of one command. Iterate over `entries` before the first `add`.
 
     Args:
-        path: The file; made with the first batch.
-        command: All that decides the results, as plain JSON values by name.
+        path: The file; created with the first batch.
+        command: All options that decide the results, as plain JSON values.
     """
 
     def __init__(self, path: Path, command: Mapping[str, Any]) -> None:
         self.path, self.command = path, dict(command)
+        self._head = _line({"vpt_progress": VERSION, "command": self.command})
         self._num_whole = 0  # bytes of whole lines
         self._file: BinaryIO | None = None
         self._lock = ExitStack()
 
     def entries(self) -> Iterator[Entry]:
-        """What is done already, in the order in which it was done; nothing if there is no file.
+        """The entries that are done already, in order; none if there is no file.
 
         Raises:
-            ValueError: The file is the journal of another command, or none.
+            ValueError: The file is of another command, or not a progress file.
         """
         self._num_whole = 0
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
             head = file.readline()
-            if not head.endswith(b"\n") and self._head().startswith(head):
+            if not head.endswith(b"\n") and self._head.startswith(head):
                 return
             self._check(head)
             self._num_whole = len(head)
@@ -71,57 +72,53 @@ class Journal:
                 yield from batch
 
     def add(self, batch: Sequence[Entry]) -> None:
-        """Write a batch that is done, behind the last whole one.
+        """Append a batch that is done.
 
         Raises:
             LockedError: Another process writes to this file.
         """
         if self._file is None:
-            self._file = self._open()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), self.path))
+            self._file = self.path.open("ab")
+            self._file.truncate(self._num_whole)
+            if self._num_whole == 0:
+                self._file.write(self._head)
         self._file.write(_line([astuple(entry) for entry in batch]))
         self._file.flush()
 
     def close(self) -> None:
-        """Keep the file for the next time."""
+        """Close the file, to resume from it later."""
         if self._file is not None:
             self._file.close()
             self._file = None
         self._lock.close()
 
     def remove(self) -> None:
-        """Delete the file; what it was for is whole."""
+        """Delete the file, when the output is complete."""
         self.close()
         self.path.unlink(missing_ok=True)
 
-    def _open(self) -> BinaryIO:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), self.path))
-        file = self.path.open("ab")
-        file.truncate(self._num_whole)
-        if self._num_whole == 0:
-            file.write(self._head())
-        return file
-
-    def _head(self) -> bytes:
-        return _line({"vpt_journal": VERSION, "command": self.command})
-
     def _check(self, head: bytes) -> None:
-        """Refuse the first line of another command, saying what differs."""
-        value = _parse(head)
-        if not isinstance(value, dict) or value.get("vpt_journal") != VERSION or "command" not in value:
-            raise ValueError(f"{self.path}: no journal of this version of vpt; delete it, or name another output")
+        """Refuse the first line of another command, naming what differs."""
+        try:
+            value = json.loads(head)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict) or value.get("vpt_progress") != VERSION or "command" not in value:
+            raise ValueError(f"{self.path}: not a progress file of this version; delete it, or name another output")
         was, now = dict(value["command"]), self.command
         odd = [key for key in {**now, **was} if was.get(key) != now.get(key)]
         if odd:
             what = f"{odd[0]} was {was.get(odd[0])}, now {now.get(odd[0])}"
             raise ValueError(
-                f"{self.path}: holds what another command has done so far ({what}); "
+                f"{self.path}: holds the progress of another command ({what}); "
                 "finish that one, delete the file, or name another output"
             )
 
 
 def stamp_of(path: Path) -> Stamp:
-    """What changes with a file, as far as that can be told without reading it."""
+    """Size and time of a file, which change with its content."""
     try:
         status = path.stat()
     except OSError:
@@ -133,20 +130,12 @@ def _line(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
-def _parse(line: bytes) -> Any:
-    """The value of a whole line; None of one that was cut."""
-    try:
-        return json.loads(line) if line.endswith(b"\n") else None
-    except (ValueError, RecursionError):
-        return None
-
-
 def _read_batch(line: bytes) -> list[Entry] | None:
     """The entries of a line; None if it was cut."""
     try:
         return [
             Entry(name, None if stamp is None else (stamp[0], stamp[1]), found, error)
-            for name, stamp, found, error in _parse(line)
+            for name, stamp, found, error in json.loads(line if line.endswith(b"\n") else b"")
         ]
-    except (TypeError, ValueError, LookupError):
+    except (TypeError, ValueError, LookupError, RecursionError):
         return None

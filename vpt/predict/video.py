@@ -1,4 +1,4 @@
-"""Frames of a video, as pictures; read by OpenCV, which albumentations brings along."""
+"""Frames of a video as images, read by OpenCV, a dependency of albumentations."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,14 +27,11 @@ class Video:
         self.path, self.every = path, every
         with _opened(path) as capture:
             num_frames = 0
-            while capture.grab():  # what the header says is wrong in many files
+            while capture.grab():  # the number in the header is wrong in many files
                 num_frames += 1
         if num_frames == 0:
             raise ImageError(f"{path}: no frame can be read; convert it to H.264 in .mp4")
         self.numbers = range(0, num_frames, every)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
 
     @property
     def names(self) -> list[Path]:
@@ -45,28 +42,28 @@ class Video:
         """The frames, mode RGB.
 
         Raises:
-            ImageError: A frame that was there has gone, as the file was changed meanwhile.
+            ImageError: A frame is missing, because the file was changed meanwhile.
         """
         import cv2
 
         with _opened(self.path) as capture:
             for number in range(self.numbers[-1] + 1):
-                is_there = capture.grab()
+                exists = capture.grab()
                 if number % self.every == 0:
-                    is_there, pixels = capture.retrieve()
-                    if not is_there:
+                    exists, pixels = capture.retrieve()
+                    if not exists:
                         raise ImageError(f"{self.path}: frame {number} cannot be read; was the file changed meanwhile?")
                     yield Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """An open capture of OpenCV, closed at the end."""
+    """An open capture of OpenCV."""
     import cv2
 
     if not path.is_file():
         raise ImageError(f"{path}: no such file")
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)  # the backend that does not take a name for a pattern
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)  # the backend that does not read a name as a pattern
     try:
         yield capture
     finally:

@@ -1,14 +1,14 @@
-"""Files of boxes that were found: tables (CSV, parquet), COCO results JSON, YOLO text files.
+"""Files of predicted boxes: tables (CSV, parquet), COCO results JSON, YOLO text files.
 
-A writer returns text or bytes, and leaves the file to its caller. Boxes are in pixels of the upright original picture,
-rounded to 0.001; a score keeps all of its digits, so that metrics of the file are metrics of the model.
+All functions return text or bytes. Boxes are in pixels of the upright original image, rounded to 0.001; scores keep all
+digits, so that metrics of the file are those of the model.
 
-Shapes: H, W pixels, n boxes of a picture, K classes.
+Shapes: H, W pixels, n boxes of an image, K classes.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath, PurePosixPath
 from typing import Any
@@ -24,15 +24,15 @@ NUMBERS = ("score", "x1", "y1", "x2", "y2")
 
 @dataclass(frozen=True, eq=False)
 class FoundBoxes:
-    """What was found in one picture.
+    """The boxes predicted in one image.
 
     Args:
-        path: The picture file.
-        size: Height and width of the upright picture.
-        image_id: What its data set calls the picture, such as a COCO image id; None if it has no number.
-        boxes: Corners x1, y1, x2, y2 in pixels of the upright picture, (n, 4) float32.
+        path: The image file.
+        size: Height and width of the upright image.
+        image_id: Its number in the data set, such as a COCO image id, if any.
+        boxes: Corners x1, y1, x2, y2 in pixels of the upright image, (n, 4) float32.
         scores: In [0, 1], (n,) float32.
-        labels: Numbers of classes in [0, K), (n,) int64.
+        labels: Class indices in [0, K), (n,) int64.
     """
 
     path: str
@@ -55,7 +55,7 @@ class FoundBoxes:
         ]
 
     def to_record(self) -> dict[str, Any]:
-        """Plain JSON values but the path, of which `from_record` makes the same arrays, bit by bit."""
+        """Plain JSON values without the path, from which `from_record` restores the same arrays, bit by bit."""
         return {
             "size": list(self.size),
             "image_id": self.image_id,
@@ -66,7 +66,7 @@ class FoundBoxes:
 
     @classmethod
     def from_record(cls, path: str, record: Mapping[str, Any]) -> "FoundBoxes":
-        """What `to_record` wrote of a picture."""
+        """Restore what `to_record` returned."""
         height, width = record["size"]
         return cls(
             path,
@@ -81,13 +81,11 @@ class FoundBoxes:
 def to_box_table(
     found: Mapping[str, Mapping[str, FoundBoxes]], classes: Mapping[str, Sequence[str]], ending: str
 ) -> bytes:
-    """A table with a row for each box: path, class, score, x1, y1, x2, y2; none for a picture without boxes.
-
-    With several tasks path is followed by task.
+    """A table with a row for each box: path, class, score, x1, y1, x2, y2; several tasks add a column task.
 
     Args:
         found: By path, then by task.
-        classes: By task, the names of its classes.
+        classes: By task, the class names.
         ending: ".csv" or ".parquet".
 
     Example:
@@ -103,8 +101,8 @@ def to_box_table(
 
     def rows() -> Iterator[list[Any]]:
         for path, of_tasks in found.items():
-            for task, picture in of_tasks.items():
-                for label, score, box in picture.rows():
+            for task, image in of_tasks.items():
+                for label, score, box in image.rows():
                     yield [path, *([] if is_one else [task]), classes[task][label], score, *box]
 
     return to_table(columns, rows(), ending)
@@ -113,109 +111,99 @@ def to_box_table(
 def to_coco(found: Sequence[FoundBoxes], category_ids: Sequence[int], classes: Sequence[str]) -> str:
     """COCO results: a list with a line for each box, {"image_id", "category_id", "bbox": [x, y, w, h], "score"}.
 
-    To these, "file_name" and "category" say in words which picture and class it is. The pictures' numbers are those of
-    `coco_image_ids`. pycocotools reads this with `COCO.loadRes`, but for a list without any box, for which it raises
-    IndexError.
+    "file_name" and "category" are added for readers. Image ids are those of `coco_image_ids`. pycocotools reads this
+    with `COCO.loadRes`, but raises IndexError for an empty list.
 
     Args:
-        found: The pictures.
-        category_ids: What the data set calls each class, by label.
-        classes: The names of the classes.
+        found: The images.
+        category_ids: Number of each class in the data set, by label.
+        classes: The class names.
 
     Raises:
-        ValueError: If two pictures have one number.
+        ValueError: Two images have the same id.
     """
-    return _lines(
+    rows = [
         {
             "image_id": image_id,
             "category_id": int(category_ids[label]),
             "bbox": [x1, y1, _pixels(x2 - x1), _pixels(y2 - y1)],
             "score": score,
-            "file_name": picture.path,
+            "file_name": image.path,
             "category": classes[label],
         }
-        for image_id, picture in zip(coco_image_ids(found), found, strict=True)
-        for label, score, (x1, y1, x2, y2) in picture.rows()
-    )
+        for image_id, image in zip(coco_image_ids(found), found, strict=True)
+        for label, score, (x1, y1, x2, y2) in image.rows()
+    ]
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
+    return "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n"
 
 
 def coco_image_ids(found: Sequence[FoundBoxes]) -> list[int]:
-    """A number for each picture: its image_id if all have one, else the number that it is called by, else 1, 2, ...
+    """A distinct number for each image: its image_id if all have one, else the number in its name, else 1, 2, ...
 
-    COCO's own pictures are called by numbers, as 000000000139.jpg. Either all pictures have such names, and no two the
-    same number, or all are counted from 1: so no number can mean two pictures.
+    COCO's images are named by numbers, such as 000000000139.jpg. They are used if all names are distinct numbers.
 
     Raises:
-        ValueError: If two pictures have one image_id.
+        ValueError: Two images have the same image_id.
     """
-    given = [picture.image_id for picture in found if picture.image_id is not None]
+    given = [image.image_id for image in found if image.image_id is not None]
     if len(given) == len(found):
         if len(set(given)) < len(given):
             twin = next(number for number, count in Counter(given).items() if count > 1)
-            raise ValueError(f"two pictures have the image_id {twin}; give each its own, or None to all of them")
+            raise ValueError(f"two images have image_id={twin}; make them distinct, or None for all images")
         return given
-    stems = [PurePath(picture.path).stem for picture in found]
+    stems = [PurePath(image.path).stem for image in found]
     if all(stem.isascii() and stem.isdigit() for stem in stems) and len({int(stem) for stem in stems}) == len(stems):
         return [int(stem) for stem in stems]
     return list(range(1, len(found) + 1))
 
 
 def to_yolo(found: FoundBoxes) -> str:
-    """The YOLO text file of a picture: a line `class cx cy w h score` for each box, so an empty one without boxes.
+    """The YOLO text file of an image: a line `class cx cy w h score` for each box, with fractions of the image's sides.
 
-    Centre, width and height are fractions of the upright picture's sides. The score makes six columns; labels for
-    training have five.
+    Training labels have the first five columns only.
     """
-    return "".join(_yolo_line(found.size, *row) for row in found.rows())
+    height, width = found.size
+    lines = []
+    for label, score, (x1, y1, x2, y2) in found.rows():
+        fractions = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
+        lines.append(" ".join([str(label), *(f"{fraction:.8f}" for fraction in fractions), str(score)]) + "\n")
+    return "".join(lines)
 
 
 def file_names(paths: Sequence[str], ending: str) -> list[str]:
-    """Names of files that belong to pictures, one for each, in the same sub-folders.
+    """Names of output files, one for each image, in the same sub-folders.
 
-    A file is called as its picture, with another ending, or with both endings where two pictures differ in nothing
-    else.
+    The ending of the image is replaced, or kept before the new one where two images differ in nothing else.
 
     Args:
-        paths: The pictures, relative to the folder of all.
-        ending: Of the files, as ".txt".
+        paths: The images, relative to the input folder.
+        ending: Of the files, such as ".txt".
 
     Raises:
-        ValueError: If a path is absolute or leaves its folder, or is there twice.
+        ValueError: A path is absolute, leaves its folder, or is a duplicate.
 
     Example:
         >>> file_names(["a/x.jpg", "y.jpg", "y.png"], ".txt")
         ['a/x.txt', 'y.jpg.txt', 'y.png.txt']
     """
-    pictures = [PurePosixPath(PurePath(path).as_posix()) for path in paths]
-    for picture in pictures:
-        if PurePath(picture).is_absolute() or ".." in picture.parts:
-            raise ValueError(f"{picture}: a path must be relative, and stay in the folder of all pictures")
-    counts = Counter(picture.with_suffix(ending) for picture in pictures)
+    images = [PurePosixPath(PurePath(path).as_posix()) for path in paths]
+    for image in images:
+        if PurePath(image).is_absolute() or ".." in image.parts:
+            raise ValueError(f"{image}: must be relative, and stay in the folder of the images")
+    counts = Counter(image.with_suffix(ending) for image in images)
     names: dict[str, PurePosixPath] = {}
-    for picture in pictures:
-        short = picture.with_suffix(ending)
-        name = str(short if counts[short] == 1 else picture.with_name(f"{picture.name}{ending}"))
+    for image in images:
+        short = image.with_suffix(ending)
+        name = str(short if counts[short] == 1 else image.with_name(f"{image.name}{ending}"))
         if name in names:
-            raise ValueError(f"{picture}: its file would be {name}, which is that of {names[name]}; rename one of them")
-        names[name] = picture
+            raise ValueError(f"{image}: its file {name} is also that of {names[name]}; rename one of them")
+        names[name] = image
     return list(names)
 
 
-def _yolo_line(size: Size, label: int, score: float, box: Sequence[float]) -> str:
-    x1, y1, x2, y2 = box
-    height, width = size
-    fractions = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height
-    return " ".join([str(label), *(f"{fraction:.8f}" for fraction in fractions), str(score)]) + "\n"
-
-
-def _lines(rows: Iterable[Mapping[str, object]]) -> str:
-    """JSON with a line for each entry of a list."""
-    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
-    return "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n"
-
-
 def _shortest(value: np.float32) -> float:
-    """The number of fewest digits that is this one in float32: 0.9, where float() gives 0.8999999761581421."""
+    """The shortest decimal of a float32: 0.9, where float() returns 0.8999999761581421."""
     return float(str(np.float32(value)))
 
 

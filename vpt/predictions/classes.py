@@ -1,7 +1,4 @@
-"""Files of classes that were found in pictures: tables (CSV, parquet) and JSON.
-
-What was found in a picture is `Top`: label and probability of its most probable classes, the best first.
-"""
+"""Files of predicted classes: tables (CSV, parquet) and JSON."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,18 +6,17 @@ from typing import Any
 
 from vpt.predictions.tables import to_table
 
-Top = Sequence[tuple[int, float]]
-TopOfTasks = Mapping[str, Mapping[str, Top]]  # path -> task -> what was found
-Classes = Mapping[str, Sequence[str]]  # task -> names of its classes, by label
+Top = Sequence[tuple[int, float]]  # label and probability of the most probable classes, in descending order
+TopOfTasks = Mapping[str, Mapping[str, Top]]  # path -> task -> predictions
+Classes = Mapping[str, Sequence[str]]  # task -> class names, by label
 
 DIGITS = 6  # of a probability in CSV
 
 
 def to_class_table(found: TopOfTasks, classes: Classes, ending: str) -> bytes:
-    """A table with a row for each picture: path, class_1, probability_1, class_2, ...
+    """A table with a row for each image: path, class_1, probability_1, class_2, ...
 
-    With several tasks a picture has a row for each, and path is followed by task; one that tells fewer classes than
-    another leaves cells empty.
+    With several tasks an image has a row for each, and a column task; a task with fewer classes has empty cells.
 
     Args:
         found: By path.

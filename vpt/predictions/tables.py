@@ -1,4 +1,4 @@
-"""Tables of what was found, as the bytes of a CSV or a parquet file."""
+"""Tables of predictions, as the bytes of a CSV or a parquet file."""
 
 import csv
 import io
@@ -11,26 +11,26 @@ INSTALL = 'uv pip install -p .venv -e ".[parquet]" -c constraints.txt'
 
 
 def check_table(ending: str) -> None:
-    """Make sure, before the work, that a table of this ending can be written.
+    """Check that a table of this format can be written.
 
     Raises:
-        ValueError: It is ".parquet", and pyarrow is not installed.
+        ValueError: pyarrow is not installed.
     """
     if ending == ".parquet":
         try:
-            import pyarrow.parquet  # noqa: F401  # is it there?
+            import pyarrow.parquet  # noqa: F401  # an optional dependency
         except ImportError as error:
-            raise ValueError(f"{ending} needs pyarrow, which is not installed; type: {INSTALL}") from error
+            raise ValueError(f"{ending} needs pyarrow, which is not installed; run: {INSTALL}") from error
 
 
 def to_table(columns: Columns, rows: Iterable[Sequence[Any]], ending: str, digits: int | None = None) -> bytes:
-    """A file with a row for each of `rows`, whose values are in the order of the columns; None is an empty cell.
+    """A table whose rows have their values in the order of the columns; None is an empty cell.
 
     Args:
-        columns: Name and type of each.
-        rows: Their values.
+        columns: Name and type of each column.
+        rows: The values.
         ending: ".csv" or ".parquet".
-        digits: In CSV numbers have so many digits behind the point; None writes all that they have.
+        digits: Decimals of numbers in CSV; None writes all.
 
     Example:
         >>> print(to_table({"path": str, "score": float}, [["a.jpg", 0.75]], ".csv").decode(), end="")

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, synced, renamed, and checked by sha256."""
+"""Atomic files: written under a temporary name, synced and renamed; tensors with a sha256."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,9 +15,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 MAX_BYTES = 2 * 1024**3
-MAX_HEADER = 16 * 1024**2  # of the JSON in front of the tensors
-UNSEALED = "0" * 64  # stands for the sha256 in the text that the sha256 is of
-DTYPES = {  # as safetensors calls them
+MAX_HEADER = 16 * 1024**2  # bytes of the JSON before the tensors
+UNSEALED = "0" * 64  # in place of the sha256 in the text that is hashed
+DTYPES = {  # names in safetensors
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -30,20 +30,20 @@ DTYPES = {  # as safetensors calls them
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the new one, never a part of it."""
+    """Write `data` to `path` atomically: a reader sees the old file or the new one."""
     write_chunks(path, [data])
 
 
 def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], num_bytes: int = 0) -> None:
-    """Write `chunks`, one by one, to `path` so that a reader sees the old file or the new one, never a part of it.
+    """Write `chunks` to `path` atomically: a reader sees the old file or the new one.
 
     Args:
-        path: Where to; the folder is made when it is missing.
-        chunks: What the file will hold; may be computed while it is written.
-        num_bytes: Bytes of all chunks; reserved before the first is asked for, so that a full disk is seen early.
+        path: The file; a missing folder is created.
+        chunks: The content; may be computed while it is written.
+        num_bytes: Bytes of all chunks, reserved before the first is computed, so that a full disk is noticed early.
 
     Raises:
-        OSError: The disk is full, or the folder cannot be written to; no part of the file stays behind.
+        OSError: The disk is full, or the folder cannot be written to; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -54,7 +54,8 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], num_bytes: in
             file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
+        os.umask(mask := os.umask(0))
+        Path(temporary).chmod(0o666 & ~mask)
         Path(temporary).replace(path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
@@ -65,19 +66,19 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], num_bytes: in
 
 
 def replace(path: Path, target: Path) -> None:
-    """Give a file another name in its folder, for good: what had that name before is gone, or all is as it was."""
+    """Rename a file within its folder, durably; an existing target is replaced."""
     path.replace(target)
     _sync_folder(target.parent)
 
 
 def reserve(handle: int, num_bytes: int) -> None:
-    """Make an open file `num_bytes` long, with room for all of them on the disk where the system can promise that.
+    """Make an open file `num_bytes` long, and allocate them on the disk where the system can.
 
     Raises:
-        OSError: The disk has no room; without the promise a later write to a memory map would kill the process.
+        OSError: The disk is full; without the allocation a later write to a memory map would kill the process.
     """
     os.ftruncate(handle, num_bytes)
-    if hasattr(os, "posix_fallocate"):  # macOS has it not
+    if hasattr(os, "posix_fallocate"):  # not on macOS
         os.posix_fallocate(handle, 0, num_bytes)
 
 
@@ -90,7 +91,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write tensors and JSON metadata as one safetensors file, with a sha256 of both in the metadata.
 
     Args:
-        path: Where to; the folder is made when it is missing.
+        path: The file; a missing folder is created.
         tensors: Any shapes, of the dtypes in `DTYPES`; copied to the CPU.
         metadata: Plain JSON values, stored under the safetensors metadata key "vpt"; nan and inf become null.
     """
@@ -101,15 +102,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path, max_bytes: float = MAX_BYTES) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote: the tensors, on the CPU, and the metadata.
+    """Read the tensors, on the CPU, and the metadata that `write_tensors` wrote.
 
     Args:
         path: The file.
-        max_bytes: What a stranger's file may have; math.inf for one of our own.
+        max_bytes: Largest size of an untrusted file; math.inf for one of our own.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not a safetensors file of vpt, or its tensors are not those that were written.
+        ValueError: The file is not a safetensors file of vpt, or was damaged or edited.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -127,15 +128,15 @@ def read_tensors(path: Path, max_bytes: float = MAX_BYTES) -> tuple[dict[str, Te
     if "vpt" not in texts:
         raise ValueError(f"{path}: a safetensors file, but not one of vpt (no 'vpt' metadata)")
     if len(texts) > 1:
-        raise ValueError(f"{path}: has metadata beside 'vpt', which no file of vpt has; get a fresh copy")
+        raise ValueError(f"{path}: has metadata beside 'vpt'; get a fresh copy")
     odd = sorted(name for name, tensor in tensors.items() if tensor.dtype not in DTYPES)
     if odd:
-        raise ValueError(f"{path}: {odd[0]} is {tensors[odd[0]].dtype}, which no file of vpt has")
+        raise ValueError(f"{path}: {odd[0]} is {tensors[odd[0]].dtype}, not a dtype of vpt")
     described = texts["vpt"]
     metadata = _parse_metadata(path, described)
     sha256 = str(metadata.pop("sha256", ""))
     if sha256 != sha256_of(tensors, described.replace(sha256, UNSEALED, 1)):
-        raise ValueError(f"{path}: damaged or edited, its sha256 is not that of what it holds; get a fresh copy")
+        raise ValueError(f"{path}: damaged or edited, its sha256 does not match its content; get a fresh copy")
     return tensors, metadata
 
 
@@ -151,10 +152,8 @@ def sha256_of(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 def _parse_metadata(path: Path, described: str) -> dict[str, Any]:
     try:
-        metadata = json.loads(
-            described, object_pairs_hook=_distinct, parse_constant=_refuse_constant, parse_int=_whole_number
-        )
-        json.dumps(metadata, ensure_ascii=False).encode()  # fails on halves of characters, which JSON can escape
+        metadata = json.loads(described, object_pairs_hook=_distinct, parse_int=_whole_number)
+        json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode()  # fails on nan, inf and lone surrogates
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its 'vpt' metadata is not JSON") from error
     if not isinstance(metadata, dict):
@@ -163,25 +162,21 @@ def _parse_metadata(path: Path, described: str) -> dict[str, Any]:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, whose keys may not stand twice: programs differ in which of them they believe."""
+    """A JSON object without duplicate keys, of which programs read different ones."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("duplicate key")
     return values
 
 
 def _whole_number(digits: str) -> int:
-    if len(digits) > 20:  # more than 64 bits have, and what no float may hold
-        raise ValueError("a number is too long")
+    if len(digits) > 20:  # longer than 64 bits
+        raise ValueError("number too long")
     return int(digits)
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
 def finite(value: Any) -> Any:
-    """The same plain values, with null for numbers that JSON does not have."""
+    """The same plain values, with None for nan and inf."""
     match value:
         case float():
             return value if math.isfinite(value) else None
@@ -190,12 +185,6 @@ def finite(value: Any) -> Any:
         case list() | tuple():
             return [finite(part) for part in value]
     return value
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""python -m vpt.tasks list|show|verify|convert PATH: look at task files, check them, make others of them."""
+"""python -m vpt.tasks list|show|verify|convert PATH: list, show, check and convert task files."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -17,32 +17,33 @@ if TYPE_CHECKING:
     from vpt.models.vit import ViT
 
 REFUSED = 1
+MAIN_METRIC = {"detection": "map"}  # by type of task; top1 for all others
 
-USAGE = """python -m vpt.tasks: look at task files, check them, and make others of them.
+USAGE = """python -m vpt.tasks: list, show, check and convert task files.
 
-  list DIR             a table of the task files in a folder and below it
-  show FILE            all that a task file says of itself, and its tensors
-  verify FILE|DIR      every check, a line for each file: ok, or refused and why
-      backbone=NAME        ... and load it onto this backbone, by its timm name
+  list DIR             table of the task files in a folder and its sub-folders
+  show FILE            metadata and tensors of a task file
+  verify FILE|DIR      all checks, a line for each file: ok, or refused with the reason
+      backbone=NAME        also load it onto this backbone, a timm name
       checkpoint=FILE      weights of the backbone
   convert IN OUT       IN: a task file, a PEFT-style folder, or a .pth of the original VPT code
-                       OUT: a new task file (.safetensors), or a new folder, which will be PEFT-style
-      dtype=fp32           ... or fp16, bf16; as IN has it when left out
-      format=task|peft     what OUT is, when its name does not say it
-    of a .pth, which has prompts and no more:
+                       OUT: a new task file (.safetensors), or a new PEFT-style folder
+      dtype=fp32           fp32, fp16 or bf16; that of IN by default
+      format=task|peft     format of OUT, if its name is ambiguous
+    for a .pth, which has prompts only:
       backbone=NAME        the backbone that they were trained on; checkpoint=FILE: its weights
-      num_classes=K        when there is no head in it; the head of OUT then starts at zero
+      num_classes=K        if it has no head; the head of OUT is then zero
       crop_mode=center     as for FGVC; squash: as for VTAB
 
-A task file of a run is task.safetensors in the run's folder; the run's checkpoints are no task files, and are passed
-over. FILE may be adapter_model.safetensors of a PEFT-style folder, too. No file is ever written over.
+The task file of a run is task.safetensors in the run's folder; its checkpoints are not task files, and are ignored.
+FILE may also be adapter_model.safetensors of a PEFT-style folder. Existing files are never overwritten.
 The exit code of list and verify is 1 if any file is refused.
 Example: python -m vpt.tasks convert runs/quickstart/task.safetensors fruit.safetensors dtype=fp16"""
 
 
 @dataclass
 class NoOptions:
-    """`list` and `show` take none."""
+    """`list` and `show` have no options."""
 
 
 @dataclass
@@ -66,54 +67,53 @@ class ConvertOptions:
 
 
 def main() -> None:
-    """Read the subcommand and its options, and do it."""
+    """Read the subcommand and its options, and run it."""
     try:
-        is_well = run(sys.argv[1:])
+        is_ok = run(sys.argv[1:])
     except KeyboardInterrupt:
         fail(RuntimeError("interrupted; nothing was written"), INTERRUPTED)
     except (ValueError, TypeError, OSError) as error:
         fail(ConfigError(_printable(_own_keys(str(error)))))
-    if not is_well:
+    if not is_ok:
         sys.exit(REFUSED)
 
 
 def run(arguments: Sequence[str]) -> bool:
-    """Do what was typed; False if a file was refused."""
+    """Run a subcommand; False if a file was refused."""
     name, *words = arguments or [""]
     if not name or {"-h", "--help"} & set(arguments):
         parse_options(NoOptions, ["--help"], USAGE)
     if name not in COMMANDS:
-        raise ConfigError(f"{name}: not one of the commands of vpt.tasks{did_you_mean(name, list(COMMANDS))}")
+        raise ConfigError(f"{name}: not a command of vpt.tasks{did_you_mean(name, list(COMMANDS))}")
     places, schema, command = COMMANDS[name]
     rest = words[len(places) :]
     if len(words) < len(places):
-        raise ConfigError(f"{name} needs {' and '.join(places)}: type python -m vpt.tasks {name} {' '.join(places)}")
+        raise ConfigError(f"{name} needs {' and '.join(places)}: run python -m vpt.tasks {name} {' '.join(places)}")
     if rest and schema is NoOptions:
-        raise ConfigError(f"{rest[0]}: {name} takes {places[0]} and nothing else")
+        raise ConfigError(f"{rest[0]}: {name} takes only {places[0]}")
     return command(*(Path(word).expanduser() for word in words[: len(places)]), parse_options(schema, rest, USAGE))
 
 
 def list_tasks(folder: Path, _: NoOptions) -> bool:
-    """Print a table of the task files below a folder, then those that are refused; False if any is."""
+    """Print a table of the task files of a folder, then those that are refused; False if any is."""
     from vpt.engine.console import format_table
 
-    files = _find(folder)
     rows, refused = [], []
-    for file in files:
+    for file in _find(folder):
         try:
             rows.append([_name(file, folder), *_describe(file)])
         except (ValueError, OSError) as error:
             refused.append(f"refused: {_without_path(file, folder, error)}")
     if rows:
-        header = ["file", "kind", "backbone", "prompt", "classes", "kB", "dtype", "best known metric"]
-        _say(format_table([[_line(cell) for cell in row] for row in rows], header))
+        header = ["file", "task type", "backbone", "prompt", "classes", "kB", "dtype", "best known metric"]
+        _print(format_table([[_line(cell) for cell in row] for row in rows], header))
     for line in refused:
-        _say(_line(line))
+        _print(_line(line))
     return not refused
 
 
 def show_task(file: Path, _: NoOptions) -> bool:
-    """Print all that a task file says of itself, its tensors, and its config."""
+    """Print the metadata of a task file, its tensors, and its config."""
     import json
     from dataclasses import asdict
 
@@ -125,49 +125,47 @@ def show_task(file: Path, _: NoOptions) -> bool:
     width = max(map(len, fields))
     for name, value in fields.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        _say(f"{name:<{width}}  {_line(text)}")
+        _print(f"{name:<{width}}  {_line(text)}")
     rows = [
         [_line(name), str(list(tensor.shape)), _dtype_name(tensor), f"{tensor.nbytes:,}"]
         for name, tensor in sorted(tensors.items())
     ]
     rows.append(["all tensors", "", "", f"{sum(tensor.nbytes for tensor in tensors.values()):,}"])
-    _say(f"\n{format_table(rows, ['tensor', 'shape', 'dtype', 'bytes'])}\n\n{file.stat().st_size:,} bytes in the file")
+    _print(
+        f"\n{format_table(rows, ['tensor', 'shape', 'dtype', 'bytes'])}\n\n{file.stat().st_size:,} bytes in the file"
+    )
     if config is not None:
-        _say(f"\nconfig\n{json.dumps(config, indent=2, ensure_ascii=False)}")
+        _print(f"\nconfig\n{json.dumps(config, indent=2, ensure_ascii=False)}")
     return True
 
 
 def verify_tasks(path: Path, options: VerifyOptions) -> bool:
-    """Check a task file, or all below a folder, and print a line for each; False if any is refused."""
+    """Check a task file, or all of a folder, and print a line for each; False if any is refused."""
     if options.checkpoint is not None and options.backbone is None:
-        raise ConfigError(f"checkpoint={options.checkpoint}: add backbone=NAME, whose weights they are")
+        raise ConfigError(f"checkpoint={options.checkpoint}: add backbone=NAME, which they belong to")
     files = _find(path)
     load = None if options.backbone is None else _loader(options.backbone, options.checkpoint)
-    num_refused = 0
+    is_ok = True
     for file in files:
         try:
             _verify(file, load)
-            _say(f"ok       {_line(_name(file, path))}")
+            _print(f"ok       {_line(_name(file, path))}")
         except (ValueError, TypeError, OSError) as error:
-            num_refused += 1
-            _say(f"refused  {_line(_own_keys(_without_path(file, path, error)))}")
-    return num_refused == 0
+            is_ok = False
+            _print(f"refused  {_line(_own_keys(_without_path(file, path, error)))}")
+    return is_ok
 
 
 def convert_task(source: Path, target: Path, options: ConvertOptions) -> bool:
-    """Make a task file or a PEFT-style folder of a task, and print what was made."""
+    """Write a task as a task file or a PEFT-style folder, and print the result."""
     from vpt.models.task_file import to_dtype, write_task
-    from vpt.tasks.conversion import DTYPES, PICKLE_ENDINGS, write_folder
+    from vpt.tasks.conversion import DTYPES, write_folder
     from vpt.tasks.peft_folder import why_no_peft_folder, write_peft_folder
 
     if options.dtype not in (None, *DTYPES):
         raise ConfigError(f"dtype={options.dtype}: must be one of {', '.join(DTYPES)}")
     is_file = _check_target(target, options)
-    is_original = source.suffix.lower() in PICKLE_ENDINGS and not source.is_dir()
-    only_original = {key: getattr(options, key) for key in ("backbone", "checkpoint", "num_classes", "crop_mode")}
-    for key, value in only_original.items() if not is_original else ():
-        if value is not None:
-            raise ConfigError(f"{key}={value} is for a .pth of the original code, and {source} is none: leave it out")
+    is_original = _check_source(source, options)
     metadata, tensors = _read_original(source, options) if is_original else _open(source)
     try:
         tensors = tensors if options.dtype is None else to_dtype(tensors, DTYPES[options.dtype])
@@ -176,11 +174,12 @@ def convert_task(source: Path, target: Path, options: ConvertOptions) -> bool:
     is_for_peft = not is_file and why_no_peft_folder(metadata) is None
     write = write_task if is_file else write_peft_folder if is_for_peft else write_folder
     written = write(target, metadata, tensors)
-    _say(f"{written} written ({_kilobytes(tensors)} kB of tensors, {_dtypes(tensors)})")
+    kilobytes = sum(tensor.nbytes for tensor in tensors.values()) / 1000
+    _print(f"{written} written ({kilobytes:,.0f} kB of tensors, {_dtypes(tensors)})")
     if is_for_peft:
-        _say("note: PEFT reads this folder; there is no way back, so keep the task file")
+        _print("note: PEFT reads this folder, but it cannot be converted back; keep the task file")
     if is_original and metadata.note:
-        _say(f"note: {_line(metadata.note)}")
+        _print(f"note: {_line(metadata.note)}")
     return True
 
 
@@ -193,19 +192,19 @@ COMMANDS: dict[str, tuple[tuple[str, ...], type[Any], Callable[..., bool]]] = {
 
 
 def _find(path: Path) -> list[Path]:
-    """A file, or the files of a folder and below it that should be task files."""
+    """The file, or all .safetensors files of a folder and its sub-folders."""
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise ConfigError(f"{path}: no such file or folder")
     files = sorted(file for file in path.rglob("*.safetensors") if not file.name.startswith("."))
     if not files:
-        raise ConfigError(f"{path}: holds no task files (.safetensors)")
+        raise ConfigError(f"{path}: contains no task files (.safetensors)")
     return files
 
 
 def _open(path: Path) -> "tuple[TaskMetadata, dict[str, Tensor]]":
-    """A task of a file or a PEFT-style folder."""
+    """Read a task from a file or a PEFT-style folder."""
     from vpt.models.task_file import open_task
     from vpt.tasks.conversion import WEIGHTS_NAME, read_folder
 
@@ -215,24 +214,19 @@ def _open(path: Path) -> "tuple[TaskMetadata, dict[str, Tensor]]":
 
 
 def _verify(file: Path, load: "Callable[[tuple[int, int]], ViT] | None") -> None:
-    """Every check that is possible.
-
-    Raises:
-        ValueError: The file is refused.
-    """
     from vpt.models.task_file import load_task
 
     metadata, tensors = _open(file)
     odd = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
     if odd:
-        raise ValueError(f"{file}: {odd[0]} holds nan or inf; train again")
+        raise ValueError(f"{file}: {odd[0]} contains nan or inf; train again")
     if load is not None:
         height, width = metadata.preprocessing["size"]
         load_task(file, load((height, width)))
 
 
 def _loader(backbone: str, checkpoint: str | None) -> "Callable[[tuple[int, int]], ViT]":
-    """What gives the backbone at an input size, each loaded once; a backbone that cannot be had is found out now."""
+    """A cached function from an input size to the backbone; an unknown backbone is an error now."""
     from functools import cache
 
     from vpt.models.vit import load_vit, preprocessing_of
@@ -248,14 +242,26 @@ def _loader(backbone: str, checkpoint: str | None) -> "Callable[[tuple[int, int]
     return load
 
 
+def _check_source(source: Path, options: ConvertOptions) -> bool:
+    """Whether the source of a conversion is a .pth of the original code; refuse its options for other sources."""
+    from vpt.tasks.conversion import PICKLE_ENDINGS
+
+    is_original = source.suffix.lower() in PICKLE_ENDINGS and not source.is_dir()
+    for key in ("backbone", "checkpoint", "num_classes", "crop_mode"):
+        value = getattr(options, key)
+        if value is not None and not is_original:
+            raise ConfigError(f"{key}={value} is for a .pth of the original code, not for {source}; remove it")
+    return is_original
+
+
 def _check_target(target: Path, options: ConvertOptions) -> bool:
-    """Whether the target of a conversion is a file and not a folder; refuse one that is there or cannot be written."""
+    """Whether the target of a conversion is a file and not a folder; refuse one that exists or cannot be written."""
     if options.format not in (None, "task", "peft"):
         raise ConfigError(f"format={options.format}: must be task or peft")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise ConfigError(f"{target}: is there already, and nothing is written over; name another one")
+        raise ConfigError(f"{target}: exists already; name another output")
     if options.format is None and target.suffix.lower() not in ("", ".safetensors"):
-        raise ConfigError(f"{target}: must end in .safetensors; for a folder of this name add format=peft")
+        raise ConfigError(f"{target}: must end in .safetensors; for a folder, add format=peft")
     is_file = options.format == "task" or (options.format is None and target.suffix != "")
     if is_file:
         check_file("OUT", target, (".safetensors",))
@@ -265,23 +271,23 @@ def _check_target(target: Path, options: ConvertOptions) -> bool:
 
 
 def _read_original(path: Path, options: ConvertOptions) -> "tuple[TaskMetadata, dict[str, Tensor]]":
-    """A task of a .pth of the original VPT code."""
+    """Read a task from a .pth of the original VPT code."""
     from vpt.models.vit import load_vit
     from vpt.tasks.conversion import read_original, task_of
 
     if options.backbone is None:
         example = "backbone=vit_base_patch16_224.orig_in21k"
-        raise ConfigError(f"{path}: does not say its backbone; add the timm name of it, such as {example}")
+        raise ConfigError(f"{path}: backbone is required; add its timm name, such as {example}")
     original = read_original(path)
     if original.head is None and options.num_classes is None:
-        raise ConfigError(f"{path}: holds prompts and no head; add num_classes=K, for a head that starts at zero")
+        raise ConfigError(f"{path}: has prompts but no head; add num_classes=K, for a head of zeros")
     vit = load_vit(options.backbone, checkpoint=options.checkpoint)
     crop: dict[str, Any] = {} if options.crop_mode is None else {"crop_mode": options.crop_mode}
     return task_of(original, vit, num_classes=options.num_classes, **crop)
 
 
 def _describe(file: Path) -> list[str]:
-    """The cells of a task file in the table, but for its name."""
+    """The cells of a task file in the table, without its name."""
     metadata, tensors = _open(file)
     return [
         metadata.kind,
@@ -298,19 +304,19 @@ def _prompt(metadata: "TaskMetadata") -> str:
     from vpt.models.prompts import format_blocks
 
     prompt = metadata.prompt
-    said = "none" if prompt is None else f"{prompt['kind']}, P={prompt['num_tokens']}"
+    text = "none" if prompt is None else f"{prompt['kind']}, P={prompt['num_tokens']}"
     if prompt is not None and prompt["kind"] != "shallow":
-        said += f", blocks {format_blocks(prompt['blocks'])}"
+        text += f", blocks {format_blocks(prompt['blocks'])}"
     if metadata.adapters is not None:
-        return f"{said}, {metadata.adapters['method']} adapters"
-    return f"{said}, backbone tuned" if metadata.tuned_backbone else said
+        return f"{text}, {metadata.adapters['method']} adapters"
+    return f"{text}, backbone tuned" if metadata.tuned_backbone else text
 
 
 def _metric(metadata: "TaskMetadata") -> str:
-    """The main metric of the kind of task, on test or else on what there is."""
+    """The main metric of the task, on test if available."""
     from vpt.engine.console import percent
 
-    main = "map" if metadata.kind == "detection" else "top1"
+    main = MAIN_METRIC.get(metadata.kind, "top1")
     for split in ("test", "val", *metadata.metrics):
         value = metadata.metrics.get(split, {}).get(main)
         if value is not None:
@@ -328,35 +334,31 @@ def _dtypes(tensors: "dict[str, Tensor]") -> str:
     return "+".join(sorted({_dtype_name(tensor) for tensor in tensors.values()}))
 
 
-def _kilobytes(tensors: "dict[str, Tensor]") -> str:
-    return f"{sum(tensor.nbytes for tensor in tensors.values()) / 1000:,.0f}"
-
-
 def _name(file: Path, root: Path) -> str:
     return str(file) if file == root else file.relative_to(root).as_posix()
 
 
 def _without_path(file: Path, root: Path, error: Exception) -> str:
-    """What is wrong with a file, that is named once, as it stands in the folder."""
+    """An error with the name of the file relative to the folder."""
     return f"{_name(file, root)}: {str(error).removeprefix(f'{file}: ')}"
 
 
 def _own_keys(message: str) -> str:
-    """A message with the keys of this command, where it comes from one that `python -m vpt.train` shares."""
+    """A message with the options of this command in place of config keys."""
     return message.replace("backbone.checkpoint=", "checkpoint=").replace("backbone.name=", "backbone=")
 
 
 def _line(text: str) -> str:
-    """A text of a stranger's file as one line."""
+    """An untrusted text on one line."""
     return " ".join(text.split())
 
 
 def _printable(text: str) -> str:
-    """A text without what could steer a terminal."""
+    """A text without control characters, which could control the terminal."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(_printable(text))
 
 

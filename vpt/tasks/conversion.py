@@ -1,10 +1,10 @@
-"""Conversions of tasks: to another dtype, to and from a PEFT-style folder, and from prompts of the original VPT code.
+"""Conversion of tasks to and from a PEFT-style folder, and from prompts of the original VPT code.
 
-A PEFT-style folder has the file names and the keys that tools for PEFT look for. A `.pth` of the original code has
-prompts, and a head if somebody saved a whole state dict; what a task file says besides comes from the backbone.
+A PEFT-style folder has the file names and the keys of PEFT. A `.pth` of the original code has prompts, and a head if it
+is a whole state dict; the other metadata of a task file comes from the backbone.
 
-A file may come from a stranger. Pickles are read with `weights_only`, and what they say of NumPy arrays goes to two
-small classes of this module, so that nothing of NumPy runs on it either.
+Files are not trusted. Pickles are read with `weights_only`, and NumPy arrays in them become two small classes of this
+module, so that no code of NumPy runs on them either.
 
 Legend: P prompt tokens, D embed_dim, L prompted blocks, K classes.
 """
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from vpt.version import __version__
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-PEFT_TYPE = "VISUAL_PROMPT_TUNING"  # PEFT has no such type, and refuses it
+PEFT_TYPE = "VISUAL_PROMPT_TUNING"  # unknown to PEFT, which refuses it
 PEFT_TASKS = {"classification": "IMAGE_CLASSIFICATION", "detection": "OBJECT_DETECTION"}
 
 PICKLE_ENDINGS = (".pth", ".pt")
@@ -48,19 +48,18 @@ PICKLED_FLOATS = ("f2", "f4", "f8")
 ORIGINAL_MEAN, ORIGINAL_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CROPS = {"center": 224 / 256, "squash": 1.0}  # crop_mode: crop_pct
 
-CropMode = Literal["center", "squash"]
 Task = tuple[TaskMetadata, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class OriginalPrompt:
-    """What a `.pth` of the original VPT code holds, in float32.
+    """Content of a `.pth` of the original VPT code, in float32.
 
     Args:
         path: The file.
-        shallow: (1, P, D), the tokens that enter block 0.
+        shallow: (1, P, D), the tokens of block 0.
         deep: (depth - 1, P, D), those of the other blocks; None for a shallow prompt.
-        head: Weight (K, D) and bias (K,); None when the file has prompts only.
+        head: Weight (K, D) and bias (K,); None if the file has prompts only.
     """
 
     path: Path
@@ -70,27 +69,27 @@ class OriginalPrompt:
 
 
 def write_folder(folder: str | Path, metadata: TaskMetadata, tensors: Mapping[str, Tensor]) -> Path:
-    """Write a task as a PEFT-style folder; return its path. The config comes last: without it there is no task.
+    """Write a task as a PEFT-style folder, the config last; return its path.
 
     Raises:
-        FileExistsError: There is a file of this name, or something in the folder.
-        ValueError: The tensors are not those that the metadata describes.
+        FileExistsError: The folder is not empty, or is a file.
+        ValueError: The tensors do not match the metadata.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: is there already; name a new folder")
+        raise FileExistsError(f"{folder}: exists already; name a new folder")
     write_task(folder / WEIGHTS_NAME, metadata, tensors)
     write_json(folder / CONFIG_NAME, _peft_config(metadata))
     return folder
 
 
 def read_folder(folder: str | Path) -> Task:
-    """Read a task from a PEFT-style folder, with every check that a task file gets.
+    """Read a task from a PEFT-style folder, with all checks of a task file.
 
     Raises:
         FileNotFoundError: One of the two files is missing.
-        ValueError: A file is damaged, the folder is of another kind of adapter, or the config says something else than
-            the tensors' file, whose word is sealed.
+        ValueError: A file is damaged, the folder is of another type of adapter, or the config does not match the
+            metadata of the tensors, which a sha256 protects.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG_NAME)
@@ -102,64 +101,68 @@ def read_folder(folder: str | Path) -> Task:
     odd = sorted(key for key in config.keys() | wanted.keys() if config.get(key, ...) != wanted.get(key, ...))
     if odd:
         raise ValueError(
-            f"{folder / CONFIG_NAME}: its {odd[0][:100]} is not what {WEIGHTS_NAME} says; get a fresh copy of both"
+            f"{folder / CONFIG_NAME}: its {odd[0][:100]} does not match {WEIGHTS_NAME}; get a fresh copy of both"
         )
     return metadata, tensors
 
 
 def read_original(path: str | Path) -> OriginalPrompt:
-    """Read a `.pth` of the original VPT code: prompts as arrays or tensors, or a state dict that has them.
+    """Read a `.pth` of the original VPT code: prompts as arrays or tensors, or a state dict with them.
 
-    Nothing in the file is run.
+    No code in the file is run.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read without running code, is too large, or holds no prompt for a plain ViT.
+        ValueError: The file cannot be read without running code, is too large, or has no prompt of a plain ViT.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     values = _unpickle(path)
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds a {type(values).__name__}; expected a dict with a shallow_prompt")
+        raise ValueError(f"{path}: contains a {type(values).__name__}; expected a dict with a shallow_prompt")
     found: dict[str, Tensor] = {}
     named = {key: value for key, value in values.items() if isinstance(key, str)}
     for key, value in named.items():
         role = _role(path, key)
         if role in found:
-            raise ValueError(f"{path}: holds two prompts ({key[:100]} is the second); save one state dict alone")
+            raise ValueError(f"{path}: contains two prompts ({key[:100]} is the second); save one state dict only")
         if role is not None:
             found[role] = _to_tensor(path, key, value)
     if "shallow" not in found:
         keys = ", ".join(list(named)[:5])[:200]
-        raise ValueError(f"{path}: holds no prompt (shallow_prompt or ...prompt_embeddings), but {keys or 'nothing'}")
+        raise ValueError(f"{path}: has no prompt (shallow_prompt or ...prompt_embeddings), only {keys or 'nothing'}")
     if ("weight" in found) != ("bias" in found):
-        raise ValueError(f"{path}: of the head it holds only the {'weight' if 'weight' in found else 'bias'}")
+        raise ValueError(f"{path}: of the head it has only the {'weight' if 'weight' in found else 'bias'}")
     head = (found["weight"], found["bias"]) if "weight" in found else None
     original = OriginalPrompt(path, found["shallow"], found.get("deep"), head)
     _check_shapes(original)
     return original
 
 
-def task_of(
-    original: OriginalPrompt, vit: ViT, *, num_classes: int | None = None, crop_mode: CropMode = "center"
-) -> Task:
-    """A classification task of the prompts of the original code.
+def task_of(original: OriginalPrompt, vit: ViT, *, num_classes: int | None = None, crop_mode: str = "center") -> Task:
+    """Make a classification task from prompts of the original code.
 
     Args:
-        original: What the file holds.
-        vit: The backbone that the prompts were trained on; the file does not say which.
-        num_classes: K; needed when the file has no head. The head then starts at zero, and the note says so.
-        crop_mode: What the data were prepared as: "center" for FGVC (256 px, then the middle 224), "squash" for VTAB.
+        original: Content of the file.
+        vit: The backbone that the prompts were trained on, which the file does not name.
+        num_classes: K; required if the file has no head. The head is then zero, as the note states.
+        crop_mode: Preprocessing: "center" for FGVC (256 px, then the middle 224), "squash" for VTAB.
 
     Raises:
-        ValueError: The prompts or the head do not fit the backbone or the number of classes, or it is not known.
+        ValueError: The prompts or the head do not fit the backbone or the number of classes, or it is missing.
     """
-    if crop_mode not in get_args(CropMode):
-        raise ValueError(f"crop_mode={crop_mode}: must be one of {', '.join(get_args(CropMode))}")
-    _check_fits(original, vit)
-    num_classes = _num_classes(original, num_classes)
+    if crop_mode not in CROPS:
+        raise ValueError(f"crop_mode={crop_mode}: must be one of {', '.join(CROPS)}")
+    _check_fits(original, vit, num_classes)
+    num_classes = num_classes if original.head is None else len(original.head[1])
+    assert num_classes is not None
     tokens = original.shallow if original.deep is None else torch.cat([original.shallow, original.deep])
+    untrained = "" if original.head else " The head is untrained: it starts at zero."
+    note = (
+        f"Converted from {original.path.name[:200]} of the original VPT code.{untrained} The file did not say which "
+        "backbone, preprocessing and classes it was trained with."
+    )
     try:
         metadata = TaskMetadata(
             backbone=name_of(vit),
@@ -183,7 +186,7 @@ def task_of(
                 "crop_mode": crop_mode,
             },
             versions={"vpt": __version__, **{name: version(name) for name in ("torch", "timm")}},
-            note=_note(original),
+            note=note,
         )
     except ValueError as error:
         raise ValueError(f"{original.path}: {error}") from error
@@ -192,7 +195,7 @@ def task_of(
 
 
 class _PickledDtype:
-    """What a pickle says of the dtype of a NumPy array: a code such as "f4", and the order of bytes."""
+    """Dtype of a pickled NumPy array: a code such as "f4", and the byte order."""
 
     def __init__(self, code: Any = None, *_: Any) -> None:
         self.code, self.order = code, "<"
@@ -202,7 +205,7 @@ class _PickledDtype:
 
 
 class _PickledArray:
-    """What a pickle says of a NumPy array; it is checked when it is made a tensor."""
+    """State of a pickled NumPy array, checked by `to_tensor`."""
 
     def __init__(self, *_: Any) -> None:
         self.state: Any = None
@@ -214,39 +217,39 @@ class _PickledArray:
         """The array, as float32.
 
         Raises:
-            ValueError, TypeError: It is none of finite shape and of a dtype that prompts have.
+            ValueError, TypeError: Its shape or dtype is invalid.
         """
         _, shape, dtype, is_fortran, data = self.state
         if not isinstance(dtype, _PickledDtype) or dtype.code not in PICKLED_FLOATS or dtype.order not in ("<", ">"):
             raise ValueError("its dtype is not a float")
         array = np.frombuffer(data, np.dtype(dtype.order + dtype.code))
         if not all(type(size) is int and size > 0 for size in shape) or math.prod(shape) != len(array):
-            raise ValueError(f"its shape is not that of {len(array)} numbers")
+            raise ValueError(f"its shape does not fit {len(array)} numbers")
         return torch.from_numpy(array.reshape(shape, order="F" if is_fortran else "C").astype(np.float32, order="C"))
 
 
 def _unpickle(path: Path) -> Any:
-    """What torch.save wrote, as tensors, plain values and `_PickledArray`s."""
-    # NumPy 1 and 2 write different names; each stands for a class of this module and not for what it names.
+    """Load a file of torch.save as tensors, plain values and `_PickledArray`s."""
+    # NumPy 1 and 2 write different names; each is replaced by a class of this module.
     names: dict[str, Any] = {f"numpy.{core}.multiarray._reconstruct": _PickledArray for core in ("core", "_core")}
     names |= {"numpy.ndarray": _PickledArray, "numpy.dtype": _PickledDtype}
     size = path.stat().st_size
     try:
-        if zipfile.is_zipfile(path):  # members may be packed, and grow when they are read
+        if zipfile.is_zipfile(path):  # members may be compressed, and larger when they are read
             with zipfile.ZipFile(path) as archive:
                 size = max(size, sum(member.file_size for member in archive.infolist()))
         if size > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES} bytes")
         with torch.serialization.safe_globals([(target, name) for name, target in names.items()]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, zipfile and what is in the file each raise kinds of their own
+    except Exception as error:  # torch, zipfile and the pickle each raise their own types
         raise ValueError(
             f"{path}: not a .pth file that can be read safely ({_reason(error)}); nothing in it was run"
         ) from error
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error; of one that torch wraps in advice to trust the file, that which it wraps."""
+    """The first line of an error, without the advice of torch to trust the file."""
     if isinstance(error, pickle.UnpicklingError) and error.__context__ is not None:
         error = error.__context__
     lines = str(error).splitlines() or [type(error).__name__]
@@ -254,7 +257,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _role(path: Path, key: str) -> str | None:
-    """What a key of the file stands for; None for what a task does not need, such as the backbone's weights."""
+    """The role of a key of the file; None if a task does not need it, such as a weight of the backbone."""
     parts = key.split(".")
     for ending, role in HEAD.items():
         if key == ending or key.endswith(f".{ending}"):
@@ -262,14 +265,14 @@ def _role(path: Path, key: str) -> str | None:
     if parts[-1] in ROLES:
         return ROLES[parts[-1]]
     if any(re.match(r"(deep_)?prompt", part) for part in parts[-2:]):
-        raise ValueError(f"{path}: holds {key[:100]}; prompts with a projection or of a Swin cannot be converted")
+        raise ValueError(f"{path}: has {key[:100]}; prompts with a projection or of a Swin cannot be converted")
     if "head" in parts:
-        raise ValueError(f"{path}: holds {key[:100]}; only a head of one layer, head.last_layer, can be converted")
+        raise ValueError(f"{path}: has {key[:100]}; only a head of one layer, head.last_layer, can be converted")
     return None
 
 
 def _to_tensor(path: Path, key: str, value: Any) -> Tensor:
-    """A tensor of finite float32, in memory of its own."""
+    """A copy as finite float32."""
     try:
         if isinstance(value, _PickledArray):
             value = value.to_tensor()
@@ -277,18 +280,18 @@ def _to_tensor(path: Path, key: str, value: Any) -> Tensor:
             raise TypeError(f"it is a {type(value).__name__}")
         if not value.is_floating_point():
             raise TypeError(f"it is of {value.dtype}")
-        if value.numel() * 4 > MAX_BYTES:  # a view may be larger than what it looks at
+        if value.numel() * 4 > MAX_BYTES:  # an expanded view may be larger than its storage
             raise ValueError(f"its shape is {tuple(value.shape)}")
         tensor = value.detach().to(torch.float32, copy=True).contiguous()
-    except (TypeError, ValueError, RuntimeError) as error:  # torch's own are of the last kind
-        raise ValueError(f"{path}: {key[:100]} is not an array of floats that can be used ({error})") from error
+    except (TypeError, ValueError, RuntimeError) as error:  # torch raises the last one
+        raise ValueError(f"{path}: {key[:100]} is not a usable array of floats ({error})") from error
     if not tensor.isfinite().all():
-        raise ValueError(f"{path}: {key[:100]} holds nan or inf; its training failed")
+        raise ValueError(f"{path}: {key[:100]} contains nan or inf; its training failed")
     return tensor
 
 
 def _check_shapes(original: OriginalPrompt) -> None:
-    """Refuse parts that do not fit each other."""
+    """Refuse parts whose shapes do not match."""
     path, shape = original.path, tuple(original.shallow.shape)
     if len(shape) != 3 or shape[0] != 1 or 0 in shape:
         raise ValueError(f"{path}: the prompt of its first block has shape {shape}; expected (1, P, D)")
@@ -300,8 +303,8 @@ def _check_shapes(original: OriginalPrompt) -> None:
         raise ValueError(f"{path}: its head has shapes {shapes[0]} and {shapes[1]}; expected (K, {shape[2]}) and (K,)")
 
 
-def _check_fits(original: OriginalPrompt, vit: ViT) -> None:
-    """Refuse a backbone that the prompts cannot have been trained on."""
+def _check_fits(original: OriginalPrompt, vit: ViT, num_classes: int | None) -> None:
+    """Refuse a backbone or a number of classes that does not fit the prompts and the head."""
     path, name, width, depth = original.path, name_of(vit), original.shallow.shape[2], len(vit.blocks)
     if width != vit.embed_dim:
         raise ValueError(
@@ -313,28 +316,14 @@ def _check_fits(original: OriginalPrompt, vit: ViT) -> None:
         )
     if vit.global_pool != "token":
         raise ValueError(f"{path}: the original ViT reads the CLS token, {name} pools {vit.global_pool or 'nothing'}")
-
-
-def _num_classes(original: OriginalPrompt, wanted: int | None) -> int:
-    """K, as the head has it or as it is wanted."""
-    found = wanted if original.head is None else len(original.head[1])
-    if found is None:
-        raise ValueError(f"{original.path}: holds prompts and no head; say num_classes=K, for one that starts at zero")
-    if wanted not in (None, found):
-        raise ValueError(f"{original.path}: its head has {found} classes, not num_classes={wanted}")
-    return found
-
-
-def _note(original: OriginalPrompt) -> str:
-    untrained = "" if original.head else " The head is untrained: it starts at zero."
-    return (
-        f"Converted from {original.path.name[:200]} of the original VPT code.{untrained} The file did not say which "
-        "backbone, preprocessing and classes it was trained with."
-    )
+    if original.head is None and num_classes is None:
+        raise ValueError(f"{path}: has prompts but no head; num_classes is required, for a head of zeros")
+    if original.head is not None and num_classes not in (None, len(original.head[1])):
+        raise ValueError(f"{path}: its head has {len(original.head[1])} classes, not num_classes={num_classes}")
 
 
 def _peft_config(metadata: TaskMetadata) -> dict[str, Any]:
-    """The content of adapter_config.json: keys of PEFT, and all that the task file says."""
+    """Content of adapter_config.json: keys of PEFT, and the metadata of the task file."""
     prompt = metadata.prompt
     return {
         "peft_type": PEFT_TYPE,

@@ -1,4 +1,4 @@
-"""A folder that PEFT itself reads, of a task whose adapters are PEFT's: for programs that know PEFT and not vpt."""
+"""Export of a task with adapters of PEFT to a folder that PEFT reads."""
 
 import re
 from collections.abc import Mapping
@@ -13,41 +13,39 @@ from vpt.models.task_schema import TaskMetadata
 
 
 def why_no_peft_folder(metadata: TaskMetadata) -> str | None:
-    """None if PEFT can hold all of a task; otherwise what of it it cannot."""
+    """Why PEFT cannot represent a task; None if it can."""
     if metadata.adapters is None or metadata.adapters["method"] not in PEFT_METHODS:
         return "has no adapters of PEFT"
     if metadata.prompt is not None:
-        return "has a prompt, and PEFT knows none in a ViT"
-    return None if metadata.kind == "classification" else f"is a task of kind {metadata.kind}, with a neck and a head"
+        return "has a prompt, which PEFT does not support in a ViT"
+    return None if metadata.kind == "classification" else f"is of type {metadata.kind}, with a neck and a head"
 
 
 def write_peft_folder(folder: str | Path, metadata: TaskMetadata, tensors: Mapping[str, Tensor]) -> Path:
     """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT does; return the folder's path.
 
     PEFT reads it onto the timm model with a head of as many classes:
-    `PeftModel.from_pretrained(timm.create_model(NAME, pretrained=True, num_classes=K), folder)`. It does not say how
-    pictures are prepared, nor what the classes are called, and there is no way back: keep the task file.
+    `PeftModel.from_pretrained(timm.create_model(NAME, pretrained=True, num_classes=K), folder)`. Preprocessing and
+    class names are lost, and it cannot be converted back: keep the task file.
 
     Raises:
-        FileExistsError: There is a file of this name, or something in the folder.
-        ValueError: PEFT cannot hold the task.
+        FileExistsError: The folder is not empty, or is a file.
+        ValueError: PEFT cannot represent the task.
     """
     folder, reason = Path(folder), why_no_peft_folder(metadata)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: is there already; name a new folder")
+        raise FileExistsError(f"{folder}: exists already; name a new folder")
     if reason is not None or metadata.adapters is None:
-        raise ValueError(f"{folder}: the task {reason}, so that PEFT cannot hold it")
+        raise ValueError(f"{folder}: the task {reason}; PEFT cannot represent it")
     config: Any = peft_config(**metadata.adapters)
     config.modules_to_save = ["head"]
     config.base_model_name_or_path = metadata.backbone
     config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
-    named = {_name_in_peft(name): tensor.contiguous() for name, tensor in tensors.items()}
+    named = {
+        "base_model.model." + re.sub(rf"\.{ADAPTER}(?=\.|$)", "", name.removeprefix("backbone.")): tensor.contiguous()
+        for name, tensor in tensors.items()
+    }
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     return folder
-
-
-def _name_in_peft(name: str) -> str:
-    """The name of a tensor, without that of its adapter."""
-    return "base_model.model." + re.sub(rf"\.{ADAPTER}(?=\.|$)", "", name.removeprefix("backbone."))
