@@ -24,7 +24,7 @@ from vpt.models.attention import (
     why_not_fast,
 )
 from vpt.models.prompts import Blocks, PromptInit, PromptKind, VisualPrompt, format_blocks, resolve_blocks
-from vpt.models.tensor_cache import Constants
+from vpt.models.tensor_cache import TensorCache
 from vpt.models.vit import ViT, check_supported, embed, name_of, pools_prefix_only, rope_and_bias, run_timm_block
 
 PromptImpl = Literal["auto", "concat"]
@@ -106,7 +106,7 @@ class PromptedViT(nn.Module):
                 num_tokens, self.embed_dim, blocks=prompt.blocks, patch_size=vit.patch_embed.patch_size, init=init
             )
             self.start_prompt(like.tokens.detach())
-        self._constants: Constants[KeysValues] = Constants()
+        self._constants: TensorCache[KeysValues] = TensorCache()
 
     @property
     def paths(self) -> dict[int, str]:
