@@ -206,9 +206,9 @@ def assert_equal(fast, plain, images):
 def test_the_paths_of_the_chosen_architectures_are_the_fast_ones_but_for_rare_blocks():
     plain = {name: PromptedViT(make_tiny(name)).paths[1] for name in CHOSEN if name in ARCHITECTURES}
     assert {name: path for name, path in plain.items() if path != "kv"} == {
-        "vit_base_patch16_xp_224": "concat (ParallelScalingBlock is not understood)",
-        "vit_small_patch16_18x2_224": "concat (ParallelThingsBlock is not understood)",
-        "vit_dwee_patch16_reg1_gap_256": "concat (DiffAttention is not understood)",
+        "vit_base_patch16_xp_224": "concat (ParallelScalingBlock is not supported)",
+        "vit_small_patch16_18x2_224": "concat (ParallelThingsBlock is not supported)",
+        "vit_dwee_patch16_reg1_gap_256": "concat (DiffAttention is not supported)",
     }
 
 

@@ -142,7 +142,7 @@ def test_a_prompt_can_be_put_in_the_place_of_another(images, impl):
             backbone(images)
 
 
-# Constants: in inference the prompt's keys and values are computed once.
+# TensorCache: in inference the prompt's keys and values are computed once.
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
-"""Adapters: small modules that are added to a ViT and train in the place of its weights; ours, and those of PEFT.
+"""Adapters: small trained modules inside a frozen ViT. Bottlenecks of our own, and the methods of the library PEFT.
 
-Ours stand at the MLP of each block. All others are the layers of the library `peft`, by the name of their method,
-around linear layers of the blocks. They are put into the ViT itself; `tuning.origin_of` tells of what was added.
+A bottleneck wraps the MLP of each block. A PEFT method, selected by its PEFT name, wraps linear layers of the blocks.
+Both are inserted into the ViT in place; `tuning.origin_of` describes what was added.
 
-Legend: B batch, N tokens in the sequence, D embed_dim, w width of the bottleneck.
+Legend: B batch, N tokens of the sequence, D embed_dim, w bottleneck width.
 """
 
 import math
@@ -19,7 +19,7 @@ from vpt.models.vit import ViT, preprocessing_of
 
 Option = bool | int | float | list[str]
 
-PEFT_METHODS = (  # those whose every number is a parameter or a buffer that a task file can hold; a test walks them
+PEFT_METHODS = (  # those whose state is fully in parameters and buffers, so that a task file can store it
     *("lora", "loha", "lokr", "ia3", "oft", "hra", "fourierft", "beft", "deft", "delora", "glora", "gralora"),
     *("hira", "lily", "miss", "peanut", "psoft", "road", "waveft"),
 )
@@ -27,7 +27,7 @@ METHODS = ("sequential", "parallel", *PEFT_METHODS)
 MODULE_NAME = re.compile(r"[A-Za-z0-9_.]{1,100}")
 MAX_NAMES = 10_000
 MAX_NUMBER = 16_384
-# Options and their ranges. There are no others: some of PEFT's import modules, copy parts of the ViT or run for ever.
+# Allowed options and their ranges. Others are refused: some of PEFT's import modules, copy the ViT or never return.
 INTEGERS = {
     **{"width": (1, 16_384), "r": (0, 1024), "oft_block_size": (0, 1024), "decompose_factor": (-1, 1024)},
     **{"n_frequency": (1, 1_000_000), "random_loc_seed": (0, 2**31 - 1), "group_size": (1, 1024)},
@@ -35,20 +35,20 @@ INTEGERS = {
 NUMBERS = ("scale", "lora_alpha", "alpha", "lora_dropout", "rank_dropout", "module_dropout", "eps", "scaling")
 SWITCHES = ("use_rslora", "use_dora", "coft", "block_share", "decompose_both", "apply_GS")
 LISTS = ("target_modules", "feedforward_modules")
-ADAPTER = "vpt"  # what our layers are called among those that a peft layer may have
+ADAPTER = "vpt"  # the adapter name inside PEFT layers
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """Which adapters a ViT gets.
+    """Method and options of adapters.
 
     Args:
-        method: "sequential" or "parallel", see `Bottleneck`; or a method of PEFT, such as "lora".
-        options: `width` and `scale` of a bottleneck. For PEFT those of its own that are in the lists above, such as r,
-            lora_alpha, use_dora; its target_modules are by default all linear layers of attention.
+        method: "sequential" or "parallel" (see `Bottleneck`), or a PEFT method such as "lora".
+        options: `width` and `scale` of a bottleneck. For PEFT, its options that are listed above, such as r and
+            lora_alpha; target_modules defaults to all linear layers of attention.
 
     Raises:
-        ValueError: An unknown method or option, or a value out of its range.
+        ValueError: The method or an option is unknown, or a value is out of range.
     """
 
     method: str
@@ -56,17 +56,17 @@ class Adapters:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"adapters must be one of {', '.join(METHODS)}, got {self.method!r}")
+            raise ValueError(f"method={self.method!r}: must be one of {', '.join(METHODS)}")
         for name, value in self.options.items():
             allowed = _allowed(name)
             if allowed is None:
                 known = ", ".join((*INTEGERS, *NUMBERS, *SWITCHES, *LISTS))
-                raise ValueError(f"{str(name)[:100]} is none of the options that are known: {known}")
+                raise ValueError(f"options: {str(name)[:100]} is unknown; the options are {known}")
             if not allowed[0](value):
-                raise ValueError(f"{name}={str(value)[:100]} cannot be an option of adapters: it must be {allowed[1]}")
+                raise ValueError(f"options: {name}={str(value)[:100]} must be {allowed[1]}")
 
     def for_vit(self, vit: ViT) -> "Adapters":
-        """The same with the names of modules that a method of PEFT takes by default."""
+        """Fill in the default modules of a PEFT method for this ViT."""
         if self.method not in PEFT_METHODS:
             return self
         default: dict[str, Option] = {"target_modules": _attention_layers(vit)}
@@ -76,20 +76,20 @@ class Adapters:
 
 
 class Bottleneck(nn.Module):
-    """An MLP with an adapter: tokens (B, N, D) -> (B, N, D).
+    """MLP with a bottleneck adapter: tokens (B, N, D) -> (B, N, D).
 
-    - sequential: h + s W_up GELU(W_down h), with h = MLP(x), for what the MLP makes of x;
+    - sequential: h + s W_up GELU(W_down h) with h = MLP(x);
     - parallel: MLP(x) + s W_up ReLU(W_down x).
 
-    W_up starts at zero, so that the ViT starts as it was. W_down starts at random: with both at zero, as in the
-    original VPT code, no gradient would ever reach either of them.
+    W_up is initialised to zero, so the ViT is unchanged at first. W_down is initialised at random: with both at zero,
+    as in the original VPT code, neither would ever receive a gradient.
 
     Args:
-        mlp: The MLP of a block, which stays as it is.
+        mlp: The frozen MLP of a block.
         embed_dim: D.
         width: w.
         scale: s.
-        is_parallel: Whether the adapter looks at what the MLP looks at.
+        is_parallel: Feed the adapter the input of the MLP, not its output.
 
     References:
         Sequential: Parameter-Efficient Transfer Learning for NLP (Houlsby et al., 2019),
@@ -117,28 +117,28 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(zeros)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """What the MLP makes of tokens, and the adapter of either."""
-        made: Tensor = self.mlp(tokens)
-        seen = (tokens if self.is_parallel else made).to(self.down.weight.dtype)
-        changed: Tensor = self.up(self.activation(self.down(seen)))
-        return made + (self.scale * changed).to(made.dtype)
+        """Tokens (B, N, D) -> (B, N, D)."""
+        output: Tensor = self.mlp(tokens)
+        source = (tokens if self.is_parallel else output).to(self.down.weight.dtype)
+        change: Tensor = self.up(self.activation(self.down(source)))
+        return output + (self.scale * change).to(output.dtype)
 
     def extra_repr(self) -> str:
-        """Where it stands, and its scale."""
+        """Placement and scale."""
         return f"{'parallel' if self.is_parallel else 'sequential'}, scale={self.scale}"
 
 
 def add_adapters(vit: ViT, adapters: Adapters, *, is_empty: bool = False) -> frozenset[str]:
-    """Put adapters into a ViT, in place; return the names of the tensors in its state that came with them.
+    """Insert adapters into a ViT in place, and return the names of the new tensors in its state dict.
 
     Args:
-        vit: It has none yet.
-        adapters: Which.
-        is_empty: Make their parameters without memory, on the meta device, to be given later.
+        vit: A ViT without adapters.
+        adapters: Method and options.
+        is_empty: Create the parameters on the meta device, to be filled in later.
 
     Raises:
-        ValueError: Options that are unknown or do not go together, modules that the ViT has not or does not call, or a
-            method of PEFT without PEFT; the ViT may then have some of the adapters.
+        ValueError: Options are unknown or contradictory, the ViT lacks or does not call a target module, or PEFT is not
+            installed. The ViT may then contain some of the adapters.
     """
     before = set(map(id, vit.state_dict(keep_vars=True).values()))
     if adapters.method in PEFT_METHODS:
@@ -152,15 +152,15 @@ def add_adapters(vit: ViT, adapters: Adapters, *, is_empty: bool = False) -> fro
 
 
 def peft_layers(vit: nn.Module) -> Iterator[nn.Module]:
-    """PEFT's layers in a ViT; they may have dropout, so their mode is that of training, unlike the ViT's."""
+    """PEFT layers in a ViT. They may have dropout, so unlike the frozen ViT they follow the training mode."""
     return (module for module in vit.modules() if _is_peft(module))
 
 
 def fold_adapters(vit: ViT) -> ViT:
-    """Add what adapters changed to the weights, in place, as far as their method can; return the ViT.
+    """Merge adapters into the weights in place, where their method supports it, and return the ViT.
 
-    Changes of a weight, such as low-rank ones, then cost nothing in inference; an adapter that is a function of tokens
-    cannot be folded and stays.
+    Changes of a weight, such as low-rank ones, then cost nothing in inference. Adapters that are functions of tokens
+    cannot be merged and stay.
     """
     for name, module in list(vit.named_modules()):
         if not _is_peft(module):
@@ -178,12 +178,12 @@ def fold_adapters(vit: ViT) -> ViT:
 def _add_bottlenecks(vit: Any, adapters: Adapters) -> None:
     odd = sorted(set(adapters.options) - {"width", "scale"})
     if odd:
-        raise ValueError(f"{odd[0]} is no option of {adapters.method} adapters, which have width and scale")
+        raise ValueError(f"options: {odd[0]} is unknown; {adapters.method} adapters have width and scale")
     width, scale = adapters.options.get("width", 8), adapters.options.get("scale", 1.0)
-    assert isinstance(width, int)  # as `Adapters` has checked
+    assert isinstance(width, int)  # checked by `Adapters`
     assert isinstance(scale, int | float)
     if any(not isinstance(getattr(block, "mlp", None), nn.Module) for block in vit.blocks):
-        raise ValueError(f"{adapters.method} adapters stand at the MLP of each block, and this ViT has blocks without")
+        raise ValueError(f"method={adapters.method!r}: needs an MLP in each block, and a block of this ViT has none")
     for block in vit.blocks:
         is_parallel = adapters.method == "parallel"
         block.mlp = Bottleneck(block.mlp, vit.embed_dim, width=width, scale=float(scale), is_parallel=is_parallel)
@@ -195,29 +195,29 @@ def _add_peft(vit: ViT, adapters: Adapters, is_empty: bool) -> None:
 
     try:
         inject_adapter_in_model(config, vit, adapter_name=ADAPTER, low_cpu_mem_usage=is_empty)
-    except Exception as error:  # its methods raise kinds of their own
+    except Exception as error:  # PEFT methods raise various exceptions
         raise _refused(adapters.method, error) from error
 
 
 def peft_config(method: str, options: Mapping[str, Option]) -> Any:
-    """PEFT's own config of one of its methods.
+    """Create the PEFT config of a method.
 
     Raises:
-        ValueError: PEFT is not installed, or does not know the method or an option.
+        ValueError: PEFT is not installed, or does not have the method or an option.
     """
     try:
         import peft
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     except ImportError as error:
-        raise ValueError(f'{method} adapters are those of PEFT ({error}); type pip install "vpt[baselines]"') from error
+        raise ValueError(f'method={method!r}: needs PEFT ({error}); type pip install "vpt[baselines]"') from error
 
-    kinds = {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if method not in kinds:
-        raise ValueError(f"peft {peft.__version__} does not know {method}; install a newer one")
-    make_config: Any = kinds[method]
+    configs = {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if method not in configs:
+        raise ValueError(f"method={method!r}: not in peft {peft.__version__}; install a newer version")
+    make_config: Any = configs[method]
     try:
         return make_config(**options)
-    except Exception as error:  # its configs, too
+    except Exception as error:  # so do the PEFT configs
         raise _refused(method, error) from error
 
 
@@ -227,7 +227,7 @@ def _refused(method: str, error: Exception) -> ValueError:
 
 
 def _attention_layers(vit: Any) -> list[str]:
-    """Names of the linear layers of attention, but for one of which the ViT reads the weight and does not call it."""
+    """Names of the linear layers of attention, except a fused projection whose weight the ViT reads without a call."""
     named = dict(vit.named_modules())
     return [
         name
@@ -240,7 +240,7 @@ def _attention_layers(vit: Any) -> list[str]:
 
 @torch.no_grad()
 def _check_called(vit: Any) -> None:
-    """Refuse adapters around a layer of which the ViT reads the weight, since they would change nothing."""
+    """Refuse adapters around a layer that the ViT does not call but reads the weight of; they would have no effect."""
     around = {name: module for name, module in vit.named_modules() if _is_peft(module)}
     like = next(vit.parameters())
     if not around or like.is_meta:
@@ -252,16 +252,18 @@ def _check_called(vit: Any) -> None:
         hook.remove()
     odd = [name for name, module in around.items() if module not in called]
     if odd:
-        raise ValueError(f"adapters around {odd[0]} would change nothing: this ViT reads its weight and never calls it")
+        raise ValueError(
+            f"target_modules: an adapter around {odd[0]} has no effect; this ViT reads its weight without calling it"
+        )
 
 
 def _is_peft(module: nn.Module) -> bool:
-    """Whether it is one of PEFT's layers; without an import of peft, which takes seconds."""
+    """Whether this is a PEFT layer, without importing peft, which takes seconds."""
     return type(module).__module__.startswith("peft.") and hasattr(module, "get_base_layer")
 
 
 def _allowed(name: object) -> tuple[Callable[[Any], bool], str] | None:
-    """Whether a value may be that of an option, and what may; None for what is no option."""
+    """Check and description of the values of an option; None if there is no such option."""
     if name in INTEGERS:
         low, high = INTEGERS[str(name)]
         return lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}"
@@ -270,10 +272,10 @@ def _allowed(name: object) -> tuple[Callable[[Any], bool], str] | None:
     if name in SWITCHES:
         return lambda value: type(value) is bool, "true or false"
     if name in LISTS:
-        return _is_list_of_modules, "a list of names of modules"
+        return _are_module_names, "a list of module names"
     return None
 
 
-def _is_list_of_modules(value: object) -> bool:
+def _are_module_names(value: object) -> bool:
     is_short = isinstance(value, list) and len(value) <= MAX_NAMES
     return is_short and all(isinstance(name, str) and MODULE_NAME.fullmatch(name) for name in value)  # type: ignore[attr-defined]

@@ -1,21 +1,21 @@
-"""The exact fast path of deep prompts: extra keys and values inside a timm block.
+"""Exact fast path for deep prompts: extra keys and values inside a timm block.
 
-The outputs of deep prompt tokens are dropped after their block, so of each prompt token a block needs only its key and
-its value: the first norm and two projections of P vectors, once for the whole batch, joined to the keys and values of
-the image tokens. No query, no output projection and no MLP is computed for them. The result equals that of the longer
-sequence.
+The outputs of deep prompt tokens are dropped after their block, so a block needs only the key and the value of each
+prompt token: the first norm and two projections of P vectors, once per batch and not once per sample, joined to the
+keys and values of the image tokens. Prompt tokens need no query, no output projection and no MLP. The result equals
+that of the longer sequence, because tokens interact in attention only.
 
-Where only prefix tokens are read after a block, theirs are the only queries that it computes. For so few, keys and
-values need not be computed either: q . (W_k x) = (W_k^T q) . x, and a weighted sum of W_v x is W_v of the weighted sum
-of x. The biases drop out of the softmax (keys) or join after it (values), since the weights of a query sum to one. So
-the queries look at the normed tokens themselves: "absorbed" below.
+If only prefix tokens are read after a block, only their queries are computed. For so few queries, keys and values need
+not be computed either ("absorbed" below): q . (W_k x) = (W_k^T q) . x, and a weighted sum of W_v x is W_v times the
+weighted sum of x. This is exact with biases, too: the key bias adds the same number to all logits of a query, which
+softmax ignores, and the value bias is added afterwards, since the weights of a query sum to one.
 
-Keys and values may also be learned themselves (prefix tuning); then there are no tokens that they are computed of.
+Keys and values may also be learned directly (prefix tuning), without prompt tokens.
 
-Queries are projected apart from keys and values: the joined keys and values are then the only copies that the backward
-pass keeps, and the fused projection's output is freed.
+Queries are projected separately from keys and values. The joined keys and values are then the only copies that autograd
+saves for the backward pass; with one fused projection its whole output would be saved as well.
 
-Legend: B batch, P prompt tokens, N tokens in the sequence, D embed_dim, h heads, d = D / h.
+Legend: B batch, P prompt tokens, N tokens of the sequence, D embed_dim, h heads, d = D / h.
 """
 
 from typing import Any
@@ -36,15 +36,16 @@ PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj")
 
 
 def why_not_fast(block: nn.Module) -> str | None:
-    """None if the block is understood; otherwise what of it is not, for a person to read.
+    """Return None if the fast path supports the block, otherwise the reason why not.
 
-    The fast path calls neither the block, nor its attention, nor the projections, but reads their weights. So adapters
-    around a projection, and hooks on any of them, are a reason, too.
+    The fast path reads the weights of the projections and calls neither them, nor the attention module, nor the block.
+    Adapters around a projection, and hooks on any of these modules, would have no effect and are therefore refused.
     """
     attention = getattr(block, "attn", None)
+    # Exact types, since a subclass may compute something else.
     for part, known in ((block, PRE_NORM + POST_NORM), (attention, ATTENTION)):
         if type(part) not in known:
-            return f"{type(part).__name__} is not understood"
+            return f"{type(part).__name__} is not supported"
     projections = {name: getattr(attention, name, None) for name in PROJECTIONS}
     for name, part in {"the block": block, "attn": attention, **projections}.items():
         if name in projections and type(part) not in (nn.Linear, type(None)):
@@ -55,10 +56,10 @@ def why_not_fast(block: nn.Module) -> str | None:
 
 
 def prompt_keys_values(block: Any, tokens: Tensor, num_queries: int | None = None) -> KeysValues:
-    """Keys and values of prompt tokens: (B, P, D) -> two of (B, h, P, d); B is 1 when all samples share the tokens.
+    """Keys and values of prompt tokens: (B, P, D) -> two of (B, h, P, d); B is 1 if all samples share the tokens.
 
-    Prompt tokens have no position, so where a block rotates keys these are not rotated. With the `num_queries` that
-    `run_block` will get, both may be the normed tokens instead, (B, 1, P, D): absorbed.
+    Prompt tokens have no position, so their keys are not rotated. Pass the same `num_queries` as to `run_block`: in the
+    absorbed form both are the normed tokens, (B, 1, P, D).
     """
     if _absorbs(block, num_queries):
         normed = _enter(block, 1, tokens)[:, None]
@@ -68,7 +69,7 @@ def prompt_keys_values(block: Any, tokens: Tensor, num_queries: int | None = Non
 
 
 def split_keys_values(block: Any, learned: Tensor) -> KeysValues:
-    """Keys and values that are learned themselves, keys first: (B, P, 2 h d) -> two of (B, h, P, d)."""
+    """Split directly learned keys and values, keys first: (B, P, 2 h d) -> two of (B, h, P, d)."""
     attention = block.attn
     heads = getattr(attention, "num_kv_heads", attention.num_heads)
     keys, values = (torch.unflatten(half, -1, (heads, -1)).transpose(1, 2) for half in learned.chunk(2, dim=-1))
@@ -76,12 +77,12 @@ def split_keys_values(block: Any, learned: Tensor) -> KeysValues:
 
 
 def join_keys_values(keys: Tensor, values: Tensor) -> Tensor:
-    """The opposite of `split_keys_values`: two of (B, h, P, d) -> (B, P, 2 h d)."""
+    """Inverse of `split_keys_values`: two of (B, h, P, d) -> (B, P, 2 h d)."""
     return torch.cat([part.transpose(1, 2).flatten(2) for part in (keys, values)], dim=-1)
 
 
 def keys_values_width(block: Any) -> int:
-    """Numbers of a key and its value in all heads, 2 h d."""
+    """Total width of a key and a value over all heads, 2 h d."""
     attention = block.attn
     return int(2 * attention.k_proj.out_features if attention.qkv is None else 2 * attention.qkv.out_features // 3)
 
@@ -96,64 +97,66 @@ def run_block(
     mask: Tensor | None = None,
     num_queries: int | None = None,
 ) -> Tensor:
-    """A whole timm block on tokens (B, N, D), whose attention also sees the prompt's keys and values.
+    """Run a timm block on tokens (B, N, D), with the prompt's keys and values joined in attention.
 
     Args:
-        block: A block for which `why_not_fast` has no objection.
+        block: A block for which `why_not_fast` returns None.
         tokens: The sequence.
-        prompt: Keys and values that join those of the sequence, of `prompt_keys_values` with the same `num_queries`, or
-            of `split_keys_values`.
+        prompt: Keys and values to join, from `prompt_keys_values` with the same `num_queries`, or from
+            `split_keys_values`.
         rope: Rotary embedding of all tokens but the block's prefix tokens.
-        bias: Relative position bias (1, h, N, N) of the sequence; that of the prompt is zero.
-        mask: What each image may look at, (B, 1, 1, P + N), the prompt first: 0, or -inf for what is not there.
-        num_queries: Compute the first tokens only, none of which may have a rotary position.
+        bias: Relative position bias (1, h, N, N) of the sequence; the prompt has zero bias.
+        mask: Additive mask (B, 1, 1, P + N), prompt first: 0 to attend, -inf to ignore (padding).
+        num_queries: Compute only the first tokens of the output; none of them may have a rotary position.
 
     Returns:
         The tokens after the block, or the first `num_queries` of them.
     """
-    kept = tokens if num_queries is None else tokens[:, :num_queries]
+    residual = tokens if num_queries is None else tokens[:, :num_queries]
     normed = _enter(block, 1, tokens)
-    asking = normed if num_queries is None else normed[:, :num_queries]
+    query_tokens = normed if num_queries is None else normed[:, :num_queries]
     bias = bias if bias is None or num_queries is None else bias[:, :, :num_queries]
+    # Directly learned keys and values, with one entry per head, cannot be absorbed: they are no projections of tokens.
     if _absorbs(block, num_queries) and (prompt is None or prompt[0].shape[1] == 1):
-        mixed = _attend_absorbed(block.attn, asking, normed, prompt, bias, mask)
+        mixed = _attend_absorbed(block.attn, query_tokens, normed, prompt, bias, mask)
     else:
-        mixed = _attend(block.attn, asking, normed, prompt, rope, bias, mask, rotates=num_queries is None)
-    attended = _project_out(block.attn, mixed, asking)
-    kept = kept + _leave(block, 1, attended)
-    return kept + _leave(block, 2, block.mlp(_enter(block, 2, kept)))
+        mixed = _attend(block.attn, query_tokens, normed, prompt, rope, bias, mask, rotates=num_queries is None)
+    attended = _project_out(block.attn, mixed, query_tokens)
+    residual = residual + _leave(block, 1, attended)
+    return residual + _leave(block, 2, block.mlp(_enter(block, 2, residual)))
 
 
 def queries_of(block: Any, tokens: Tensor) -> Tensor:
-    """What tokens (T, D) ask for in a block, before any rotation, the heads side by side: (T, h d)."""
+    """Queries of tokens (T, D) in a block, before any rotation, with concatenated heads: (T, h d)."""
     (queries,) = _project(block.attn, _enter(block, 1, tokens[None]), parts=(0,))
     return _maybe(block.attn, "q_norm", queries)[0].transpose(0, 1).flatten(1)
 
 
 def key_value_weights(block: Any) -> tuple[Tensor, Tensor]:
-    """Projections of tokens, as they enter a block, to keys and to values: two matrices (h d, D).
+    """Linear maps from tokens, as they enter a block, to keys and to values: two matrices (h d, D).
 
-    The scale of the first norm is in them, and so is that a layer norm takes the mean away. Its division by the
-    standard deviation, norms of keys, and biases are not.
+    They include the scale of the first norm and the centring of a LayerNorm, but not its division by the standard
+    deviation, the norm of the keys, or biases.
     """
     attention: Any = block.attn
     if attention.qkv is None:
         groups = getattr(attention, "num_kv_groups", 1)
-        apart = (part.weight.unflatten(0, (-1, attention.head_dim)) for part in (attention.k_proj, attention.v_proj))
-        weights = [weight.repeat_interleave(groups, dim=0).flatten(0, 1) for weight in apart]
+        heads = (part.weight.unflatten(0, (-1, attention.head_dim)) for part in (attention.k_proj, attention.v_proj))
+        weights = [weight.repeat_interleave(groups, dim=0).flatten(0, 1) for weight in heads]
     else:
         weights = list(attention.qkv.weight.chunk(3)[1:])
     if not isinstance(block, POST_NORM):
         scale = getattr(block.norm1, "weight", None)
         weights = weights if scale is None else [weight * scale for weight in weights]
         if isinstance(block.norm1, nn.LayerNorm):
+            # W (x - mean(x)) = (W - row means of W) x
             weights = [weight - weight.mean(dim=1, keepdim=True) for weight in weights]
     keys, values = weights
     return keys, values
 
 
 def relative_bias(block: Any, shared: Tensor | None) -> Tensor | None:
-    """The relative position bias (1, h, N, N) of a BEiT block: its own, and the one that all blocks share."""
+    """Relative position bias (1, h, N, N) of a BEiT block: its own plus the one shared by all blocks; else None."""
     attention = block.attn
     if not isinstance(attention, beit.Attention):
         return None
@@ -164,9 +167,9 @@ def relative_bias(block: Any, shared: Tensor | None) -> Tensor | None:
 
 
 def _absorbs(block: Any, num_queries: int | None) -> bool:
-    """Whether a block answers its queries without keys and values: they are few, and nothing acts on single keys.
+    """Whether to use the absorbed form: few queries, and no norm or rotation that acts on individual keys.
 
-    There must be several heads, so that the shape of a prompt says which of the two it is.
+    With a single head, (B, 1, P, D) tokens and (B, h, P, d) keys could not be told apart, so several are required.
     """
     attention = block.attn
     k_norm = getattr(attention, "k_norm", None)
@@ -175,12 +178,12 @@ def _absorbs(block: Any, num_queries: int | None) -> bool:
 
 
 def _enter(block: Any, branch: int, tokens: Tensor) -> Tensor:
-    """What attention (branch 1) or the MLP (branch 2) gets: normed tokens, but in a post-norm block the tokens."""
+    """Input of attention (branch 1) or the MLP (branch 2): normed tokens, or the tokens in a post-norm block."""
     return tokens if isinstance(block, POST_NORM) else getattr(block, f"norm{branch}")(tokens)
 
 
 def _leave(block: Any, branch: int, tokens: Tensor) -> Tensor:
-    """Layer scale, or the norm of a post-norm block, and drop path, before a branch joins the residual stream."""
+    """Apply layer scale (or the norm of a post-norm block) and drop path to the output of a branch."""
     if isinstance(block, POST_NORM):
         tokens = getattr(block, f"norm{branch}")(tokens)
     elif isinstance(block, vision_transformer.Block):
@@ -193,7 +196,7 @@ def _leave(block: Any, branch: int, tokens: Tensor) -> Tensor:
 
 def _attend(
     attention: Any,
-    asking: Tensor,
+    query_tokens: Tensor,
     tokens: Tensor,
     prompt: KeysValues | None,
     rope: Tensor | None,
@@ -201,17 +204,18 @@ def _attend(
     mask: Tensor | None,
     rotates: bool,
 ) -> Tensor:
-    """Multi-head attention, as timm's modules do it, of `asking` over tokens and prompt: (B, h, N, d)."""
-    (queries,) = _project(attention, asking, parts=(0,))
+    """Multi-head attention of `query_tokens` over prompt and tokens, as in timm's modules: (B, h, N, d)."""
+    (queries,) = _project(attention, query_tokens, parts=(0,))
     keys, values = _project(attention, tokens, parts=(1, 2))
     queries, keys = _maybe(attention, "q_norm", queries), _maybe(attention, "k_norm", keys)
     if rope is not None:
+        # `rotates` is False for `num_queries`: the queries are those of prefix tokens, which have no rotary position.
         queries = _rotate(attention, queries, rope) if rotates else queries
         queries, keys = queries.type_as(values), _rotate(attention, keys, rope).type_as(values)
     if prompt is not None:
         keys, values = (_join(*pair) for pair in zip(prompt, (keys, values), strict=True))
-        bias = None if bias is None else F.pad(bias, (prompt[0].shape[2], 0))
-    groups = getattr(attention, "num_kv_groups", 1)  # of query heads that share keys and values
+        bias = None if bias is None else F.pad(bias, (prompt[0].shape[2], 0))  # zero for the prompt, which is first
+    groups = getattr(attention, "num_kv_groups", 1)  # query heads per key and value head
     if groups > 1:
         keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
     dropout = attention.attn_drop.p if attention.training else 0.0
@@ -220,24 +224,27 @@ def _attend(
 
 def _attend_absorbed(
     attention: Any,
-    asking: Tensor,
+    query_tokens: Tensor,
     tokens: Tensor,
     prompt: KeysValues | None,
     bias: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """The same without keys and values of the tokens: all heads' queries look at one sequence of width D."""
-    (queries,) = _project(attention, asking, parts=(0,))
+    """The same in the absorbed form: the queries of all heads attend to one sequence of width D."""
+    (queries,) = _project(attention, query_tokens, parts=(0,))
     size = attention.qkv.out_features // 3
-    of_keys, of_values = attention.qkv.weight[size:].view(2, attention.num_heads, size // attention.num_heads, -1)
-    queries = torch.einsum("bhnd,hdc->bhnc", _maybe(attention, "q_norm", queries), of_keys)
-    looked_at = tokens[:, None] if prompt is None else _join(prompt[0], tokens[:, None])
+    # (2 h d, D) -> two of (h, d, D)
+    key_weight, value_weight = attention.qkv.weight[size:].view(2, attention.num_heads, size // attention.num_heads, -1)
+    queries = torch.einsum("bhnd,hdc->bhnc", _maybe(attention, "q_norm", queries), key_weight)  # W_k^T q, (B, h, N, D)
+    sequence = tokens[:, None] if prompt is None else _join(prompt[0], tokens[:, None])  # (B, 1, P + N, D)
     if bias is not None:
+        # Heads become rows of a single head: (1, h, N, P + N) -> (1, 1, h N, P + N).
         bias = (bias if prompt is None else F.pad(bias, (prompt[0].shape[2], 0))).flatten(1, 2)[:, None]
-    seen = F.scaled_dot_product_attention(
-        queries.flatten(1, 2)[:, None], looked_at, looked_at, attn_mask=_add(bias, mask), scale=attention.scale
+    # The scale is that of head width d; the default would use the width D of these queries.
+    attended = F.scaled_dot_product_attention(
+        queries.flatten(1, 2)[:, None], sequence, sequence, attn_mask=_add(bias, mask), scale=attention.scale
     )
-    mixed = torch.einsum("bhnc,hdc->bhnd", seen.reshape(queries.shape), of_values)
+    mixed = torch.einsum("bhnc,hdc->bhnd", attended.reshape(queries.shape), value_weight)
     value_bias = _fused_bias(attention, 2, 3)
     return mixed if value_bias is None else mixed + value_bias.view(attention.num_heads, 1, -1)
 
@@ -247,21 +254,21 @@ def _add(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
 
 
 def _join(prompt: Tensor, tokens: Tensor) -> Tensor:
-    """Prompt (1 or B, h, P, d) in front of tokens (B, h, N, d)."""
+    """Prompt (1 or B, h, P, d) and tokens (B, h, N, d) -> (B, h, P + N, d)."""
     return torch.cat([prompt.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1), tokens], dim=2)
 
 
-def _project_out(attention: Any, mixed: Tensor, asking: Tensor) -> Tensor:
-    """What attention does with its result (B, h, N, d)."""
+def _project_out(attention: Any, mixed: Tensor, query_tokens: Tensor) -> Tensor:
+    """Norm, gate and output projection of attention: (B, h, N, d) -> (B, N, D)."""
     mixed = _maybe(attention, "norm", mixed.transpose(1, 2).flatten(2))
     gate = getattr(attention, "gate", None)  # timm 1.0.28 and newer
     if gate is not None:
-        mixed = mixed * gate(asking).sigmoid()
+        mixed = mixed * gate(query_tokens).sigmoid()
     return attention.proj_drop(attention.proj(mixed))  # type: ignore[no-any-return]
 
 
 def _project(attention: Any, tokens: Tensor, parts: tuple[int, ...]) -> list[Tensor]:
-    """Queries (0), keys (1) or values (2) of tokens (B, N, D), each (B, heads, N, d)."""
+    """Project tokens (B, N, D) to queries (0), keys (1) or values (2), each (B, heads, N, d); `parts` are adjacent."""
     first, last = parts[0], parts[-1] + 1
     if attention.qkv is None:
         projected: Any = [getattr(attention, name)(tokens) for name in ("q_proj", "k_proj", "v_proj")[first:last]]
@@ -274,7 +281,7 @@ def _project(attention: Any, tokens: Tensor, parts: tuple[int, ...]) -> list[Ten
 
 
 def _fused_bias(attention: Any, first: int, last: int) -> Tensor | None:
-    """The bias of some parts of the fused projection; EVA and BEiT learn no key bias and keep the three apart."""
+    """Bias of some parts of the fused projection; EVA and BEiT store three parts, of which the key bias is zero."""
     if isinstance(attention, eva.EvaAttention | beit.Attention):
         parts: Any = (attention.q_bias, attention.k_bias, attention.v_bias)[first:last]
         return None if attention.q_bias is None else torch.cat(parts)
@@ -283,13 +290,13 @@ def _fused_bias(attention: Any, first: int, last: int) -> Tensor | None:
 
 
 def _rotate(attention: Any, part: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the tokens behind the prefix tokens among queries or keys (B, h, N, d)."""
+    """Apply the rotary embedding to queries or keys (B, h, N, d), except to those of prefix tokens."""
     prefix = attention.num_prefix_tokens
     half = getattr(attention, "rotate_half", False)
     return torch.cat([part[:, :, :prefix], apply_rot_embed_cat(part[:, :, prefix:], rope, half=half)], dim=2)
 
 
 def _maybe(attention: Any, name: str, tensor: Tensor) -> Tensor:
-    """Apply a norm that some of timm's kinds of attention have and others have not."""
+    """Apply a norm that only some of timm's attention modules have."""
     module = getattr(attention, name, None)
     return tensor if module is None else module(tensor)

@@ -28,7 +28,7 @@ from vpt.models.block_loop import (
     run_images,
 )
 from vpt.models.prompts import Blocks, PromptInit, PromptKind, VisualPrompt, format_blocks, resolve_blocks
-from vpt.models.tensor_cache import Constants
+from vpt.models.tensor_cache import TensorCache
 from vpt.models.vit import ViT, check_supported, name_of, pools_prefix_only
 
 PromptImpl = Literal["auto", "concat"]
@@ -47,7 +47,7 @@ class LivePrompt:
         cache: Keys and values of earlier passes.
     """
 
-    def __init__(self, vit: ViT, prompt: VisualPrompt, impl: PromptImpl, cache: Constants[KeysValues]) -> None:
+    def __init__(self, vit: ViT, prompt: VisualPrompt, impl: PromptImpl, cache: TensorCache[KeysValues]) -> None:
         # Without gradients keys and values come from the cache, so that the tokens of a form are rarely needed.
         self.prompt = prompt.computed() if torch.is_grad_enabled() else prompt
         self.vit, self.impl, self.cache = vit, impl, cache
@@ -166,7 +166,7 @@ class PromptedViT(nn.Module):
                 num_tokens, self.embed_dim, blocks=prompt.blocks, patch_size=vit.patch_embed.patch_size, init=init
             )
             self.start_prompt(like.tokens.detach())
-        self._cache: Constants[KeysValues] = Constants()
+        self._cache: TensorCache[KeysValues] = TensorCache()
         self._other_source: PromptSource | None = None
 
     @property

@@ -1,7 +1,7 @@
-"""vit_nano_patch8_64: the small backbone that ships in the package, registered with timm with its weights.
+"""vit_nano_patch8_64: the small pretrained ViT bundled with the package, registered with timm.
 
-A plain ViT of 2.3 M parameters: 64 x 64 pixels, patches of 8, width 192, 5 blocks, 3 heads. `docs/vit_nano.md` is its
-card. After `import vpt.models.nano` (any use of the library does it) timm itself knows the name.
+A plain ViT with 2.3 M parameters: 64 x 64 pixels, patches of 8 pixels, embed_dim 192, 5 blocks, 3 heads. See
+`docs/vit_nano.md` for its card. Importing this module, which every use of the library does, registers it.
 """
 
 from pathlib import Path

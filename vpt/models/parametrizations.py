@@ -1,8 +1,8 @@
-"""Forms of a prompt: what is learned in the place of the tokens, and how the tokens are computed of it.
+"""Parametrizations of prompt tokens: shared, low-rank and Fourier prompts.
 
-A form is a parametrisation of torch (`torch.nn.utils.parametrize`) of `VisualPrompt.tokens`. Its `forward` computes the
-tokens of what is learned, its `right_inverse` says where learning starts, so that the tokens are as near as they can be
-to given ones. What reads `tokens` need not know: a task file holds them computed, and is that of a plain prompt.
+Each class is a parametrization (`torch.nn.utils.parametrize`) of `VisualPrompt.tokens`. `forward` computes the tokens
+from the learned parameters; `right_inverse` computes the initial parameters from given tokens, exactly or as close as
+possible. Readers of `tokens` need not know: a task file stores the computed tokens as a plain prompt.
 
 Legend: P prompt tokens, D embed_dim, L prompted blocks, r rank.
 """
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 
 class Shared(nn.Module):
-    """One set of tokens for all prompted blocks: tokens_i = T, with T (1, P, D).
+    """One set of tokens for all prompted blocks: tokens_i = T, with T of shape (1, P, D).
 
-    It starts between those of all blocks: in the direction of their mean, and as long as they are. Those of one block
-    alone, patches of the first for example, are strange to the others.
+    T is initialised to the mean direction and the mean length of the tokens of all blocks. Tokens of a single block,
+    for example patch tokens of the first, would be out of distribution in the others.
 
     References:
         Visual Prompt Tuning (Jia et al., 2022), https://arxiv.org/abs/2203.12119, the ablation on sharing prompts.
@@ -32,31 +32,31 @@ class Shared(nn.Module):
     num_blocks = 1
 
     def forward(self, learned: Tensor) -> Tensor:
-        """Tokens (L, P, D) of what is learned, (1, P, D)."""
+        """(1, P, D) -> tokens (L, P, D)."""
         return learned.expand(self.num_blocks, -1, -1)
 
     def right_inverse(self, tokens: Tensor) -> Tensor:
-        """What is learned, (1, P, D), of the tokens (L, P, D)."""
+        """Tokens (L, P, D) -> (1, P, D)."""
         self.num_blocks = len(tokens)
         lengths: Tensor = tokens.norm(dim=2, keepdim=True).mean(0, keepdim=True)
         return lengths * nn.functional.normalize(tokens.mean(0, keepdim=True), dim=2)
 
 
 class Bilinear(nn.Module):
-    """Tokens of low rank: tokens_i = A_i B_i, with A_i (P, r) and B_i (r, D); r (P + D) numbers a block for P D.
+    """Low-rank tokens: tokens_i = A_i B_i with A_i (P, r) and B_i (r, D), so r (P + D) parameters per block, not P D.
 
-    It starts at the best approximation of that rank, the truncated singular value decomposition, which is split evenly
-    between the two.
+    A and B are initialised with the truncated singular value decomposition of the tokens, the best approximation of
+    rank r, with the singular values split evenly between both.
 
-    Whitened, tokens_i = A_i B_i W_i, with a fixed W_i (D, D) for each block, see `whitening.whiten_from_patches`; what
-    it starts at is then nearest in the whitened space. Until that is called W_i changes nothing.
+    With `whiten`, tokens_i = A_i B_i W_i with a fixed W_i (D, D) per block; the approximation is then best in the
+    whitened space. W_i is the identity until `whitening.whiten_from_patches` sets it.
 
     Args:
-        rank: r. Tokens have no rank above P or D, so a larger one is theirs.
-        whiten: Whether there are the W_i.
+        rank: r; capped at min(P, D).
+        whiten: Multiply by the whitening matrices W_i.
 
     Raises:
-        ValueError: The rank is below 1.
+        ValueError: `rank` is below 1.
 
     References:
         Attention to the Burstiness in Visual Prompt Tuning! (Wang et al., ICCV 2025),
@@ -75,19 +75,19 @@ class Bilinear(nn.Module):
     def __init__(self, rank: int = 8, *, whiten: bool = False) -> None:
         super().__init__()
         if rank < 1:
-            raise ValueError(f"prompt.rank must be at least 1, got {rank}")
+            raise ValueError(f"rank={rank}: must be at least 1")
         self.rank, self.whiten = rank, whiten
         self.register_buffer("whitening", None)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        """Tokens (L, P, D) of A, (L, P, r), and B, (L, r, D)."""
+        """A (L, P, r) and B (L, r, D) -> tokens (L, P, D)."""
         device = "cpu" if left.is_meta else left.device.type
-        with torch.autocast(device, enabled=False):  # the tokens that a task file will hold, to the bit
+        with torch.autocast(device, enabled=False):  # bit-identical to the tokens saved in a task file
             tokens = left @ right
             return tokens if self.whitening is None else tokens @ self.whitening
 
     def right_inverse(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B whose product is nearest to the tokens (L, P, D)."""
+        """Tokens (L, P, D) -> A (L, P, r) and B (L, r, D), whose product is closest to them."""
         if self.whiten and self.whitening is None:
             self.whitening = torch.eye(tokens.shape[2]).to(tokens).repeat(len(tokens), 1, 1)
         if self.whitening is not None:
@@ -97,22 +97,22 @@ class Bilinear(nn.Module):
         return left[..., : self.rank] * scale, right[:, : self.rank] * scale.mT
 
     def extra_repr(self) -> str:
-        """The rank, and whether it is whitened."""
+        """Rank and whitening."""
         return f"rank={self.rank}{', whiten=True' if self.whiten else ''}"
 
 
 class Fourier(nn.Module):
-    """The first Q tokens of a block are a spectrum: tokens_i = Re(F_Q X_i F_D); the other P - Q are learned as such.
+    """Fourier transform of the first Q tokens of each block: tokens_i = Re(F_Q X_i F_D); the other P - Q are plain.
 
-    F_Q and F_D are the discrete Fourier transforms over tokens and channels. They are scaled by 1 / sqrt(Q D), which
-    the paper does not do: tokens then are as large as what is learned, so that a learning rate means the same. A
-    spectrum's real part is even, Y[-q, -d] = Y[q, d], and so are these tokens; of given ones they keep the even part.
+    F_Q and F_D are the discrete Fourier transforms over tokens and channels. Unlike the paper, we scale them by
+    1 / sqrt(Q D): the tokens then have the scale of the learned parameters, and learning rates stay comparable. The
+    real part of the spectrum is even, Y[-q, -d] = Y[q, d], so only the even part of given tokens can be represented.
 
     Args:
-        fraction: Q / P, rounded; at least one token.
+        fraction: Q / P; Q is rounded and at least 1.
 
     Raises:
-        ValueError: The fraction is not in (0, 1].
+        ValueError: `fraction` is not in (0, 1].
 
     References:
         Visual Fourier Prompt Tuning (Zeng et al., NeurIPS 2024), https://arxiv.org/abs/2411.01327, section 3.
@@ -128,19 +128,19 @@ class Fourier(nn.Module):
     def __init__(self, fraction: float = 0.3) -> None:
         super().__init__()
         if not 0 < fraction <= 1:
-            raise ValueError(f"prompt.fraction must be in (0, 1], got {fraction}")
+            raise ValueError(f"fraction={fraction}: must be in (0, 1]")
         self.fraction = fraction
 
     def forward(self, learned: Tensor) -> Tensor:
-        """Tokens (L, P, D) of what is learned, of the same shape."""
+        """(L, P, D) -> tokens (L, P, D)."""
         return self._transform(learned, torch.fft.fft2)
 
     def right_inverse(self, tokens: Tensor) -> Tensor:
-        """What is learned, whose tokens are nearest to those given, (L, P, D)."""
+        """Tokens (L, P, D) -> (L, P, D), whose transform is closest to them."""
         return self._transform(tokens, torch.fft.ifft2)
 
     def extra_repr(self) -> str:
-        """The fraction."""
+        """Fraction of transformed tokens."""
         return f"fraction={self.fraction}"
 
     def _transform(self, values: Tensor, transform: Callable[..., Tensor]) -> Tensor:

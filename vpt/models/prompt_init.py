@@ -1,10 +1,10 @@
-"""Where prompt tokens start, other than at random: at patch tokens of pictures, or at the prompt of another task.
+"""Initialisation of prompt tokens from patch tokens of images, or from the prompt of another task.
 
-Patch tokens are those that enter each prompted block of the bare backbone. Tokens of that kind are what its attention
-knows, which matters most on self-supervised backbones (Wang et al., 2024).
+Patch tokens are taken where they enter each prompted block of the bare backbone. Its attention is used to tokens of
+that distribution, which matters most on self-supervised backbones (Wang et al., 2024).
 
-Legend: B images, M patch tokens of an image, T patch tokens that are looked at, P prompt tokens, L prompted blocks, D
-embed_dim, h heads, d their width.
+Legend: B images, M patch tokens per image, T collected patch tokens, P prompt tokens, L prompted blocks, D embed_dim,
+h heads, d head width.
 """
 
 import math
@@ -23,34 +23,34 @@ from vpt.models.tuning import pretrained_fingerprint
 
 PatchStart = Literal["patch", "prototype", "vipamin"]
 
-NO_PICTURES = "there are no pictures to start a prompt from"
-NUM_PER_IMAGE = 16  # patch tokens that are looked at, at least
-NUM_STEPS = 10  # of k-means
-NUM_MATCHED = 4  # patch tokens whose mean a token of "vipamin" begins with: k of the paper, which searches it
-NEW_SHARE = 0.1  # of a direction of its own: lambda of the paper, which searches it
+NO_IMAGES = "batches: must hold at least one image to initialise the prompt from"
+NUM_PER_IMAGE = 16  # patch tokens collected per image, at least
+NUM_STEPS = 10  # iterations of k-means
+NUM_MATCHED = 4  # patch tokens averaged for each token by "vipamin": k in the paper, which searches it
+NEW_SHARE = 0.1  # weight of the new direction in "vipamin": lambda in the paper, which searches it
 
 
 @torch.no_grad()
 def start_from_patches(
     backbone: PromptedViT, batches: Iterable[Tensor], start: PatchStart = "patch", *, seed: int = 0
 ) -> None:
-    """Let the prompt start at patch tokens of images, which the bare backbone is run on once.
+    """Initialise the prompt from patch tokens of images, in one pass of the bare backbone over `batches`.
 
-    A block that norms first sees but the direction of a deep prompt's token. Its length only says how far a step turns
-    it, and patch tokens are some ten times as long as those of a uniform start, which learning rates are made for; so
-    they are made as long as those, which changes no result.
+    In a pre-norm block only the direction of a deep prompt token has an effect on the result; its length only scales
+    the effect of an update. Patch tokens are about ten times as long as uniformly initialised tokens, for which the
+    default learning rates are chosen, so they are rescaled to that length.
 
     Args:
-        backbone: Its prompt starts anew; nothing else of it changes.
+        backbone: Its prompt is initialised in place; nothing else changes.
         batches: Normalised images (B, 3, H, W), some hundred in all.
-        start: "patch": P patches are drawn, and each block's tokens are what has become of them there. "prototype":
-            each block's tokens are the centres of P groups of the patch tokens that enter it (k-means). "vipamin":
-            each block's tokens are `matched_tokens` of the patch tokens that enter it, mean over the images.
-        seed: Of what is drawn.
+        start: "patch": P patches are drawn at random; each block gets their tokens as they enter that block.
+            "prototype": each block gets the centres of P clusters of its patch tokens (k-means). "vipamin": each block
+            gets `matched_tokens` of its patch tokens, averaged over the images.
+        seed: Seed of the random choices.
 
     Raises:
-        ValueError: There is no prompt, another way is asked for, the images have fewer patches than P, or "vipamin"
-            does not understand a block.
+        ValueError: There is no prompt, `start` is unknown, there are fewer patches than P, or a block is not supported
+            by "vipamin".
 
     References:
         Revisiting the Power of Prompt for Visual Tuning (Wang et al., ICML 2024), https://arxiv.org/abs/2402.02382, for
@@ -58,59 +58,60 @@ def start_from_patches(
     """
     prompt = backbone.prompt
     if start not in get_args(PatchStart):
-        raise ValueError(f"prompts start from patches by {', '.join(get_args(PatchStart))}, got {start!r}")
+        raise ValueError(f"start={start!r}: must be one of {', '.join(get_args(PatchStart))}")
     if prompt is None:
-        raise ValueError("there is no prompt that could start from patches; give the backbone one")
+        raise ValueError("backbone: has no prompt to initialise; create it with one")
     generator = torch.Generator().manual_seed(seed)
     if start == "vipamin":
-        tokens = _match_in_blocks(backbone, prompt, batches, generator)
+        tokens = _match(backbone, prompt, batches, generator)
     else:
-        tokens = _draw(look_at(backbone, prompt, batches, generator), prompt.num_tokens, start)
-    backbone.start_prompt(_shorten(backbone, prompt, tokens))
+        tokens = _choose(collect_patch_tokens(backbone, prompt, batches, generator), prompt.num_tokens, start)
+    backbone.start_prompt(_rescale(backbone, prompt, tokens))
 
 
 def start_from_task(backbone: PromptedViT, path: str | Path) -> None:
-    """Let the prompt start at the tokens of a task file; the file's head is not used.
+    """Initialise the prompt from the prompt of a task file; the file's head is not used.
 
     Args:
-        backbone: The backbone that the task was made for, with a prompt of as many tokens in the same blocks.
+        backbone: The backbone of the task, with a prompt of the same kind, number of tokens and blocks.
         path: The task file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: There is no prompt, in the backbone or in the file, or the file's is another one; or the file is
-            damaged, or of another backbone.
+        FileNotFoundError: The file does not exist.
+        ValueError: The backbone or the file has no prompt, the prompts differ in layout, or the file is damaged or for
+            another backbone.
     """
     metadata, tensors = open_task(Path(path))
     prompt = backbone.prompt
     if pretrained_fingerprint(backbone.vit) != metadata.fingerprint:
-        raise ValueError(f"{path}: made for the backbone {metadata.backbone}, its prompt cannot start another one's")
+        raise ValueError(f"{path}: is for the backbone {metadata.backbone}; its prompt does not fit another backbone")
     if prompt is None or metadata.prompt is None:
-        raise ValueError(f"{path}: {'there is no prompt to start' if prompt is None else 'has no prompt'}")
-    own = _layout(prompt.kind, prompt.num_tokens, prompt.blocks)
-    its = _layout(*(metadata.prompt[name] for name in ("kind", "num_tokens", "blocks")))
-    if own != its:
-        raise ValueError(f"{path}: its prompt has {its}, but the new one {own}; use the same for both")
+        raise ValueError(f"{path}: {'the backbone has no prompt to initialise' if prompt is None else 'has no prompt'}")
+    new, saved = (
+        f"kind={kind}, num_tokens={num_tokens}, blocks={format_blocks(blocks)}"
+        for kind, num_tokens, blocks in (
+            (prompt.kind, prompt.num_tokens, prompt.blocks),
+            [metadata.prompt[name] for name in ("kind", "num_tokens", "blocks")],
+        )
+    )
+    if new != saved:
+        raise ValueError(f"{path}: its prompt has {saved}, but the new prompt has {new}; both must be the same")
     prompt.start_from(tensors["prompt.tokens"])
-
-
-def _layout(kind: str, num_tokens: int, blocks: list[int] | tuple[int, ...]) -> str:
-    return f"kind={kind}, num_tokens={num_tokens}, blocks={format_blocks(blocks)}"
 
 
 def matched_tokens(
     patches: Tensor, key_weight: Tensor, value_weight: Tensor, num_tokens: int, generator: torch.Generator
 ) -> Tensor:
-    """Tokens (P, D), each the mean of patch tokens that have like keys, and a little of a direction of its own.
+    """Compute tokens (P, D) by VIPAMIN: the mean of patch tokens with similar keys, plus a small new direction.
 
     For each token a direction p is drawn. With keys W_k x and values W_v x,
 
         matched = mean of the k patch tokens x_j with the largest cos(W_k p, W_k x_j),
-        new = W_v^+ (1 - V V^T) W_v p, of the length of `matched`,
+        new = W_v^+ (1 - V V^T) W_v p, rescaled to the length of `matched`,
         token = (1 - lambda) matched + lambda new,
 
-    where the columns of V span the values of the patch tokens, so that the value of `new` is orthogonal to all that
-    attention over them can give.
+    where the columns of V span the values of the patch tokens. The value of `new` is therefore orthogonal to every
+    output of attention over the patch tokens.
 
     Args:
         patches: (M, D).
@@ -121,11 +122,10 @@ def matched_tokens(
 
     References:
         VIPAMIN: Visual Prompt Initialization via Embedding Selection and Subspace Expansion (Park and Chung, NeurIPS
-        2025), https://arxiv.org/abs/2510.16446. The formulas are those of a summary; the paper's text was not at hand.
-        Ours: k and lambda are fixed, W_k and W_v have the scale of the first norm in them, V is of the values
-        themselves, whose span is that of what attention makes of them, and has at most D / 2 columns, since an image
-        with more than D patches would leave no direction; and `new` is made as long as `matched`, so that lambda means
-        the same in every block.
+        2025), https://arxiv.org/abs/2510.16446; implemented from a summary, the paper itself was not available. Our
+        deviations: k and lambda are fixed; W_k and W_v include the scale of the first norm; V spans the values
+        themselves, which is the span of the attention outputs, and has at most D / 2 columns, since an image with more
+        than D patches would leave no direction; `new` is rescaled so that lambda means the same in every block.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -136,55 +136,59 @@ def matched_tokens(
         torch.Size([10, 192])
     """
     drawn = torch.randn(num_tokens, patches.shape[1], generator=generator).to(patches)
-    of_drawn, of_patches = (torch.nn.functional.normalize(rows @ key_weight.T, dim=1) for rows in (drawn, patches))
-    nearest = (of_drawn @ of_patches.T).topk(min(NUM_MATCHED, len(patches))).indices
+    drawn_keys, patch_keys = (torch.nn.functional.normalize(rows @ key_weight.T, dim=1) for rows in (drawn, patches))
+    nearest = (drawn_keys @ patch_keys.T).topk(min(NUM_MATCHED, len(patches))).indices  # (P, k)
     matched = patches[nearest].mean(dim=1)
-    known = torch.linalg.svd(patches @ value_weight.T, full_matrices=False).Vh[: patches.shape[1] // 2]
-    wanted = drawn @ value_weight.T
-    wanted = wanted - wanted @ known.T @ known
-    new = torch.nn.functional.normalize(wanted @ torch.linalg.pinv(value_weight).T, dim=1)
+    basis = torch.linalg.svd(patches @ value_weight.T, full_matrices=False).Vh[: patches.shape[1] // 2]  # V^T
+    values = drawn @ value_weight.T
+    values = values - values @ basis.T @ basis
+    new = torch.nn.functional.normalize(values @ torch.linalg.pinv(value_weight).T, dim=1)
     tokens: Tensor = (1 - NEW_SHARE) * matched + NEW_SHARE * matched.norm(dim=1, keepdim=True) * new
     return tokens
 
 
-def _match_in_blocks(
+def _match(
     backbone: PromptedViT, prompt: VisualPrompt, batches: Iterable[Tensor], generator: torch.Generator
 ) -> Tensor:
-    """Tokens (L, P, D), matched in each block."""
+    """`matched_tokens` of each prompted block, (L, P, D)."""
     for index in prompt.blocks:
         reason = why_not_fast(backbone.vit.blocks[index])
         if reason is not None:
-            raise ValueError(f"prompt.init=vipamin reads keys and values, but in block {index} {reason}; use patch")
+            raise ValueError(
+                f"start='vipamin': needs keys and values, but in block {index} {reason}; use start='patch'"
+            )
     device = next(prompt.parameters()).device
     sums, num_images = [], 0
     for images in batches:
         sums.append([patches.float().sum(0) for patches in backbone.entering_patches(images.to(device))])
         num_images += len(images)
     if not sums:
-        raise ValueError(NO_PICTURES)
+        raise ValueError(NO_IMAGES)
     tokens = []
-    for index, of_block in zip(prompt.blocks, zip(*sums, strict=True), strict=True):
-        patches = torch.stack(of_block).sum(0) / num_images
+    for index, block_sums in zip(prompt.blocks, zip(*sums, strict=True), strict=True):
+        patches = torch.stack(block_sums).sum(0) / num_images
         keys, values = (weight.float() for weight in key_value_weights(backbone.vit.blocks[index]))
         tokens.append(matched_tokens(patches, keys, values, prompt.num_tokens, generator))
     return torch.stack(tokens)
 
 
-def _shorten(backbone: PromptedViT, prompt: VisualPrompt, tokens: Tensor) -> Tensor:
-    """Tokens (L, P, D) as long as those of a uniform start, where their length says nothing."""
+def _rescale(backbone: PromptedViT, prompt: VisualPrompt, tokens: Tensor) -> Tensor:
+    """Rescale tokens (L, P, D) to the length of uniformly initialised ones, if their length has no effect."""
     vit: Any = backbone.vit
     if prompt.kind == "shallow" or not all(isinstance(vit.blocks[index], PRE_NORM) for index in prompt.blocks):
         return tokens
-    scale = uniform_bound(backbone.embed_dim, vit.patch_embed.patch_size) / math.sqrt(3)  # its standard deviation
+    scale = uniform_bound(backbone.embed_dim, vit.patch_embed.patch_size) / math.sqrt(
+        3
+    )  # standard deviation of the uniform initialisation
     return tokens / tokens.square().mean(-1, keepdim=True).sqrt() * scale
 
 
-def _draw(patches: Tensor, num_tokens: int, start: PatchStart) -> Tensor:
-    """Tokens (L, P, D): the first of the patch tokens (L, T, D), or the centres of groups that begin with them."""
+def _choose(patches: Tensor, num_tokens: int, start: PatchStart) -> Tensor:
+    """Tokens (L, P, D): the first of the patch tokens (L, T, D), or the k-means centres that start from them."""
     if patches.shape[1] < num_tokens:
         raise ValueError(
-            f"prompt.num_tokens={num_tokens}: the pictures have only {patches.shape[1]} patches to start from; "
-            "use fewer tokens or prompt.init=uniform"
+            f"num_tokens={num_tokens}: must be at most the {patches.shape[1]} patches of the images; "
+            "use fewer tokens, more images or init='uniform'"
         )
     tokens = patches[:, :num_tokens]
     if start == "patch":
@@ -192,25 +196,25 @@ def _draw(patches: Tensor, num_tokens: int, start: PatchStart) -> Tensor:
     return torch.stack([_centres(*block) for block in zip(patches, tokens, strict=True)])
 
 
-def look_at(
+def collect_patch_tokens(
     backbone: PromptedViT, prompt: VisualPrompt, batches: Iterable[Tensor], generator: torch.Generator
 ) -> Tensor:
-    """Patch tokens (L, T, D) of some patches of each image, in random order; the same ones in every block."""
+    """Collect tokens (L, T, D) of random patches of each image, in random order; the same patches in every block."""
     found, device = [], next(prompt.parameters()).device
     for images in batches:
-        kept = [patches.float() for patches in backbone.entering_patches(images.to(device))]
-        num_patches = kept[0].shape[1]
-        num_wanted = min(num_patches, max(NUM_PER_IMAGE, prompt.num_tokens))
-        drawn = torch.rand(len(images), num_patches, generator=generator).argsort(1)[:, :num_wanted].to(device)
-        found.append(torch.stack([patches.take_along_dim(drawn[..., None], 1).flatten(0, 1) for patches in kept]))
+        blocks = [patches.float() for patches in backbone.entering_patches(images.to(device))]  # L of (B, M, D)
+        num_patches = blocks[0].shape[1]
+        num_drawn = min(num_patches, max(NUM_PER_IMAGE, prompt.num_tokens))
+        drawn = torch.rand(len(images), num_patches, generator=generator).argsort(1)[:, :num_drawn].to(device)
+        found.append(torch.stack([patches.take_along_dim(drawn[..., None], 1).flatten(0, 1) for patches in blocks]))
     if not found:
-        raise ValueError(NO_PICTURES)
+        raise ValueError(NO_IMAGES)
     patches = torch.cat(found, dim=1)
     return patches[:, torch.randperm(patches.shape[1], generator=generator).to(device)]
 
 
 def _centres(patches: Tensor, centres: Tensor) -> Tensor:
-    """Centres (P, D) of groups of patches (T, D), by k-means from given ones; that of an empty group stays."""
+    """Centres (P, D) of clusters of patches (T, D), by k-means; the centre of an empty cluster stays where it is."""
     for _ in range(NUM_STEPS):
         nearest = torch.cdist(patches, centres).argmin(1)
         members = torch.nn.functional.one_hot(nearest, len(centres)).to(patches)

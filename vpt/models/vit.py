@@ -1,10 +1,10 @@
-"""timm's ViTs: how one is loaded and named, and what in it differs from family to family.
+"""Loading timm ViTs, and the differences between their families.
 
-Three families are understood, by the class that timm builds them on: `VisionTransformer`, `Eva` (rotary position) and
-`Beit` (relative position bias). What a model calls its position beyond the position embedding, rotary or relative, is
-a tensor that goes with its tokens from block to block.
+Three families are supported, by their timm base class: `VisionTransformer`, `Eva` (rotary position embedding) and
+`Beit` (relative position bias). `position` below is the rotary embedding or relative bias that a model passes from
+block to block beside its tokens, in addition to the position embedding.
 
-Legend: B batch, H, W pixels, N prefix + patch tokens, D embed_dim, h heads.
+Legend: B batch, H, W pixels, M patch tokens, N prefix + patch tokens, D embed_dim, h heads.
 """
 
 import difflib
@@ -25,7 +25,7 @@ from timm.models import Beit, Eva, VisionTransformer, beit, eva, load_state_dict
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-import vpt.models.nano  # noqa: F401  # registers the backbone that ships in the package
+import vpt.models.nano  # noqa: F401  # registers the bundled backbone with timm
 from vpt.models.attention import relative_bias, run_block
 
 ViT = VisionTransformer | Eva | Beit
@@ -40,43 +40,44 @@ def load_vit(
     img_size: int | tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
 ) -> ViT:
-    """Make a timm ViT without a classifier.
+    """Create a timm ViT without a classifier.
 
     Args:
         name: A timm name, with or without a pretrained tag.
-        pretrained: Load the weights that timm knows under this name, from the package, the hub's cache or the hub. What
-            comes from the hub is checked by the sha256 that the hub tells.
+        pretrained: Load the weights registered in timm, from the package, the hub's cache or the hub. Downloads are
+            verified by the sha256 that the hub publishes.
         checkpoint: Load the weights from this file (.safetensors, or .pth read with weights_only) instead.
-        img_size: Input size in pixels, one side or (height, width), to which the position embedding is resampled. None
-            keeps the model's own.
-        dtype: Hold the weights in this dtype, such as torch.bfloat16, for half the memory; None keeps float32.
+        img_size: Input size in pixels, one side or (height, width); the position embedding is resampled to it. None
+            keeps the size of the model.
+        dtype: Dtype of the weights, such as torch.bfloat16 to halve the memory; None keeps float32.
 
     Raises:
-        ValueError: The name is unknown or no ViT that can be prompted, or weights do not fit or cannot be had.
-        FileNotFoundError: There is no such checkpoint.
+        ValueError: The name is unknown, the model is not a supported ViT, or weights do not fit or are not available.
+        FileNotFoundError: The checkpoint does not exist.
     """
     _check_name(name)
     path = None if checkpoint is None else Path(checkpoint).expanduser()
     if path is not None and not path.is_file():
-        raise FileNotFoundError(f"backbone.checkpoint={checkpoint}: no such file")
+        raise FileNotFoundError(f"checkpoint={checkpoint}: no such file")
     options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     try:
-        with torch.device("meta"):  # what cannot be built or prompted is refused before anything is fetched
+        with torch.device("meta"):  # refuse unsupported models before any download
             empty: Any = timm.create_model(name, pretrained=False, num_classes=0, **options)
             check_supported(empty)
             if 0 in (empty.patch_embed.grid_size or ()):
-                raise ValueError(f"img_size={img_size} is smaller than its patches, {empty.patch_embed.patch_size}")
+                raise ValueError(f"must be at least a patch of {empty.patch_embed.patch_size} px")
     except TypeError as error:
-        raise ValueError(f"backbone.name={name}: {_first_line(error)}") from error
-    except Exception as error:  # timm's models raise kinds of their own
-        raise ValueError(f"backbone.name={name} cannot be built: {_first_line(error)}") from error
+        raise ValueError(f"name={name}: {_first_line(error)}") from error
+    except Exception as error:  # timm models raise various exceptions
+        parameter = f"name={name}" if img_size is None else f"img_size={img_size}"
+        raise ValueError(f"{parameter}: {name} cannot be built: {_first_line(error)}") from error
     try:
         with _checked_downloads():
             vit = timm.create_model(name, pretrained=pretrained and path is None, num_classes=0, **options)
     except _DamagedDownloadError as error:
-        raise ValueError(f"the weights of {name}: {error}") from error
-    except Exception as error:  # the hub, a file and timm each raise kinds of their own
-        raise ValueError(_describe_missing_weights(name, error)) from error
+        raise ValueError(f"name={name}: {error}") from error
+    except Exception as error:  # the hub, safetensors and timm raise various exceptions
+        raise ValueError(f"name={name}: {_describe_missing_weights(name, error)}") from error
     assert isinstance(vit, ViT)
     if path is not None:
         _load_checkpoint(vit, name, path)
@@ -90,7 +91,7 @@ def name_of(vit: ViT) -> str:
 
 
 def preprocessing_of(vit: ViT) -> dict[str, Any]:
-    """How a picture becomes an input of this ViT, as plain JSON values.
+    """Preprocessing of images for this ViT, as plain JSON values.
 
     Returns:
         size (height, width) in pixels; mean and std of the three channels, for pixels in [0, 1]; interpolation,
@@ -109,11 +110,10 @@ def preprocessing_of(vit: ViT) -> dict[str, Any]:
 
 
 def fingerprint(vit: ViT) -> str:
-    """A digest of the weights, the same for every input size and with or without a classifier.
+    """Digest of the weights, independent of input size, classifier and dtype.
 
-    Sixty-four values, evenly spread, of each parameter are read as bfloat16, so that a backbone held in bfloat16 is the
-    same one. The position embedding and the patch
-    kernels are left out, because timm resamples them when the input or the patch size changes.
+    64 evenly spaced values of each parameter are read as bfloat16, so that a backbone in bfloat16 has the same digest.
+    Position embedding and patch kernels are left out, because timm resamples them to other input and patch sizes.
     """
     digest = hashlib.sha256()
     left_out = ("pos_embed", "patch_embed.", "head.", "head_dist.")
@@ -128,16 +128,16 @@ def fingerprint(vit: ViT) -> str:
 
 
 def norms_of(vit: ViT) -> list[nn.Module]:
-    """The norms of a ViT that have parameters, but for those of a convolutional stem."""
+    """Norm layers of a ViT, except those of a convolutional stem."""
     return [module for module in vit.modules() if isinstance(module, NORMS)]
 
 
 def check_supported(vit: nn.Module) -> None:
-    """A model is understood when it runs the very `forward_features` of timm's ViT, Eva or Beit."""
+    """Raise a TypeError unless the model runs the original `forward_features` of VisionTransformer, Eva or Beit."""
     known = (VisionTransformer.forward_features, Eva.forward_features, Beit.forward_features)
     if not isinstance(vit, ViT) or type(vit).forward_features not in known:
         raise TypeError(
-            f"{type(vit).__name__} cannot be prompted; supported are plain ViTs that timm builds on VisionTransformer, "
+            f"{type(vit).__name__} cannot be prompted; supported are plain timm ViTs based on VisionTransformer, "
             "Eva or Beit (ViT, DeiT, AugReg, MAE, CLIP, SigLIP, DINO, DINOv2, DINOv3, EVA-02, BEiT; docs/backbones.md)"
         )
 
@@ -149,7 +149,7 @@ def grid_size(vit: ViT, images: Tensor) -> tuple[int, int]:
 
 
 def embed(vit: ViT, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Tokens (B, N, D) that enter block 0, and their position, which is the same for all images of a size."""
+    """Tokens (B, N, D) that enter block 0, and their position, which is the same for all images of one size."""
     tokens = vit.patch_embed(images.to(next(vit.patch_embed.parameters()).dtype))
     if isinstance(vit, Beit):
         tokens = torch.cat([vit.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
@@ -162,9 +162,9 @@ def embed(vit: ViT, images: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def run_timm_block(vit: ViT, index: int, tokens: Tensor, position: Tensor | None, num_prompt_tokens: int = 0) -> Tensor:
-    """A block as timm runs it, on a sequence that may have prompt tokens behind its prefix tokens."""
+    """Run a block as timm does, on a sequence that may have prompt tokens after its prefix tokens."""
     block: Any = vit.blocks[index]
-    if isinstance(vit, Beit) and num_prompt_tokens:  # its own attention cannot take a longer sequence
+    if isinstance(vit, Beit) and num_prompt_tokens:  # its attention cannot take a longer sequence
         return run_block(block, tokens, bias=rope_and_bias(vit, index, position, num_prompt_tokens)[1])
     if isinstance(vit, Beit):
         return block(tokens, shared_rel_pos_bias=position)  # type: ignore[no-any-return]
@@ -176,9 +176,9 @@ def run_timm_block(vit: ViT, index: int, tokens: Tensor, position: Tensor | None
 def rope_and_bias(
     vit: ViT, index: int, position: Tensor | None, num_prompt_tokens: int = 0
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What a position is in a block: a rotary embedding, or a relative bias (1, h, N, N); None for what it is not.
+    """Rotary embedding and relative bias (1, h, N, N) of a block; None for each that the model does not have.
 
-    Prompt tokens in the sequence, behind the prefix tokens, do not rotate, and their bias is zero.
+    Prompt tokens in the sequence, after the prefix tokens, are not rotated and have zero bias.
     """
     if isinstance(vit, Beit):
         bias = relative_bias(vit.blocks[index], position)
@@ -190,60 +190,60 @@ def rope_and_bias(
 
 
 def pools_prefix_only(vit: ViT) -> bool:
-    """Whether pooling reads prefix tokens and nothing else, as far as the model is one of timm's own."""
+    """Whether pooling is known to read prefix tokens only."""
+    # A subclass outside timm may pool in another way.
     is_known = type(vit) in (VisionTransformer, VisionTransformerDistilled, Eva, Beit)
     return is_known and vit.global_pool == "token"
 
 
 class _DamagedDownloadError(ValueError):
-    """A file that is not the one that the hub has."""
+    """A downloaded file that differs from the file on the hub."""
 
 
 @contextmanager
 def _checked_downloads() -> Iterator[None]:
-    """Hold what the hub's cache gets inside of this block against the sha256 that it is called by.
+    """Verify files that are added to the hub's cache inside this context by the sha256 in their name.
 
-    The hub's client compares sizes only. Small files, which are called by a sha1 of git, are not checked.
+    The hub's client compares sizes only. Small files are named by a git sha1 and are not verified.
     """
     cache = Path(constants.HF_HUB_CACHE)
     before = set(cache.glob("models--*/blobs/*"))
     try:
         yield
-    finally:  # also if it cannot be read at all, or it would stay in the cache
+    finally:  # also after an error, or an unreadable file would stay in the cache
         for blob in set(cache.glob("models--*/blobs/*")) - before:
-            if re.fullmatch("[0-9a-f]{64}", blob.name) and _sha256(blob) != blob.name:
+            if not re.fullmatch("[0-9a-f]{64}", blob.name):
+                continue
+            with blob.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != blob.name:
                 blob.unlink()
-                raise _DamagedDownloadError("the download is not the file that the hub has; it was removed, try again")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+                raise _DamagedDownloadError("the download differs from the file on the hub and was removed; try again")
 
 
 def _load_checkpoint(vit: ViT, name: str, path: Path) -> None:
-    """Load all weights of a ViT from a file; a classifier in the file is left out, anything else must match."""
+    """Load the weights of a ViT from a file; a classifier in the file is ignored, everything else must match."""
     family: Any = eva if isinstance(vit, Eva) else beit if isinstance(vit, Beit) else vision_transformer
     try:
         _refuse_packed(path)
         state = family.checkpoint_filter_fn(load_state_dict(str(path), device="cpu", weights_only=True), vit)
         missing, unexpected = vit.load_state_dict(state, strict=False)
-    except Exception as error:  # safetensors, pickle's guard, timm and torch each raise kinds of their own
-        raise ValueError(f"backbone.checkpoint={path} does not fit {name}: {_first_line(error)}") from error
+    except Exception as error:  # safetensors, pickle, timm and torch raise various exceptions
+        raise ValueError(f"checkpoint={path}: does not fit {name}: {_first_line(error)}") from error
     odd = [key for key in unexpected if not key.startswith(("head.", "head_dist."))]
     if missing or odd:
-        what = f"it lacks {missing[0]}" if missing else f"it has {odd[0]}, which the model has not"
-        raise ValueError(
-            f"backbone.checkpoint={path} does not fit {name}: {what} ({len(missing) + len(odd)} keys differ)"
-        )
+        what = f"it lacks {missing[0]}" if missing else f"it has {odd[0]}, which the model does not have"
+        raise ValueError(f"checkpoint={path}: does not fit {name}: {what} ({len(missing) + len(odd)} keys differ)")
 
 
 def _refuse_packed(path: Path) -> None:
-    """Refuse a .pth whose parts would grow when they are read, which torch never writes."""
+    """Refuse a .pth file with compressed members, which could expand without limit; torch never writes them."""
     if zipfile.is_zipfile(path) and path.suffix != ".safetensors":
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise ValueError("its parts are compressed, as torch never writes them; save it anew with torch.save")
+                raise ValueError(
+                    "its members are compressed, unlike those of torch.save; save it again with torch.save"
+                )
 
 
 def _check_name(name: str) -> None:
@@ -252,21 +252,21 @@ def _check_name(name: str) -> None:
     architecture, _, tag = name.partition(".")
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
     if timm.is_model(name) and tag and tag not in tags:
-        raise ValueError(f"backbone.name={name}: {architecture} has the weights {', '.join(tags) or 'none'}")
+        raise ValueError(f"name={name}: the pretrained tags of {architecture} are {', '.join(tags) or 'none'}")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"backbone.name={name} is not a model that timm knows{hint}")
+        raise ValueError(f"name={name}: not a timm model{hint}")
 
 
 def _describe_missing_weights(name: str, error: Exception) -> str:
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     if config is None or not (config.hf_hub_id or config.url or config.file):
-        return f"timm has no pretrained weights for {name}; use backbone.pretrained=false or backbone.checkpoint=FILE"
+        return "timm has no pretrained weights for it; use pretrained=False or checkpoint=FILE"
     source = f"model.safetensors of {config.hf_hub_id} on the hub" if config.hf_hub_id else config.url
     return (
-        f"the weights of {name} could not be loaded ({_first_line(error)}). "
-        f"On a machine with a network fetch {source}, put it anywhere on this machine, and add backbone.checkpoint=FILE"
+        f"its weights could not be loaded ({_first_line(error)}). "
+        f"On a machine with network access download {source}, copy it to this machine and use checkpoint=FILE"
     )
 
 
@@ -276,17 +276,17 @@ def _first_line(error: Exception) -> str:
 
 
 def _extend_rope(rope: Tensor, num_tokens: int) -> Tensor:
-    """Rotations (..., M, 2 * head_dim), sines then cosines, with `num_tokens` rows in front that do not rotate."""
+    """Prepend `num_tokens` rows without rotation to a rotary embedding (..., M, 2 d): sines, then cosines."""
     if num_tokens == 0:
         return rope
     sines, cosines = rope.chunk(2, dim=-1)
     shape = (*sines.shape[:-2], num_tokens, sines.shape[-1])
-    still = torch.cat([sines.new_zeros(shape), cosines.new_ones(shape)], dim=-1)
-    return torch.cat([still, rope], dim=-2)
+    identity = torch.cat([sines.new_zeros(shape), cosines.new_ones(shape)], dim=-1)
+    return torch.cat([identity, rope], dim=-2)
 
 
 def _extend_bias(bias: Tensor, num_prefix_tokens: int, num_tokens: int) -> Tensor:
-    """A relative position bias (1, h, N, N) with rows and columns of zeros for tokens behind the prefix tokens."""
+    """Insert rows and columns of zeros for prompt tokens, after the prefix tokens, into a bias (1, h, N, N)."""
     for dim in (-2, -1) if num_tokens else ():
         prefix, rest = bias.tensor_split([num_prefix_tokens], dim)
         shape = list(bias.shape)

@@ -1,1 +1,1 @@
-"""Heads: from features to outputs."""
+"""Heads of classifiers and detectors."""

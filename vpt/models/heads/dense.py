@@ -1,10 +1,10 @@
-"""DenseHead: an anchor-free detector on a feature pyramid, its assignment of boxes to points and its losses.
+"""Dense head: an anchor-free detection head on a feature pyramid, with its assignment and losses.
 
-Every cell of every level is a *point* that says a score for each class and one box. Two towers of convolutions, shared
-by all levels, look for classes and for box sides. In training each box is given the points that are best at it so far,
-by score and by overlap together; a box that has none inside gets the nearest point, so every box trains.
+Every cell of every level is a *point* that predicts a score for each class and one box. Two towers of convolutions,
+shared by all levels, predict classes and box sides. In training each true box is assigned to the points that currently
+predict it best, by score and overlap together. A box without a point inside gets the nearest one, so every box trains.
 
-Legend: B images, A points of all levels, K classes, G boxes of an image, C channels, S stride in pixels.
+Legend: B images, A points of all levels, K classes, G true boxes of an image, C channels, S stride in pixels.
 """
 
 import math
@@ -16,25 +16,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, generalized_box_iou_loss
 
-PRIOR = 0.01  # probability of each class at the start, as in focal loss
-MAX_LOG_SIDE = 7.0  # exp of it times the stride is larger than any picture
-NUM_CANDIDATES = 10
+PRIOR = 0.01  # initial probability of each class, as in the focal loss paper
+MAX_LOG_SIDE = 7.0  # exp(7) times the stride is larger than any image
+NUM_CANDIDATES = 10  # points per true box, at most
 SCORE_POWER, OVERLAP_POWER = 0.5, 4.0
-MAX_COMPARED = 3000  # boxes of an image that go into non-maximum suppression, which takes the square of them
+MAX_COMPARED = 3000  # boxes of an image in non-maximum suppression, whose cost is quadratic
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which of the boxes that a head finds in an image are given out.
+    """Which detections a head returns.
 
     Args:
-        min_score: A box must score more; 0.05 for evaluation, some 0.25 to look at.
-        max_overlap: Of two boxes of a class with a larger IoU, only the better one.
-        max_detections: The best ones of an image.
-        labels: Only these classes, which are then all that `max_detections` counts; None is all.
+        min_score: Lower bound of the score, exclusive: 0.05 for evaluation, about 0.25 for display.
+        max_overlap: IoU above which only the better of two boxes of a class is returned.
+        max_detections: Detections per image, at most; those with the highest scores.
+        labels: Return only these classes, before `max_detections` is applied; None returns all.
 
     Raises:
-        ValueError: A number out of range, or no label.
+        ValueError: A value is out of range, or `labels` is empty.
 
     Example:
         >>> Selection(min_score=0.25)
@@ -48,31 +48,31 @@ class Selection:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_score < 1:
-            raise ValueError(f"min_score must be at least 0 and below 1, got {self.min_score}")
+            raise ValueError(f"min_score={self.min_score}: must be at least 0 and below 1")
         if not 0 < self.max_overlap <= 1:
-            raise ValueError(f"max_overlap must be above 0 and at most 1, got {self.max_overlap}")
+            raise ValueError(f"max_overlap={self.max_overlap}: must be above 0 and at most 1")
         if self.max_detections < 1:
-            raise ValueError(f"max_detections must be at least 1, got {self.max_detections}")
+            raise ValueError(f"max_detections={self.max_detections}: must be at least 1")
         if self.labels is not None and (not self.labels or min(self.labels) < 0):
-            raise ValueError(f"labels must be one class or more, counted from 0, or None for all, got {self.labels}")
+            raise ValueError(f"labels={self.labels}: must be at least one class index from 0, or None for all")
 
     def only(self, logits: Tensor) -> Tensor:
-        """Logits (..., K) in which the classes that are not wanted can have no score."""
+        """Set the logits (..., K) of the classes that are not selected to -inf."""
         if self.labels is None:
             return logits
-        is_unwanted = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        is_unwanted[list(self.labels)] = False
-        return logits.masked_fill(is_unwanted, -math.inf)
+        is_excluded = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        is_excluded[list(self.labels)] = False
+        return logits.masked_fill(is_excluded, -math.inf)
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What each point of an image is to learn.
+    """Training targets of the points of an image.
 
     Args:
-        box: Index of its box, (A,) int64; -1 for background.
-        overlap: IoU of the point's prediction and its box, (A,); 0 for background.
-        is_ignored: Points that teach no class, (A,) bool.
+        box: Index of the assigned true box, (A,) int64; -1 for background.
+        overlap: IoU of the predicted and the assigned box, (A,); 0 for background.
+        is_ignored: Points without a class loss, (A,) bool.
     """
 
     box: Tensor
@@ -81,13 +81,13 @@ class Assignment:
 
 
 class DenseHead(nn.Module):
-    """Feature maps of a pyramid -> scores and boxes of all points.
+    """Anchor-free detection head: levels of a feature pyramid -> scores and boxes of all points.
 
     Args:
         channels: C, of every level.
         num_classes: K.
         strides: S of each level, in pixels.
-        num_convs: Convolutions in each of the two towers.
+        num_convs: Number of convolutions in each of the two towers.
 
     References:
         FCOS (Tian et al., 2019), https://arxiv.org/abs/1904.01355, shared towers and distances to the sides;
@@ -116,7 +116,7 @@ class DenseHead(nn.Module):
         nn.init.constant_(self.box_sides.bias, math.log(3))  # type: ignore[arg-type]
 
     def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Class logits (B, A, K), and boxes (B, A, 4) as x1, y1, x2, y2 in pixels, of levels (B, C, H/S, W/S)."""
+        """Levels (B, C, H/S, W/S) -> class logits (B, A, K), and boxes (B, A, 4) as x1, y1, x2, y2 in pixels."""
         logits, boxes = [], []
         for level, stride, scale in zip(levels, self.strides, self.scales, strict=True):
             logits.append(self.class_logits(self.class_tower(level)).flatten(2).mT)
@@ -129,31 +129,34 @@ class DenseHead(nn.Module):
     def losses(
         self, levels: Sequence[Tensor], image_size: tuple[int, int], targets: Sequence[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """What `dense_losses` gives for levels (B, C, H/S, W/S) and their targets."""
+        """`dense_losses` of levels (B, C, H/S, W/S) and their targets."""
         logits, boxes = self(levels)
         return dense_losses(self.points(levels), logits, boxes, targets)
 
     def detect(
         self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], selection: Selection
     ) -> list[dict[str, Tensor]]:
-        """For each image of such a size "boxes" (n, 4) in pixels, "scores" (n,) and "labels" (n,), the best first."""
+        """Detections per image of the given (height, width): "boxes" (n, 4) in pixels, "scores" and "labels" (n,).
+
+        They are sorted by descending score; boxes are clipped to the image.
+        """
         logits, boxes = self(levels)
         scores = selection.only(logits.float()).sigmoid()
-        return [_select(*of_image, selection) for of_image in zip(scores, boxes, sizes, strict=True)]
+        return [_select(*image, selection) for image in zip(scores, boxes, sizes, strict=True)]
 
     def points(self, levels: Sequence[Tensor]) -> Tensor:
-        """The points of all levels, (A, 2) as x, y in pixels."""
+        """Points of all levels, (A, 2) as x, y in pixels."""
         pairs = zip(levels, self.strides, strict=True)
         return torch.cat([level_points(level.shape[-2:], stride, level.device) for level, stride in pairs])
 
 
 def conv_norm(channels: int) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """A 3 x 3 convolution that keeps the size, its norm and its activation."""
+    """A 3 x 3 convolution that keeps the size, a norm and an activation."""
     return nn.Conv2d(channels, channels, 3, padding=1, bias=False), group_norm(channels), nn.ReLU(inplace=True)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Groups of at least four channels, at most 32 of them."""
+    """GroupNorm with at most 32 groups of at least four channels."""
     return nn.GroupNorm(math.gcd(32, max(1, channels // 4)), channels)
 
 
@@ -166,33 +169,32 @@ def level_points(size: Sequence[int], stride: int, device: torch.device) -> Tens
 
 @torch.no_grad()
 def assign(points: Tensor, scores: Tensor, boxes: Tensor, targets: Tensor, labels: Tensor, crowd: Tensor) -> Assignment:
-    """Give the boxes of one image to points.
+    """Assign the true boxes of one image to points.
 
-    A box takes the points inside it that are largest by score^0.5 * IoU^4, at most ten; a point that several boxes
-    want goes to the one that it overlaps most. Crowds take none: the points inside them teach no class.
+    A box gets the points inside it with the largest score^0.5 * IoU^4, at most ten. A point chosen by several boxes
+    goes to the one with the largest IoU. Crowds get no points; points inside them are ignored in the class loss.
 
     Args:
         points: (A, 2).
-        scores: Probabilities (A, K) that the points give.
-        boxes: Boxes (A, 4) that the points give.
-        targets: True boxes (G, 4), crowds among them.
+        scores: Predicted probabilities (A, K).
+        boxes: Predicted boxes (A, 4).
+        targets: True boxes (G, 4), including crowds.
         labels: Their classes, (G,).
-        crowd: Which of them are crowds, (G,) bool.
+        crowd: Whether each is a crowd, (G,) bool.
     """
     is_inside = inside(points, targets)  # (A, G)
-    num_points, keep = len(points), ~crowd
     is_ignored = is_inside[:, crowd].any(dim=1)
-    assigned = points.new_full((num_points,), -1, dtype=torch.long)
-    overlap = points.new_zeros(num_points)
-    if not keep.any():
+    assigned = points.new_full((len(points),), -1, dtype=torch.long)
+    overlap = points.new_zeros(len(points))
+    indices = (~crowd).nonzero()[:, 0]
+    if not len(indices):
         return Assignment(assigned, overlap, is_ignored)
-    indices = keep.nonzero()[:, 0]
     true, is_inside = targets[indices], is_inside[:, indices]
     overlaps = box_iou(boxes, true)  # (A, G)
     fit = scores[:, labels[indices]].pow(SCORE_POWER) * overlaps.pow(OVERLAP_POWER)
-    top = fit.masked_fill(~is_inside, -1).topk(min(NUM_CANDIDATES, num_points), dim=0)
+    top = fit.masked_fill(~is_inside, -1).topk(min(NUM_CANDIDATES, len(points)), dim=0)
     is_chosen = torch.zeros_like(is_inside).scatter_(0, top.indices, top.values >= 0)
-    # A point that several boxes chose keeps the one that it overlaps most; a box left with none takes the nearest one.
+    # A point chosen by several boxes keeps the one with the largest IoU; a box left without points gets the nearest.
     best = torch.where(is_chosen, overlaps, -1.0).max(dim=1)
     assigned = torch.where(best.values >= 0, best.indices, assigned)
     distance = torch.cdist(points, (true[:, :2] + true[:, 2:]) / 2)
@@ -210,32 +212,36 @@ def assign(points: Tensor, scores: Tensor, boxes: Tensor, targets: Tensor, label
 def dense_losses(
     points: Tensor, logits: Tensor, boxes: Tensor, targets: Sequence[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Losses of a batch, in float32: "class" (soft focal) and "box" (GIoU), each over the number of given points.
+    """Losses of a batch in float32: "class" (soft focal) and "box" (GIoU), divided by the number of assigned points.
 
     Args:
         points: (A, 2).
         logits: (B, A, K).
         boxes: (B, A, 4).
-        targets: For each image "boxes" (G, 4), "labels" (G,) and, if there are crowds, "crowd" (G,) bool.
+        targets: Per image "boxes" (G, 4), "labels" (G,) and optionally "crowd" (G,) bool.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits, boxes = logits.float(), boxes.float()
-        class_sum, box_sum, num_given = logits.new_zeros(()), logits.new_zeros(()), 0
+        class_sum, box_sum, num_assigned = logits.new_zeros(()), logits.new_zeros(()), 0
         for image_logits, image_boxes, target in zip(logits, boxes, targets, strict=True):
-            crowd = target.get("crowd", torch.zeros_like(target["labels"], dtype=torch.bool))
-            found = assign(points, image_logits.sigmoid(), image_boxes, target["boxes"], target["labels"], crowd)
-            given = found.box >= 0
-            wanted = torch.zeros_like(image_logits)
-            wanted[given, target["labels"][found.box[given]]] = found.overlap[given]
-            class_sum = class_sum + _soft_focal(image_logits, wanted)[~found.is_ignored].sum()
-            apart = generalized_box_iou_loss(image_boxes[given], target["boxes"][found.box[given]])
-            box_sum = box_sum + apart.sum()
-            num_given += int(given.sum())
-        return {"class": class_sum / max(1, num_given), "box": box_sum / max(1, num_given)}
+            true, labels = target["boxes"], target["labels"]
+            probabilities = image_logits.sigmoid()
+            assignment = assign(points, probabilities, image_boxes, true, labels, is_crowd(target))
+            is_assigned = assignment.box >= 0
+            box = assignment.box[is_assigned]
+            scores = torch.zeros_like(image_logits)  # target scores: the IoU for the class of the box, 0 elsewhere
+            scores[is_assigned, labels[box]] = assignment.overlap[is_assigned]
+            # Soft focal loss: |target - p|^2 times the cross-entropy, so that correct predictions count little.
+            entropy = F.binary_cross_entropy_with_logits(image_logits, scores, reduction="none")
+            focal = (scores - probabilities).abs().square() * entropy
+            class_sum = class_sum + focal[~assignment.is_ignored].sum()
+            box_sum = box_sum + generalized_box_iou_loss(image_boxes[is_assigned], true[box]).sum()
+            num_assigned += int(is_assigned.sum())
+        return {"class": class_sum / max(1, num_assigned), "box": box_sum / max(1, num_assigned)}
 
 
 def _select(scores: Tensor, boxes: Tensor, size: tuple[int, int], selection: Selection) -> dict[str, Tensor]:
-    """The detections among the scores (A, K) and boxes (A, 4) of an image of this height and width, cut to it."""
+    """Select detections from scores (A, K) and boxes (A, 4) of an image of this (height, width)."""
     boxes = clip_boxes_to_image(boxes, size)
     is_inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1, keepdim=True)
     points, labels = ((scores > selection.min_score) & is_inside).nonzero(as_tuple=True)
@@ -245,13 +251,12 @@ def _select(scores: Tensor, boxes: Tensor, size: tuple[int, int], selection: Sel
     return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
 
 
-def _soft_focal(logits: Tensor, wanted: Tensor) -> Tensor:
-    """|wanted - p|^2 times the cross-entropy, so that what is right already counts little."""
-    weight = (wanted - logits.sigmoid()).abs().square()
-    return weight * F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+def is_crowd(target: dict[str, Tensor]) -> Tensor:
+    """Which boxes of a target are crowds, (G,) bool; none if the target does not state it."""
+    return target.get("crowd", torch.zeros_like(target["labels"], dtype=torch.bool))
 
 
 def inside(points: Tensor, boxes: Tensor) -> Tensor:
-    """Which points lie in which boxes, (A, G) bool."""
+    """Which points (A, 2) are inside which boxes (G, 4), (A, G) bool."""
     x, y = points[:, None].unbind(-1)
     return (x > boxes[:, 0]) & (x < boxes[:, 2]) & (y > boxes[:, 1]) & (y < boxes[:, 3])

@@ -1,10 +1,8 @@
-"""DetectionModel: a prompted backbone, a feature pyramid and a head; images -> boxes.
+"""Feature pyramid of a detector: patch tokens of several blocks -> feature maps at several strides.
 
-The backbone stays frozen, so the pyramid looks at the patch tokens of several of its blocks: *taps*. A *head* makes
-losses (`losses`) or detections (`detect`) of the levels of the pyramid and the size of the images, and that is all that
-the model knows of it.
+The backbone is frozen, so the pyramid reads the patch tokens of several of its blocks (`out_indices`).
 
-Legend: B images, D embed_dim, T taps, C channels, H, W pixels, S stride in pixels, A points, K classes.
+Legend: B images, D embed_dim, T blocks that are read, C channels, H, W pixels, S stride in pixels.
 """
 
 import math
@@ -13,14 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vpt.models.heads.dense import Selection as Selection
 from vpt.models.heads.dense import conv_norm, group_norm
 
 STRIDES = (8, 16, 32)
 
 
 def default_strides(patch_size: int) -> tuple[int, ...]:
-    """8, 16 and 32 pixels, or what is nearest to them by doubling and halving the side of a patch.
+    """The strides nearest to 8, 16 and 32 pixels that can be current by doubling or halving the patch size.
 
     Example:
         >>> default_strides(16), default_strides(14)
@@ -30,23 +27,24 @@ def default_strides(patch_size: int) -> tuple[int, ...]:
 
 
 class FeaturePyramid(nn.Module):
-    """Patch tokens of several blocks, all at the stride of the patches, -> one feature map for each stride.
+    """Patch tokens of several blocks, all at the stride of the patches, -> one feature map per stride.
 
-    Each tap is normed on its own, all are joined and narrowed, and the result is brought to each stride.
+    The tokens of each block are normalised separately, concatenated, projected to C channels and resampled to each
+    stride.
 
     Args:
         embed_dim: D.
         num_taps: T.
-        patch_size: Pixels of a patch's side.
+        patch_size: Side of a patch in pixels.
         channels: C.
-        strides: S, each the patch size times or divided by a power of two.
+        strides: S of each level, each the patch size times or divided by a power of two.
 
     Raises:
-        ValueError: A stride that cannot be reached.
+        ValueError: A stride cannot be reached from the patch size.
 
     References:
-        ViTDet (Li et al., 2022), https://arxiv.org/abs/2203.16527, section 3, the simple pyramid; narrowed before it is
-        spread, for a fraction of the weights.
+        ViTDet (Li et al., 2022), https://arxiv.org/abs/2203.16527, section 3, the simple pyramid. Ours projects to C
+        channels before resampling, which needs a fraction of the weights.
 
     Example:
         >>> pyramid = FeaturePyramid(192, num_taps=2, patch_size=16, channels=32)
@@ -64,27 +62,25 @@ class FeaturePyramid(nn.Module):
         self.levels = nn.ModuleList(_level(channels, patch_size, stride) for stride in self.strides)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Levels (B, C, H/S, W/S) of maps (B, D, rows, columns), one for each tap."""
+        """Maps (B, D, rows, columns), one per block that is read -> levels (B, C, H/S, W/S)."""
         normed = [
-            norm(tapped.movedim(1, -1).to(self.narrow.weight.dtype)).movedim(-1, 1)
-            for norm, tapped in zip(self.norms, maps, strict=True)
+            norm(tokens.movedim(1, -1).to(self.narrow.weight.dtype)).movedim(-1, 1)
+            for norm, tokens in zip(self.norms, maps, strict=True)
         ]
         narrowed = self.narrow(torch.cat(normed, dim=1))
         return [level(narrowed) for level in self.levels]
 
 
 def _level(channels: int, patch_size: int, stride: int) -> nn.Sequential:
-    """From the stride of the patches to another one, then a convolution."""
+    """Resample from the stride of the patches to another one, then apply a convolution."""
     layers: list[nn.Module] = []
-    reached = patch_size
-    while reached >= 2 * stride:
+    current = patch_size
+    while current >= 2 * stride:
         layers += [nn.ConvTranspose2d(channels, channels, 2, stride=2), group_norm(channels), nn.GELU()]
-        reached //= 2
-    while 2 * reached <= stride:
+        current //= 2
+    while 2 * current <= stride:
         layers.append(nn.MaxPool2d(2))
-        reached *= 2
-    if reached != stride:
-        raise ValueError(
-            f"head.strides: {stride} cannot be reached from patches of {patch_size} px by doubling or halving"
-        )
+        current *= 2
+    if current != stride:
+        raise ValueError(f"strides: {stride} cannot be reached from patches of {patch_size} px by doubling or halving")
     return nn.Sequential(*layers, *conv_norm(channels))

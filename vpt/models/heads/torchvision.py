@@ -1,16 +1,15 @@
-"""RetinaNet and Faster R-CNN of torchvision as heads on a feature pyramid: the known references for the dense head.
+"""RetinaNet and Faster R-CNN heads of torchvision on a feature pyramid, as references for the dense head.
 
-Layers, assignment, losses and post-processing are torchvision's own. Here they are only fed, and four traps are closed:
+Layers, assignment, losses and post-processing are torchvision's own. The adaptations are:
 
-- torchvision lays anchors on the corners of cells, at strides that it divides out of the sizes of maps, and in the
-  dtype of the maps. Here they lie on the centres of cells, as the patches of a ViT do, at the strides of the pyramid,
-  in float32.
-- Its pooling of regions takes each stride for a power of two (7 for 8). Here it is told the strides.
-- It normalises and resizes images. Here it never sees one: it begins with feature maps.
-- Label 0 of Faster R-CNN is background. Here labels begin with 0: one is added on the way in and taken off on the way
-  out.
+- torchvision places anchors on the corners of cells, at strides derived from the sizes of maps, in the dtype of the
+  maps. Here anchors are on the centres of cells, like the patches of a ViT, at the pyramid's strides, in float32.
+- Its region pooling rounds each stride to a power of two (7 to 8). Here it gets the strides.
+- Its normalisation and resizing of images is skipped: the heads take feature maps.
+- Label 0 of its Faster R-CNN is background. Here labels begin with 0, so one is added to targets and subtracted from
+  detections.
 
-Legend: B images, C channels, K classes, G boxes of an image, A anchors of all levels, S stride in pixels.
+Legend: B images, C channels, K classes, G true boxes of an image, A anchors of all levels, S stride in pixels.
 """
 
 from collections.abc import Sequence
@@ -28,26 +27,26 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 from torchvision.ops.poolers import LevelMapper
 
-from vpt.models.heads.dense import Selection, group_norm, inside
+from vpt.models.heads.dense import Selection, group_norm, inside, is_crowd
 
-ANCHOR_SIDE = 4  # side of the smallest anchor, in strides
+ANCHOR_SIDE = 4  # side of the smallest anchors, in strides
 OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 RATIOS = (0.5, 1.0, 2.0)  # height to width
 REGION_SIDE = 7  # cells of a pooled region
-CELLS_OF_LEVEL = 14  # side in cells from which a region is pooled on a level: 224 px at stride 16, as in the FPN paper
+CELLS_OF_LEVEL = 14  # region side, in cells, from which a level is used: 224 px at stride 16, as in the FPN paper
 
 
 class RetinaNetHead(nn.Module):
-    """torchvision's RetinaNet behind its backbone: nine anchors at each cell, focal loss; GroupNorm in both towers.
+    """torchvision's RetinaNet head: nine anchors per cell, focal loss, GroupNorm in both towers.
 
-    An anchor learns the box that it overlaps by half; a box that no anchor overlaps so, such as a small one, is given
-    its best anchors. Crowds are no boxes, and what would be background inside one teaches nothing.
+    An anchor is matched to a true box from an IoU of 0.5; a box without such an anchor gets its best anchors. Crowds
+    are no true boxes, and background anchors inside them are ignored.
 
     Args:
         channels: C, of every level.
         num_classes: K.
         strides: S of each level, in pixels.
-        num_convs: Convolutions in each of the two towers; torchvision has four.
+        num_convs: Number of convolutions in each of the two towers; four in torchvision.
 
     Raises:
         ValueError: `num_convs` is not 1 to 4.
@@ -65,7 +64,7 @@ class RetinaNetHead(nn.Module):
     def __init__(self, channels: int, num_classes: int, strides: Sequence[int], num_convs: int = 4) -> None:
         super().__init__()
         if not 1 <= num_convs <= 4:
-            raise ValueError(f"head.num_convs must be 1 to 4 for head.name=retinanet, got {num_convs}")
+            raise ValueError(f"num_convs={num_convs}: must be 1 to 4 for retinanet")
         self.num_classes, self.num_convs = num_classes, num_convs
         anchors = PyramidAnchors(strides, OCTAVES)
         towers = RetinaNetTowers(channels, len(OCTAVES) * len(RATIOS), num_classes, norm_layer=group_norm)
@@ -76,57 +75,56 @@ class RetinaNetHead(nn.Module):
     def losses(
         self, levels: Sequence[Tensor], image_size: tuple[int, int], targets: Sequence[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """Losses of a batch, in float32: "class" (focal) and "box" (L1 of the offsets), means over the images.
+        """Losses of a batch in float32: "class" (focal) and "box" (L1 of the offsets), averaged over the images.
 
         Args:
             levels: (B, C, H/S, W/S).
             image_size: H and W.
-            targets: For each image "boxes" (G, 4), "labels" (G,) and, if there are crowds, "crowd" (G,) bool.
+            targets: Per image "boxes" (G, 4), "labels" (G,) and optionally "crowd" (G,) bool.
         """
-        said = self._said(levels)
         anchors = torch.cat(self.retinanet.anchor_generator.of_levels(levels))
-        kept = [without_crowds(target) for target in targets]
-        matched = [self._match(anchors, *pair) for pair in zip(targets, kept, strict=True)]
-        found = self.retinanet.head.compute_loss(kept, said, [anchors] * len(kept), matched)
-        return {"class": found["classification"], "box": found["bbox_regression"]}
+        true = [without_crowds(target) for target in targets]
+        matched = [self._match(anchors, *pair) for pair in zip(targets, true, strict=True)]
+        losses = self.retinanet.head.compute_loss(true, self._predict(levels), [anchors] * len(true), matched)
+        return {"class": losses["classification"], "box": losses["bbox_regression"]}
 
     def detect(
         self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], selection: Selection
     ) -> list[dict[str, Tensor]]:
-        """For each image of such a size "boxes" (n, 4) in pixels, "scores" (n,) and "labels" (n,), the best first."""
-        said = self._said(levels)
-        said["cls_logits"] = selection.only(said["cls_logits"])
+        """Detections per image of the given (height, width), as `DenseHead.detect` returns them."""
+        outputs = self._predict(levels)
+        outputs["cls_logits"] = selection.only(outputs["cls_logits"])
         anchors = self.retinanet.anchor_generator.of_levels(levels)
-        nums = [len(some) for some in anchors]
-        by_level = {name: torch.split(one, nums, dim=1) for name, one in said.items()}
-        _select_by(self.retinanet, selection)
+        nums = [len(level) for level in anchors]
+        by_level = {name: torch.split(output, nums, dim=1) for name, output in outputs.items()}
+        _configure(self.retinanet, selection)
         found = self.retinanet.postprocess_detections(by_level, [anchors] * len(sizes), list(sizes))
-        # Boxes beside the image have been cut to nothing, and are still there.
+        # torchvision clips boxes outside the image to an empty area, but does not remove them.
         return [_best(one, (one["boxes"][:, 2:] > one["boxes"][:, :2]).all(dim=1), selection) for one in found]
 
-    def _said(self, levels: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _predict(self, levels: Sequence[Tensor]) -> dict[str, Tensor]:
         """Class logits (B, A, K) and box offsets (B, A, 4), in float32."""
-        return {name: one.float() for name, one in self.retinanet.head(list(levels)).items()}
+        return {name: output.float() for name, output in self.retinanet.head(list(levels)).items()}
 
-    def _match(self, anchors: Tensor, target: dict[str, Tensor], kept: dict[str, Tensor]) -> Tensor:
-        """The box of each anchor (A,), or torchvision's numbers for background and for what is not looked at."""
+    def _match(self, anchors: Tensor, target: dict[str, Tensor], true: dict[str, Tensor]) -> Tensor:
+        """Index of the true box of each anchor (A,), or torchvision's values for background and ignored anchors."""
         matcher = self.retinanet.proposal_matcher
-        if len(kept["boxes"]):
-            matched: Tensor = matcher(box_iou(kept["boxes"], anchors))
+        if len(true["boxes"]):
+            matched: Tensor = matcher(box_iou(true["boxes"], anchors))
         else:
             matched = torch.full((len(anchors),), matcher.BELOW_LOW_THRESHOLD, device=anchors.device)
-        crowds = target["boxes"][_is_crowd(target)]
+        crowds = target["boxes"][is_crowd(target)]
         in_crowd = inside((anchors[:, :2] + anchors[:, 2:]) / 2, crowds).any(dim=1)
         is_background = matched == matcher.BELOW_LOW_THRESHOLD
         return matched.masked_fill(in_crowd & is_background, matcher.BETWEEN_THRESHOLDS)
 
 
 class FasterRCNNHead(nn.Module):
-    """torchvision's Faster R-CNN behind its backbone: proposals, then a class and a box for each pooled region.
+    """torchvision's Faster R-CNN head: proposals, then a class and a box for each pooled region.
 
-    Three anchors at each cell. The layers behind the pooling are 4 C wide: that is the 1024 of torchvision for its 256
-    channels, and at C=64 it takes 0.9 M weights where 1024 would take 4.3 M. torchvision has no norm in these layers.
-    Crowds are no boxes; what is found inside one counts as background.
+    Three anchors per cell. The layers after the pooling are 4 C wide: torchvision's 1024 for its 256 channels; at C=64
+    this takes 0.9 M weights, where 1024 would take 4.3 M. As in torchvision they have no norm. Crowds are no true
+    boxes; detections inside them count as background.
 
     The head computes in float32 under autocast too, since torchvision takes its losses where it predicts.
 
@@ -169,42 +167,44 @@ class FasterRCNNHead(nn.Module):
     ) -> dict[str, Tensor]:
         """Losses of a batch in train mode, in float32: "rpn_class" and "rpn_box" of the proposals, "class" and "box".
 
-        In eval mode there are none, {}: they are losses of anchors and regions drawn at random, and of the true boxes
-        among the proposals, so they would neither repeat nor belong to what is detected.
+        {} in eval mode: the losses are of randomly sampled anchors and regions, with true boxes among the proposals, so
+        they would not be reproducible, nor the losses of the detections.
 
         Args:
             levels: (B, C, H/S, W/S).
             image_size: H and W.
-            targets: For each image "boxes" (G, 4), "labels" (G,) and, if there are crowds, "crowd" (G,) bool.
+            targets: Per image "boxes" (G, 4), "labels" (G,) and optionally "crowd" (G,) bool.
         """
         if not self.training:
             return {}
-        kept = [without_crowds(target) for target in targets]
-        wanted = [{"boxes": target["boxes"].float(), "labels": target["labels"] + 1} for target in kept]
-        _, found = self._run(levels, [image_size] * len(wanted), wanted)
+        true = [
+            {"boxes": boxes.float(), "labels": labels + 1}
+            for boxes, labels in (without_crowds(target).values() for target in targets)
+        ]
+        _, losses = self._run(levels, [image_size] * len(true), true)
         names = {
             "rpn_class": "loss_objectness",
             "rpn_box": "loss_rpn_box_reg",
             "class": "loss_classifier",
             "box": "loss_box_reg",
         }
-        return {ours: found[theirs] for ours, theirs in names.items()}
+        return {ours: losses[theirs] for ours, theirs in names.items()}
 
     def detect(
         self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], selection: Selection
     ) -> list[dict[str, Tensor]]:
-        """For each image of such a size "boxes" (n, 4) in pixels, "scores" (n,) and "labels" (n,), the best first."""
-        _select_by(self.roi_heads, selection)
+        """Detections per image of the given (height, width), as `DenseHead.detect` returns them."""
+        _configure(self.roi_heads, selection)
         found, _ = self._run(levels, sizes, None)
-        wanted = range(self.num_classes) if selection.labels is None else selection.labels
+        selected = range(self.num_classes) if selection.labels is None else selection.labels
         for one in found:
             one["labels"] = one["labels"] - 1
-        return [_best(one, torch.isin(one["labels"], one["labels"].new_tensor(wanted)), selection) for one in found]
+        return [_best(one, torch.isin(one["labels"], one["labels"].new_tensor(selected)), selection) for one in found]
 
     def _run(
         self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], targets: list[dict[str, Tensor]] | None
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Detections in eval mode, losses in train mode; both with the labels and the names of torchvision."""
+        """Detections (eval mode) and losses (train mode), with the labels and names of torchvision."""
         with torch.autocast(levels[0].device.type, enabled=False):
             maps = {str(index): level.float() for index, level in enumerate(levels)}
             proposals, rpn_losses = self.rpn(ImageList(maps["0"], list(sizes)), maps, targets)
@@ -213,13 +213,13 @@ class FasterRCNNHead(nn.Module):
 
 
 class PyramidAnchors(AnchorGenerator):  # type: ignore[misc]
-    """torchvision's anchors, on the centres of the cells of a pyramid and at exactly its strides.
+    """torchvision's anchors, on the centres of the cells of a pyramid, at exactly its strides.
 
-    The smallest are four strides wide, and smaller boxes train as well: each box has its best anchors.
+    The smallest anchors are four strides wide; smaller boxes are matched to their best anchors.
 
     Args:
         strides: S of each level, in pixels.
-        scales: Sizes of the anchors of a cell, times the smallest.
+        scales: Sizes of the anchors of a cell, relative to the smallest.
 
     Example:
         >>> anchors = PyramidAnchors((8, 16)).of_levels([torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 1, 1)])
@@ -233,54 +233,48 @@ class PyramidAnchors(AnchorGenerator):  # type: ignore[misc]
         self.strides = tuple(strides)
 
     def forward(self, images: ImageList, levels: Sequence[Tensor]) -> list[Tensor]:
-        """The anchors (A, 4) of all levels, for each image: what torchvision asks for."""
+        """Anchors (A, 4) of all levels for each image, the interface of torchvision."""
         return [torch.cat(self.of_levels(levels))] * len(images.image_sizes)
 
     def of_levels(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """The anchors of each level (B, C, H/S, W/S) as x1, y1, x2, y2 in pixels, in float32."""
+        """Anchors of each level (B, C, H/S, W/S) as x1, y1, x2, y2 in pixels, in float32."""
         self.set_cell_anchors(torch.float32, levels[0].device)
         on_corners = self.grid_anchors([level.shape[-2:] for level in levels], [(s, s) for s in self.strides])
         return [anchors + stride / 2 for anchors, stride in zip(on_corners, self.strides, strict=True)]
 
 
 def without_crowds(target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The boxes and labels of an image that are not crowds."""
-    kept = ~_is_crowd(target)
-    return {"boxes": target["boxes"][kept], "labels": target["labels"][kept]}
-
-
-def _is_crowd(target: dict[str, Tensor]) -> Tensor:
-    return target.get("crowd", torch.zeros_like(target["labels"], dtype=torch.bool))
+    """Boxes and labels of an image without crowds."""
+    is_box = ~is_crowd(target)
+    return {"boxes": target["boxes"][is_box], "labels": target["labels"][is_box]}
 
 
 def _no_backbone(channels: int) -> nn.Module:
-    """What torchvision asks the width of the maps; it is never called."""
+    """Placeholder from which torchvision reads the number of channels; never called."""
     backbone: Any = nn.Identity()
     backbone.out_channels = channels
     return backbone  # type: ignore[no-any-return]
 
 
 def _region_pool(strides: Sequence[int]) -> MultiScaleRoIAlign:
-    """Pooling of regions that is told the strides, as torchvision guesses them, to the next power of two."""
+    """Region pooling with explicit strides, which torchvision would round to powers of two."""
     for finer, coarser in pairwise(strides):
         if coarser != 2 * finer:
-            raise ValueError(
-                f"head.strides must double from one to the next for head.name=fasterrcnn, got {list(strides)}"
-            )
+            raise ValueError(f"strides={list(strides)}: must double from one to the next for fasterrcnn")
     pool = MultiScaleRoIAlign([str(index) for index in range(len(strides))], REGION_SIDE, sampling_ratio=2)
     pool.scales = [1 / stride for stride in strides]
     pool.map_levels = LevelMapper(0, len(strides) - 1, CELLS_OF_LEVEL * strides[0], canonical_level=0)
     return pool
 
 
-def _select_by(model: Any, selection: Selection) -> None:
-    """Set the numbers that torchvision's post-processing reads from its model."""
+def _configure(model: Any, selection: Selection) -> None:
+    """Set the thresholds that torchvision's post-processing reads from its model."""
     model.score_thresh = selection.min_score
     model.nms_thresh = selection.max_overlap
-    model.detections_per_img = None  # all: `_best` counts, once what is not wanted is out
+    model.detections_per_img = None  # no limit: `_best` applies it after the other filters
 
 
-def _best(found: dict[str, Tensor], is_wanted: Tensor, selection: Selection) -> dict[str, Tensor]:
-    """The first of the wanted detections of an image, as many as may be."""
-    kept = is_wanted.nonzero()[: selection.max_detections, 0]
-    return {name: found[name][kept] for name in ("boxes", "scores", "labels")}
+def _best(found: dict[str, Tensor], is_selected: Tensor, selection: Selection) -> dict[str, Tensor]:
+    """The first `max_detections` selected detections of an image."""
+    indices = is_selected.nonzero()[: selection.max_detections, 0]
+    return {name: found[name][indices] for name in ("boxes", "scores", "labels")}
