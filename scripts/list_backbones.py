@@ -28,9 +28,9 @@ HEAD = """# Backbones
 | `vit_base_orig` | the original ImageNet-21k ViT-B/16 of the VPT paper |
 | `mae_base`, `dinov2_base`, `dinov3_base`, `clip_base`, `siglip_base` | self-supervised and image-text models |
 
-Any other plain ViT of timm works by name: `backbone.name=vit_base_patch32_clip_448.laion2b_ft_in12k_in1k`. Without a network:
-`backbone.checkpoint=FILE` (`.safetensors`, or `.pth`, which is read with `weights_only`). timm itself knows `vit_nano_patch8_64` after
-`import vpt.models.nano`. To add a name, write a file of two lines in `conf/backbone/`.
+Any other plain ViT of timm works by name: `backbone.name=vit_base_patch32_clip_448.laion2b_ft_in12k_in1k`. Without a
+network: `backbone.checkpoint=FILE` (`.safetensors`, or `.pth`, which is read with `weights_only`). timm itself knows
+`vit_nano_patch8_64` after `import vpt.models.nano`. To add a name, write a file of two lines in `conf/backbone/`.
 
 ## Architectures
 
