@@ -1,4 +1,4 @@
-"""The README's promises that can be checked: its two commands, its keys, its files."""
+"""Checks of the README: its size, its two commands, its configuration keys and its files."""
 
 import re
 import subprocess
@@ -23,8 +23,15 @@ def test_the_first_two_blocks_are_one_line_each_that_sets_up_and_runs():
     assert test.endswith(".venv/bin/python -m pytest\n")
 
 
+def test_it_is_short():
+    lines = TEXT.splitlines()
+    setup = {command.strip() for _, command in BLOCKS[:2]}
+    assert len(lines) < 150
+    assert [line for line in lines if len(line) > 120 and line not in setup] == []
+
+
 def train_commands():
-    lines = [line for kind, block in BLOCKS[2:] if kind == "bash" for line in block.splitlines()]
+    lines = [line for language, block in BLOCKS[2:] if language == "bash" for line in block.splitlines()]
     return [line.split("#")[0].split()[3:] for line in lines if line.startswith("python -m vpt.train")]
 
 
@@ -33,13 +40,18 @@ def test_every_train_command_is_accepted(arguments):
     check_command_line(arguments)
 
 
-def test_choices_in_tables_are_accepted():
-    choices = re.findall(r"`((?:prompt|optim|augment|train)[.\w]*=[\w.:]+)`", TEXT)
+def test_choices_in_the_text_are_accepted():
+    choices = re.findall(r"`((?:(?:prompt|optim|augment|train|backbone)[.\w]*=[\w.:]+ ?)+)`", TEXT)
     assert len(choices) >= 5
     for choice in choices:
-        check_command_line([choice])
+        check_command_line(choice.split())
+
+
+def test_the_files_to_read_first_are_six():
+    (paragraph,) = re.findall(r"^Read these files first: (.*?)\n\n", TEXT, re.MULTILINE | re.DOTALL)
+    assert len(re.findall(r"\]\(vpt/[\w/]+\.py\)", paragraph)) == 6
 
 
 def test_links_lead_to_files():
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", TEXT):
         assert (ROOT / link).exists(), link
