@@ -218,7 +218,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_constants_are_never_stale_after(change, images):
+def test_cached_keys_and_values_are_never_stale_after(change, images):
     fast, plain = make_twins(images)
     with torch.no_grad():
         before = fast(images)
@@ -230,7 +230,7 @@ def test_constants_are_never_stale_after(change, images):
     assert change in ("train()", "a move there and back") or not torch.equal(after, before)
 
 
-def test_constants_follow_the_precision_of_autocast(images, num_projections):
+def test_cached_keys_and_values_follow_the_precision_of_autocast(images, num_projections):
     fast, _ = make_twins(images)
     with torch.no_grad():
         exact = fast(images)
@@ -243,7 +243,7 @@ def test_constants_follow_the_precision_of_autocast(images, num_projections):
     assert not torch.equal(rounded.float(), exact)
 
 
-def test_constants_are_no_part_of_copies_and_none_stay_behind_a_move(images):
+def test_cached_keys_and_values_are_no_part_of_copies_and_none_stay_behind_a_move(images):
     fast, _ = make_twins(images)
     assert len(fast._cache) == 3
     assert len(copy.deepcopy(fast)._cache) == 0
@@ -251,7 +251,7 @@ def test_constants_are_no_part_of_copies_and_none_stay_behind_a_move(images):
     assert len(fast.bfloat16()._cache) == 0
 
 
-def test_constants_of_inference_mode_serve_and_gradients_still_reach_the_prompt(images):
+def test_cached_keys_and_values_of_inference_mode_serve_and_gradients_still_reach_the_prompt(images):
     fast, _ = make_twins(images)
     with torch.inference_mode():
         fast(images)
@@ -272,7 +272,7 @@ def test_a_prompt_made_in_inference_mode_has_no_versions_and_no_cache(images, nu
     assert len(num_projections) == 6
 
 
-def test_a_copy_of_a_prompted_backbone_does_not_look_at_the_constants_of_the_original(images):
+def test_a_copy_of_a_prompted_backbone_does_not_use_the_cache_of_the_original(images):
     fast, _ = make_twins(images)
     other = copy.deepcopy(fast)
     with torch.no_grad():

@@ -246,7 +246,7 @@ def test_in_inference_keys_and_values_stay_until_what_is_learned_changes(images)
     backbone = make("bilinear").backbone
     with torch.inference_mode():
         first = backbone(images)
-        assert len(backbone._constants) == 3
+        assert len(backbone._cache) == 3
         assert torch.equal(backbone(images), first)
     with torch.no_grad():
         next(backbone.prompt.parameters()).mul_(2)

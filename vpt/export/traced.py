@@ -20,7 +20,7 @@ from vpt.models.attention import prompt_keys_values, why_not_fast
 from vpt.models.backbone import LivePrompt, PromptedViT
 from vpt.models.block_loop import NO_PROMPT, BlockInput, insert_prompt, pool, read_features, run_images
 from vpt.models.task_model import TaskModel
-from vpt.models.tensor_cache import Constants
+from vpt.models.tensor_cache import TensorCache
 from vpt.models.vit import ViT, name_of, pools_prefix_only, preprocessing_of
 
 Axes = Mapping[str, dict[int, str]]  # by name of a tensor: the axes whose length is free, and a name for each
@@ -55,7 +55,7 @@ class FixedPrompt(nn.Module):
         prompt = backbone.prompt
         assert prompt is not None
         with torch.no_grad():
-            self.live = LivePrompt(backbone.vit, prompt, backbone.impl, Constants())
+            self.live = LivePrompt(backbone.vit, prompt, backbone.impl, TensorCache())
             for index in [index for index, path in backbone.paths.items() if path == "kv"]:
                 last = num_read if index == backbone.depth - 1 else None
                 pair = prompt.keys_values(backbone.vit.blocks[index], index, 1, torch.float32, last)

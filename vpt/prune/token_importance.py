@@ -23,7 +23,7 @@ from vpt.models.backbone import LivePrompt, PromptedViT
 from vpt.models.block_loop import BlockInput
 from vpt.models.prompts import VisualPrompt
 from vpt.models.task_model import TaskModel
-from vpt.models.tensor_cache import Constants
+from vpt.models.tensor_cache import TensorCache
 
 Losses = Callable[[nn.Module, Tensor, Any], Mapping[str, Tensor]]  # (model, images, targets) -> means over the batch
 
@@ -110,7 +110,7 @@ class MaskedPrompt(LivePrompt):
     masks: Tensor
 
     def __init__(self, backbone: PromptedViT, prompt: VisualPrompt) -> None:
-        super().__init__(backbone.vit, prompt, "auto", Constants())
+        super().__init__(backbone.vit, prompt, "auto", TensorCache())
 
     def enter(self, index: int, tokens: Tensor, num_read: int | None) -> BlockInput:
         """The input of the block, with the masks' logarithms added to the logits of its attention."""
