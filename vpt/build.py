@@ -37,18 +37,15 @@ from vpt.engine.steps import FitSettings, Loader, NamesOf
 from vpt.engine.watch import RowWatch
 from vpt.models.adapters import Adapters
 from vpt.models.bank import TaskBank
-from vpt.models.classifier import ClassificationModel
-from vpt.models.create import create_model
-from vpt.models.detector import DetectionModel
+from vpt.models.backbone import PromptedViT
 from vpt.models.parametrizations import Bilinear, Fourier, Shared
 from vpt.models.prompt_init import PatchStart, start_from_patches, start_from_task
 from vpt.models.task_file import load_task, read_task
+from vpt.models.task_model import TaskModel, model_named
 from vpt.models.task_schema import TaskMetadata
-from vpt.models.tuning import tuned_parameters, tuned_parts
-from vpt.models.vit import load_vit
+from vpt.models.tuning import tune, tuned_parameters, tuned_parts
+from vpt.models.vit import ViT, load_vit
 from vpt.models.whitening import whiten_from_patches
-
-Model = ClassificationModel | DetectionModel
 
 DRY_BATCHES = 2
 STATISTICS_PICTURES = 256  # of train, that groups, means and whitening are computed of
@@ -129,51 +126,48 @@ def build_loaders(
     }
 
 
-def build_model(config: Config, classes: tuple[str, ...], category_ids: tuple[int, ...] | None = None) -> Model:
-    """The backbone with its prompt, and a head for these classes, which the source of boxes calls `category_ids`."""
-    backbone, head = config.backbone, config.head
-    options: dict[str, Any] = {"head_init": head.init.value}
-    if config.task is TaskName.detection:
-        options = {
-            "task": "detection",
-            "category_ids": category_ids,
-            "head": head.name.value if head.name else "dense",
-            "taps": head.taps,
-            "channels": head.channels,
-            "strides": head.strides,
-            "num_convs": head.num_convs,
-        }
-    model: Model = create_model(
-        backbone.name,
-        num_classes=len(classes),
-        pretrained=backbone.pretrained,
-        checkpoint=backbone.checkpoint,
-        img_size=backbone.img_size,
-        dtype=DTYPES[backbone.dtype],
-        classes=classes,
-        **options,
-        **tuning_options(config),
+def build_model(config: Config, task_type: str, classes: Sequence[str], head_options: Mapping[str, Any]) -> TaskModel:
+    """A new model: the backbone with its prompt, and a head for these classes.
+
+    Args:
+        config: Of the run.
+        task_type: Name of the model's type.
+        classes: Names of the classes, by label.
+        head_options: Further keyword arguments of the model's class.
+    """
+    prompt, tuning = config.prompt, config.tuning
+    is_prompted = prompt.kind is not PromptName.none and (tuning.kind is TuningName.prompt or tuning.with_prompt)
+    backbone = PromptedViT(
+        build_backbone(config),
+        prompt.kind.value if is_prompted else None,
+        num_tokens=prompt.num_tokens,
+        blocks=prompt.blocks,
+        dropout=prompt.dropout,
+        init="normal" if prompt.init is PromptInitName.normal else "uniform",
+        form=build_form(prompt),
+        impl=prompt.impl.value,
     )
-    model.backbone.vit.set_grad_checkpointing(config.grad_checkpointing)
+    model = model_named(task_type)(backbone, len(classes), classes=classes, **head_options)
+    tune(model, tuning.kind.value, num_blocks=tuning.num_blocks, adapters=build_adapters(tuning))
+    backbone.vit.set_grad_checkpointing(config.grad_checkpointing)
     return model
 
 
-def tuning_options(config: Config) -> dict[str, Any]:
-    """What `create_model` must know of the prompt, and of what trains beside it."""
-    prompt, tuning = config.prompt, config.tuning
-    is_prompted = prompt.kind is not PromptName.none and (tuning.kind is TuningName.prompt or tuning.with_prompt)
-    return {
-        "prompt": prompt.kind.value if is_prompted else None,
-        "num_tokens": prompt.num_tokens,
-        "blocks": prompt.blocks,
-        "dropout": prompt.dropout,
-        "init": "normal" if prompt.init is PromptInitName.normal else "uniform",
-        "form": build_form(prompt),
-        "impl": prompt.impl.value,
-        "tuning": tuning.kind.value,
-        "num_blocks": tuning.num_blocks,
-        "adapters": build_adapters(tuning),
-    }
+def build_backbone(config: Config, checkpoint: str | None = None) -> ViT:
+    """The backbone of a config; without pretrained weights they come from the seed.
+
+    Args:
+        config: Of the run.
+        checkpoint: Weights of the backbone, if they are not those that the config names.
+    """
+    backbone = config.backbone
+    return load_vit(
+        backbone.name,
+        pretrained=backbone.pretrained,
+        checkpoint=checkpoint or backbone.checkpoint,
+        img_size=backbone.img_size,
+        dtype=DTYPES[backbone.dtype],
+    )
 
 
 def build_adapters(tuning: TuningConfig) -> Adapters | None:
@@ -202,7 +196,7 @@ def build_form(prompt: PromptConfig) -> nn.Module | None:
     return None
 
 
-def start_prompt(config: Config, model: Model, data: Data) -> None:
+def start_prompt(config: Config, model: TaskModel, data: Data) -> None:
     """Let the prompt of a new run start at patch tokens of train pictures, or at another task, if the config says so.
 
     Raises:
@@ -219,7 +213,7 @@ def start_prompt(config: Config, model: Model, data: Data) -> None:
         start_from_patches(backbone, pictures, prompt.init.value, seed=config.seed)  # type: ignore[arg-type]
 
 
-def whiten_prompt(config: Config, model: Model, data: Data) -> None:
+def whiten_prompt(config: Config, model: TaskModel, data: Data) -> None:
     """Fix the coordinates that the prompt is learned in, if the config says so; of a run that goes on, too.
 
     Raises:
@@ -253,7 +247,7 @@ def check_compiler(device: torch.device) -> None:
         raise ConfigError(f"compile=true: {first_line(error)}; install a C++ compiler, or use compile=false") from error
 
 
-def build_optimizer(config: Config, model: Model) -> Optimizer:
+def build_optimizer(config: Config, model: TaskModel) -> Optimizer:
     """The optimiser, with a group for each part that trains: prompt, neck, head, backbone."""
     optim = config.optim
     scale = config.train.batch_size * config.train.accumulation / 256 if optim.scale_lr else 1.0
@@ -274,7 +268,7 @@ def build_schedule(config: Config, optimizer: Optimizer, num_batches: int) -> LR
     )
 
 
-def build_state(config: Config, model: Model, num_batches: int) -> RunState:
+def build_state(config: Config, model: TaskModel, num_batches: int) -> RunState:
     """The state of a new run of `num_batches` batches an epoch."""
     optimizer = build_optimizer(config, model)
     schedule = build_schedule(config, optimizer, num_batches)
@@ -293,7 +287,7 @@ def build_average(config: Config, model: nn.Module) -> MovingAverage | None:
     return None if config.train.ema is None else MovingAverage(tuned_parameters(model), config.train.ema)
 
 
-def build_watches(model: Model) -> list[RowWatch]:
+def build_watches(model: TaskModel) -> list[RowWatch]:
     """What to log of what is learned of the prompt: a row for each prompted block, or one where they share it."""
     prompt = model.backbone.prompt
     if prompt is None:
@@ -365,7 +359,7 @@ class TrainedRun:
     """A finished run, ready to use: its config, its model in eval mode and how pictures are prepared."""
 
     config: Config
-    model: Model
+    model: TaskModel
     metadata: TaskMetadata
 
     @property
@@ -393,13 +387,5 @@ def load_run(run_dir: Path, *, checkpoint: str | None = None, device: str = "aut
     config = load_config(run_dir / "config.yaml")
     metadata = read_task(task)
     seed_everything(config.seed, config.deterministic)  # a backbone without pretrained weights comes from the seed
-    backbone = config.backbone
-    vit = load_vit(
-        backbone.name,
-        pretrained=backbone.pretrained,
-        checkpoint=checkpoint or backbone.checkpoint,
-        img_size=backbone.img_size,
-        dtype=DTYPES[backbone.dtype],
-    )
-    model = load_task(task, vit).to(pick_device(device))
+    model = load_task(task, build_backbone(config, checkpoint)).to(pick_device(device))
     return TrainedRun(config, model.eval(), metadata)

@@ -95,6 +95,11 @@ class TaskMetadata:
             if listed is not None and len(listed) != self.num_classes:
                 raise ValueError(f"{name} has {len(listed)} entries, but num_classes is {self.num_classes}")
 
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes; their numbers where they have none."""
+        return self.classes or [str(label) for label in range(self.num_classes)]
+
     def to_json(self) -> dict[str, Any]:
         """The fields by their names in the file; values are not copied."""
         return {NAMES_IN_FILE.get(entry.name, entry.name): getattr(self, entry.name) for entry in fields(self)}

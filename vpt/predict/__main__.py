@@ -4,7 +4,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from vpt.predict.inputs import Inputs
     from vpt.predict.open_tasks import OpenTasks, Prepared
     from vpt.predict.progress_file import ProgressFile
-    from vpt.predict.writers import Found, Predictions
+    from vpt.task_types.writer import Predictions, PredictionWriter
 
-    Results = dict[Path, Found | str]  # what was found in each picture, or why it cannot be read
+    Results = dict[Path, Predictions | str]  # by image: its predictions, or why it cannot be read
 
 UNREADABLE = 1
 
@@ -39,7 +39,7 @@ USAGE = """python -m vpt.predict: classes of pictures, or boxes in them, by task
 Classification:
   top_k=5              classes for each picture, most probable first
 Detection:
-  pictures=FOLDER      the pictures with their boxes drawn on them go there, too, as .jpg
+  drawings=FOLDER      also write the images with their boxes drawn on them there, as .jpg
   min_score=0.25       least score of a box
   max_overlap=0.6      two boxes of a class that overlap more (IoU) are one
   max_detections=100   most boxes in a picture
@@ -68,7 +68,7 @@ class PredictOptions:
     run: str | None = None
     every: int | None = number(None, low=1)
     top_k: int | None = number(None, low=1)
-    pictures: str | None = None
+    drawings: str | None = None
     min_score: float | None = number(None, low=0, high=0.999)  # no score is above 1
     max_overlap: float | None = number(None, above=0, high=1)
     max_detections: int | None = number(None, low=1)
@@ -99,23 +99,22 @@ def main() -> None:
 def predict_run(options: PredictOptions) -> list[str]:
     """Predict all pictures of the input and write what is found; return a line for each that cannot be read."""
     from vpt.predict.progress_file import ProgressFile
-    from vpt.predict.writers import predictions_of
 
     inputs = _find(options)
     for path in inputs.paths:
         if not str(path).isprintable() and any("\ud800" <= letter <= "\udfff" for letter in str(path)):
             raise ConfigError(f"input={options.input}: the name of {str(path)!r} is not UTF-8; rename that picture")
     tasks = _open(options)
-    predictions = predictions_of(tasks, options, inputs.root, inputs.paths)
+    writer = _writer(options, tasks, inputs)
     journal = ProgressFile(_journal_path(options), _command(options, tasks))
-    results = _earlier(inputs, predictions, journal, options.batch_size)
+    results = _earlier(inputs, writer, journal, options.batch_size)
     with closing(journal):
-        results |= _predict(inputs, tasks, predictions, journal, results, options.batch_size)
+        results |= _predict(inputs, tasks, writer, journal, results, options.batch_size)
     in_order = {path: results[path] for path in inputs.paths}
     found = {path: result for path, result in in_order.items() if not isinstance(result, str)}
     unreadable = [result for result in in_order.values() if isinstance(result, str)]
     if found:
-        print(f"{len(found)} pictures predicted, {predictions.write(found)} written")
+        print(f"{len(found)} pictures predicted, {writer.write(found)} written")
     journal.remove()
     for line in unreadable:
         print(f"skipped: {line}", file=sys.stderr)
@@ -125,14 +124,14 @@ def predict_run(options: PredictOptions) -> list[str]:
     return unreadable
 
 
-def _earlier(inputs: "Inputs", predictions: "Predictions", journal: "ProgressFile", size: int) -> "Results":
+def _earlier(inputs: "Inputs", writer: "PredictionWriter", journal: "ProgressFile", size: int) -> "Results":
     """What the journal keeps of batches that are done as a whole, of pictures that have not changed since.
 
     A batch holds the same pictures whether the command was stopped or not, so that all numbers are the same to the last
     digit.
     """
     known = {_name(inputs, path): path for path in inputs.paths}
-    found: dict[Path, Found] = {}
+    found: dict[Path, Predictions] = {}
     errors: dict[Path, str] = {}
     for entry in journal.entries():
         path = known.get(entry.name)
@@ -141,8 +140,8 @@ def _earlier(inputs: "Inputs", predictions: "Predictions", journal: "ProgressFil
         if entry.error is not None:
             errors[path] = entry.error
         else:
-            found[path] = predictions.from_record(path, entry.found)
-    whole = predictions.resume(found)
+            found[path] = writer.from_record(path, entry.found)
+    whole = writer.resume(found)
     kept: Results = {**{path: found[path] for path in whole}, **errors}
     done = [chunk for chunk in _chunks(inputs, size) if kept.keys() >= set(chunk)]
     results = {path: kept[path] for path in itertools.chain(*done)}
@@ -154,17 +153,19 @@ def _earlier(inputs: "Inputs", predictions: "Predictions", journal: "ProgressFil
 def _predict(
     inputs: "Inputs",
     tasks: "OpenTasks",
-    predictions: "Predictions",
+    writer: "PredictionWriter",
     journal: "ProgressFile",
     done: "Results",
     size: int,
 ) -> "Results":
     """What is found in the pictures that are not done yet; the journal gets each batch."""
     from vpt.engine.console import Progress
+    from vpt.predict.open_tasks import run_model
     from vpt.predict.progress_file import Entry
+    from vpt.task_types.writer import PredictedImage
 
     def prepare(picture: "Image") -> "Prepared":
-        return tasks.prepare(picture, keeps_picture=predictions.keeps_pictures)
+        return tasks.prepare(picture, keeps_image=writer.needs_images)
 
     results: Results = {}
     chunks = [chunk for chunk in _chunks(inputs, size) if not done.keys() >= set(chunk)]
@@ -174,8 +175,12 @@ def _predict(
             read = dict(zip(chunk, batch, strict=True))
             errors = {path: one for path, one in read.items() if isinstance(one, str)}
             good = {path: one for path, one in read.items() if not isinstance(one, str)}
-            found = dict(zip(good, predictions.predict([*good], [*good.values()]), strict=True)) if good else {}
-            records = {path: predictions.to_record(of_picture) for path, of_picture in found.items()}
+            found: dict[Path, Predictions] = {}
+            if good:
+                images = [PredictedImage(path, one.size, one.image) for path, one in good.items()]
+                outputs = run_model(tasks, [*good.values()])
+                found = dict(zip(good, writer.predict(images, outputs), strict=True))
+            records = {path: writer.to_record(of_image) for path, of_image in found.items()}
             journal.add(
                 [Entry(_name(inputs, path), stamps[path], records.get(path), errors.get(path)) for path in chunk]
             )
@@ -222,6 +227,22 @@ def _open(options: PredictOptions) -> "OpenTasks":
     raise ConfigError("task is needed: type task=FILE, or run=FOLDER")
 
 
+def _writer(options: PredictOptions, tasks: "OpenTasks", inputs: "Inputs") -> "PredictionWriter":
+    """The writer of the tasks' type, after a check that no option is only for other types."""
+    from vpt.task_types.base import task_type_named, task_types
+
+    writer = task_type_named(tasks.task_type).writer
+    others = {name for task_type in task_types().values() for name in task_type.writer.options} - {*writer.options}
+    values = asdict(options)
+    for name in others:
+        if values.get(name) is not None:
+            raise ConfigError(f"{name}: is not for a {tasks.task_type} task, which {tasks.origin} is")
+    made = writer(tasks.metadata, tasks.origin, values, inputs.root, inputs.paths)
+    for name, selection in made.selection.items():
+        tasks.select(name, selection)
+    return made
+
+
 def _journal_path(options: PredictOptions) -> Path:
     """Beside the output."""
     return Path(f"{Path(options.output).expanduser()}.partial")
@@ -232,7 +253,7 @@ def _command(options: PredictOptions, tasks: "OpenTasks") -> dict[str, Any]:
     from vpt.version import __version__
 
     same = ("every", "top_k", "min_score", "max_overlap", "max_detections", "classes")
-    places = {"input": options.input, "pictures": options.pictures}
+    places = {"input": options.input, "drawings": options.drawings}
     return {
         "vpt": __version__,
         **tasks.digests,

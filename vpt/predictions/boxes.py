@@ -14,9 +14,12 @@ from pathlib import PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vpt.data.samples import Size
+from vpt.data.transforms.preprocessing import Preprocessing, unletterbox
 from vpt.predictions.tables import to_table
 
 NUMBERS = ("score", "x1", "y1", "x2", "y2")
@@ -200,6 +203,12 @@ def file_names(paths: Sequence[str], ending: str) -> list[str]:
             raise ValueError(f"{image}: its file {name} is also that of {names[name]}; rename one of them")
         names[name] = image
     return list(names)
+
+
+def to_original(detection: dict[str, Tensor], size: Size, preprocessing: Preprocessing) -> dict[str, Tensor]:
+    """A detection in pixels of the input -> in pixels of the image of this height and width, on the CPU."""
+    boxes = unletterbox(detection["boxes"].float().cpu().numpy(), size, preprocessing)
+    return {name: value.cpu() for name, value in detection.items()} | {"boxes": torch.from_numpy(boxes)}
 
 
 def _shortest(value: np.float32) -> float:

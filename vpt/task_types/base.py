@@ -1,62 +1,137 @@
-"""Kind: what a run asks of its kind of task, from reading data to telling what was found."""
+"""TaskType: everything that differs between the types of task, outside their models.
 
-from collections.abc import Iterator, Mapping, Sequence
+Commands ask a task type for what they need and never which type it is. A new type is one module with a `TaskModel`
+(see `vpt.models.task_model`) and a `TaskType`, both registered under the same name.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.data import Dataset
 
-from vpt.build import Data
-from vpt.config.schema import Config, TaskName
+from vpt.build import Data, build_loaders, build_model, build_preprocessing
+from vpt.config.errors import ConfigError, did_you_mean
+from vpt.config.schema import Config
+from vpt.data.images import Decoding
 from vpt.data.readers.box_checks import DataReport
+from vpt.data.readers.folder import fruit_root
+from vpt.data.samples import Size
 from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Evaluator, Losses
+from vpt.models.task_model import TaskModel
+from vpt.models.task_schema import TaskMetadata
+from vpt.task_types.writer import PredictionWriter
 from vpt.task_types.findings import Finding
+from vpt.task_types.unreadable import LeftOut, describe_left_out, leave_out_unreadable
 
 
-class Kind(Protocol):
-    """One kind of task, for the config of a run.
+@dataclass(frozen=True)
+class AnswerLimits:
+    """How much a server returns of one image.
+
+    Args:
+        top_k: Most classes.
+        min_score: Lowest score of a box.
+        max_detections: Most boxes.
+    """
+
+    top_k: int = 5
+    min_score: float = 0.25
+    max_detections: int = 100
+
+
+class TaskType(ABC):
+    """A type of task, for the config of one run.
+
+    The class itself, without a config, describes tasks that are trained: how their predictions are written, served and
+    published.
 
     Args:
         config: The run's config.
+
+    Attributes:
+        report: Problems that `read_all` found in labels.
+        left_out: Train images that `read` left out, and why.
     """
 
-    select: ClassVar[str]  # the metric of val that chooses
-    goal: ClassVar[float]  # of that metric on one batch, for mode=overfit
-    charts: ClassVar[Mapping[str, Sequence[str]]]  # of TensorBoard's overview, with those of every run: title -> tags
+    name: ClassVar[str]  # `dataset.task` in configs, "kind" in task files
+    main_metric: ClassVar[str]  # on val; selects the best epoch, higher is better
+    overfit_goal: ClassVar[float]  # of the main metric on one batch, for mode=overfit
+    charts: ClassVar[Mapping[str, Sequence[str]]] = {}  # of TensorBoard's overview: title -> regular expressions of tags
+    readers: ClassVar[Sequence[str]]  # allowed values of `dataset.reader`
+    counted: ClassVar[str] = "images"  # what `class_counts` of the samples counts
+    dataset: ClassVar[Callable[..., Dataset[Any]]]  # (samples, transform, seed=) -> a `SampleDataset`
+    collate_fn: ClassVar[Callable[[Any], Any] | None] = None
 
-    counted: ClassVar[str]  # what is counted of each class: "images" or "boxes"
-    report: DataReport  # filled by `read_all`: problems of the labels
+    writer: ClassVar[type[PredictionWriter]]  # for python -m vpt.predict
+    answer: ClassVar[type]  # a TypedDict of what a server returns for one image; its key "task_type" is a Literal
+    pipeline_tag: ClassVar[str]  # on the Hugging Face Hub
+    usage: ClassVar[str]  # Python code for a card, formatted with repo_id= and backbone=
+    peft_task: ClassVar[str | None] = None  # task_type in PEFT's adapter_config.json
 
-    def __init__(self, config: Config) -> None: ...
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.decoding = Decoding(config.data.max_pixels, config.data.background)
+        self.report = DataReport()
+        self.left_out: LeftOut = []
 
-    left_out: list[tuple[str, str]]  # train pictures that `read` left out, and why
+    # Reading the data.
 
+    @abstractmethod
     def read_all(self) -> dict[str, Any]:
-        """Samples by split, from the source that the config names, with pictures that cannot be read."""
+        """Samples by split, including images that cannot be read."""
 
     def read(self) -> dict[str, Any]:
-        """The same, after a look whether they can be read, which is refused or left out as the config says."""
+        """Samples by split; images that cannot be read are refused or left out, as the config states.
 
-    def build_data(self, samples: Mapping[str, Any], backbone_preprocessing: Mapping[str, Any]) -> Data:
-        """Data sets and loaders of all splits, for a backbone that wants its pictures prepared in this way."""
+        Raises:
+            ValueError, OSError: The data cannot be read, or not be used.
+        """
+        samples, self.left_out = leave_out_unreadable(self.config, self.read_all(), self.report.left_out)
+        return samples
+
+    @abstractmethod
+    def transforms(self, preprocessing: Preprocessing) -> tuple[Any, Any]:
+        """The transform of train images, with its attribute `is_random`, and that of all others."""
 
     def preprocessing(self, backbone_preprocessing: Mapping[str, Any]) -> Preprocessing:
-        """How images are prepared for a backbone."""
+        """Preprocessing of the images; `augment.crop_mode` and `crop_pct` override the backbone's."""
+        augment = self.config.augment
+        return build_preprocessing(backbone_preprocessing, crop_mode=augment.crop_mode, crop_pct=augment.crop_pct)
+
+    def build_data(self, samples: Mapping[str, Any], backbone_preprocessing: Mapping[str, Any]) -> Data:
+        """Data sets and loaders of all splits, for a backbone with this preprocessing."""
+        preprocessing = self.preprocessing(backbone_preprocessing)
+        training, evaluation = self.transforms(preprocessing)
+        datasets = {
+            split: type(self).dataset(members, training if split == "train" else evaluation, seed=self.config.seed)
+            for split, members in samples.items()
+        }
+        loaders = build_loaders(self.config, datasets, type(self).collate_fn)
+        return Data(dict(samples), datasets, loaders, preprocessing, training.is_random)
+
+    def describe(self, samples: Mapping[str, Any]) -> list[str]:
+        """Lines for the summary: the data, and the problems found in them."""
+        counts = ", ".join(f"{split} {len(members)}" for split, members in samples.items())
+        first = f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; images: {counts}"
+        return [first, *describe_left_out(self.left_out)]
+
+    # Checks of python -m vpt.doctor.
 
     def strides(self, patch_size: int) -> tuple[int, ...]:
         """Strides of the head in pixels, for a backbone with patches of this size; empty without feature maps."""
-
-    def class_counts(self, samples: Any) -> NDArray[np.int64]:
-        """Images, or boxes that are not crowds, of each class of a split, (K,)."""
-
-    def label_text(self, samples: Any, index: int) -> str:
-        """The label of an image in a short form; equal texts mean equal labels."""
+        return ()
 
     def imbalance_note(self, counts: NDArray[np.int64]) -> str:
-        """What class weights do, or would do, about these counts per class of train, (K,); empty without weights."""
+        """The effect of class weights on these counts per class of train, (K,); empty without class weights."""
+        return ""
 
     def check_data(
         self,
@@ -70,45 +145,120 @@ class Kind(Protocol):
         Args:
             splits: Samples by split.
             readable: Indices of the images that can be read, by split; empty if labels could not be read.
-            preprocessing: How images would be prepared, where known.
+            preprocessing: Of the images, where known.
             strides: Of the head, see `strides`.
         """
+        return iter(())
 
+    # Training and evaluation.
+
+    def head_options(self, train: Any) -> dict[str, Any]:
+        """Keyword arguments of the model's class, beside those that every task model has.
+
+        Args:
+            train: Samples of train.
+        """
+        return {}
+
+    def build_model(self, train: Any) -> TaskModel:
+        """A new model for the classes of train."""
+        return build_model(self.config, self.name, train.classes, self.head_options(train))
+
+    @abstractmethod
     def losses(self, data: Data) -> Losses:
-        """What trains a model on these data."""
+        """A function from model, images and targets to losses by name."""
 
+    @abstractmethod
     def evaluator(self, data: Data, split: str | None) -> Evaluator:
-        """The evaluation on a split; None evaluates a batch as it comes, augmented."""
+        """An evaluator for a split; for one batch, augmented or not, where split is None."""
 
-    def prediction_evaluator(self, data: Data, split: str) -> "PredictionEvaluator":
-        """An evaluation that collects what `vpt.compare` reports of a run."""
-
-    def describe(self, samples: Mapping[str, Any]) -> list[str]:
-        """What the data are, a line for the summary, and lines on what is wrong with them."""
+    def prediction_evaluator(self, data: Data, split: str) -> "PredictionEvaluator | None":
+        """An evaluator whose results `python -m vpt.compare` saves for each run; None for no results."""
+        return None
 
     def class_table(self, evaluator: Any, data: Data, split: str) -> str:
-        """A table with a line for each class, of what was evaluated on a split."""
+        """A table with a row for each class, of an evaluated split; empty where there are no classes."""
+        return ""
+
+    # Figures in TensorBoard.
 
     def log_start(self, monitor: Monitor, data: Data) -> None:
-        """Train pictures as the model will see them."""
+        """Log train images as the model receives them."""
 
     def log_epoch(self, monitor: Monitor, data: Data, evaluator: Any, epoch: int, step: int) -> None:
-        """What a person may want to look at while the run goes on, after an evaluation on val."""
+        """Log figures after an evaluation on val."""
 
     def log_end(self, monitor: Monitor, data: Data, evaluator: Any, result: FitResult) -> None:
-        """What the best model makes of val."""
+        """Log figures of the best model on val."""
+
+    # Trained tasks.
+
+    @classmethod
+    @abstractmethod
+    def to_answer(cls, metadata: TaskMetadata, output: Any, size: Size, limits: AnswerLimits) -> dict[str, Any]:
+        """The JSON values, as `answer` declares them, of one output of the model.
+
+        Args:
+            metadata: Of the task.
+            output: Of one image.
+            size: Height and width of the upright image in pixels.
+            limits: How much is returned.
+
+        Raises:
+            ArithmeticError: The output has numbers that are not finite.
+        """
+
+    @classmethod
+    def sample_images(cls) -> Path:
+        """A folder of images that ships with the package, for the check of an exported model."""
+        return fruit_root()
 
 
 class PredictionEvaluator(Evaluator, Protocol):
     """An evaluator whose results can be saved as JSON."""
 
     def result(self) -> dict[str, Any]:
-        """What was collected, under "predictions" and "probabilities", or "precision"."""
+        """Results under "predictions" and "probabilities", or "precision"."""
 
 
-def kind_of(config: Config) -> Kind:
-    """The kind of task that a config describes."""
-    from vpt.task_types.classification import Classification
-    from vpt.task_types.detection import Detection
+_registered: dict[str, type[TaskType]] = {}
 
-    return Detection(config) if config.task is TaskName.detection else Classification(config)
+
+def register_task_type(task_type: type[TaskType]) -> type[TaskType]:
+    """Register a type of task by its name; a decorator. A later class of the same name replaces the earlier one."""
+    _registered[task_type.name] = task_type
+    return task_type
+
+
+def task_types() -> dict[str, type[TaskType]]:
+    """All registered types of task by name."""
+    import vpt.task_types.classification
+    import vpt.task_types.detection  # noqa: F401  # both register themselves
+
+    return dict(_registered)
+
+
+def task_type_named(name: str) -> type[TaskType]:
+    """The class of a type of task.
+
+    Raises:
+        ValueError: There is none of this name.
+    """
+    found = task_types()
+    if name not in found:
+        raise ValueError(f"no type of task {name!r}; registered are {', '.join(found)}")
+    return found[name]
+
+
+def task_type_of(config: Config) -> TaskType:
+    """The type of task of a config.
+
+    Raises:
+        ConfigError: `dataset.task` is not registered, or has no such reader.
+    """
+    name, reader, found = config.dataset.task, config.dataset.reader, task_types()
+    if name not in found:
+        raise ConfigError(f"dataset.task={name}: no such type of task{did_you_mean(name, list(found))}")
+    if reader not in found[name].readers:
+        raise ConfigError(f"dataset.reader={reader}: must be one of {', '.join(found[name].readers)}, for {name}")
+    return found[name](config)

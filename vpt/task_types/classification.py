@@ -1,22 +1,21 @@
-"""Classification: a picture has one class."""
+"""Classification: each image has one class."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from vpt.build import Data, build_loaders, build_preprocessing, spread
-from vpt.config.schema import ClassWeights, Config, DatasetKind, OnError
-from vpt.data.images import Decoding
-from vpt.data.readers.box_checks import DataReport
+from vpt.build import Data, spread
+from vpt.config.schema import ClassWeights, OnError
 from vpt.data.readers.folder import fruit_root, read_folder
 from vpt.data.readers.tables import read_csv, read_list
 from vpt.data.readers.torchvision import read_torchvision
-from vpt.data.samples import ClassificationDataset, ClassificationSamples, check_readable
+from vpt.data.samples import ClassificationDataset, ClassificationSamples, Size, check_readable
 from vpt.data.splits import take_per_class
 from vpt.data.transforms.images import EvalTransform, TrainTransform
 from vpt.data.transforms.preprocessing import Preprocessing, denormalise
@@ -26,16 +25,47 @@ from vpt.engine.metrics.classification import ClassificationMetrics
 from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
+from vpt.models.task_schema import TaskMetadata
 from vpt.plots.grid import RIGHT, WRONG, confusion_picture, picture_grid
 from vpt.storage.archives import unpacked
+from vpt.task_types.base import AnswerLimits, TaskType, register_task_type
+from vpt.task_types.class_writer import ClassWriter
 from vpt.task_types.findings import Finding, Level, some
-from vpt.task_types.unreadable import LeftOut, describe_left_out, leave_out_unreadable
+from vpt.task_types.unreadable import leave_out_unreadable
 
-NUM_GRID_PICTURES = 32
+NUM_GRID_IMAGES = 32
+
+ClassProbability = TypedDict("ClassProbability", {"class": str, "probability": float})
+
+
+class ClassificationAnswer(TypedDict):
+    """The most probable classes, in descending order."""
+
+    task_type: Literal["classification"]
+    predictions: list[ClassProbability]
+
+
+USAGE = """\
+import torch
+
+import vpt
+from vpt.data.images import read_image
+from vpt.data.transforms.images import EvalTransform
+from vpt.data.transforms.preprocessing import Preprocessing
+from vpt.hub import download
+
+model = vpt.from_pretrained({repo_id}, backbone={backbone})
+preprocessing = Preprocessing.from_dict(vpt.read_task(download({repo_id})).preprocessing)
+image = EvalTransform(preprocessing)(read_image("photo.jpg"))
+with torch.inference_mode():
+    probabilities = model(image[None]).softmax(dim=1)[0]
+best = int(probabilities.argmax())
+print(model.classes[best] if model.classes else best, float(probabilities[best]))
+"""
 
 
 class ClassEvaluator:
-    """Logits of a split -> metrics; `metrics` remembers the confusion and the worst pictures."""
+    """Metrics of the logits of a split; `metrics` also stores the confusion matrix and the worst images."""
 
     def __init__(self, num_classes: int) -> None:
         self.metrics = ClassificationMetrics(num_classes)
@@ -72,26 +102,28 @@ class ClassPredictions:
         return {"predictions": self.labels, "probabilities": self.probabilities}
 
 
-class Classification:
-    """Pictures of one class each, see `Kind`."""
+@register_task_type
+class Classification(TaskType):
+    """Images of one class each; see `TaskType`."""
 
-    select: ClassVar[str] = "top1"
-    goal: ClassVar[float] = 1.0
+    name = "classification"
+    main_metric = "top1"
+    overfit_goal = 1.0
     charts: ClassVar[Mapping[str, Sequence[str]]] = {"accuracy": ["^val/top1$", "^val/mean_per_class$"]}
-    counted: ClassVar[str] = "images"
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.report = DataReport()
-        self.decoding = Decoding(config.data.max_pixels, config.data.background)
-        self.left_out: LeftOut = []
+    readers = ("folder", "list", "csv", "torchvision", "fruit")
+    dataset = ClassificationDataset
+    writer = ClassWriter
+    answer = ClassificationAnswer
+    pipeline_tag = "image-classification"
+    usage = USAGE
+    peft_task = "IMAGE_CLASSIFICATION"
 
     def read(self) -> dict[str, ClassificationSamples]:
-        """Read which pictures there are, by split, without those that cannot be read and may be skipped."""
-        dataset, is_skipping = self.config.dataset, self.config.data.on_error is OnError.skip
+        """Samples by split; with `dataset.num_per_class` only so many of train."""
+        dataset, skips = self.config.dataset, self.config.data.on_error is OnError.skip
         samples = self.read_all()
         for split, members in samples.items():
-            if split != "train" or not is_skipping:
+            if split != "train" or not skips:
                 check_readable(members, self.decoding)
         samples, self.left_out = leave_out_unreadable(self.config, samples)
         if dataset.num_per_class is not None:
@@ -99,7 +131,7 @@ class Classification:
         return samples
 
     def read_all(self) -> dict[str, ClassificationSamples]:
-        """Read which pictures there are, by split; none is looked at."""
+        """Samples by split; no image is opened."""
         config = self.config.dataset
         root = unpacked(Path(config.root or ".").expanduser(), self.config.cache_dir)
         split: dict[str, Any] = {
@@ -107,52 +139,25 @@ class Classification:
             "seed": config.split_seed,
             "decoding": self.decoding,
         }
-        match config.kind:
-            case DatasetKind.folder:
+        match config.reader:
+            case "folder":
                 return read_folder(root, test_fraction=config.test_fraction or 0.0, **split)
-            case DatasetKind.list:
+            case "list":
                 lists: dict[str, Any] = {"train": config.train, "val": config.val, "test": config.test}
                 return read_list(root, **lists, test_fraction=config.test_fraction or 0.0, **split)
-            case DatasetKind.csv:
+            case "csv":
                 path = Path(str(config.path)).expanduser()
-                pictures_root = None if config.root is None else root
-                return read_csv(path, pictures_root, test_fraction=config.test_fraction or 0.0, **split)
-            case DatasetKind.torchvision:
+                images_root = None if config.root is None else root
+                return read_csv(path, images_root, test_fraction=config.test_fraction or 0.0, **split)
+            case "torchvision":
                 if config.test_fraction is not None:
                     split["test_fraction"] = config.test_fraction
                 return read_torchvision(str(config.name), root, download=config.download, **split)
         return read_folder(fruit_root(), **split)
 
-    def build_data(
-        self, samples: Mapping[str, ClassificationSamples], backbone_preprocessing: Mapping[str, Any]
-    ) -> Data:
-        """Data sets and loaders of all splits; `augment.crop_mode` and `crop_pct` win over the backbone's wishes."""
-        preprocessing = self.preprocessing(backbone_preprocessing)
-        evaluation = EvalTransform(preprocessing)
-        training = TrainTransform(preprocessing, self.config.augment.transforms)
-        datasets = {
-            split: ClassificationDataset(members, training if split == "train" else evaluation, seed=self.config.seed)
-            for split, members in samples.items()
-        }
-        loaders = build_loaders(self.config, datasets)
-        return Data(dict(samples), datasets, loaders, preprocessing, training.is_random)
-
-    def preprocessing(self, backbone_preprocessing: Mapping[str, Any]) -> Preprocessing:
-        """Cropped as the backbone recommends, unless `augment.crop_mode` or `crop_pct` is set."""
-        augment = self.config.augment
-        return build_preprocessing(backbone_preprocessing, crop_mode=augment.crop_mode, crop_pct=augment.crop_pct)
-
-    def strides(self, patch_size: int) -> tuple[int, ...]:
-        """None: the head reads pooled features."""
-        return ()
-
-    def class_counts(self, samples: Samples) -> NDArray[np.int64]:
-        """Images of each class, (K,)."""
-        return np.bincount(np.array(samples.targets, np.int64), minlength=len(samples.classes))
-
-    def label_text(self, samples: Samples, index: int) -> str:
-        """The name of the class."""
-        return samples.classes[samples.targets[index]]
+    def transforms(self, preprocessing: Preprocessing) -> tuple[TrainTransform, EvalTransform]:
+        """Augmentation of train as the config states."""
+        return TrainTransform(preprocessing, self.config.augment.transforms), EvalTransform(preprocessing)
 
     def imbalance_note(self, counts: NDArray[np.int64]) -> str:
         """The smallest and the largest weight of `train.class_weights=balanced`."""
@@ -162,7 +167,7 @@ class Classification:
 
     def check_data(
         self,
-        splits: Mapping[str, Samples],
+        splits: Mapping[str, ClassificationSamples],
         readable: Mapping[str, NDArray[np.int64]],
         preprocessing: Preprocessing | None,
         strides: tuple[int, ...],
@@ -172,8 +177,8 @@ class Classification:
             return
         train, dataset = splits["train"], self.config.dataset
         if self.config.data.on_error is OnError.skip:
-            left = self.class_counts(train.take(readable["train"].tolist()))
-            lost = [train.classes[label] for label in np.flatnonzero((left == 0) & (self.class_counts(train) > 0))]
+            left = train.take(readable["train"].tolist()).class_counts()
+            lost = [train.classes[label] for label in np.flatnonzero((left == 0) & (train.class_counts() > 0))]
             if lost:
                 message = f"no image of these classes can be read: {some(lost)}; replace the images"
                 yield Finding(Level.error, "lost_class", message, "train")
@@ -183,9 +188,17 @@ class Classification:
             except ValueError as error:
                 yield Finding(Level.error, "refused", str(error), "train")
 
+    def head_options(self, train: ClassificationSamples) -> dict[str, Any]:
+        """Initialisation of the linear head."""
+        return {"head_init": self.config.head.init.value}
+
     def losses(self, data: Data) -> Losses:
-        """Cross-entropy with label smoothing and class weights."""
-        cross_entropy = build_cross_entropy(self.config, data.samples["train"])
+        """Cross-entropy with label smoothing and class weights; weights have a mean of 1 over the images of train."""
+        weight, train = None, data.samples["train"]
+        if self.config.train.class_weights is ClassWeights.balanced:
+            counts = torch.bincount(torch.tensor(train.targets), minlength=len(train.classes)).clamp(min=1)
+            weight = len(train.targets) / (len(train.classes) * counts.float())
+        cross_entropy = CrossEntropy(weight, self.config.train.label_smoothing)
 
         def losses(model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
             logits = model(images)
@@ -198,40 +211,35 @@ class Classification:
         """The same for every split."""
         return ClassEvaluator(len(data.classes))
 
-    def describe(self, samples: Mapping[str, ClassificationSamples]) -> list[str]:
-        """Classes and pictures, and which of them are left out."""
-        counts = ", ".join(f"{split} {len(members.targets)}" for split, members in samples.items())
-        head = f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; pictures: {counts}"
-        return [head, *describe_left_out(self.left_out)]
+    def prediction_evaluator(self, data: Data, split: str) -> ClassPredictions:
+        """Predicted classes and their probabilities."""
+        return ClassPredictions()
 
     def class_table(self, evaluator: ClassEvaluator, data: Data, split: str) -> str:
-        """The recall of each class and the number of its pictures."""
+        """Recall and number of images of each class."""
         counts = evaluator.metrics.confusion.sum(dim=1).tolist()
         rows = [
             [name, percent(recall), str(num)]
             for name, recall, num in zip(data.classes, evaluator.metrics.per_class(), counts, strict=True)
         ]
-        return format_table(rows, ["class", "recall", "pictures"])
+        return format_table(rows, ["class", "recall", "images"])
 
     def log_start(self, monitor: Monitor, data: Data) -> None:
-        """A grid of train pictures as the model will see them, augmented."""
+        """A grid of augmented train images."""
         train = data.datasets["train"]
-        images, targets = zip(*(train[(1, index)] for index in spread(len(train), NUM_GRID_PICTURES)), strict=True)
+        images, targets = zip(*(train[(1, index)] for index in spread(len(train), NUM_GRID_IMAGES)), strict=True)
         captions = [data.classes[target] for target in targets]
-        pictures = denormalise(torch.stack(images), data.preprocessing)
-        monitor.images("train/augmented", picture_grid(pictures, captions), 0)
-
-    def log_epoch(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, epoch: int, step: int) -> None:
-        """Nothing: the numbers say it."""
+        pixels = denormalise(torch.stack(images), data.preprocessing)
+        monitor.images("train/augmented", picture_grid(pixels, captions), 0)
 
     def log_end(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, result: FitResult) -> None:
-        """The confusion matrix, the worst pictures and the recall of each class."""
+        """The confusion matrix, the worst images and the recall of each class."""
         metrics = evaluator.metrics
         monitor.images("val/confusion", confusion_picture(metrics.confusion.numpy(), data.classes), result.best_step)
         worst = metrics.worst()
         images = torch.stack([data.datasets["val"][sample.position][0] for sample in worst])
         captions = [
-            f"{data.classes[sample.target]}\nsaid {data.classes[sample.prediction]}\nloss {sample.loss:.1f}"
+            f"{data.classes[sample.target]}\npredicted {data.classes[sample.prediction]}\nloss {sample.loss:.1f}"
             for sample in worst
         ]
         colours = [RIGHT if sample.target == sample.prediction else WRONG for sample in worst]
@@ -240,11 +248,15 @@ class Classification:
         recall = {f"val_recall/{name}": value for name, value in zip(data.classes, metrics.per_class(), strict=True)}
         monitor.scalars(recall, result.best_step)
 
-
-def build_cross_entropy(config: Config, train: ClassificationSamples) -> CrossEntropy:
-    """Cross-entropy with label smoothing and class weights; weights have a mean of 1 over the train pictures."""
-    weight = None
-    if config.train.class_weights is ClassWeights.balanced:
-        counts = torch.bincount(torch.tensor(train.targets), minlength=len(train.classes)).clamp(min=1)
-        weight = len(train.targets) / (len(train.classes) * counts.float())
-    return CrossEntropy(weight, config.train.label_smoothing)
+    @classmethod
+    def to_answer(cls, metadata: TaskMetadata, output: Tensor, size: Size, limits: AnswerLimits) -> dict[str, Any]:
+        """The most probable classes, of logits (K,)."""
+        probabilities, classes = output.float().softmax(dim=0), metadata.class_names
+        if not probabilities.isfinite().all():
+            raise ArithmeticError("logits are not finite numbers")
+        best = probabilities.topk(min(limits.top_k, len(classes)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return {
+            "task_type": cls.name,
+            "predictions": [{"class": classes[label], "probability": value} for label, value in pairs],
+        }

@@ -1,64 +1,102 @@
-"""Detection: a picture has boxes, each of a class."""
+"""Detection: each image has boxes of classes."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from vpt.build import Data, build_loaders, build_preprocessing, spread
-from vpt.config.schema import Config, DatasetKind
-from vpt.data.images import Decoding
+from vpt.build import Data, build_preprocessing, spread
+from vpt.config.schema import Config
 from vpt.data.readers.boxes import read_detection, trees_root
 from vpt.data.readers.coco import read_coco
-from vpt.data.samples import DetectionDataset, DetectionSamples, collate_detection
+from vpt.data.samples import DetectionDataset, DetectionSamples, Size, collate_detection
 from vpt.data.transforms.boxes import DetectionEvalTransform, DetectionTrainTransform
-from vpt.data.transforms.preprocessing import Preprocessing, denormalise, letterboxed_size, unletterbox
+from vpt.data.transforms.preprocessing import Preprocessing, denormalise, letterboxed_size
 from vpt.engine.console import format_table, percent
 from vpt.engine.metrics.detection import DetectionMetrics
 from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
 from vpt.models.heads.pyramid import default_strides
+from vpt.models.task_schema import TaskMetadata
 from vpt.plots.boxes import draw_boxes, precision_recall_picture, truth_and_found_page
 from vpt.plots.grid import confusion_picture, picture_grid
+from vpt.predictions.boxes import to_original
 from vpt.storage.archives import unpacked
+from vpt.task_types.base import AnswerLimits, TaskType, register_task_type
 from vpt.task_types.box_findings import FullReport, find_box_problems, find_small_boxes
+from vpt.task_types.box_writer import BoxWriter
 from vpt.task_types.findings import Finding, Level
-from vpt.task_types.unreadable import LeftOut, describe_left_out, leave_out_unreadable
+from vpt.task_types.unreadable import describe_left_out
 
-NUM_GRID_PICTURES = 16
-NUM_PAGE_PICTURES = 8
+NUM_GRID_IMAGES = 16
+NUM_PAGE_IMAGES = 8
 NUM_PAGES = 5  # in a run
 
 Found = dict[str, Tensor]
+DetectedBox = TypedDict(
+    "DetectedBox",
+    {"class": str, "score": float, "box": tuple[float, float, float, float]},  # x1, y1, x2, y2 in pixels of the image
+)
+
+
+class DetectionAnswer(TypedDict):
+    """The boxes, by descending score; x1, y1, x2, y2 in pixels of the upright image, from its upper left corner."""
+
+    task_type: Literal["detection"]
+    predictions: list[DetectedBox]
+
+
+USAGE = """\
+import torch
+
+import vpt
+from vpt.data.images import read_image
+from vpt.data.transforms.images import EvalTransform
+from vpt.data.transforms.preprocessing import Preprocessing, letterboxed_size
+from vpt.hub import download
+from vpt.predictions.boxes import to_original
+
+model = vpt.from_pretrained({repo_id}, backbone={backbone})
+preprocessing = Preprocessing.from_dict(vpt.read_task(download({repo_id})).preprocessing)
+image = read_image("photo.jpg")
+size = (image.height, image.width)
+inputs = EvalTransform(preprocessing)(image)[None]
+with torch.inference_mode():
+    found = model(inputs, sizes=[letterboxed_size(size, preprocessing)])[0]
+found = to_original(found, size, preprocessing)  # boxes are x1, y1, x2, y2 in pixels of the image
+for box, score, label in zip(found["boxes"], found["scores"], found["labels"]):
+    print(model.classes[label] if model.classes else int(label), float(score), box.tolist())
+"""
 
 
 class BoxEvaluator:
-    """Detections of a split -> COCO metrics, in pixels of the original pictures.
+    """COCO metrics of the detections of a split, in pixels of the original images.
 
     Args:
         num_classes: K.
-        samples: The split; None takes boxes as they come, in pixels of the input.
-        preprocessing: How its pictures were brought to the size of the input.
+        samples: The split; None evaluates boxes in pixels of the input.
+        preprocessing: Of the images.
     """
 
     def __init__(self, num_classes: int, samples: DetectionSamples | None, preprocessing: Preprocessing) -> None:
         self.metrics = DetectionMetrics(num_classes)
         self.samples, self.preprocessing = samples, preprocessing
+        self.compute = self.metrics.compute
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Clear everything."""
         self.metrics.reset()
-        self.found: dict[int, Found] = {}  # by index of the picture
+        self.found: dict[int, Found] = {}  # by index of the image
 
     def update(self, model: nn.Module, images: Tensor, targets: Sequence[dict[str, Tensor]]) -> None:
-        """Detect on a batch, and add what is found and what it costs."""
+        """Add the detections and losses of a batch."""
         detect_with_losses: Any = model.detect_with_losses
         detections, losses = detect_with_losses(images, targets, self._sizes(targets))
         self.metrics.add_losses({name: float(loss) for name, loss in losses.items()}, len(images))
@@ -70,67 +108,64 @@ class BoxEvaluator:
             self.found[index] = to_original(detection, self.samples.sizes[index], self.preprocessing)
             self.metrics.update([self.found[index]], [true_boxes(self.samples, index)])
 
-    def _sizes(self, targets: Sequence[dict[str, Tensor]]) -> list[tuple[int, int]] | None:
-        """Where the picture ends in each input."""
-        if self.samples is None:
-            return None
-        sizes = [self.samples.sizes[int(target["image_index"])] for target in targets]
-        return [letterboxed_size(size, self.preprocessing) for size in sizes]
-
-    def compute(self) -> dict[str, float]:
-        """The COCO numbers, and losses where the head has them in evaluation."""
-        return self.metrics.compute()
-
     def result(self) -> dict[str, Any]:
         """The average precision of each class, as the mean over IoU thresholds and at 0.5."""
         precision = {"map": self.metrics.per_class(), "map50": self.metrics.precision_curves().mean(axis=1).tolist()}
         return {"precision": precision}
 
-
-def to_original(detection: Found, size: tuple[int, int], preprocessing: Preprocessing) -> Found:
-    """A detection in pixels of the input -> in those of the picture of this height and width, on the CPU."""
-    boxes = unletterbox(detection["boxes"].float().cpu().numpy(), size, preprocessing)
-    return {name: value.cpu() for name, value in detection.items()} | {"boxes": torch.from_numpy(boxes)}
+    def _sizes(self, targets: Sequence[dict[str, Tensor]]) -> list[Size] | None:
+        """Height and width of the part of each input that is image and not padding."""
+        if self.samples is None:
+            return None
+        sizes = [self.samples.sizes[int(target["image_index"])] for target in targets]
+        return [letterboxed_size(size, self.preprocessing) for size in sizes]
 
 
 def true_boxes(samples: DetectionSamples, index: int) -> Found:
-    """Boxes, labels and crowd of a picture, as tensors."""
+    """Boxes, labels and crowd of an image, as tensors."""
     arrays = {"boxes": samples.boxes[index], "labels": samples.labels[index], "crowd": samples.crowd[index]}
     return {name: torch.tensor(array) for name, array in arrays.items()}
 
 
-class Detection:
-    """Pictures with boxes, see `Kind`."""
+@register_task_type
+class Detection(TaskType):
+    """Images with boxes; see `TaskType`."""
 
-    select: ClassVar[str] = "map"
-    goal: ClassVar[float] = 0.9
+    name = "detection"
+    main_metric = "map"
+    overfit_goal = 0.9
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
         "losses apart": ["^train/.*_loss$"],
         "mean average precision": ["^val/map$", "^val/map50$", "^val/map75$"],
     }
-    counted: ClassVar[str] = "boxes"
+    readers = ("boxes", "trees")
+    counted = "boxes"
+    dataset = DetectionDataset
+    collate_fn = staticmethod(collate_detection)
+    writer = BoxWriter
+    answer = DetectionAnswer
+    pipeline_tag = "object-detection"
+    usage = USAGE
+    peft_task = "OBJECT_DETECTION"
+    report: FullReport
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
         self.report = FullReport()
-        self.decoding = Decoding(config.data.max_pixels, config.data.background)
-        self.left_out: LeftOut = []
 
     def read(self) -> dict[str, DetectionSamples]:
-        """Read and check pictures and boxes, by split.
+        """Samples by split.
 
         Raises:
-            ValueError: What a reader refuses, or there is no box in val, so that no epoch could be chosen.
+            ValueError: The data cannot be read, or val has no box, so that no epoch could be selected.
         """
-        samples, self.left_out = leave_out_unreadable(self.config, self.read_all(), self.report.left_out)
-        if not any((~crowd).any() for crowd in samples["val"].crowd):
-            raise ValueError(
-                "val has no box, so that no epoch could be chosen; add boxes, or leave val out, and train gives some"
-            )
+        samples = super().read()
+        if not samples["val"].class_counts().any():
+            raise ValueError("val has no box, so no epoch could be selected; add boxes, or remove val to split it off")
         return samples
 
     def read_all(self) -> dict[str, DetectionSamples]:
-        """Read and check boxes and the headers of pictures, by split."""
+        """Samples by split, from boxes and the headers of images."""
         config = self.config.dataset
         reading: dict[str, Any] = {
             "val_fraction": config.val_fraction,
@@ -140,47 +175,32 @@ class Detection:
             "report": self.report,
             "decoding": self.decoding,
         }
-        if config.kind is DatasetKind.trees:
+        if config.reader == "trees":
             return read_coco(trees_root(), **reading)
         root = unpacked(Path(config.root or ".").expanduser(), self.config.cache_dir)
         if config.annotations is not None:
             return read_coco(root, config.annotations, **reading)
-        return read_detection(root, config.form.value, **reading)
-
-    def build_data(self, samples: Mapping[str, DetectionSamples], backbone_preprocessing: Mapping[str, Any]) -> Data:
-        """Data sets and loaders of all splits; every picture is letterboxed to the size of the input."""
-        augment = self.config.augment
-        preprocessing = self.preprocessing(backbone_preprocessing)
-        evaluation = DetectionEvalTransform(preprocessing)
-        training = DetectionTrainTransform(preprocessing, augment.transforms, augment.min_visibility)
-        datasets = {
-            split: DetectionDataset(members, training if split == "train" else evaluation, seed=self.config.seed)
-            for split, members in samples.items()
-        }
-        loaders = build_loaders(self.config, datasets, collate_detection)
-        return Data(dict(samples), datasets, loaders, preprocessing, training.is_random)
+        return read_detection(root, config.format.value, **reading)
 
     def preprocessing(self, backbone_preprocessing: Mapping[str, Any]) -> Preprocessing:
         """Letterboxed, so that no box is cut off."""
         return build_preprocessing(backbone_preprocessing, crop_mode="letterbox", crop_pct=1.0)
 
+    def transforms(self, preprocessing: Preprocessing) -> tuple[DetectionTrainTransform, DetectionEvalTransform]:
+        """Augmentation of train as the config states."""
+        augment = self.config.augment
+        training = DetectionTrainTransform(preprocessing, augment.transforms, augment.min_visibility)
+        return training, DetectionEvalTransform(preprocessing)
+
+    def describe(self, samples: Mapping[str, DetectionSamples]) -> list[str]:
+        """The data, and the problems found in their boxes."""
+        counts = ", ".join(f"{split} {len(of)} ({sum(map(len, of.boxes)):,})" for split, of in samples.items())
+        first = f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; images (boxes): {counts}"
+        return [first, *describe_left_out(self.left_out), *self.report.findings()]
+
     def strides(self, patch_size: int) -> tuple[int, ...]:
         """Strides of the feature pyramid."""
         return tuple(self.config.head.strides or default_strides(patch_size))
-
-    def class_counts(self, samples: DetectionSamples) -> NDArray[np.int64]:
-        """Boxes of each class that are not crowds, (K,)."""
-        labels = [labels[~crowd] for labels, crowd in zip(samples.labels, samples.crowd, strict=True)]
-        return np.bincount(np.concatenate(labels), minlength=len(samples.classes))
-
-    def label_text(self, samples: DetectionSamples, index: int) -> str:
-        """The number of boxes and a digest of them and their classes."""
-        rows = sorted(zip(samples.labels[index].tolist(), samples.boxes[index].tolist(), strict=True))
-        return f"{len(rows)} boxes ({hashlib.sha256(repr(rows).encode()).hexdigest()[:8]})"
-
-    def imbalance_note(self, counts: NDArray[np.int64]) -> str:
-        """Nothing: losses have no class weights."""
-        return ""
 
     def check_data(
         self,
@@ -189,38 +209,42 @@ class Detection:
         preprocessing: Preprocessing | None,
         strides: tuple[int, ...],
     ) -> Iterator[Finding]:
-        """A val without boxes, what the reader found in boxes, and boxes too small for the input size."""
-        if readable and "val" in splits and not self.class_counts(splits["val"]).any():
+        """A val without boxes, problems that the reader found in boxes, and boxes too small for the input size."""
+        if readable and "val" in splits and not splits["val"].class_counts().any():
             message = "no boxes, so no epoch could be selected; add some"
             yield Finding(Level.error, "no_val_boxes", message, "val")
         yield from find_box_problems(splits, self.report.places, self.config.dataset.strict)
         if readable and preprocessing is not None:
             yield from find_small_boxes(splits, preprocessing, strides)
 
+    def head_options(self, train: DetectionSamples) -> dict[str, Any]:
+        """Head and feature pyramid as the config states; category ids of the data."""
+        head = self.config.head
+        return {
+            "category_ids": train.category_ids,
+            "head": head.name or "dense",
+            "out_indices": head.out_indices,
+            "channels": head.channels,
+            "strides": head.strides,
+            "num_convs": head.num_convs,
+        }
+
     def losses(self, data: Data) -> Losses:
-        """The head's own."""
+        """The losses of the head."""
         return lambda model, images, targets: model(images, targets)
 
     def evaluator(self, data: Data, split: str | None) -> BoxEvaluator:
-        """In pixels of the pictures of the split, or in those of the input."""
+        """In pixels of the images of the split, or of the input."""
         samples = None if split is None else data.samples[split]
         return BoxEvaluator(len(data.classes), samples, data.preprocessing)
-
-    def describe(self, samples: Mapping[str, DetectionSamples]) -> list[str]:
-        """Classes, pictures and boxes, and what the check of the boxes found."""
-        counts = ", ".join(f"{split} {len(of)} ({sum(map(len, of.boxes)):,})" for split, of in samples.items())
-        head = f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; pictures (boxes): {counts}"
-        return [head, *describe_left_out(self.left_out), *self.report.findings()]
 
     def prediction_evaluator(self, data: Data, split: str) -> BoxEvaluator:
         """The average precision of each class."""
         return self.evaluator(data, split)
 
     def class_table(self, evaluator: BoxEvaluator, data: Data, split: str) -> str:
-        """The average precision of each class, the score of its best F1, and the number of its boxes."""
-        metrics = evaluator.metrics
-        of_split: DetectionSamples = data.samples[split]
-        counts = of_split.class_counts()
+        """Average precision, the score with the best F1, and the number of boxes of each class."""
+        metrics, counts = evaluator.metrics, data.samples[split].class_counts()
         columns = metrics.per_class(), metrics.precision_curves().mean(axis=1), metrics.best_thresholds(), counts
         rows = [
             [name, percent(precision), percent(precision50), "-" if score != score else f"{score:.2f}", f"{num:,}"]
@@ -229,31 +253,31 @@ class Detection:
         return format_table(rows, ["class", "map", "map50", "best score", "boxes"])
 
     def log_start(self, monitor: Monitor, data: Data) -> None:
-        """A grid of train pictures as the model will see them, augmented, with their boxes."""
-        train = data.datasets["train"]
-        pictures = []
-        for index in spread(len(train), NUM_GRID_PICTURES):
+        """A grid of augmented train images with their boxes."""
+        train, images = data.datasets["train"], []
+        indices = spread(len(train), NUM_GRID_IMAGES)
+        for index in indices:
             image, target = train[(1, index)]
-            picture = denormalise(image[None], data.preprocessing)[0]
-            pictures.append(draw_boxes(picture, target["boxes"], target["labels"], data.classes))
-        names = [Path(data.samples["train"].names[index]).name for index in spread(len(train), NUM_GRID_PICTURES)]
-        monitor.images("train/augmented", picture_grid(np.stack(pictures), names, columns=4), 0)
+            pixels = denormalise(image[None], data.preprocessing)[0]
+            images.append(draw_boxes(pixels, target["boxes"], target["labels"], data.classes))
+        names = [Path(data.samples["train"].names[index]).name for index in indices]
+        monitor.images("train/augmented", picture_grid(np.stack(images), names, columns=4), 0)
 
     def log_epoch(self, monitor: Monitor, data: Data, evaluator: BoxEvaluator, epoch: int, step: int) -> None:
-        """A page of val pictures with their boxes and what was found, in the first epoch and some later ones."""
+        """Val images with true and detected boxes, in the first epoch and some later ones."""
         if epoch == 1 or epoch % max(1, self.config.train.epochs // NUM_PAGES) == 0:
             found = list(evaluator.found)
-            indices = [found[position] for position in spread(len(found), NUM_PAGE_PICTURES)]
+            indices = [found[position] for position in spread(len(found), NUM_PAGE_IMAGES)]
             monitor.images("val/found", self._page(data, evaluator, indices), step)
 
     def log_end(self, monitor: Monitor, data: Data, evaluator: BoxEvaluator, result: FitResult) -> None:
-        """Precision and recall, confusion, the pictures with most errors, and the precision of each class."""
+        """Precision-recall curves, the confusion matrix, images with most errors, and the precision of each class."""
         metrics, step = evaluator.metrics, result.best_step
         monitor.images("val/precision_recall", precision_recall_picture(metrics.precision_curves(), data.classes), step)
         names = [*data.classes, "background"]
         monitor.images("val/confusion", confusion_picture(metrics.confusion().numpy(), names), step)
         found = list(evaluator.found)
-        worst = [found[position] for position in metrics.images_by_error(NUM_PAGE_PICTURES)]
+        worst = [found[position] for position in metrics.images_by_error(NUM_PAGE_IMAGES)]
         monitor.images("val/worst", self._page(data, evaluator, worst), step)
         precision = zip(data.classes, metrics.per_class(), strict=True)
         monitor.scalars({f"val_map/{name}": value for name, value in precision}, step)
@@ -267,3 +291,22 @@ class Detection:
             data.classes,
             captions=[Path(samples.names[index]).name for index in indices],
         )
+
+    @classmethod
+    def to_answer(cls, metadata: TaskMetadata, output: Found, size: Size, limits: AnswerLimits) -> dict[str, Any]:
+        """The boxes above the lowest score, in pixels of the image."""
+        found = to_original(output, size, Preprocessing.from_dict(metadata.preprocessing))
+        if not all(bool(torch.isfinite(found[key]).all()) for key in ("boxes", "scores")):
+            raise ArithmeticError("boxes are not finite numbers")
+        rows = zip(*(found[key].tolist() for key in ("boxes", "scores", "labels")), strict=True)
+        boxes = [
+            {"class": metadata.class_names[label], "score": score, "box": tuple(box)}
+            for box, score, label in rows
+            if score >= limits.min_score
+        ]
+        return {"task_type": cls.name, "predictions": boxes[: limits.max_detections]}
+
+    @classmethod
+    def sample_images(cls) -> Path:
+        """Aerial images of trees."""
+        return trees_root()
