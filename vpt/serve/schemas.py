@@ -24,7 +24,7 @@ MAX_NAME = 200  # characters of a picture's name
 
 
 class Problem(BaseModel):
-    """Why a request was refused."""
+    """Reason of a refusal."""
 
     detail: str = Field(examples=["no task dogs; there are pets, flowers"])
 
@@ -37,52 +37,52 @@ class ClassProbability(BaseModel):
 
 
 class FoundBox(BaseModel):
-    """A box that was found."""
+    """A predicted box."""
 
     class_: str = Field(serialization_alias="class", examples=["tree"])
     score: float = Field(examples=[0.71])
     box: tuple[float, float, float, float] = Field(
-        description="x1, y1, x2, y2 in pixels of the upright picture, from its upper left corner"
+        description="x1, y1, x2, y2 in pixels of the upright image, from its upper left corner"
     )
 
 
 class Classification(BaseModel):
-    """The most probable classes, the best first."""
+    """The most probable classes, in descending order."""
 
-    kind: Literal["classification"] = "classification"
+    task_type: Literal["classification"] = "classification"
     predictions: list[ClassProbability]
 
 
 class Detection(BaseModel):
-    """The boxes, the best first."""
+    """The boxes, by descending score."""
 
-    kind: Literal["detection"] = "detection"
+    task_type: Literal["detection"] = "detection"
     predictions: list[FoundBox]
 
 
-Prediction = Annotated[Classification | Detection, Field(discriminator="kind")]
+Prediction = Annotated[Classification | Detection, Field(discriminator="task_type")]
 
 
-class PictureAnswer(BaseModel):
-    """What the tasks say of one picture."""
+class ImageAnswer(BaseModel):
+    """Predictions of all tasks for one image."""
 
     name: str = Field(description="the name of the uploaded file")
-    width: int = Field(description="of the upright picture, in pixels")
+    width: int = Field(description="of the upright image, in pixels")
     height: int
     tasks: dict[str, Prediction]
 
 
 class Answer(BaseModel):
-    """What the tasks say of the pictures, in the order in which they came."""
+    """Predictions for the images, in the order of the request."""
 
-    pictures: list[PictureAnswer]
+    images: list[ImageAnswer]
 
 
 class TaskDescription(BaseModel):
-    """A task that can be asked."""
+    """A task of the server."""
 
     name: str
-    kind: Literal["classification", "detection"]
+    task_type: Literal["classification", "detection"]
     classes: list[str]
     backbone: str
     prompt: dict[str, Any] | None
@@ -90,21 +90,21 @@ class TaskDescription(BaseModel):
     metrics: dict[str, dict[str, float | None]]
     licence: str
     note: str
-    bytes: int = Field(description="memory that the task takes beside the backbone")
+    bytes: int = Field(description="memory of the task, without the backbone")
 
 
 class Health(BaseModel):
-    """How the server is."""
+    """State of the server."""
 
     status: Literal["ok"] = "ok"
     tasks: int
-    waiting: int = Field(description="predictions that were accepted and are not answered yet")
-    predictions: int = Field(description="that were made since the start; one for each picture and task")
-    batches: int = Field(description="that they took")
+    waiting: int = Field(description="accepted predictions without an answer yet")
+    predictions: int = Field(description="since the start; one for each image and task")
+    batches: int = Field(description="since the start")
     failed_batches: int
     max_queue: int
     max_body_bytes: int
-    uploads: bool = Field(description="whether task files may be put and deleted")
+    uploads: bool = Field(description="whether task files may be uploaded and deleted")
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Found:
 def clean_name(name: str | None) -> str:
     """The name of an uploaded file on one short line; what cannot be printed becomes a question mark."""
     printable = "".join(letter if letter.isprintable() else "?" for letter in name or "")
-    return printable[:MAX_NAME].strip() or "picture"
+    return printable[:MAX_NAME].strip() or "image"
 
 
 def prepare(upload: Upload, tasks: Mapping[str, TaskMetadata]) -> list[Job]:
@@ -222,7 +222,7 @@ def describe(name: str, metadata: TaskMetadata, num_bytes: int) -> TaskDescripti
     """What a client should know of a task; the config of its training stays here, it may name folders."""
     return TaskDescription(
         name=name,
-        kind=metadata.kind,
+        task_type=metadata.kind,
         classes=list(class_names(metadata)),
         backbone=metadata.backbone,
         prompt=metadata.prompt,

@@ -21,8 +21,8 @@ from vpt.serve.batcher import Batcher
 from vpt.serve.schemas import (
     Answer,
     Found,
+    ImageAnswer,
     Job,
-    PictureAnswer,
     TaskDescription,
     Upload,
     Wanted,
@@ -114,7 +114,7 @@ class Service:
             prepared = await _all(loop.run_in_executor(self.pool, prepare, upload, tasks) for upload in uploads)
             jobs = [job for of_picture in prepared for job in of_picture]
             found = iter(await _all(asyncio.wrap_future(future) for future in self.batcher.submit(jobs)))
-        pictures = []
+        images = []
         for upload, of_picture in zip(uploads, prepared, strict=True):
             predictions = {}
             for job in of_picture:
@@ -123,8 +123,8 @@ class Service:
                 except ArithmeticError as error:
                     raise ModelError(f"task {job.task}: {error}; train it anew") from error
             height, width = of_picture[0].size
-            pictures.append(PictureAnswer(name=upload.name, width=width, height=height, tasks=predictions))
-        return Answer(pictures=pictures)
+            images.append(ImageAnswer(name=upload.name, width=width, height=height, tasks=predictions))
+        return Answer(images=images)
 
     def put(self, name: str, data: bytes) -> bool:
         """Serve a task file, and keep it in the folder; returns whether the task is a new one.
