@@ -399,7 +399,7 @@ def test_the_token_of_the_environment_is_used_and_none_is_sent_without_one(hub, 
 
 def test_what_should_be_private_does_not_go_into_a_public_repository(hub, task):
     push_to_hub(task, "ann/pets", token=TOKEN)
-    with pytest.raises(ValueError, match=r"^ann/pets: is there and public; make it private .*$"):
+    with pytest.raises(ValueError, match=r"^ann/pets: exists and is public; make it private .*$"):
         push_to_hub(task, "ann/pets", token=TOKEN, private=True)
     assert len(hub.repositories["ann/pets"].commits) == 2
     hub.repositories["ann/pets"].private = True
@@ -486,7 +486,7 @@ def test_what_is_no_whole_task_file_is_not_pushed(hub, task, tmp_path):
 @pytest.mark.parametrize("repo_id", ["a/b/c", "ann/pe ts", "../pets", "ann/pets.git", "", "-", "ann/" + "a" * 97])
 def test_what_cannot_be_the_id_of_a_repository_is_refused(hub, task, repo_id, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    message = f"^{re.escape(repo_id)}: neither a file or folder here, nor the id of a repository, such as ann/pets$"
+    message = f"^{re.escape(repo_id)}: neither a local file or folder, nor a repository id such as ann/pets$"
     with pytest.raises(ValueError, match=message):
         push_to_hub(task, repo_id, token=TOKEN)
     if repo_id:  # the empty path is this folder
@@ -514,7 +514,7 @@ def test_an_empty_message_and_an_id_of_another_type_are_refused(hub, task):
 
 def test_a_token_that_is_missing_or_wrong_is_said_with_what_to_do(hub, task):
     for token in (None, "hf_wrong"):
-        with pytest.raises(PermissionError, match=r"^ann/pets: .* log in with `hf auth login`, or give token=$"):
+        with pytest.raises(PermissionError, match=r"^ann/pets: .* log in with `hf auth login`, or pass token=$"):
             push_to_hub(task, "ann/pets", token=token)
     with pytest.raises(PermissionError, match=r"^bob/pets: refused by http:.* \(403\): .* log in with `hf auth login`"):
         push_to_hub(task, "bob/pets", token=TOKEN)
@@ -526,7 +526,7 @@ def test_a_token_that_is_missing_or_wrong_is_said_with_what_to_do(hub, task):
 def test_a_private_repository_is_shown_to_its_token_only(hub, task):
     push_to_hub(task, "ann/pets", token=TOKEN, private=True)
     for token in (None, "hf_wrong"):
-        with pytest.raises(PermissionError, match=r"^ann/pets: .* log in with `hf auth login`, or give token=$"):
+        with pytest.raises(PermissionError, match=r"^ann/pets: .* log in with `hf auth login`, or pass token=$"):
             download("ann/pets", token=token)
     assert download("ann/pets", token=TOKEN).is_file()
 
@@ -534,7 +534,7 @@ def test_a_private_repository_is_shown_to_its_token_only(hub, task):
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_hub_that_refuses_is_a_permission_error(hub, status):
     hub.status = status
-    with pytest.raises(PermissionError, match=r"^ann/pets: .* log in with `hf auth login`, or give token=$"):
+    with pytest.raises(PermissionError, match=r"^ann/pets: .* log in with `hf auth login`, or pass token=$"):
         download("ann/pets")
 
 
@@ -552,10 +552,10 @@ def test_a_repository_a_revision_and_a_file_that_are_not_there_are_named(hub, ta
         download("ann/pets", token=TOKEN)
     hub.repositories["ann/pets"] = Repository(private=False)
     hub.repositories["ann/pets"].commit("main", {"model.safetensors": b""}, "A model")
-    with pytest.raises(FileNotFoundError, match=r"^ann/pets: has no task\.safetensors, so it is no repository of a"):
+    with pytest.raises(FileNotFoundError, match=r"^ann/pets: has no task\.safetensors, so it is not a repository of a"):
         download("ann/pets")
     push_to_hub(task, "ann/pets", token=TOKEN)
-    with pytest.raises(FileNotFoundError, match=r"^ann/pets at v2: no such revision; leave revision= out for main$"):
+    with pytest.raises(FileNotFoundError, match=r"^ann/pets at v2: no such revision; omit revision= for main$"):
         download("ann/pets", revision="v2")
     with pytest.raises(FileNotFoundError, match=r"^ann/pets at refs/pr/1: no such revision"):
         push_to_hub(task, "ann/pets", token=TOKEN, revision="refs/pr/1")
@@ -566,7 +566,7 @@ def test_a_file_of_something_else_is_refused(hub, tmp_path):
     hub.repositories["bob/other"] = Repository(private=False)
     content = {"task.safetensors": (tmp_path / "a.safetensors").read_bytes()}
     hub.repositories["bob/other"].commit("main", content, "A model")
-    message = r"^bob/other: what it has as task\.safetensors is refused \(.*not one of vpt \(no 'vpt' metadata\)\)$"
+    message = r"^bob/other: its task\.safetensors is refused \(.*not one of vpt \(no 'vpt' metadata\)\)$"
     with pytest.raises(ValueError, match=message):
         download("bob/other")
 
@@ -578,7 +578,7 @@ def flip_a_bit(body):
 def test_a_flipped_bit_is_refused_and_does_not_stay_in_the_cache(hub, task, images):
     push_to_hub(task, "ann/pets", token=TOKEN)
     hub.harm = flip_a_bit
-    with pytest.raises(ValueError, match=r"^ann/pets: what it has as task\.safetensors is refused \(.*sha256"):
+    with pytest.raises(ValueError, match=r"^ann/pets: its task\.safetensors is refused \(.*sha256"):
         from_pretrained("ann/pets", make_tiny_vit())
     hub.harm = lambda body: body
     assert torch.equal(from_pretrained("ann/pets", make_tiny_vit())(images), make_model()(images))
@@ -589,7 +589,7 @@ def test_a_copy_that_is_damaged_in_the_cache_is_replaced_or_refused_offline(hub,
     path = download("ann/pets")
     path.resolve().write_bytes(flip_a_bit(task.read_bytes()))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"^ann/pets: what it has as task\.safetensors is refused"):
+    with pytest.raises(ValueError, match=r"^ann/pets: its task\.safetensors is refused"):
         download("ann/pets")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert download("ann/pets").read_bytes() == task.read_bytes()
