@@ -58,9 +58,7 @@ def push_to_hub(
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         is_public = private and not api.model_info(repo_id).private
     if is_public:
-        raise ValueError(
-            f"{repo_id}: exists and is public; make it private in its settings, or name another repository"
-        )
+        raise ValueError(f"{repo_id}: exists and is public; make it private, or name another repository")
     card = model_card(metadata, repo_id, tensors)
     with _one_line_errors(repo_id, revision):
         from huggingface_hub import CommitOperationAdd
@@ -155,7 +153,7 @@ def _find_local(repo_id: str | Path) -> Path | None:
         return path if path.is_file() else None
     if not (path / TASK_FILE).is_file():
         raise FileNotFoundError(
-            f"{path}: this folder has no {TASK_FILE}; name another one, or start Python in another folder to use a repository"
+            f"{path}: this folder has no {TASK_FILE}; name another one, or change the folder to use a repository"
         )
     return path / TASK_FILE
 
