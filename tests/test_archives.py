@@ -20,7 +20,7 @@ from vpt.config.validation import to_config
 from vpt.data.readers.torchvision import _guarded_extraction
 from vpt.storage import archives
 from vpt.storage.archives import ArchiveError, extract, open_metered, unpacked
-from vpt.task_types.base import kind_of
+from vpt.task_types.base import task_type_of
 
 FILES = {"a/x.jpg": b"one", "a/y.jpg": b"", "b/ü z.jpg": b"three" * 1000}
 
@@ -331,7 +331,7 @@ def test_images_are_read_from_an_archive(tmp_path, photos):
         {f"photos/{file.relative_to(photos).as_posix()}": file.read_bytes() for file in photos.rglob("*.png")},
     )
     config = to_config(compose_config(["dataset=folder", f"dataset.root={path}"]))
-    samples, wanted = kind_of(config).read(), kind_of(_with_root(config, photos)).read()
+    samples, wanted = task_type_of(config).read(), task_type_of(_with_root(config, photos)).read()
     assert {split: of.names for split, of in samples.items()} == {split: of.names for split, of in wanted.items()}
 
 
@@ -342,7 +342,7 @@ def test_boxes_are_read_from_an_archive(tmp_path, boxes):
         "w:gz",
     )
     config = to_config(compose_config(["dataset=coco", f"dataset.root={path}", f"cache_dir={tmp_path / 'cache'}"]))
-    samples, wanted = kind_of(config).read(), kind_of(_with_root(config, boxes)).read()
+    samples, wanted = task_type_of(config).read(), task_type_of(_with_root(config, boxes)).read()
     assert {split: of.names for split, of in samples.items()} == {split: of.names for split, of in wanted.items()}
     assert (tmp_path / "cache").is_dir()
 

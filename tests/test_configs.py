@@ -49,7 +49,7 @@ def test_every_experiment_composes_and_its_model_is_built(name):
 
     config = to_config(compose_config([f"+experiment={name}", "dataset.root=somewhere", "backbone.pretrained=false"]))
     model = build.build_model(config, ("a", "b"))
-    assert isinstance(model, vpt.DetectionModel) == (config.task is TaskName.detection)
+    assert isinstance(model, vpt.Detector) == (config.task is TaskName.detection)
     assert vpt.count_parameters(model).tuned > 0
 
 

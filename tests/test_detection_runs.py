@@ -92,7 +92,7 @@ def test_tensorboard_has_the_losses_apart_and_the_pictures_of_boxes(finished, re
 
 def test_the_task_file_gives_the_test_metrics_again_and_a_table_of_classes(finished, result, tmp_path, capsys):
     trained = build.load_run(finished, device="cpu")
-    assert isinstance(trained.model, vpt.DetectionModel)
+    assert isinstance(trained.model, vpt.Detector)
     assert trained.model.category_ids == (3, 17)
     assert fingerprint(trained.model.backbone.vit) == fingerprint(load_vit("vit_nano_patch8_64"))
     values = evaluate_run(EvaluateOptions(run=str(finished), device="cpu", batch_size=4))

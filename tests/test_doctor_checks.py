@@ -20,7 +20,7 @@ from vpt.doctor.reading import read_data
 from vpt.doctor.report import check
 from vpt.doctor.scan import Oddity, find_oddities, pixel_digest, scan_images
 from vpt.doctor.training_plan import input_of
-from vpt.task_types.base import kind_of
+from vpt.task_types.base import task_type_of
 from vpt.task_types.box_findings import find_small_boxes, short_sides
 from vpt.task_types.findings import Level
 
@@ -273,7 +273,7 @@ def check_verdict(*words):
     """What the doctor says of a run is what the run does."""
     plan = report_of(*words).plan
     try:
-        used = {split: len(samples) for split, samples in kind_of(configure(*words)).read().items()}
+        used = {split: len(samples) for split, samples in task_type_of(configure(*words)).read().items()}
     except ValueError:
         assert not plan.would_run
     else:
@@ -475,7 +475,7 @@ def test_a_phones_photo_with_a_preview_is_not_called_animated(tmp_path):
 
 def test_the_input_is_known_without_weights_and_without_a_network():
     config = configure("backbone=vit_tiny", "backbone.img_size=112")
-    assert input_of(config, kind_of(config)).preprocessing.size == (112, 112)
+    assert input_of(config, task_type_of(config)).preprocessing.size == (112, 112)
     assert input_of(configure("+experiment=detect", "dataset.root=x")).strides == (8, 16, 32)
     assert input_of(configure("backbone.name=hf-hub:someone/something")) is None
 

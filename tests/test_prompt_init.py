@@ -16,7 +16,7 @@ from vpt.models.parametrizations import Bilinear, Fourier, Shared
 from vpt.models.prompt_init import NEW_SHARE, NUM_MATCHED, NUM_STEPS, start_from_patches, start_from_task
 from vpt.models.task_file import open_task
 from vpt.models.vit import preprocessing_of
-from vpt.task_types.base import kind_of
+from vpt.task_types.base import task_type_of
 
 EXACT = "donot_use_mm_for_euclid_dist"
 
@@ -232,7 +232,7 @@ def started(photos, *overrides):
     """The model and the data of a run, once its prompt has started."""
     config = to_config(compose_config(options_of(photos, *overrides)))
     build.seed_everything(0, deterministic=False)
-    kind = kind_of(config)
+    kind = task_type_of(config)
     samples = kind.read()
     model = build.build_model(config, samples["train"].classes)
     data = kind.build_data(samples, preprocessing_of(model.backbone.vit))

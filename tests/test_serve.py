@@ -1,4 +1,4 @@
-"""The command: what it refuses before it loads anything, and a real process that ends in good order."""
+"""The command: refusals before anything is loaded, and a real process that shuts down properly."""
 
 import re
 import shutil
@@ -48,7 +48,7 @@ def refused(*arguments):
     return str(caught.value)
 
 
-def test_an_option_that_is_wrong_is_one_line(tmp_path):
+def test_a_wrong_option_is_one_line(tmp_path):
     for arguments, message in [
         ([], "error: tasks is needed: type tasks=...\n"),
         (["tasks=a", "port=99999"], "error: port=99999 is out of range: it must be at least 0 and at most 65535\n"),
@@ -67,17 +67,17 @@ def test_help_names_every_option_and_loads_nothing_heavy(tmp_path):
     assert loaded.stdout == "[]\n"
 
 
-def test_tasks_must_be_task_files_with_names_of_their_own(folder, tmp_path):
-    assert "holds no task file" in refused(f"tasks={tmp_path}")
+def test_tasks_must_be_task_files_with_distinct_names(folder, tmp_path):
+    assert "contains no task file" in refused(f"tasks={tmp_path}")
     assert "must be true or false" in refused(f"tasks={folder}", "uploads=yes")
     file = folder / "colours.safetensors"
-    assert "needs a folder" in refused(f"tasks={file}", "uploads=true")
+    assert "requires a folder" in refused(f"tasks={file}", "uploads=true")
     assert "are both called colours" in refused(f"tasks={file},{file}")
     assert "tasks=nowhere.safetensors: no such file" in refused(f"tasks={file},nowhere.safetensors")
     assert "tasks=,: names no task file" in refused("tasks=,")
 
 
-def test_a_file_of_a_run_is_called_by_its_folder(folder, tmp_path):
+def test_a_file_of_a_run_is_named_by_its_folder(folder, tmp_path):
     for name in ("pets", "flowers"):
         (tmp_path / name).mkdir()
         shutil.copy(folder / "colours.safetensors", tmp_path / name / "task.safetensors")
@@ -86,7 +86,7 @@ def test_a_file_of_a_run_is_called_by_its_folder(folder, tmp_path):
     assert (list(paths), place) == (["pets", "flowers", "shapes"], None)
 
 
-def test_uploads_go_to_the_folder_and_hidden_files_are_no_tasks(folder):
+def test_uploads_go_to_the_folder_and_hidden_files_are_ignored(folder):
     (folder / ".hidden.safetensors").write_bytes(b"half")
     try:
         paths, place = vpt.serve.__main__._find_tasks(options(f"tasks={folder}", "uploads=true"))
@@ -95,7 +95,7 @@ def test_uploads_go_to_the_folder_and_hidden_files_are_no_tasks(folder):
     assert (list(paths), place) == (["colours", "shapes"], folder)
 
 
-def test_a_port_that_is_taken_is_noticed_before_anything_is_loaded(folder, monkeypatch):
+def test_a_port_in_use_is_noticed_before_anything_is_loaded(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "vpt.build", None)  # loading would fail
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -103,11 +103,11 @@ def test_a_port_that_is_taken_is_noticed_before_anything_is_loaded(folder, monke
     assert "host=no.such.host.invalid" in refused(f"tasks={folder}", "host=no.such.host.invalid")
 
 
-def test_a_web_framework_that_is_missing_is_named_with_what_to_type(folder, monkeypatch):
+def test_a_missing_web_framework_is_named_with_the_command_to_install_it(folder, monkeypatch):
     monkeypatch.setattr(
         vpt.serve.__main__.importlib.util, "find_spec", lambda name: None if name == "uvicorn" else name
     )
-    assert refused(f"tasks={folder}") == f"uvicorn is not installed: type {vpt.serve.__main__.INSTALL}"
+    assert refused(f"tasks={folder}") == f"uvicorn is not installed: run {vpt.serve.__main__.INSTALL}"
 
 
 def opened(*arguments):
@@ -115,14 +115,14 @@ def opened(*arguments):
     return vpt.serve.__main__._open_bank(given, vpt.serve.__main__._find_tasks(given)[0])
 
 
-def test_a_named_file_that_is_damaged_ends_the_start(folder, tmp_path):
+def test_a_damaged_named_file_is_refused(folder, tmp_path):
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes((folder / "colours.safetensors").read_bytes()[:-1])
     assert "bad.safetensors: not a readable" in refused(f"tasks={bad}", "port=0")
     assert "bad.safetensors: not a readable" in refused(f"tasks={folder / 'shapes.safetensors'},{bad}", "port=0")
 
 
-def test_of_a_folder_files_that_cannot_be_used_are_told_and_left_out(folder, tmp_path, capsys):
+def test_unusable_files_of_a_folder_are_printed_and_skipped(folder, tmp_path, capsys):
     whole = (folder / "colours.safetensors").read_bytes()
     (tmp_path / "a_damaged.safetensors").write_bytes(whole[:-1])
     (tmp_path / "b_damaged.safetensors").write_bytes(b"text")
@@ -132,24 +132,24 @@ def test_of_a_folder_files_that_cannot_be_used_are_told_and_left_out(folder, tmp
     bank = opened(f"tasks={tmp_path}")
     assert bank.names == ("colours", "shapes")
     lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(": ")[0] for line in lines] == ["left out"] * 3
+    assert [line.partition(": ")[0] for line in lines] == ["skipped"] * 3
     for line, name in zip(lines, ("a_damaged", "b_damaged", "other"), strict=True):
         assert f"{name}.safetensors: " in line
     assert "made for the backbone vit_tiny" in lines[2]
 
 
-def test_a_folder_with_nothing_that_can_be_used_ends_the_start(folder, tmp_path, capsys):
+def test_a_folder_without_usable_files_is_refused(folder, tmp_path, capsys):
     (tmp_path / "a.safetensors").write_bytes(b"text")
     assert refused(f"tasks={tmp_path}", "port=0") == f"tasks={tmp_path}: none of its task files can be used"
     shutil.copy(folder / "colours.safetensors", tmp_path)
     message = refused(f"tasks={tmp_path}", "port=0", "backbone=vit_nano_patch9_64")
     assert "backbone.name=vit_nano_patch9_64 is not a model" in message
-    assert "left out" in capsys.readouterr().err
+    assert "skipped" in capsys.readouterr().err
 
 
-def test_uploads_may_start_from_an_empty_folder_on_a_backbone_that_is_named(folder, tmp_path):
-    assert "or start with uploads=true and backbone=NAME" in refused(f"tasks={tmp_path}", "uploads=true")
-    assert "holds no task file" in refused(f"tasks={tmp_path}", "backbone=vit_nano_patch8_64")
+def test_uploads_may_start_from_an_empty_folder_with_a_backbone(folder, tmp_path):
+    assert "use uploads=true and backbone=NAME" in refused(f"tasks={tmp_path}", "uploads=true")
+    assert "contains no task file" in refused(f"tasks={tmp_path}", "backbone=vit_nano_patch8_64")
     words = (f"tasks={tmp_path}", "uploads=true", "backbone=vit_nano_patch8_64")
     settings = Settings(folder=vpt.serve.__main__._find_tasks(options(*words))[1], is_local=False)
     with TestClient(make_app(opened(*words), settings)) as client:
@@ -161,7 +161,7 @@ def test_uploads_may_start_from_an_empty_folder_on_a_backbone_that_is_named(fold
     assert opened(f"tasks={tmp_path}").names == ("colours",)
 
 
-def test_the_greeting_warns_only_of_a_host_that_others_can_reach():
+def test_the_greeting_warns_of_a_host_that_others_can_reach():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         (line,) = vpt.serve.__main__._greeting(options("tasks=a"), listener, ("x", "y"))
@@ -169,7 +169,7 @@ def test_the_greeting_warns_only_of_a_host_that_others_can_reach():
         (line,) = vpt.serve.__main__._greeting(options("tasks=a"), listener, ())
         assert line == f"no task yet at http://127.0.0.1:{port}; Ctrl-C ends"
         _, warning = vpt.serve.__main__._greeting(options("tasks=a", "host=0.0.0.0"), listener, ("x",))
-        assert warning == "host=0.0.0.0: anybody who can reach this machine can use it; there is no password"
+        assert warning == "host=0.0.0.0: everybody who can reach this machine can use it; there is no password"
         _, warning = vpt.serve.__main__._greeting(options("tasks=a", "host=::", "uploads=true"), listener, ("x",))
         assert "change its tasks" in warning
         assert options("tasks=a").host == "127.0.0.1"
@@ -177,7 +177,7 @@ def test_the_greeting_warns_only_of_a_host_that_others_can_reach():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_process_that_is_told_to_end_answers_what_it_accepted_and_exits_with_0(folder, tmp_path, number):
+def test_an_interrupted_process_answers_accepted_requests_and_exits_with_0(folder, tmp_path, number):
     command = [sys.executable, "-m", "vpt.serve", f"tasks={folder}", "port=0", "max_wait_ms=3000", "device=cpu"]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -185,7 +185,7 @@ def test_a_process_that_is_told_to_end_answers_what_it_accepted_and_exits_with_0
     ) as process:
         where = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
         with ThreadPoolExecutor(6) as pool:
-            send = {"files": {"pictures": png_bytes()}, "timeout": 60}
+            send = {"files": {"images": png_bytes()}, "timeout": 60}
             asked = [
                 pool.submit(httpx.post, f"{where}/predict?task={name}", **send) for name in 3 * ["colours", "shapes"]
             ]
@@ -196,7 +196,7 @@ def test_a_process_that_is_told_to_end_answers_what_it_accepted_and_exits_with_0
         out, error = process.communicate(timeout=60)
     assert [answer.status_code for answer in answers] == [200] * 6
     assert (process.returncode, error) == (0, "")
-    assert out == "ended; everything that was accepted is answered\n"
+    assert out == "ended; all accepted requests are answered\n"
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{where}/health")
     assert list(Path(tmp_path).iterdir()) == []
@@ -204,7 +204,7 @@ def test_a_process_that_is_told_to_end_answers_what_it_accepted_and_exits_with_0
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_process_that_is_told_to_end_while_it_loads_ends_at_once_and_quietly(folder, tmp_path, number):
+def test_a_process_interrupted_while_it_loads_ends_at_once_and_quietly(folder, tmp_path, number):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vpt.serve", f"tasks={folder}", f"port={port}"]

@@ -1,4 +1,4 @@
-"""The web application over real HTTP: answers equal those of single models, and everything wrong is refused clearly."""
+"""The web application over real HTTP: answers equal those of single models, and errors are refused clearly."""
 
 import http.client
 import io
@@ -60,8 +60,8 @@ def client(bank):
         yield client
 
 
-def ask(client, tasks, *pictures, field="pictures", **query):
-    parts = [(field, (f"{number}.png", data, "image/png")) for number, data in enumerate(pictures)]
+def ask(client, tasks, *images, field="images", **query):
+    parts = [(field, (f"{number}.png", data, "image/png")) for number, data in enumerate(images)]
     return client.post("/predict", params={"task": tasks, **query}, files=parts)
 
 
@@ -130,20 +130,20 @@ def expected_logits(path, data, tmp_path):
 
 
 def test_mixed_tasks_answer_as_their_models_alone_do(client, files, tmp_path):
-    pictures = [png_bytes(seed, (60 + 7 * seed, 80)) for seed in range(3)]
-    answer = ask(client, ["deep", "shallow", "linear"], *pictures, top_k=100).json()["pictures"]
+    images = [png_bytes(seed, (60 + 7 * seed, 80)) for seed in range(3)]
+    answer = ask(client, ["deep", "shallow", "linear"], *images, top_k=100).json()["images"]
     assert [(one["name"], one["width"], one["height"]) for one in answer] == [
         ("0.png", 60, 80),
         ("1.png", 67, 80),
         ("2.png", 74, 80),
     ]
-    for data, one in zip(pictures, answer, strict=True):
+    for data, one in zip(images, answer, strict=True):
         assert list(one["tasks"]) == ["deep", "shallow", "linear"]
         for name, found in one["tasks"].items():
             path = files / f"{name}.safetensors"
             wanted = expected_logits(path, data, tmp_path).softmax(0)
             values = {entry["class"]: entry["probability"] for entry in found["predictions"]}
-            assert found["kind"] == "classification"
+            assert found["task_type"] == "classification"
             assert [values[label] for label in vpt.read_task(path).classes] == pytest.approx(wanted.tolist(), abs=1e-5)
             probabilities = [entry["probability"] for entry in found["predictions"]]
             assert probabilities == sorted(probabilities, reverse=True)
@@ -159,7 +159,7 @@ def test_boxes_are_those_of_the_model_alone_in_pixels_of_the_picture(client, fil
         (found,) = model(EvalTransform(preprocessing)(image)[None], sizes=sizes)
     wanted = to_original(found, (100, 200), preprocessing)
     least = float(wanted["scores"].median())
-    (answer,) = ask(client, "boxes", data, min_score=least).json()["pictures"]
+    (answer,) = ask(client, "boxes", data, min_score=least).json()["images"]
     boxes = answer["tasks"]["boxes"]["predictions"]
     kept = wanted["scores"] >= least
     assert 0 < len(boxes) < len(kept)
@@ -167,7 +167,7 @@ def test_boxes_are_those_of_the_model_alone_in_pixels_of_the_picture(client, fil
     np.testing.assert_allclose([box["score"] for box in boxes], wanted["scores"][kept].numpy(), atol=1e-5)
     assert [box["class"] for box in boxes] == [("cat", "dog")[label] for label in wanted["labels"][kept]]
     assert max(box["box"][2] for box in boxes) > 64  # not pixels of the input
-    (fewer,) = ask(client, "boxes", data, min_score=least, max_detections=2).json()["pictures"]
+    (fewer,) = ask(client, "boxes", data, min_score=least, max_detections=2).json()["images"]
     assert fewer["tasks"]["boxes"]["predictions"] == boxes[:2]
 
 
@@ -183,7 +183,7 @@ def test_tasks_that_want_pictures_prepared_differently_each_get_their_own(files,
         bank.load(path, name)
     data = png_bytes(1, (120, 50))
     with served(bank) as client:
-        found = ask(client, list(paths), data, top_k=7).json()["pictures"][0]["tasks"]
+        found = ask(client, list(paths), data, top_k=7).json()["images"][0]["tasks"]
     rows = []
     for name, path in paths.items():
         wanted = expected_logits(path, data, tmp_path).softmax(0).sort(descending=True).values
@@ -201,7 +201,7 @@ def test_inputs_of_different_sizes_share_no_batch_and_are_all_answered(tmp_path)
         preprocessing = vpt.models.vit.preprocessing_of(vit) | {"size": [size, size]}
         bank.load(vpt.save_task(model, tmp_path / f"{name}.safetensors", preprocessing=preprocessing))
     with served(bank) as client:
-        found = ask(client, ["small", "large"], png_bytes(), png_bytes(1)).json()["pictures"]
+        found = ask(client, ["small", "large"], png_bytes(), png_bytes(1)).json()["images"]
         assert [list(one["tasks"]) for one in found] == [["small", "large"]] * 2
         assert client.get("/health").json()["batches"] == 2
 
@@ -213,38 +213,38 @@ def test_requests_for_different_tasks_go_through_the_bank_in_one_call():
         answers = list(pool.map(lambda name: ask(client, name, png_bytes()).json(), names))
     assert [sorted(batch) for batch in bank.batches] == [["a", "a", "a", "b", "b", "b"]]
     for name, answer in zip(names, answers, strict=True):
-        best = answer["pictures"][0]["tasks"][name]["predictions"][0]
+        best = answer["images"][0]["tasks"][name]["predictions"][0]
         assert best["class"] == {"a": "0", "b": "1"}[name]  # classes that nobody named are numbers
 
 
 def test_a_picture_may_be_the_whole_body(client):
-    by_form = ask(client, "deep", png_bytes(3)).json()["pictures"][0]
+    by_form = ask(client, "deep", png_bytes(3)).json()["images"][0]
     response = client.post(
         "/predict", params={"task": "deep"}, content=png_bytes(3), headers={"Content-Type": "image/png"}
     )
-    (by_body,) = response.json()["pictures"]
+    (by_body,) = response.json()["images"]
     assert by_body["tasks"] == by_form["tasks"]
-    assert by_body["name"] == "picture"
-    assert ask(client, "deep", png_bytes(3), field="file").json()["pictures"][0] == by_form
+    assert by_body["name"] == "image"
+    assert ask(client, "deep", png_bytes(3), field="file").json()["images"][0] == by_form
 
 
 def test_a_picture_is_upright_before_it_is_measured(client):
     exif = Image.Exif()
     exif[0x0112] = 6
-    (answer,) = ask(client, "deep", png_bytes(0, (90, 60), "JPEG", exif=exif)).json()["pictures"]
+    (answer,) = ask(client, "deep", png_bytes(0, (90, 60), "JPEG", exif=exif)).json()["images"]
     assert (answer["width"], answer["height"]) == (60, 90)
 
 
 def test_a_task_that_is_named_twice_is_asked_once(client):
     answer = ask(client, ["deep", "deep"], png_bytes()).json()
-    assert list(answer["pictures"][0]["tasks"]) == ["deep"]
+    assert list(answer["images"][0]["tasks"]) == ["deep"]
 
 
 def test_many_clients_at_once_get_the_answers_of_one_at_a_time(client):
     questions = [(("deep", "shallow", "linear", "boxes")[number % 4], png_bytes(number % 5)) for number in range(40)]
 
     def put(question):
-        return ask(client, *question, min_score=0.0).json()["pictures"][0]["tasks"]
+        return ask(client, *question, min_score=0.0).json()["images"][0]["tasks"]
 
     alone = [put(question) for question in questions]
     with ThreadPoolExecutor(12) as pool:
@@ -314,14 +314,12 @@ def test_the_page_may_run_its_own_script_and_nothing_else(client):
 
 def test_a_request_that_is_wrong_is_refused_in_one_line(client):
     assert detail(ask(client, "dogs", png_bytes()), 404) == "no task dogs; there are boxes, deep, linear, shallow"
-    assert "task: " in detail(client.post("/predict", files={"pictures": png_bytes()}), 422)
+    assert "task: " in detail(client.post("/predict", files={"images": png_bytes()}), 422)
     assert "top_k: " in detail(ask(client, "deep", png_bytes(), top_k=0), 422)
     assert "min_score: " in detail(ask(client, "deep", png_bytes(), min_score="much"), 422)
     assert "curl" in detail(client.post("/predict?task=deep", content=b"x"), 415)
-    assert "pictures or file" in detail(client.post("/predict?task=deep", files={"image": png_bytes()}), 422)
-    assert "pictures or file" in detail(
-        client.post("/predict?task=deep", data={"pictures": "a"}, files={"a": b""}), 422
-    )
+    assert "images or file" in detail(client.post("/predict?task=deep", files={"photo": png_bytes()}), 422)
+    assert "images or file" in detail(client.post("/predict?task=deep", data={"images": "a"}, files={"a": b""}), 422)
     form = {"Content-Type": "multipart/form-data"}
     assert "cannot be read" in detail(client.post("/predict?task=deep", content=b"x", headers=form), 422)
     form = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -357,11 +355,11 @@ def test_a_picture_of_too_many_pixels_is_refused_by_its_header(client):
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a\nb.png", "<b>x</b>.png", "x" * 1000, "", "\x00"])
 def test_a_hostile_file_name_stays_a_name(client, name):
-    response = client.post("/predict?task=deep", files={"pictures": (name or " ", png_bytes(), "image/png")})
-    (answer,) = response.json()["pictures"]
+    response = client.post("/predict?task=deep", files={"images": (name or " ", png_bytes(), "image/png")})
+    (answer,) = response.json()["images"]
     assert 0 < len(answer["name"]) <= 200
     assert answer["name"].isprintable()
-    text = detail(client.post("/predict?task=deep", files={"pictures": (name or " ", b"x", "image/png")}), 422)
+    text = detail(client.post("/predict?task=deep", files={"images": (name or " ", b"x", "image/png")}), 422)
     assert text.startswith(f"{answer['name']}: ")
 
 
@@ -421,7 +419,7 @@ def test_when_all_places_are_taken_more_is_refused_with_a_time_to_try_again():
         assert [future.result().status_code for future in first] == [200, 200, 200]
         assert client.get("/health").json()["waiting"] == 0
         assert ask(client, "a", png_bytes()).status_code == 200
-        assert "4 pictures for 1 tasks" in detail(ask(client, "a", *[png_bytes()] * 4), 413)
+        assert "4 images for 1 tasks" in detail(ask(client, "a", *[png_bytes()] * 4), 413)
 
 
 def test_a_time_out_is_told_and_its_work_is_dropped():
@@ -511,7 +509,7 @@ def test_the_end_comes_after_everything_that_was_accepted():
         with served(bank, max_batch=2, max_wait_ms=1000) as client:
             bank.hold()
             where = f"{client.base_url}/predict?task="
-            send = {"files": {"pictures": png_bytes()}, "timeout": SLOW}
+            send = {"files": {"images": png_bytes()}, "timeout": SLOW}
             asked = [pool.submit(httpx.post, where + "ab"[number % 2], **send) for number in range(5)]
             while client.get("/health").json()["waiting"] < 5:
                 time.sleep(0.01)
@@ -547,14 +545,12 @@ def test_a_task_is_put_replaced_and_deleted(changing, files, tmp_path):
     created = client.put("/tasks/new-1", content=linear)
     assert (created.status_code, created.json()["classes"]) == (201, ["yes", "no"])
     assert (folder / "new-1.safetensors").read_bytes() == linear
-    assert (
-        ask(client, "new-1", png_bytes()).json()["pictures"][0]["tasks"]["new-1"]["predictions"][0]["class"] in "yesno"
-    )
+    assert ask(client, "new-1", png_bytes()).json()["images"][0]["tasks"]["new-1"]["predictions"][0]["class"] in "yesno"
     replaced = client.put("/tasks/new-1", content=shallow)
     assert (replaced.status_code, replaced.json()["classes"]) == (200, HOSTILE)
     assert (folder / "new-1.safetensors").read_bytes() == shallow
     wanted = expected_logits(files / "shallow.safetensors", png_bytes(4), tmp_path).softmax(0)
-    found = ask(client, "new-1", png_bytes(4)).json()["pictures"][0]["tasks"]["new-1"]["predictions"]
+    found = ask(client, "new-1", png_bytes(4)).json()["images"][0]["tasks"]["new-1"]["predictions"]
     assert found[0]["probability"] == pytest.approx(float(wanted.max()), abs=1e-5)
     assert client.delete("/tasks/new-1").status_code == 204
     assert not (folder / "new-1.safetensors").exists()
@@ -676,7 +672,7 @@ def test_uploads_and_predictions_at_the_same_time_see_one_task_or_the_other(chan
 
     def predict():
         while not end.is_set():
-            found = ask(client, "deep", png_bytes(), top_k=9).json()["pictures"][0]["tasks"]["deep"]["predictions"]
+            found = ask(client, "deep", png_bytes(), top_k=9).json()["images"][0]["tasks"]["deep"]["predictions"]
             which = 0 if {entry["class"] for entry in found} == set("abcdefg") else 1
             assert len(found) == (7, 2)[which]
             assert found[0]["probability"] == pytest.approx(wanted[which], abs=1e-5)
@@ -694,5 +690,5 @@ def test_uploads_and_predictions_at_the_same_time_see_one_task_or_the_other(chan
 
 def test_answers_are_json_that_everybody_reads(client):
     text = ask(client, ["shallow", "boxes"], png_bytes()).text
-    assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["pictures"]
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["images"]
     assert "日本" in text

@@ -1,4 +1,4 @@
-"""The page, in a real browser: pictures are chosen and dropped, tasks are chosen, answers are read from the page."""
+"""The page, in a real browser: images are chosen and dropped, tasks are chosen, answers are read from the page."""
 
 import base64
 import io
@@ -37,7 +37,7 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 EVIL = "<img src=x onerror=document.title='evil'>"
-ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # what the WebDriver protocol calls an element in JSON
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # key of an element in the JSON of the WebDriver protocol
 DROP = """
 const [bytes, name] = arguments, data = new DataTransfer();
 data.items.add(new File([Uint8Array.from(atob(bytes), (letter) => letter.charCodeAt(0))], name, {type: "image/png"}));
@@ -81,7 +81,7 @@ class Browser:
         self._call("POST", "/url", {"url": address})
 
     def run(self, script, *arguments):
-        """What a function body returns in the page."""
+        """Run a function body in the page."""
         return self._call("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
     def find(self, selector):
@@ -108,7 +108,7 @@ class Browser:
         path.write_bytes(base64.b64decode(self._call("GET", "/screenshot")))
 
     def errors(self):
-        """What the console says of errors."""
+        """Errors of the console."""
         entries = self._call("POST", "/se/log", {"type": "browser"})
         return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
 
@@ -172,7 +172,7 @@ def answers(browser):
     )
 
 
-def test_a_picture_is_dropped_two_tasks_are_chosen_and_their_answers_are_shown(browser, client, tmp_path):
+def test_the_answers_of_two_tasks_for_a_dropped_image_are_shown(browser, client, tmp_path):
     browser.open(str(client.base_url))
     browser.wait_for("document.querySelectorAll('.task').length === 3")
     assert browser.texts("#about") == ["3 tasks on vit_nano_patch8_64.vpt"]
@@ -184,8 +184,8 @@ def test_a_picture_is_dropped_two_tasks_are_chosen_and_their_answers_are_shown(b
     ((name, found),) = answers(browser)
     assert name == "<b>sky</b>.png"
     assert list(found) == ["colours", "shapes"]
-    response = client.post("/predict?task=colours&task=shapes", files={"pictures": data}).json()
-    for task, prediction in response["pictures"][0]["tasks"].items():
+    response = client.post("/predict?task=colours&task=shapes", files={"images": data}).json()
+    for task, prediction in response["images"][0]["tasks"].items():
         wanted = [[entry["class"], f"{100 * entry['probability']:.1f} %"] for entry in prediction["predictions"]]
         assert found[task] == wanted
     assert EVIL in [label for label, _ in found["colours"]]
@@ -198,7 +198,7 @@ def test_a_picture_is_dropped_two_tasks_are_chosen_and_their_answers_are_shown(b
     browser.screenshot(tmp_path / "page.png")
 
 
-def test_boxes_are_drawn_and_counted_and_follow_the_least_score(browser, client, tmp_path):
+def test_boxes_are_drawn_and_counted_and_follow_the_lowest_score(browser, client, tmp_path):
     browser.open(str(client.base_url))
     browser.wait_for("document.querySelectorAll('.task').length === 3")
     browser.click("[value=colours]")
@@ -206,8 +206,8 @@ def test_boxes_are_drawn_and_counted_and_follow_the_least_score(browser, client,
     browser.choose_files("#files", photo(tmp_path / "b.png"))
     browser.wait_for("document.querySelector('.counts') && document.querySelector('.card canvas')")
     data = (tmp_path / "b.png").read_bytes()
-    found = client.post("/predict?task=things&min_score=0.05", files={"pictures": data}).json()
-    scores = [box["score"] for box in found["pictures"][0]["tasks"]["things"]["predictions"]]
+    found = client.post("/predict?task=things&min_score=0.05", files={"images": data}).json()
+    scores = [box["score"] for box in found["images"][0]["tasks"]["things"]["predictions"]]
     drawings, numbers = [], []
     for least in ("0.05", "0.9"):
         browser.run(SET_LEAST, least)
@@ -220,7 +220,7 @@ def test_boxes_are_drawn_and_counted_and_follow_the_least_score(browser, client,
     assert browser.run("return document.title") == "vpt"
 
 
-def test_what_is_wrong_is_said_on_the_card_of_the_picture(browser, client, tmp_path):
+def test_a_problem_is_shown_on_the_card_of_the_image(browser, client, tmp_path):
     browser.open(str(client.base_url))
     browser.wait_for("document.querySelectorAll('.task').length === 3")
     bad, large = tmp_path / "bad.png", tmp_path / "large.png"
@@ -232,13 +232,13 @@ def test_what_is_wrong_is_said_on_the_card_of_the_picture(browser, client, tmp_p
     browser.choose_files("#files", bad, large, photo(tmp_path / "good.png"))
     browser.wait_for("document.querySelectorAll('.problem').length === 2 && document.querySelector('.bars li')")
     problems = sorted(browser.texts(".problem"))
-    assert problems[0].startswith("bad.png: not a picture")
+    assert problems[0].startswith("bad.png: not a")
     assert problems[1] == "large.png is larger than 0.2 MB."
     browser.click("[value=colours]")
     assert browser.texts("#message") == ["Choose a task."]
 
 
-def test_a_server_that_is_gone_is_said(browser, client, tmp_path):
+def test_a_stopped_server_is_reported(browser, client, tmp_path):
     browser.open(str(client.base_url))
     browser.wait_for("document.querySelectorAll('.task').length === 3")
     browser.run("window.fetch = () => Promise.reject(new TypeError('Failed to fetch'))")

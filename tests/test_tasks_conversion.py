@@ -326,9 +326,7 @@ def test_the_state_of_a_pickled_array_is_checked(tmp_path):
         (),
     ]:
         torch.save({"shallow_prompt": Array(state)}, tmp_path / "a.pth")
-        with pytest.raises(
-            ValueError, match=r"a\.pth: (shallow_prompt is not a usable array|not a \.pth file)"
-        ):
+        with pytest.raises(ValueError, match=r"a\.pth: (shallow_prompt is not a usable array|not a \.pth file)"):
             read_original(tmp_path / "a.pth")
 
 

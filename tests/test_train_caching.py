@@ -21,7 +21,7 @@ from vpt.config.schema import CacheName
 from vpt.config.validation import to_config
 from vpt.data.tokens import TokenFolder
 from vpt.models.vit import fingerprint, preprocessing_of
-from vpt.task_types.base import kind_of
+from vpt.task_types.base import task_type_of
 from vpt.task_types.classification import Classification
 from vpt.train import caching
 from vpt.train.training import run
@@ -53,7 +53,7 @@ def train(root, photos, *overrides):
 def prepared(root, photos, *overrides):
     """Config, model and plan of a run that has not begun."""
     config = to_config(configured(root, photos, *overrides))
-    kind = kind_of(config)
+    kind = task_type_of(config)
     samples = kind.read()
     model = build.build_model(config, samples["train"].classes)
     data = kind.build_data(samples, preprocessing_of(model.backbone.vit))

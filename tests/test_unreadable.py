@@ -12,7 +12,7 @@ from vpt.config.composition import compose_config
 from vpt.config.errors import ConfigError
 from vpt.config.validation import to_config
 from vpt.data.images import ImageError
-from vpt.task_types.base import kind_of
+from vpt.task_types.base import task_type_of
 
 # Python 3.12 warns when a process with threads forks, and torch has threads.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -43,7 +43,7 @@ def cut(path):
 
 
 def kind(root, *overrides, dataset="folder"):
-    return kind_of(to_config(compose_config([f"dataset={dataset}", f"dataset.root={root}", *overrides])))
+    return task_type_of(to_config(compose_config([f"dataset={dataset}", f"dataset.root={root}", *overrides])))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

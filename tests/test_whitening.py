@@ -10,7 +10,7 @@ from vpt.config.validation import to_config
 from vpt.models.parametrizations import Bilinear
 from vpt.models.vit import preprocessing_of
 from vpt.models.whitening import FLOOR, whiten_from_patches
-from vpt.task_types.base import kind_of
+from vpt.task_types.base import task_type_of
 
 
 def met_by_hand(vit, images, index):
@@ -102,7 +102,7 @@ def test_what_cannot_be_whitened_is_refused(images):
 def test_the_config_asks_for_it_and_says_where_the_tokens_start(init, photos):
     options = ["prompt=bilinear", "prompt.whiten=true", "prompt.num_tokens=3", "prompt.rank=3", f"prompt.init={init}"]
     config = to_config(compose_config(options_of(photos, *options)))
-    kind = kind_of(config)
+    kind = task_type_of(config)
     samples = kind.read()
     model = build.build_model(config, samples["train"].classes)
     data = kind.build_data(samples, preprocessing_of(model.backbone.vit))

@@ -25,7 +25,6 @@ from vpt.config.schema import (
     PromptFormName,
     PromptInitName,
     PromptName,
-    TaskName,
     TuningConfig,
     TuningName,
 )
@@ -36,8 +35,8 @@ from vpt.engine.state import RunState
 from vpt.engine.steps import FitSettings, Loader, NamesOf
 from vpt.engine.watch import RowWatch
 from vpt.models.adapters import Adapters
-from vpt.models.bank import TaskBank
 from vpt.models.backbone import PromptedViT
+from vpt.models.bank import TaskBank
 from vpt.models.parametrizations import Bilinear, Fourier, Shared
 from vpt.models.prompt_init import PatchStart, start_from_patches, start_from_task
 from vpt.models.task_file import load_task, read_task

@@ -14,10 +14,10 @@ from vpt.compare.plan import bare_config
 from vpt.config.schema import Config
 from vpt.engine.measure import check_attention_is_counted, count_flops, count_saved_bytes, inference, model_tensors
 from vpt.engine.steps import autocast, move, total_of
-from vpt.models.classifier import ClassificationModel
+from vpt.models.classifier import Classifier
 from vpt.models.tuning import tuned_parts
 from vpt.models.vit import preprocessing_of
-from vpt.task_types.base import Kind, kind_of
+from vpt.task_types.base import TaskType, task_type_of
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def measure_cost(config: Config, samples: Mapping[str, Any]) -> Cost:
     return Cost(tuned, len(images), **{name: counted.get(name) for name in names})
 
 
-def _prepare(config: Config, samples: Mapping[str, Any], device: torch.device) -> tuple[Kind, Model, Data]:
+def _prepare(config: Config, samples: Mapping[str, Any], device: torch.device) -> tuple[TaskType, Model, Data]:
     build.seed_everything(config.seed, config.deterministic)
-    kind, train = kind_of(config), samples["train"]
+    kind, train = task_type_of(config), samples["train"]
     model = build.build_model(config, train.classes, getattr(train, "category_ids", None)).to(device)
     return kind, model, kind.build_data(samples, preprocessing_of(model.backbone.vit))
 
@@ -105,7 +105,7 @@ def _prepare(config: Config, samples: Mapping[str, Any], device: torch.device) -
 def _build_bare(config: Config, samples: Mapping[str, Any], device: torch.device) -> nn.Module:
     """The same head on nothing but the backbone; for classes as timm itself computes it."""
     _, model, _ = _prepare(bare_config(config), samples, device)
-    return nn.Sequential(model.backbone.vit, model.head) if isinstance(model, ClassificationModel) else model
+    return nn.Sequential(model.backbone.vit, model.head) if isinstance(model, Classifier) else model
 
 
 def _count_step(

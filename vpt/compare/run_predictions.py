@@ -18,7 +18,7 @@ from vpt.models.bank import TaskBank
 from vpt.models.task_file import put_task
 from vpt.models.vit import load_vit
 from vpt.storage.files import write_json
-from vpt.task_types.base import kind_of
+from vpt.task_types.base import task_type_of
 
 FILE = "answers.json"
 NUM_SWITCHES = 5
@@ -91,7 +91,7 @@ def answers_of(config: Config, run_dir: Path, samples: Mapping[str, Any], split:
 def _find(config: Config, run_dir: Path, samples: Mapping[str, Any], split: str) -> Answers:
     config.data.on_error = OnError.stop  # only train pictures may be skipped
     run = build.load_run(run_dir, checkpoint=config.backbone.checkpoint, device=config.device)
-    kind = kind_of(config)
+    kind = task_type_of(config)
     data = kind.build_data({split: samples[split], "train": samples["train"]}, run.metadata.preprocessing)
     device = next(run.model.parameters()).device
     reading: dict[str, Any] = {"precision": build.choose_precision(config, device), "description": split}

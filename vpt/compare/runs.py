@@ -17,7 +17,7 @@ from vpt.engine.console import percent
 from vpt.engine.steps import OutOfMemoryError
 from vpt.runs.folder import RunFolder
 from vpt.storage.files import write_json
-from vpt.task_types.base import kind_of
+from vpt.task_types.base import task_type_of
 
 COSTS = "costs.json"
 
@@ -131,8 +131,8 @@ class Runs:
         self.num_begun = 0
         first = next(iter(plan.methods))
         configs = {shots: self.config(first, shots) for shots in plan.shots}
-        self.kind = kind_of(next(iter(configs.values())))
-        self.samples = {shots: kind_of(config).read() for shots, config in configs.items()}
+        self.kind = task_type_of(next(iter(configs.values())))
+        self.samples = {shots: task_type_of(config).read() for shots, config in configs.items()}
         self.split = "test" if "test" in self.samples[plan.shots[0]] else "val"
         if self.split == "val":
             tell("there is no test split: val chooses and reports, which flatters; type dataset.test_fraction=0.2")

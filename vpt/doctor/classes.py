@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from vpt.task_types.base import Kind
+from vpt.task_types.base import TaskType
 from vpt.task_types.findings import Finding, Level, share, some
 
 FEW = 5  # train images (or boxes) of a class
@@ -14,7 +14,7 @@ IMBALANCE = 10  # the largest class over the smallest one
 Counts = dict[str, NDArray[np.int64]]
 
 
-def find_class_problems(task_type: Kind, classes: tuple[str, ...], counts: Counts) -> Iterator[Finding]:
+def find_class_problems(task_type: TaskType, classes: tuple[str, ...], counts: Counts) -> Iterator[Finding]:
     """Classes that are empty in a split or small in train, and imbalance.
 
     Args:

@@ -12,7 +12,7 @@ from vpt.data.readers.box_checks import DataReport
 from vpt.data.samples import ClassificationSamples, FileReader
 from vpt.data.splits import SPLIT_OF, SPLITS
 from vpt.storage.archives import unpacked
-from vpt.task_types.base import kind_of
+from vpt.task_types.base import task_type_of
 
 UNSPLIT = "train"  # the split of images for which no split is given
 
@@ -48,7 +48,7 @@ def read_data(config: Config) -> Reading:
     dataset = replace(config.dataset, strict=False)
     if root is not None and dataset.root:
         dataset.root = str(root)  # an archive is unpacked once
-    task_type = kind_of(replace(config, dataset=dataset))
+    task_type = task_type_of(replace(config, dataset=dataset))
     try:
         splits: dict[str, Any] = task_type.read_all()
     except ValueError as error:
@@ -58,7 +58,7 @@ def read_data(config: Config) -> Reading:
         has_labels = config.dataset.kind is DatasetKind.folder
         return Reading(loose, task_type.report, refusal=str(error), has_labels=has_labels, root=root)
     whole = replace(dataset, val_fraction=0.0, test_fraction=0.0)
-    given = kind_of(replace(config, dataset=whole)).read_all()
+    given = task_type_of(replace(config, dataset=whole)).read_all()
     split_off = tuple(split for split in splits if split not in given)
     return Reading(splits, task_type.report, split_off, root=root)
 

@@ -14,7 +14,7 @@ from vpt.doctor.reading import Reading, read_data
 from vpt.doctor.scan import SplitScan, scan_images
 from vpt.doctor.training_plan import Input, Plan, input_of, make_plan
 from vpt.engine.console import format_table
-from vpt.task_types.base import Kind, kind_of
+from vpt.task_types.base import TaskType, task_type_of
 from vpt.task_types.findings import Finding, Level, some
 
 VERSION = 2  # of the JSON
@@ -37,7 +37,7 @@ class DoctorReport:
     """
 
     config: Config
-    task_type: Kind
+    task_type: TaskType
     reading: Reading
     scans: dict[str, SplitScan]
     counts: Counts
@@ -125,7 +125,7 @@ def check(config: Config, command: str) -> DoctorReport:
     Raises:
         ValueError: There are no images in the configured place, or the backbone is unknown.
     """
-    task_type = kind_of(config)
+    task_type = task_type_of(config)
     expected = input_of(config, task_type)
     reading = read_data(config)
     task_type.report = reading.report
@@ -186,7 +186,7 @@ def _sizes_of(scan: SplitScan) -> list[tuple[int, int]]:
 
 def _find(
     config: Config,
-    task_type: Kind,
+    task_type: TaskType,
     reading: Reading,
     scans: Mapping[str, SplitScan],
     counts: Counts,

@@ -11,7 +11,7 @@ from vpt.config.schema import Config
 from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.doctor.images import too_many
 from vpt.models.vit import load_vit, preprocessing_of
-from vpt.task_types.base import Kind
+from vpt.task_types.base import TaskType
 from vpt.task_types.findings import Finding, Level
 
 ON_THE_HUB = ("hf-hub:", "hf_hub:")
@@ -56,7 +56,7 @@ class Plan:
         return {**asdict(self), "split_off": list(self.split_off)}
 
 
-def input_of(config: Config, task_type: Kind) -> Input | None:
+def input_of(config: Config, task_type: TaskType) -> Input | None:
     """The input of the configured backbone, which is built without weights; None if it is known on the hub only.
 
     Raises:

@@ -16,7 +16,7 @@ from torch import Tensor
 from vpt.build import Model
 from vpt.data.transforms.images import EvalTransform
 from vpt.data.transforms.preprocessing import Preprocessing, denormalise, letterboxed_size
-from vpt.models.detector import DetectionModel
+from vpt.models.detector import Detector
 from vpt.models.inspection import (
     NearestPatches,
     TokenSimilarity,
@@ -240,7 +240,7 @@ def _look(model: Model, picture: Seen, chosen: set[int], device: torch.device) -
 def _find(model: Model, image: Tensor, picture: Seen) -> dict[str, Any]:
     """The most probable class, or the boxes in pixels of the input."""
     classes = model.classes or [str(label) for label in range(model.num_classes)]
-    if isinstance(model, DetectionModel):
+    if isinstance(model, Detector):
         height, width, _ = picture.pixels.shape
         (found,) = model(image, sizes=[(height, width)])
         rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)

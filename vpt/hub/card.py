@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from vpt.models.task_schema import TaskMetadata
+from vpt.task_types.base import task_type_named
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -22,7 +23,6 @@ MAX_LISTED = 50  # entries of a list that a stranger may have made long
 MAX_RESULTS = 100  # metrics of all splits
 MAX_LABEL = 100  # characters of a name in such a list
 
-PIPELINES = {"classification": "image-classification", "detection": "object-detection"}
 METRIC_TYPES = {"top1": "accuracy"}  # what the hub calls our metrics, where it has a name of its own
 HUB_LICENCES = """
     afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc-by-2.0
@@ -40,45 +40,6 @@ LITERAL = str.maketrans(
     | {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
 )
 
-USE_CLASSIFICATION = """\
-import torch
-
-import vpt
-from vpt.data.images import read_image
-from vpt.data.transforms.images import EvalTransform
-from vpt.data.transforms.preprocessing import Preprocessing
-from vpt.hub import download
-
-model = vpt.from_pretrained({repo_id}, backbone={backbone})
-preprocessing = Preprocessing.from_dict(vpt.read_task(download({repo_id})).preprocessing)
-image = EvalTransform(preprocessing)(read_image("picture.jpg"))
-with torch.inference_mode():
-    probabilities = model(image[None]).softmax(dim=1)[0]
-best = int(probabilities.argmax())
-print(model.classes[best] if model.classes else best, float(probabilities[best]))
-"""
-USE_DETECTION = """\
-import torch
-
-import vpt
-from vpt.data.images import read_image
-from vpt.data.transforms.images import EvalTransform
-from vpt.data.transforms.preprocessing import Preprocessing, letterboxed_size
-from vpt.hub import download
-from vpt.task_types.detection import to_original
-
-model = vpt.from_pretrained({repo_id}, backbone={backbone})
-preprocessing = Preprocessing.from_dict(vpt.read_task(download({repo_id})).preprocessing)
-picture = read_image("picture.jpg")
-size = (picture.height, picture.width)
-image = EvalTransform(preprocessing)(picture)
-with torch.inference_mode():
-    found = model(image[None], sizes=[letterboxed_size(size, preprocessing)])[0]
-found = to_original(found, size, preprocessing)  # boxes are x1, y1, x2, y2 in pixels of the picture
-for box, score, label in zip(found["boxes"], found["scores"], found["labels"]):
-    print(model.classes[label] if model.classes else int(label), float(score), box.tolist())
-"""
-
 
 def model_card(metadata: TaskMetadata, repo_id: str, tensors: Mapping[str, Tensor] | None = None) -> str:
     """The text of a repository's `README.md`: what the hub reads of a task, and what a person does.
@@ -95,7 +56,7 @@ def model_card(metadata: TaskMetadata, repo_id: str, tensors: Mapping[str, Tenso
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     validate_repo_id(repo_id)
-    usage = USE_DETECTION if metadata.kind == "detection" else USE_CLASSIFICATION
+    usage = task_type_named(metadata.task_type).usage
     names = {"repo_id": json.dumps(repo_id), "backbone": json.dumps(metadata.backbone, ensure_ascii=False)}
     sections = [
         f"# {_text(_name(repo_id))}",
@@ -127,7 +88,7 @@ def _card_data(metadata: TaskMetadata, repo_id: str) -> "ModelCardData":
         license=licence,
         license_name=licence_name,
         library_name="vpt",
-        pipeline_tag=PIPELINES[metadata.kind],
+        pipeline_tag=task_type_named(metadata.task_type).pipeline_tag,
         tags=["visual-prompt-tuning", "parameter-efficient"],
         base_model=f"timm/{architecture}.{tag}" if is_on_hub else None,
         model_name=_name(repo_id) if results else None,
@@ -161,7 +122,7 @@ def _results(metadata: TaskMetadata) -> "list[EvalResult]":
     )
     return [
         EvalResult(
-            task_type=PIPELINES[metadata.kind],
+            task_type=task_type_named(metadata.task_type).pipeline_tag,
             dataset_type="unknown",  # on the hub; the pictures may be anyone's
             dataset_name=_label(title) if isinstance(title, str) else "unknown",
             dataset_split=_label(split),
@@ -178,7 +139,7 @@ def _facts(metadata: TaskMetadata, tensors: Mapping[str, Tensor] | None) -> dict
     preprocessing, prompt, head = metadata.preprocessing, metadata.prompt, metadata.head
     (height, width), crop = preprocessing["size"], f"{preprocessing['crop_pct']:g}"
     facts = {
-        "kind": f"{metadata.kind} of pictures, {metadata.num_classes} classes",
+        "type": f"{metadata.task_type}, {metadata.num_classes} classes",
         "backbone": f"`{metadata.backbone}`, with the weights of fingerprint `{metadata.fingerprint}`",
         "prompt": "none",
         "head": "linear" if head is None else f"{_text(head['head'])}, strides {_numbers(head['strides'])}",

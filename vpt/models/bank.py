@@ -152,7 +152,7 @@ class TaskBank:
 
         Returns:
             For one name: logits (B, K), or a list of B detections. For a list of names: a list of B results, logits
-            (K,) or detections, each of its own task. Detections are what `DetectionModel` gives.
+            (K,) or detections, each of its own task. Detections are what `Detector` gives.
 
         Raises:
             ValueError: There is no such task, not one name for each image, or images of another size than a task's.

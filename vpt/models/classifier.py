@@ -63,4 +63,4 @@ class Classifier(TaskModel):
         return {"head.weight": (num_classes, width), "head.bias": (num_classes,)}
 
 
-ClassificationModel = Classifier  # until every importer has the new name
+Classifier = Classifier  # until every importer has the new name

@@ -276,4 +276,4 @@ def resolve_out_indices(out_indices: Blocks, depth: int) -> tuple[int, ...]:
     return resolve_blocks("last:1" if out_indices == "last" else out_indices, depth, key="out_indices")
 
 
-DetectionModel = Detector  # until every importer has the new name
+Detector = Detector  # until every importer has the new name

@@ -14,7 +14,7 @@ from vpt.config.schema import number
 if TYPE_CHECKING:
     from vpt.build import Data, TrainedRun
     from vpt.models.prompts import VisualPrompt
-    from vpt.task_types.base import Kind
+    from vpt.task_types.base import TaskType
 
 SCORED_PICTURES = 1024  # of train, at most
 USAGE = f"""python -m vpt.prune: the prompt of a trained run with fewer tokens, and the accuracy that it costs.
@@ -72,13 +72,13 @@ def prune_run(options: PruneOptions) -> dict[int, dict[str, dict[str, float]]]:
 
     run = build.load_run(run_dir, checkpoint=options.checkpoint, device=options.device)
     prompt = _prompt_of(options, run, keep)
-    kind, data = read_run(
+    task_type, data = read_run(
         run, ["train", "val"], root=options.root, batch_size=options.batch_size, num_workers=options.num_workers
     )
-    importance = token_importance(run.model, _train_batches(run, data), kind.losses(data)).cpu()
+    importance = token_importance(run.model, _train_batches(run, data), task_type.losses(data)).cpu()
     prompts = {prompt.num_tokens: prompt, **{num: keep_tokens(prompt, importance, num) for num in keep}}
-    metrics = _evaluate(run, kind, data, prompts)
-    print(_table(kind.select, metrics))
+    metrics = _evaluate(run, task_type, data, prompts)
+    print(_table(task_type.main_metric, metrics))
     _write(options, run, output, prompts, metrics, importance.tolist())
     return metrics
 
@@ -116,7 +116,7 @@ def _train_batches(run: "TrainedRun", data: "Data") -> Iterator[Any]:
 
 
 def _evaluate(
-    run: "TrainedRun", kind: "Kind", data: "Data", prompts: "dict[int, VisualPrompt]"
+    run: "TrainedRun", task_type: "TaskType", data: "Data", prompts: "dict[int, VisualPrompt]"
 ) -> dict[int, dict[str, dict[str, float]]]:
     """Metrics by number of tokens and split; test after all else."""
     from vpt import build
@@ -130,7 +130,7 @@ def _evaluate(
             metrics[num][split] = evaluate(
                 run.model,
                 data.loaders[split],
-                kind.evaluator(data, split),
+                task_type.evaluator(data, split),
                 precision=precision,
                 description=f"{split}, {num} tokens",
             )

@@ -91,7 +91,7 @@ def keep_tokens(prompt: VisualPrompt, importance: Tensor, num_tokens: int) -> Vi
         VisualPrompt(kind=deep, num_tokens=2, embed_dim=192, blocks=0-1, dropout=0.0)
     """
     if not 1 <= num_tokens < prompt.num_tokens:
-        raise ValueError(f"num_tokens={num_tokens}: the prompt has {prompt.num_tokens} tokens, so from 1 to {prompt.num_tokens - 1}")
+        raise ValueError(f"num_tokens={num_tokens}: must be from 1 to {prompt.num_tokens - 1}")
     if importance.shape != (len(prompt.blocks), prompt.num_tokens):
         raise ValueError(f"scores of shape {tuple(importance.shape)} do not fit {prompt}")
     kept = importance.topk(num_tokens, dim=1).indices.sort(dim=1).values

@@ -6,7 +6,7 @@ from typing import Any
 
 from vpt.build import Data, TrainedRun
 from vpt.config.errors import ConfigError
-from vpt.task_types.base import Kind, kind_of
+from vpt.task_types.base import TaskType, task_type_of
 
 
 def read_run(
@@ -16,7 +16,7 @@ def read_run(
     root: str | None = None,
     batch_size: int | None = None,
     num_workers: int = 0,
-) -> tuple[Kind, Data]:
+) -> tuple[TaskType, Data]:
     """The task type of a run and its data, prepared as its task file states.
 
     Args:
@@ -34,7 +34,7 @@ def read_run(
     config.dataset.root = root or config.dataset.root
     config.train.batch_size, config.num_workers = batch_size or config.train.batch_size, num_workers
     config.augment.transforms = []
-    task_type = kind_of(config)
+    task_type = task_type_of(config)
     samples = task_type.read()
     for split in splits:
         if split not in samples:

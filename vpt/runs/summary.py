@@ -3,19 +3,19 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vpt.build import Data, Model, choose_precision
+from vpt.build import Data, choose_precision
 from vpt.config.schema import Config, Dtype
 from vpt.engine.console import format_table, percent
 from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
-from vpt.models.classifier import ClassificationModel
 from vpt.models.task_file import task_tensors
+from vpt.models.task_model import TaskModel
 from vpt.models.tuning import count_parameters
 
 MAX_COLUMNS = 8
 
 
-def summarise(model: Model, data: Data, config: Config, described: Sequence[str], cache: str) -> str:
+def summarise(model: TaskModel, data: Data, config: Config, described: Sequence[str], cache: str) -> str:
     """Describe model, data and settings of a run, in a few lines.
 
     Args:
@@ -38,7 +38,7 @@ def summarise(model: Model, data: Data, config: Config, described: Sequence[str]
     frozen = f"frozen, with {config.tuning.adapters} adapters" if count.adapters else frozen
     no_prompt = "none" if count.backbone_tuned else "none (linear probe)" if not count.neck else "none (head only)"
     # Where features are pooled, the last block computes only the tokens that are read.
-    path = model.backbone.extra_repr() if isinstance(model, ClassificationModel) else model.backbone.describe_paths()
+    path = model.backbone.extra_repr() if model.pools_features else model.backbone.describe_paths()
     rows = [
         ["backbone", f"{model.backbone.name}, {count.backbone:,} parameters, {frozen}{held}, {height} x {width} px"],
         ["prompt", no_prompt if prompt is None else prompt.extra_repr()],
@@ -52,7 +52,7 @@ def summarise(model: Model, data: Data, config: Config, described: Sequence[str]
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
 
 
-def task_file_bytes(model: Model) -> int:
+def task_file_bytes(model: TaskModel) -> int:
     """Bytes of the tensors in the task file of a model."""
     return sum(tensor.numel() * tensor.element_size() for tensor in task_tensors(model).values())
 

@@ -1,4 +1,4 @@
-"""python -m vpt.serve tasks=FOLDER: answer questions about pictures over HTTP, many tasks on one backbone."""
+"""python -m vpt.serve tasks=FOLDER: predictions over HTTP, many tasks on one backbone."""
 
 import contextlib
 import importlib.util
@@ -21,27 +21,27 @@ ENDING = ".safetensors"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 INSTALL = 'uv pip install -p .venv -e ".[serve]" -c constraints.txt'
 
-USAGE = """python -m vpt.serve: answer questions about pictures over HTTP, many tasks on one backbone.
+USAGE = """python -m vpt.serve: predictions over HTTP, many tasks on one backbone.
 
-  tasks=FOLDER         every task file (.safetensors) in it, called by its name; those that cannot be used are left out
-  tasks=FILE[,FILE]    or these, which must all be sound; a file task.safetensors is called by its folder
-  backbone=NAME        timm name of the backbone; by default what the first task file says
-  checkpoint=FILE      weights of the backbone, when they are not where timm has them
-  port=8000            0 takes one that is free
-  host=127.0.0.1       only this machine; host=0.0.0.0 lets in everybody who can reach it
+  tasks=FOLDER         all task files (.safetensors) of a folder, named by file; unusable ones are skipped
+  tasks=FILE[,FILE]    or these, which must all be valid; a file task.safetensors is named by its folder
+  backbone=NAME        timm name of the backbone; that of the first task file by default
+  checkpoint=FILE      weights of the backbone, if they are not those of timm
+  port=8000            0 for a free one
+  host=127.0.0.1       this machine only; host=0.0.0.0 for everybody who can reach it
   device=auto
 
 Batches:
-  max_batch=32         most pictures in a batch, of any tasks
-  max_wait_ms=5        how long a picture may wait for others
+  max_batch=32         most images in a batch, of any tasks
+  max_wait_ms=5        longest wait of an image for others
 Limits:
-  max_queue=256        predictions (a picture and a task) that wait; more are refused with 429
+  max_queue=256        waiting predictions (an image and a task); more are refused with 429
   max_body_mb=20       size of a request; more is refused with 413
-  timeout_s=30         time of a request; after it 504
-  uploads=false        with true, task files may be put, replaced and deleted: PUT and DELETE /tasks/NAME; the folder
-                       may be empty then, if backbone= is said
+  timeout_s=30         time of a request; 504 after it
+  uploads=false        true: task files may be uploaded, replaced and deleted by PUT and DELETE /tasks/NAME; the folder
+                       may be empty then, with backbone=
 
-The page is at /, the API at /docs. Ctrl-C ends it, after all that was accepted is answered.
+The page is at /, the API at /docs. Ctrl-C ends it, after all accepted requests are answered.
 Example: python -m vpt.serve tasks=runs/pets/task.safetensors,runs/flowers/task.safetensors"""
 
 
@@ -64,8 +64,8 @@ class ServeOptions:
 
 
 def main() -> None:
-    """Read the options, serve until told to end."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports swallow KeyboardInterrupt; there is nothing to tidy up yet
+    """Read the options, and serve until interrupted."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # some imports swallow KeyboardInterrupt
     try:
         serve(parse_options(ServeOptions, sys.argv[1:], USAGE))
     except (ValueError, TypeError, OSError) as error:
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def serve(options: ServeOptions) -> None:
-    """Load the tasks, and answer until SIGTERM or SIGINT; then finish what was accepted."""
+    """Load the tasks, and answer until SIGTERM or SIGINT; then finish accepted requests."""
     _check_installed()
     paths, folder = _find_tasks(options)
     listener = _listen(options.host, options.port)
@@ -99,37 +99,33 @@ def serve(options: ServeOptions) -> None:
             print(line, flush=True)
         for ending in (signal.SIGINT, signal.SIGTERM):
             signal.signal(ending, signal.default_int_handler)
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in good order and raises the signal again
+        with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn after its shutdown
             server.run(sockets=[listener])
-    print("ended; everything that was accepted is answered")
+    print("ended; all accepted requests are answered")
 
 
 def _check_installed() -> None:
-    """The web framework is an extra.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
+    """Raise a ConfigError if the web framework, an extra, is not installed."""
     missing = [name for name in ("fastapi", "uvicorn", "python_multipart") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"{', '.join(missing)} is not installed: type {INSTALL}")
+        raise ConfigError(f"{', '.join(missing)} is not installed: run {INSTALL}")
 
 
 def _find_tasks(options: ServeOptions) -> tuple[dict[str, Path], Path | None]:
-    """Task files by name, and the folder for uploads if there may be any."""
+    """Task files by name, and the folder for uploads if they are allowed."""
     if options.uploads not in ("true", "false"):
         raise ConfigError(f"uploads={options.uploads}: must be true or false")
     may_change = options.uploads == "true"
     root = Path(options.tasks).expanduser()
     if not root.is_dir():
         if may_change:
-            raise ConfigError(f"uploads=true needs a folder to put them in, and tasks={options.tasks} is none")
+            raise ConfigError(f"uploads=true requires a folder, and tasks={options.tasks} is none")
         return name_task_files("tasks", options.tasks), None
     paths = {path.stem: path for path in sorted(root.glob(f"*{ENDING}")) if not path.name.startswith(".")}
     if not paths and not (may_change and options.backbone):
         raise ConfigError(
-            f"tasks={options.tasks}: holds no task file ({ENDING}); copy one into it, or start with uploads=true and "
-            "backbone=NAME"
+            f"tasks={options.tasks}: contains no task file ({ENDING}); copy one into it, or use "
+            "uploads=true and backbone=NAME"
         )
     if may_change:
         check_folder("tasks", root)
@@ -137,52 +133,52 @@ def _find_tasks(options: ServeOptions) -> tuple[dict[str, Path], Path | None]:
 
 
 def _open_bank(options: ServeOptions, paths: dict[str, Path]) -> "TaskBank":
-    """The tasks on their backbone. Files that are named must be sound; of a folder, those that are not are left out."""
+    """The tasks on their backbone. Named files must be valid; invalid ones of a folder are skipped."""
     from vpt import build
 
     if not Path(options.tasks).expanduser().is_dir():
         return build.open_bank(paths, backbone=options.backbone, checkpoint=options.checkpoint, device=options.device)
     from vpt.models.bank import TaskBank
 
-    sound = _sound(paths)
-    if paths and not sound:
+    valid = _read_valid(paths)
+    if paths and not valid:
         raise ConfigError(f"tasks={options.tasks}: none of its task files can be used")
-    first = next(iter(sound.values()), None)
+    first = next(iter(valid.values()), None)
     bank = TaskBank(
         options.backbone or (first.backbone if first is not None else ""),
         checkpoint=options.checkpoint,
         img_size=None if first is None else tuple(first.preprocessing["size"]),
         device=build.pick_device(options.device),
     )
-    for name in sound:
+    for name in valid:
         try:
             bank.load(paths[name], name)
         except (ValueError, RuntimeError) as error:
-            _leave_out(error)
+            _print_skipped(error)
     if paths and not bank.names:
         raise ConfigError(f"tasks={options.tasks}: none of its task files can be used")
     return bank
 
 
-def _sound(paths: dict[str, Path]) -> "dict[str, TaskMetadata]":
-    """What the files say that are task files; a line for each of the others."""
+def _read_valid(paths: dict[str, Path]) -> "dict[str, TaskMetadata]":
+    """Metadata of the valid task files; prints a line for each other one."""
     from vpt.models.task_file import read_task
 
-    sound = {}
+    valid = {}
     for name, path in paths.items():
         try:
-            sound[name] = read_task(path)
+            valid[name] = read_task(path)
         except (ValueError, OSError) as error:
-            _leave_out(error)
-    return sound
+            _print_skipped(error)
+    return valid
 
 
-def _leave_out(error: Exception) -> None:
-    print(f"left out: {first_line(error)}", file=sys.stderr, flush=True)
+def _print_skipped(error: Exception) -> None:
+    print(f"skipped: {first_line(error)}", file=sys.stderr, flush=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket of its own, so that a port that is taken is noticed before anything is loaded."""
+    """Open the socket first, so that a port in use is noticed before anything is loaded."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family)
@@ -192,7 +188,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _greeting(options: ServeOptions, listener: socket.socket, names: tuple[str, ...]) -> list[str]:
-    """Where it is, what it serves and who can use it."""
+    """Lines with the address, the tasks, and a warning if others can connect."""
     shown = f"[{options.host}]" if ":" in options.host else options.host
     shown = "127.0.0.1" if shown == "0.0.0.0" else "[::1]" if shown == "[::]" else shown
     listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
@@ -201,7 +197,7 @@ def _greeting(options: ServeOptions, listener: socket.socket, names: tuple[str, 
     lines = [f"{what} at http://{shown}:{listener.getsockname()[1]}; Ctrl-C ends"]
     if options.host not in LOCAL:
         what = "use it, and change its tasks" if options.uploads == "true" else "use it"
-        lines.append(f"host={options.host}: anybody who can reach this machine can {what}; there is no password")
+        lines.append(f"host={options.host}: everybody who can reach this machine can {what}; there is no password")
     return lines
 
 

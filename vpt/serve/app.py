@@ -1,7 +1,7 @@
-"""The web application around a task bank: what it takes, what it refuses, and how it ends.
+"""Web application around a task bank: routes, refusals and shutdown.
 
-A request goes this way: its body is read up to a limit, into memory only; it gets places in the queue, or 429; its
-pictures are decoded and prepared by a few threads; the batcher runs them, mixed with those of other requests and tasks.
+The body of a request is read up to a limit, into memory only; it gets places in the queue, or 429; its images are
+decoded and prepared by a few threads; the batcher runs them, mixed with those of other requests and tasks.
 """
 
 import asyncio
@@ -22,23 +22,24 @@ from vpt.data.images import ImageError
 from vpt.models.bank import TaskBank
 from vpt.serve.batcher import QueueFull
 from vpt.serve.bodies import Bodies
-from vpt.serve.schemas import Answer, Health, Problem, TaskDescription, Wanted
+from vpt.serve.schemas import Answer, Health, Problem, TaskDescription
 from vpt.serve.service import ModelError, Service, Settings
+from vpt.task_types.base import AnswerLimits
 from vpt.version import __version__
 
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
-HOW_TO_ALLOW = "task files cannot be changed here; start the server with uploads=true"
+HOW_TO_ALLOW = "task files cannot be changed; start the server with uploads=true"
 
-PICTURES: dict[str, Any] = {
+IMAGES: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "required": ["pictures"],
-                    "properties": {"pictures": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+                    "required": ["images"],
+                    "properties": {"images": {"type": "array", "items": {"type": "string", "format": "binary"}}},
                 }
             },
             "image/*": {"schema": {"type": "string", "format": "binary"}},
@@ -54,16 +55,16 @@ TASK_FILE: dict[str, Any] = {
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What /openapi.json says of refusals."""
+    """Descriptions of refusals in /openapi.json."""
     return {status: {"model": Problem} for status in statuses}
 
 
 def make_app(bank: TaskBank, settings: Settings | None = None) -> FastAPI:
-    """The application; it has the bank to itself until it ends.
+    """Create the application, the only user of the bank until it ends.
 
     Args:
         bank: Tasks on their backbone.
-        settings: Limits; the defaults for None.
+        settings: Limits; defaults for None.
     """
     settings = settings or Settings()
     service, bodies = Service(bank, settings), Bodies(settings.max_body)
@@ -84,26 +85,26 @@ def make_app(bank: TaskBank, settings: Settings | None = None) -> FastAPI:
 def _add_predict(app: FastAPI, service: Service, bodies: Bodies) -> None:
     settings = service.settings
 
-    @app.post("/predict", openapi_extra=PICTURES, responses=problems(404, 409, 413, 415, 422, 429, 500, 504))
+    @app.post("/predict", openapi_extra=IMAGES, responses=problems(404, 409, 413, 415, 422, 429, 500, 504))
     async def predict(
         request: Request,
-        task: Annotated[list[str], Query(description="name of a task; may be given several times")],
-        top_k: Annotated[int, Query(ge=1, description="classification: classes, the most probable first")] = 5,
-        min_score: Annotated[float, Query(ge=0, le=1, description="detection: least score of a box")] = 0.25,
-        max_detections: Annotated[int, Query(ge=1, description="detection: most boxes in a picture")] = 100,
+        task: Annotated[list[str], Query(description="name of a task; may be repeated")],
+        top_k: Annotated[int, Query(ge=1, description="classification: most classes per image")] = 5,
+        min_score: Annotated[float, Query(ge=0, le=1, description="detection: lowest score of a box")] = 0.25,
+        max_detections: Annotated[int, Query(ge=1, description="detection: most boxes per image")] = 100,
     ) -> Answer:
-        """Ask one or several tasks about one or several pictures."""
+        """Predict one or more images with one or more tasks."""
         tasks = service.tasks(task)
         async with _limited(request, bodies, settings.timeout_s):
-            uploads = await bodies.pictures(request)
+            uploads = await bodies.images(request)
             if len(uploads) * len(tasks) > settings.max_queue:
-                what = f"{len(uploads)} pictures for {len(tasks)} tasks are more than {settings.max_queue} predictions"
+                what = f"{len(uploads)} images for {len(tasks)} tasks are more than {settings.max_queue} predictions"
                 raise HTTPException(413, f"{what}; send fewer at a time")
-            return await service.predict(uploads, tasks, Wanted(top_k, min_score, max_detections))
+            return await service.predict(uploads, tasks, AnswerLimits(top_k, min_score, max_detections))
 
     @app.get("/health")
     async def health() -> Health:
-        """How the server is."""
+        """State of the server."""
         totals = service.batcher.totals
         return Health(
             tasks=len(service.bank.names),
@@ -122,12 +123,12 @@ def _add_tasks(app: FastAPI, service: Service, bodies: Bodies) -> None:
 
     @app.get("/tasks")
     async def list_tasks() -> list[TaskDescription]:
-        """All tasks."""
+        """Describe all tasks."""
         return [service.describe(name) for name in service.bank.names]
 
     @app.get("/tasks/{name}", responses=problems(404))
     async def show_task(name: str) -> TaskDescription:
-        """One task."""
+        """Describe one task."""
         return service.describe(name)
 
     @app.put(
@@ -138,10 +139,10 @@ def _add_tasks(app: FastAPI, service: Service, bodies: Bodies) -> None:
     async def put_task(
         request: Request, response: Response, name: Annotated[str, Path(description="letters, digits, _ and -")]
     ) -> TaskDescription:
-        """Serve a task file, in the place of the task of this name if there is one; only with uploads=true."""
+        """Upload a task file, replacing the task of this name; only with uploads=true."""
         _check_change(request, settings)
         if not TASK_NAME.fullmatch(name):
-            raise HTTPException(422, "a task's name has 1 to 64 of the letters a to z, A to Z, digits, _ and -")
+            raise HTTPException(422, "the name of a task must have 1 to 64 of the characters a-z, A-Z, 0-9, _ and -")
         async with _limited(request, bodies, settings.timeout_s):
             data = await bodies.read(request)
             if await asyncio.wrap_future(service.changes.submit(service.put, name, data)):
@@ -150,14 +151,14 @@ def _add_tasks(app: FastAPI, service: Service, bodies: Bodies) -> None:
 
     @app.delete("/tasks/{name}", status_code=204, responses=problems(403, 404))
     async def delete_task(request: Request, name: str) -> None:
-        """Serve a task no more, and delete its file; only with uploads=true."""
+        """Remove a task and delete its file; only with uploads=true."""
         _check_change(request, settings)
         await asyncio.wrap_future(service.changes.submit(service.delete, name))
 
 
 @asynccontextmanager
 async def _limited(request: Request, bodies: Bodies, timeout_s: float) -> AsyncIterator[None]:
-    """Give a request its time, and take its body back at the end."""
+    """Limit the time of a request, and free its body at the end."""
     try:
         async with asyncio.timeout(timeout_s):
             yield
@@ -168,16 +169,16 @@ async def _limited(request: Request, bodies: Bodies, timeout_s: float) -> AsyncI
 
 
 def _check_change(request: Request, settings: Settings) -> None:
-    """Refuse changes that are not allowed, or come by a foreign name, as a web page's may that a browser shows."""
+    """Refuse changes that are not allowed, or come from a web page under a foreign host name (DNS rebinding)."""
     if settings.folder is None:
         raise HTTPException(403, HOW_TO_ALLOW)
     host = request.headers.get("host", "")
     if settings.is_local and re.sub(r":\d+$", "", host) not in LOCAL_HOSTS:
-        raise HTTPException(403, f"task files are changed by way of {LOCAL_HOSTS[0]} or {LOCAL_HOSTS[1]} only")
+        raise HTTPException(403, f"task files can only be changed through {LOCAL_HOSTS[0]} or {LOCAL_HOSTS[1]}")
 
 
 def _add_page(app: FastAPI) -> None:
-    """The page at /, which may run its own script and nothing else."""
+    """The page at /, whose policy allows its own script only."""
     html = files("vpt.serve").joinpath("page.html").read_text(encoding="utf-8")
     hashes = {tag: _digest(html, tag) for tag in ("script", "style")}
     policy = (
@@ -196,7 +197,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _digest(html: str, tag: str) -> str:
-    """What a Content-Security-Policy calls the one element of this name."""
+    """Hash of the only element of this name, for a Content-Security-Policy."""
     (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
     return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
@@ -223,7 +224,7 @@ def _add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
-        return _refusal(400, "the client went away")
+        return _refusal(400, "the client disconnected")
 
 
 def _refusal(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -1,7 +1,7 @@
-"""Batcher: jobs that many threads hand in one by one are run together, on a thread of their own.
+"""Batches of jobs that many threads submit one by one, run on a thread of their own.
 
-The first job waits at most `max_wait_ms` for others. While a batch runs, the next one fills, so that under load
-nothing waits for the clock. It knows nothing of models, pictures and the web.
+The first job waits at most `max_wait_ms` for others. While a batch runs, the next one fills, so that under load no job
+waits for the clock.
 """
 
 import threading
@@ -17,13 +17,13 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-class QueueFull(Exception):  # noqa: N818  # what happened, as queue.Full
-    """There are no places left for so many jobs; try again later."""
+class QueueFull(Exception):  # noqa: N818  # named like queue.Full
+    """Not enough places are left; try again later."""
 
 
 @dataclass
 class Totals:
-    """What a batcher has done since it began."""
+    """Counts since the start of a batcher."""
 
     jobs: int = 0
     batches: int = 0
@@ -42,12 +42,12 @@ class Batcher(Generic[Job, Result]):
     """Runs jobs in batches, on one thread.
 
     Args:
-        run: From a batch of jobs to a result for each; an exception in the place of a result is raised to the one who
-            waits for it, and one that is raised here is raised to all of the batch.
+        run: Returns a result for each job of a batch. An exception in place of a result fails that job; one that is
+            raised fails the whole batch.
         group: Only jobs of the same group share a batch.
         max_batch: Most jobs in a batch.
-        max_wait_ms: How long a job may wait for others, in milliseconds; beside batches before its own.
-        max_queue: Places for jobs; a job has one from before it is made until its result is used.
+        max_wait_ms: How long a job may wait for others, in milliseconds, not counting earlier batches.
+        max_queue: Places for jobs; a job holds one from before it is created until its result is used.
 
     Example:
         >>> batcher = Batcher(lambda numbers: [2 * number for number in numbers])
@@ -79,10 +79,10 @@ class Batcher(Generic[Job, Result]):
 
     @contextmanager
     def places(self, count: int) -> Iterator[None]:
-        """Hold places while jobs are made, handed in and waited for.
+        """Hold places while jobs are created, submitted and awaited.
 
         Raises:
-            QueueFull: There are not so many places left.
+            QueueFull: Not enough places are left.
         """
         with self._changed:
             if self.taken + count > self.max_queue:
@@ -95,7 +95,7 @@ class Batcher(Generic[Job, Result]):
                 self.taken -= count
 
     def submit(self, jobs: Sequence[Job]) -> "list[Future[Result]]":
-        """Hand in jobs that have places; a future that is cancelled before its batch begins takes its job out.
+        """Submit jobs that have places; cancelling a future before its batch starts removes its job.
 
         Raises:
             RuntimeError: The batcher is closed.
@@ -122,7 +122,7 @@ class Batcher(Generic[Job, Result]):
         return future
 
     def close(self) -> None:
-        """Take nothing more, and return when all that was taken is done."""
+        """Accept no more jobs, and return when all accepted ones are done."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -142,9 +142,9 @@ class Batcher(Generic[Job, Result]):
                 self._run_batch(running)
 
     def _next_batch(self) -> "list[_Waiting[Job, Result]]":
-        """Wait for a batch that is full or due and take it; empty when there are errands, or nothing will come."""
+        """Wait for a batch that is full or due and take it; empty if there are errands, or the batcher is closed."""
         while True:
-            self._forget_cancelled()
+            self._queue = [entry for entry in self._queue if not entry.future.cancelled()]
             if self._errands or (self._is_closed and not self._queue):
                 return []
             batch = self._fullest()
@@ -156,7 +156,7 @@ class Batcher(Generic[Job, Result]):
             self._changed.wait(pause)
 
     def _fullest(self) -> "list[_Waiting[Job, Result]]":
-        """The group of the job that waits longest, unless its time has not come and another group is full."""
+        """The group of the oldest job, unless it is not due yet and another group is full."""
         groups: dict[Hashable, list[_Waiting[Job, Result]]] = {}
         for entry in self._queue:
             groups.setdefault(entry.group, []).append(entry)
@@ -172,7 +172,7 @@ class Batcher(Generic[Job, Result]):
         try:
             results = self._run([entry.job for entry in batch])
             assert len(results) == len(batch)
-        except Exception as error:  # whatever it is, the next batch may be a good one
+        except Exception as error:  # later batches must still run
             self.totals.failed_batches += 1
             results = [error] * len(batch)
         self.totals.batches += 1
@@ -183,16 +183,13 @@ class Batcher(Generic[Job, Result]):
             else:
                 entry.future.set_result(result)
 
-    def _forget_cancelled(self) -> None:
-        self._queue = [entry for entry in self._queue if not entry.future.cancelled()]
-
     def _refuse_if_closed(self) -> None:
         if self._is_closed:
             raise RuntimeError("the batcher is closed")
 
 
 def _fulfil(future: "Future[Result]", function: Callable[[], Result]) -> None:
-    """Give a future what a function returns or raises; once it is cancelled the function is not called."""
+    """Set the result of a function on a future, unless it was cancelled."""
     if not future.set_running_or_notify_cancel():
         return
     try:

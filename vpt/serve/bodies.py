@@ -1,4 +1,4 @@
-"""Bodies: what clients send, read into memory and no further than the limits."""
+"""Request bodies, read into memory up to the limits."""
 
 import sys
 from collections.abc import AsyncGenerator
@@ -9,13 +9,13 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from vpt.serve.batcher import QueueFull
 from vpt.serve.schemas import Upload, clean_name
 
-FIELDS = ("pictures", "file")  # of a form that hold pictures
-NUM_HELD = 16  # bodies of the largest size that are held at a time, all requests together
-HOW_TO_SEND = "send a form (curl -F pictures=@a.jpg) or a picture with its type (curl -H 'Content-Type: image/jpeg')"
+FIELDS = ("images", "file")  # of a form
+NUM_HELD = 16  # bodies of the largest size in memory, of all requests together
+HOW_TO_SEND = "send a form (curl -F images=@a.jpg) or an image with its type (curl -H 'Content-Type: image/jpeg')"
 
 
 class Bodies:
-    """Reads what clients send, into memory and no further than the limits.
+    """Reads request bodies into memory, up to the limits.
 
     Args:
         max_body: Most bytes of one request.
@@ -25,13 +25,13 @@ class Bodies:
         self.max_body = max_body
         self.held = 0  # bytes, of all requests
 
-    async def pictures(self, request: Request) -> list[Upload]:
-        """The picture files of a form, or the one that is the body."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind.startswith("image/"):
-            return [Upload("picture", await self.read(request))]
-        if kind != "multipart/form-data":
-            raise HTTPException(415, f"a body of type {clean_name(kind or 'unknown')} is no picture; {HOW_TO_SEND}")
+    async def images(self, request: Request) -> list[Upload]:
+        """The image files of a form, or the body itself."""
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type.startswith("image/"):
+            return [Upload("image", await self.read(request))]
+        if content_type != "multipart/form-data":
+            raise HTTPException(415, f"not an image: {clean_name(content_type or 'unknown')}; {HOW_TO_SEND}")
         parser = _InMemoryParser(request.headers, self._chunks(request))
         try:
             form = await parser.parse()
@@ -43,7 +43,7 @@ class Bodies:
         uploads = [Upload(clean_name(file.filename), file.file.read()) for file in files]
         await form.close()
         if not uploads:
-            raise HTTPException(422, f"the form has no file in a field called {' or '.join(FIELDS)}; {HOW_TO_SEND}")
+            raise HTTPException(422, f"the form has no file in the field {' or '.join(FIELDS)}; {HOW_TO_SEND}")
         return uploads
 
     async def read(self, request: Request) -> bytes:
@@ -51,7 +51,7 @@ class Bodies:
         return b"".join([chunk async for chunk in self._chunks(request)])
 
     async def _chunks(self, request: Request) -> AsyncGenerator[bytes, None]:
-        """The body, until there is too much of it."""
+        """The body, up to the limits."""
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > self.max_body:
             raise self._too_large()
@@ -67,7 +67,7 @@ class Bodies:
             yield chunk
 
     def release(self, request: Request) -> None:
-        """Forget the body of a request that is over."""
+        """Free the memory of a finished request."""
         self.held -= getattr(request.state, "held", 0)
 
     def _too_large(self) -> HTTPException:
@@ -75,6 +75,6 @@ class Bodies:
 
 
 class _InMemoryParser(MultiPartParser):
-    """Starlette's, which otherwise puts larger files on the disk."""
+    """Starlette's parser without its temporary files."""
 
     spool_max_size = sys.maxsize

@@ -1,88 +1,59 @@
-"""From an uploaded picture to what the bank runs, and from what it finds to JSON values.
+"""Requests and answers of the server: uploaded images, jobs for the bank, and JSON schemas.
 
-The classes that derive from `BaseModel` are what /openapi.json says of the answers.
+Classes derived from `BaseModel`, and the answers of the task types, are in /openapi.json.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Union, cast
 
-import torch
 from PIL import Image
 from pydantic import BaseModel, Field
 from torch import Tensor
 
 from vpt.data.images import FORMATS, ImageError, read_image
+from vpt.data.samples import Size
 from vpt.data.transforms.images import EvalTransform
 from vpt.data.transforms.preprocessing import Preprocessing, letterboxed_size
 from vpt.models.task_schema import TaskMetadata
-from vpt.task_types.detection import to_original
+from vpt.task_types.base import task_types
 
-MAX_RATIO = 100  # of a picture's sides: a line of pixels would be resized to one that fills the memory
-MAX_NAME = 200  # characters of a picture's name
+MAX_RATIO = 100  # of the sides: an image of one row would be resized to one that fills the memory
+MAX_NAME = 200  # characters of an image name
 
 
 class Problem(BaseModel):
-    """Why a request was refused."""
+    """Reason of a refusal."""
 
     detail: str = Field(examples=["no task dogs; there are pets, flowers"])
 
 
-class ClassProbability(BaseModel):
-    """A class and its probability."""
-
-    class_: str = Field(serialization_alias="class", examples=["beagle"])
-    probability: float = Field(examples=[0.93])
+Prediction = Annotated[
+    Union[*(task_type.answer for task_type in task_types().values())], Field(discriminator="task_type")
+]
 
 
-class FoundBox(BaseModel):
-    """A box that was found."""
-
-    class_: str = Field(serialization_alias="class", examples=["tree"])
-    score: float = Field(examples=[0.71])
-    box: tuple[float, float, float, float] = Field(
-        description="x1, y1, x2, y2 in pixels of the upright picture, from its upper left corner"
-    )
-
-
-class Classification(BaseModel):
-    """The most probable classes, the best first."""
-
-    kind: Literal["classification"] = "classification"
-    predictions: list[ClassProbability]
-
-
-class Detection(BaseModel):
-    """The boxes, the best first."""
-
-    kind: Literal["detection"] = "detection"
-    predictions: list[FoundBox]
-
-
-Prediction = Annotated[Classification | Detection, Field(discriminator="kind")]
-
-
-class PictureAnswer(BaseModel):
-    """What the tasks say of one picture."""
+class ImageAnswer(BaseModel):
+    """Predictions of all tasks for one image."""
 
     name: str = Field(description="the name of the uploaded file")
-    width: int = Field(description="of the upright picture, in pixels")
+    width: int = Field(description="of the upright image, in pixels")
     height: int
     tasks: dict[str, Prediction]
 
 
 class Answer(BaseModel):
-    """What the tasks say of the pictures, in the order in which they came."""
+    """Predictions for the images, in the order of the request."""
 
-    pictures: list[PictureAnswer]
+    images: list[ImageAnswer]
 
 
 class TaskDescription(BaseModel):
-    """A task that can be asked."""
+    """A task of the server."""
 
     name: str
-    kind: Literal["classification", "detection"]
+    task_type: str
     classes: list[str]
     backbone: str
     prompt: dict[str, Any] | None
@@ -90,35 +61,26 @@ class TaskDescription(BaseModel):
     metrics: dict[str, dict[str, float | None]]
     licence: str
     note: str
-    bytes: int = Field(description="memory that the task takes beside the backbone")
+    bytes: int = Field(description="memory of the task, without the backbone")
 
 
 class Health(BaseModel):
-    """How the server is."""
+    """State of the server."""
 
     status: Literal["ok"] = "ok"
     tasks: int
-    waiting: int = Field(description="predictions that were accepted and are not answered yet")
-    predictions: int = Field(description="that were made since the start; one for each picture and task")
-    batches: int = Field(description="that they took")
+    waiting: int = Field(description="accepted predictions without an answer yet")
+    predictions: int = Field(description="since the start; one for each image and task")
+    batches: int = Field(description="since the start")
     failed_batches: int
     max_queue: int
     max_body_bytes: int
-    uploads: bool = Field(description="whether task files may be put and deleted")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """How much of what was found to tell."""
-
-    top_k: int = 5
-    min_score: float = 0.25
-    max_detections: int = 100
+    uploads: bool = Field(description="whether task files may be uploaded and deleted")
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A picture file as it came."""
+    """An uploaded image file."""
 
     name: str
     data: bytes
@@ -126,104 +88,80 @@ class Upload:
 
 @dataclass(frozen=True)
 class Job:
-    """A picture, prepared for a task.
+    """An image, prepared for one task.
 
     Args:
-        task: Its name.
-        preprocessing: How the picture was prepared.
+        task: Name of the task.
+        preprocessing: Of the task.
         image: Normalised, (3, H, W).
-        inner: Height and width of what is picture in it.
-        size: Height and width of the upright picture itself.
+        inner: Height and width of the part of it that is image and not padding.
+        size: Height and width of the upright image itself.
     """
 
     task: str
     preprocessing: Mapping[str, Any]
     image: Tensor
-    inner: tuple[int, int]
-    size: tuple[int, int]
+    inner: Size
+    size: Size
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a task found in a picture: its logits (K,) or its detection, and the task's metadata at that time."""
+    """The output of a task for one image, and the task's metadata at that time."""
 
     metadata: TaskMetadata
-    result: Any
+    output: Any
 
 
 def clean_name(name: str | None) -> str:
-    """The name of an uploaded file on one short line; what cannot be printed becomes a question mark."""
+    """The name of an uploaded file on one short line; unprintable characters become question marks."""
     printable = "".join(letter if letter.isprintable() else "?" for letter in name or "")
-    return printable[:MAX_NAME].strip() or "picture"
+    return printable[:MAX_NAME].strip() or "image"
 
 
 def prepare(upload: Upload, tasks: Mapping[str, TaskMetadata]) -> list[Job]:
-    """Decode a picture, and prepare it for each task in the task's own way.
+    """Decode an image, and prepare it for each task.
 
     Raises:
         ImageError: It cannot be used; the message begins with its name.
     """
-    picture = read_upload(upload)
-    size = (picture.height, picture.width)
-    prepared: dict[Preprocessing, tuple[Tensor, tuple[int, int]]] = {}
+    image = read_upload(upload)
+    size = (image.height, image.width)
+    prepared: dict[Preprocessing, tuple[Tensor, Size]] = {}
     jobs = []
     for name, metadata in tasks.items():
         preprocessing = Preprocessing.from_dict(metadata.preprocessing)
         if preprocessing not in prepared:
             is_whole = preprocessing.crop_mode == "letterbox"
             inner = letterboxed_size(size, preprocessing) if is_whole else preprocessing.size
-            prepared[preprocessing] = EvalTransform(preprocessing)(picture), inner
+            prepared[preprocessing] = EvalTransform(preprocessing)(image), inner
         jobs.append(Job(name, metadata.preprocessing, *prepared[preprocessing], size))
     return jobs
 
 
 def read_upload(upload: Upload) -> Image.Image:
-    """Decode a picture from memory, as `read_image` does from a file.
+    """Decode an image from memory, as `read_image` does from a file.
 
     Raises:
         ImageError: It cannot be used; the message begins with its name.
     """
     try:
-        picture = read_image(cast(Any, _NamedBytes(upload)))
-    except TypeError as error:  # looking for a file of its name, to say whether it is empty
-        what = "not a picture, or its header is broken" if upload.data else "the file is empty"
-        raise ImageError(f"{upload.name}: {what}; pictures are {', '.join(FORMATS)}") from error
-    sides = sorted(picture.size)
+        image = read_image(cast(Any, _NamedBytes(upload)))
+    except TypeError as error:  # from the check whether the file is empty
+        what = "not an image, or its header is broken" if upload.data else "the file is empty"
+        raise ImageError(f"{upload.name}: {what}; supported are {', '.join(FORMATS)}") from error
+    sides = sorted(image.size)
     if sides[1] > MAX_RATIO * sides[0]:
-        raise ImageError(f"{upload.name}: {picture.width} x {picture.height} pixels are a line, not a picture; crop it")
-    return picture
-
-
-def prediction_of(found: Found, size: tuple[int, int], wanted: Wanted) -> Classification | Detection:
-    """What was found in a picture of this height and width, as JSON knows it.
-
-    Raises:
-        ArithmeticError: The task gives numbers that are none.
-    """
-    classes = class_names(found.metadata)
-    if found.metadata.kind == "detection":
-        return _detection_of(found, classes, size, wanted)
-    probabilities = found.result.float().softmax(dim=0)
-    if not probabilities.isfinite().all():
-        raise ArithmeticError("logits are not finite numbers")
-    best = probabilities.topk(min(wanted.top_k, len(classes)))
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return Classification(
-        predictions=[ClassProbability(class_=classes[label], probability=value) for label, value in pairs]
-    )
-
-
-def class_names(metadata: TaskMetadata) -> Sequence[str]:
-    """Names of the classes; their numbers when nobody named them."""
-    return metadata.classes or [str(label) for label in range(metadata.num_classes)]
+        raise ImageError(f"{upload.name}: {image.width} x {image.height} pixels are too narrow; crop the image")
+    return image
 
 
 def describe(name: str, metadata: TaskMetadata, num_bytes: int) -> TaskDescription:
-    """What a client should know of a task; the config of its training stays here, it may name folders."""
+    """The public description of a task, without the config of its training, which may name folders."""
     return TaskDescription(
         name=name,
-        kind=metadata.kind,
-        classes=list(class_names(metadata)),
+        task_type=metadata.task_type,
+        classes=metadata.class_names,
         backbone=metadata.backbone,
         prompt=metadata.prompt,
         preprocessing=metadata.preprocessing,
@@ -232,20 +170,6 @@ def describe(name: str, metadata: TaskMetadata, num_bytes: int) -> TaskDescripti
         note=metadata.note,
         bytes=num_bytes,
     )
-
-
-def _detection_of(found: Found, classes: Sequence[str], size: tuple[int, int], wanted: Wanted) -> Detection:
-    preprocessing = Preprocessing.from_dict(found.metadata.preprocessing)
-    detection = to_original(found.result, size, preprocessing)
-    if not all(bool(torch.isfinite(detection[key]).all()) for key in ("boxes", "scores")):
-        raise ArithmeticError("boxes are not finite numbers")
-    rows = zip(*(detection[key].tolist() for key in ("boxes", "scores", "labels")), strict=True)
-    boxes = [
-        FoundBox(class_=classes[label], score=score, box=tuple(box))
-        for box, score, label in rows
-        if score >= wanted.min_score
-    ]
-    return Detection(predictions=boxes[: wanted.max_detections])
 
 
 class _NamedBytes(io.BytesIO):

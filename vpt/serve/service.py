@@ -1,4 +1,4 @@
-"""Service: a bank behind a batcher, and the folder of its task files; what the web application asks."""
+"""Service: a bank behind a batcher, and the folder of uploaded task files."""
 
 import asyncio
 import logging
@@ -14,6 +14,7 @@ import torch
 from fastapi import HTTPException
 
 from vpt.config.errors import first_line
+from vpt.data.samples import Size
 from vpt.models.bank import TaskBank
 from vpt.models.task_file import read_task
 from vpt.models.task_schema import TaskMetadata
@@ -21,17 +22,16 @@ from vpt.serve.batcher import Batcher
 from vpt.serve.schemas import (
     Answer,
     Found,
+    ImageAnswer,
     Job,
-    PictureAnswer,
     TaskDescription,
     Upload,
-    Wanted,
     clean_name,
     describe,
-    prediction_of,
     prepare,
 )
 from vpt.storage.files import write_bytes
+from vpt.task_types.base import AnswerLimits, task_type_named
 
 NUM_SHOWN = 50  # names in a message
 ResultT = TypeVar("ResultT")
@@ -43,12 +43,12 @@ class Settings:
     """Limits of a server.
 
     Args:
-        max_batch: Most pictures in a batch.
-        max_wait_ms: How long a picture may wait for others to share its batch, in milliseconds.
-        max_queue: Most predictions (a picture and a task) that are accepted and not answered.
+        max_batch: Most images in a batch.
+        max_wait_ms: Longest wait of an image for others to share its batch, in milliseconds.
+        max_queue: Most predictions (an image and a task) that are accepted and not yet answered.
         max_body_mb: Size of a request, in millions of bytes.
-        timeout_s: How long a request may take, in seconds.
-        folder: Where uploaded task files go; None takes none.
+        timeout_s: Longest duration of a request, in seconds.
+        folder: The folder of uploaded task files; None refuses uploads.
         is_local: Whether only this machine can reach the server.
     """
 
@@ -67,14 +67,14 @@ class Settings:
 
 
 class ModelError(Exception):
-    """A batch could not be run, or what came out cannot be told."""
+    """A batch could not be run, or its output is not finite."""
 
 
 class Service:
-    """A bank behind a batcher, and the folder of its task files; every method may be called from any thread.
+    """Predictions of a bank in batches, and changes of its tasks; every method may be called from any thread.
 
     Args:
-        bank: The bank; nothing but this service changes it any more.
+        bank: The bank; only this service may change it from now on.
         settings: Limits.
     """
 
@@ -88,106 +88,106 @@ class Service:
             max_queue=settings.max_queue,
         )
         self.pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="prepare")
-        self.changes = ThreadPoolExecutor(1, thread_name_prefix="change")  # of the tasks, one after the other
+        self.changes = ThreadPoolExecutor(1, thread_name_prefix="change")  # of the tasks, one at a time
 
     def close(self) -> None:
-        """Finish what was accepted."""
+        """Finish all accepted requests."""
         self.changes.shutdown()
         self.batcher.close()
         self.pool.shutdown()
 
     def tasks(self, names: Iterable[str]) -> dict[str, TaskMetadata]:
-        """What the files of these tasks say of themselves."""
+        """Metadata of these tasks."""
         return {name: self._metadata(name) for name in names}
 
     def describe(self, name: str) -> TaskDescription:
-        """What a client should know of a task."""
+        """The public description of a task."""
         try:
             return describe(name, self.bank.metadata(name), self.bank.num_bytes(name))
         except ValueError:  # unknown, or just removed
             raise self._unknown(name) from None
 
-    async def predict(self, uploads: Sequence[Upload], tasks: Mapping[str, TaskMetadata], wanted: Wanted) -> Answer:
-        """Prepare pictures, run them with each task, and tell what was found."""
+    async def predict(
+        self, uploads: Sequence[Upload], tasks: Mapping[str, TaskMetadata], limits: AnswerLimits
+    ) -> Answer:
+        """Prepare images, run them with each task, and return the predictions."""
         with self.batcher.places(len(uploads) * len(tasks)):
             loop = asyncio.get_running_loop()
             prepared = await _all(loop.run_in_executor(self.pool, prepare, upload, tasks) for upload in uploads)
-            jobs = [job for of_picture in prepared for job in of_picture]
+            jobs = [job for of_image in prepared for job in of_image]
             found = iter(await _all(asyncio.wrap_future(future) for future in self.batcher.submit(jobs)))
-        pictures = []
-        for upload, of_picture in zip(uploads, prepared, strict=True):
+        images = []
+        for upload, of_image in zip(uploads, prepared, strict=True):
             predictions = {}
-            for job in of_picture:
+            for job in of_image:
                 try:
-                    predictions[job.task] = prediction_of(next(found), job.size, wanted)
+                    predictions[job.task] = _to_answer(next(found), job.size, limits)
                 except ArithmeticError as error:
-                    raise ModelError(f"task {job.task}: {error}; train it anew") from error
-            height, width = of_picture[0].size
-            pictures.append(PictureAnswer(name=upload.name, width=width, height=height, tasks=predictions))
-        return Answer(pictures=pictures)
+                    raise ModelError(f"task {job.task}: {error}; train it again") from error
+            height, width = of_image[0].size
+            images.append(ImageAnswer(name=upload.name, width=width, height=height, tasks=predictions))
+        return Answer(images=images)
 
     def put(self, name: str, data: bytes) -> bool:
-        """Serve a task file, and keep it in the folder; returns whether the task is a new one.
+        """Serve a task file, and store it in the folder; returns whether the task is new.
 
         Raises:
-            HTTPException: The file is refused, or cannot be written; nothing has changed then.
+            HTTPException: The file is refused, or cannot be written; nothing is changed then.
         """
         assert self.settings.folder is not None
         target = self.settings.folder / f"{name}.safetensors"
         is_new = name not in self.bank.names
         if is_new and target.exists():
-            raise HTTPException(
-                409, f"{target.name} lies in the folder already, but is not served; choose another name"
-            )
+            raise HTTPException(409, f"{target.name} exists in the folder, but is not served; choose another name")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / target.name
             path.write_bytes(data)
             try:
-                read_task(path)  # what is damaged is refused here, where it holds up no batch
-                self._change(self.bank.load if is_new else self._swap, path, name)
+                read_task(path)  # a damaged file is refused here, outside the batcher's thread
+                self._change(self._put_into_bank, name, path)
             except (ValueError, TypeError, RuntimeError) as error:
                 raise HTTPException(422, first_line(error).replace(str(path), name)) from error
         try:
             write_bytes(target, data)
         except OSError as error:
-            self._change(self._take_back, name, None if is_new else target)
+            self._change(self._put_into_bank, name, None if is_new else target)
             raise HTTPException(
                 507, f"{target.name} cannot be written ({error.strerror}); nothing has changed"
             ) from error
         return is_new
 
     def delete(self, name: str) -> None:
-        """Serve a task no more, and delete its file."""
+        """Remove a task from the server, and delete its file."""
         assert self.settings.folder is not None
         self._metadata(name)
         self._change(self.bank.remove, name)
         (self.settings.folder / f"{name}.safetensors").unlink(missing_ok=True)
 
     def _change(self, change: Callable[..., Any], *arguments: Any) -> None:
-        """Change the bank between two batches, so that a picture is prepared, run and told by one and the same task."""
+        """Change the bank between two batches, so that each image is prepared, run and answered by the same task."""
         self.batcher.between_batches(lambda: change(*arguments)).result()
 
-    def _swap(self, path: Path, name: str) -> None:
-        self.bank.swap(name, path)
-
-    def _take_back(self, name: str, old: Path | None) -> None:
-        if old is None:
+    def _put_into_bank(self, name: str, path: Path | None) -> None:
+        """Load, replace or, without a file, remove a task."""
+        if path is None:
             self.bank.remove(name)
+        elif name in self.bank.names:
+            self.bank.swap(name, path)
         else:
-            self.bank.swap(name, old)
+            self.bank.load(path, name)
 
     def _run(self, jobs: list[Job]) -> list[Found | Exception]:
-        """Run a mixed batch; those whose task is gone or wants its pictures otherwise now are told so."""
+        """Run a mixed batch; a job whose task was removed, or replaced by one of other preprocessing, gets an error."""
         current = {name: self.bank.metadata(name) for name in self.bank.names}
         fit = [job for job in jobs if job.task in current and current[job.task].preprocessing == job.preprocessing]
-        results = self._ask_bank(fit) if fit else {}
-        return [results[id(job)] if id(job) in results else self._gone(job) for job in jobs]
+        results = self._run_bank(fit) if fit else {}
+        return [results[id(job)] if id(job) in results else self._replaced(job) for job in jobs]
 
-    def _ask_bank(self, jobs: list[Job]) -> dict[int, Found | Exception]:
-        """What the tasks make of their pictures, in one call; if that fails each for itself, to spare the others."""
+    def _run_bank(self, jobs: list[Job]) -> dict[int, Found | Exception]:
+        """Outputs by id of the job, of one call; if that fails, of a call for each task, so that others still succeed."""
         tasks = list(dict.fromkeys(job.task for job in jobs))
         try:
-            return self._ask_bank_once(jobs)
+            return self._run_bank_once(jobs)
         except ModelError:
             if len(tasks) == 1:
                 raise
@@ -195,12 +195,12 @@ class Service:
         for task in tasks:
             own = [job for job in jobs if job.task == task]
             try:
-                apart |= self._ask_bank_once(own)
+                apart |= self._run_bank_once(own)
             except ModelError as error:
                 apart |= dict.fromkeys(map(id, own), error)
         return apart
 
-    def _ask_bank_once(self, jobs: list[Job]) -> dict[int, Found | Exception]:
+    def _run_bank_once(self, jobs: list[Job]) -> dict[int, Found | Exception]:
         names, sizes = [job.task for job in jobs], [job.inner for job in jobs]
         try:
             results = self.bank(torch.stack([job.image for job in jobs]), names, sizes=sizes)
@@ -210,10 +210,10 @@ class Service:
             logger.exception("a batch of %s failed", ", ".join(sorted(set(names))))
             raise ModelError(f"the model could not run this batch ({first_line(error)})") from error
 
-    def _gone(self, job: Job) -> HTTPException:
+    def _replaced(self, job: Job) -> HTTPException:
         if job.task not in self.bank.names:
             return self._unknown(job.task)
-        return HTTPException(409, f"task {job.task} was replaced while the picture waited; send it again")
+        return HTTPException(409, f"task {job.task} was replaced while the image waited; send it again")
 
     def _metadata(self, name: str) -> TaskMetadata:
         try:
@@ -228,7 +228,7 @@ class Service:
 
 
 async def _all(futures: Iterable["asyncio.Future[ResultT]"]) -> list[ResultT]:
-    """The results of all; when one fails, or nobody waits any more, the others are cancelled."""
+    """The results of all; when one fails, or the request is cancelled, the others are cancelled."""
     started = list(futures)
     try:
         return await asyncio.gather(*started)
@@ -236,6 +236,10 @@ async def _all(futures: Iterable["asyncio.Future[ResultT]"]) -> list[ResultT]:
         for future in started:
             future.cancel()
         raise
+
+
+def _to_answer(found: Found, size: Size, limits: AnswerLimits) -> dict[str, Any]:
+    return task_type_named(found.metadata.task_type).to_answer(found.metadata, found.output, size, limits)
 
 
 def _on_cpu(result: Any) -> Any:

@@ -27,9 +27,9 @@ from vpt.engine.state import FitResult
 from vpt.engine.steps import Evaluator, Losses
 from vpt.models.task_model import TaskModel
 from vpt.models.task_schema import TaskMetadata
-from vpt.task_types.writer import PredictionWriter
 from vpt.task_types.findings import Finding
 from vpt.task_types.unreadable import LeftOut, describe_left_out, leave_out_unreadable
+from vpt.task_types.writer import PredictionWriter
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class TaskType(ABC):
     name: ClassVar[str]  # `dataset.task` in configs, "kind" in task files
     main_metric: ClassVar[str]  # on val; selects the best epoch, higher is better
     overfit_goal: ClassVar[float]  # of the main metric on one batch, for mode=overfit
-    charts: ClassVar[Mapping[str, Sequence[str]]] = {}  # of TensorBoard's overview: title -> regular expressions of tags
+    charts: ClassVar[Mapping[str, Sequence[str]]] = {}  # in TensorBoard's overview: title -> regular expressions
     readers: ClassVar[Sequence[str]]  # allowed values of `dataset.reader`
     counted: ClassVar[str] = "images"  # what `class_counts` of the samples counts
     dataset: ClassVar[Callable[..., Dataset[Any]]]  # (samples, transform, seed=) -> a `SampleDataset`
@@ -180,15 +180,15 @@ class TaskType(ABC):
         """A table with a row for each class, of an evaluated split; empty where there are no classes."""
         return ""
 
-    # Figures in TensorBoard.
+    # Figures in TensorBoard; a type may have none.
 
-    def log_start(self, monitor: Monitor, data: Data) -> None:
+    def log_start(self, monitor: Monitor, data: Data) -> None:  # noqa: B027
         """Log train images as the model receives them."""
 
-    def log_epoch(self, monitor: Monitor, data: Data, evaluator: Any, epoch: int, step: int) -> None:
+    def log_epoch(self, monitor: Monitor, data: Data, evaluator: Any, epoch: int, step: int) -> None:  # noqa: B027
         """Log figures after an evaluation on val."""
 
-    def log_end(self, monitor: Monitor, data: Data, evaluator: Any, result: FitResult) -> None:
+    def log_end(self, monitor: Monitor, data: Data, evaluator: Any, result: FitResult) -> None:  # noqa: B027
         """Log figures of the best model on val."""
 
     # Trained tasks.

@@ -15,8 +15,8 @@ from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.models.heads.dense import Selection
 from vpt.plots.boxes import draw_boxes
 from vpt.predictions.boxes import FoundBoxes, file_names, to_box_table, to_coco, to_original, to_yolo
-from vpt.task_types.writer import PredictedImage, Predictions, PredictionWriter, spare_images
 from vpt.storage.files import write_bytes
+from vpt.task_types.writer import PredictedImage, Predictions, PredictionWriter, spare_images
 
 MIN_SCORE = 0.25  # for people; metrics are computed from 0.05 up
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vpt.predictions.classes import to_class_json, to_class_table
-from vpt.task_types.writer import PredictedImage, Predictions, PredictionWriter
 from vpt.storage.files import write_bytes
+from vpt.task_types.writer import PredictedImage, Predictions, PredictionWriter
 
 TOP_K = 5
 

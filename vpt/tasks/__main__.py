@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from vpt.models.vit import ViT
 
 REFUSED = 1
-MAIN_METRIC = {"detection": "map"}  # by type of task; top1 for all others
 
 USAGE = """python -m vpt.tasks: list, show, check and convert task files.
 
@@ -115,12 +114,11 @@ def list_tasks(folder: Path, _: NoOptions) -> bool:
 def show_task(file: Path, _: NoOptions) -> bool:
     """Print the metadata of a task file, its tensors, and its config."""
     import json
-    from dataclasses import asdict
 
     from vpt.engine.console import format_table
 
     metadata, tensors = _open(file)
-    fields = asdict(metadata)
+    fields = metadata.to_json()
     config = fields.pop("config")
     width = max(map(len, fields))
     for name, value in fields.items():
@@ -290,7 +288,7 @@ def _describe(file: Path) -> list[str]:
     """The cells of a task file in the table, without its name."""
     metadata, tensors = _open(file)
     return [
-        metadata.kind,
+        metadata.task_type,
         metadata.backbone,
         _prompt(metadata),
         str(metadata.num_classes),
@@ -315,8 +313,9 @@ def _prompt(metadata: "TaskMetadata") -> str:
 def _metric(metadata: "TaskMetadata") -> str:
     """The main metric of the task, on test if available."""
     from vpt.engine.console import percent
+    from vpt.task_types.base import task_type_named
 
-    main = MAIN_METRIC.get(metadata.kind, "top1")
+    main = task_type_named(metadata.task_type).main_metric
     for split in ("test", "val", *metadata.metrics):
         value = metadata.metrics.get(split, {}).get(main)
         if value is not None:

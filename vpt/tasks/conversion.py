@@ -15,7 +15,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ from vpt.models.task_file import open_task, write_task
 from vpt.models.task_schema import TaskMetadata
 from vpt.models.vit import ViT, fingerprint, name_of, preprocessing_of
 from vpt.storage.files import MAX_BYTES, MAX_HEADER, write_json
+from vpt.task_types.base import task_type_named
 from vpt.version import __version__
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE = "VISUAL_PROMPT_TUNING"  # unknown to PEFT, which refuses it
-PEFT_TASKS = {"classification": "IMAGE_CLASSIFICATION", "detection": "OBJECT_DETECTION"}
 
 PICKLE_ENDINGS = (".pth", ".pt")
 ROLES = {  # by the last part of a key, in a file of prompts and in a state dict
@@ -327,14 +327,14 @@ def _peft_config(metadata: TaskMetadata) -> dict[str, Any]:
     prompt = metadata.prompt
     return {
         "peft_type": PEFT_TYPE,
-        "task_type": PEFT_TASKS[metadata.kind],
+        "task_type": task_type_named(metadata.task_type).peft_task,
         "base_model_name_or_path": metadata.backbone,
         "inference_mode": True,
         "num_virtual_tokens": 0 if prompt is None else prompt["num_tokens"],
         "token_dim": None if prompt is None else prompt["width"],
         "num_layers": 0 if prompt is None else len(prompt["blocks"]),
         "modules_to_save": ["head"] if metadata.head is None else ["head", "neck"],
-        "vpt": asdict(metadata),
+        "vpt": metadata.to_json(),
     }
 
 

@@ -18,7 +18,7 @@ def why_no_peft_folder(metadata: TaskMetadata) -> str | None:
         return "has no adapters of PEFT"
     if metadata.prompt is not None:
         return "has a prompt, which PEFT does not support in a ViT"
-    return None if metadata.kind == "classification" else f"is of type {metadata.kind}, with a neck and a head"
+    return None if metadata.head is None else f"is of type {metadata.task_type}, with a neck and a head"
 
 
 def write_peft_folder(folder: str | Path, metadata: TaskMetadata, tensors: Mapping[str, Tensor]) -> Path:

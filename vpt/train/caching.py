@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpt.build import Data, Model, choose_precision
+from vpt.build import Data, choose_precision
 from vpt.config.errors import ConfigError
 from vpt.config.schema import CacheName, Config, Mode
 from vpt.data.cache import cache_images, decoded_sizes, num_bytes
@@ -34,9 +34,9 @@ from vpt.data.loaders import build_loader
 from vpt.data.tokens import TokenDataset, TokenFolder, content_sha256
 from vpt.engine.console import Progress
 from vpt.engine.steps import Loader, autocast
-from vpt.models.classifier import ClassificationModel, TunedPart
+from vpt.models.task_model import TaskModel, TunedPart
 from vpt.storage.files import sha256_of
-from vpt.task_types.base import kind_of
+from vpt.task_types.base import task_type_of
 from vpt.version import __version__
 
 FORMAT_VERSION = 1  # raise it when the same key would stand for other tokens
@@ -82,7 +82,7 @@ class FitInputs:
     note: str | None = None
 
 
-def plan_cache(config: Config, model: Model, data: Data) -> CachePlan:
+def plan_cache(config: Config, model: TaskModel, data: Data) -> CachePlan:
     """Choose what a run caches; nothing is decoded and no tokens are computed yet.
 
     Args:
@@ -103,11 +103,11 @@ def plan_cache(config: Config, model: Model, data: Data) -> CachePlan:
     return CachePlan(data, tokens, _describe(config, model, data, tokens))
 
 
-def build_fit_inputs(config: Config, model: Model, plan: CachePlan) -> FitInputs:
+def build_fit_inputs(config: Config, model: TaskModel, plan: CachePlan) -> FitInputs:
     """The module and the loaders of fit(); tokens, if they are planned, are computed here or read from the disk."""
     data, spec = plan.data, plan.tokens
     tokens, note = ({}, None) if spec is None else _cache_tokens(config, model, data, spec)
-    if spec is None or not tokens or not isinstance(model, ClassificationModel):
+    if spec is None or not tokens or not model.pools_features:
         return FitInputs(model, data.loaders["train"], data.loaders["val"], note)
     loaders = {
         split: build_loader(
@@ -151,7 +151,7 @@ def _free_in_group(folder: Path) -> float:
         return math.inf
 
 
-def _plan_auto(config: Config, model: Model, data: Data) -> CachePlan:
+def _plan_auto(config: Config, model: TaskModel, data: Data) -> CachePlan:
     """Tokens in memory if they can be cached and fit, otherwise decoded images if they fit."""
     limit = _limit(config)
     refusal = _why_no_tokens(model, data)
@@ -178,11 +178,11 @@ def _plan_images(config: Config, data: Data, limit: float, why_no_tokens: str) -
             samples[split] = cache_images(samples[split], sizes)
         except OSError as error:
             return CachePlan(data, None, f"none ({why_no_tokens}; no images: {gettempdir()}: {error})")
-    cached = kind_of(config).build_data(samples, data.preprocessing.to_dict())
+    cached = task_type_of(config).build_data(samples, data.preprocessing.to_dict())
     return CachePlan(cached, None, f"images, {_size(total)}, decoded once ({why_no_tokens})")
 
 
-def _requested_tokens(config: Config, model: Model, data: Data) -> TokenSpec:
+def _requested_tokens(config: Config, model: TaskModel, data: Data) -> TokenSpec:
     """The tokens that `cache=ram` or `cache=disk` requires; ConfigError with the reason why not."""
     option = f"cache={config.cache.value}"
     refusal = _why_no_tokens(model, data)
@@ -200,9 +200,9 @@ def _requested_tokens(config: Config, model: Model, data: Data) -> TokenSpec:
     return tokens
 
 
-def _why_no_tokens(model: Model, data: Data) -> tuple[str, str] | None:
+def _why_no_tokens(model: TaskModel, data: Data) -> tuple[str, str] | None:
     """None if tokens are the same in every epoch and save work; otherwise the reason and what they need."""
-    if not isinstance(model, ClassificationModel):
+    if not model.pools_features:
         return "the head reads several blocks", "a task of classification"
     if any(parameter.requires_grad for parameter in model.backbone.vit.parameters()):
         return "the backbone trains", "tuning=prompt or tuning=linear"
@@ -215,14 +215,14 @@ def _why_no_tokens(model: Model, data: Data) -> tuple[str, str] | None:
 
 
 @torch.no_grad()
-def _probe(config: Config, model: Model, data: Data) -> TokenSpec:
+def _probe(config: Config, model: TaskModel, data: Data) -> TokenSpec:
     device = next(model.parameters()).device
     with autocast(device, choose_precision(config, device)):
         tokens, position = model.backbone.forward_frozen(torch.zeros(1, 3, *data.preprocessing.size, device=device))
     return TokenSpec(tuple(tokens.shape[1:]), tokens.dtype, position)
 
 
-def _describe(config: Config, model: Model, data: Data, tokens: TokenSpec) -> str:
+def _describe(config: Config, model: TaskModel, data: Data, tokens: TokenSpec) -> str:
     prompt = model.backbone.prompt
     what = "features" if prompt is None else f"tokens that enter block {prompt.blocks[0]}"
     where = f"in {_folder(config)}" if config.cache is CacheName.disk else "in memory"
@@ -247,7 +247,9 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
-def _cache_tokens(config: Config, model: Model, data: Data, spec: TokenSpec) -> tuple[dict[str, Tensor], str | None]:
+def _cache_tokens(
+    config: Config, model: TaskModel, data: Data, spec: TokenSpec
+) -> tuple[dict[str, Tensor], str | None]:
     """The tokens of each split, and a note if the disk cannot hold them; empty if memory cannot either."""
     note = None
     if config.cache is CacheName.disk:
@@ -261,7 +263,7 @@ def _cache_tokens(config: Config, model: Model, data: Data, spec: TokenSpec) -> 
     return {split: _in_memory(config, model, data, spec, split) for split in SPLITS}, note
 
 
-def _in_memory(config: Config, model: Model, data: Data, spec: TokenSpec, split: str) -> Tensor:
+def _in_memory(config: Config, model: TaskModel, data: Data, spec: TokenSpec, split: str) -> Tensor:
     tokens, start = torch.empty(len(data.samples[split]), *spec.shape, dtype=spec.dtype), 0
     for part in _compute(config, model, data, split):
         tokens[start : start + len(part)] = part
@@ -269,7 +271,7 @@ def _in_memory(config: Config, model: Model, data: Data, spec: TokenSpec, split:
     return tokens
 
 
-def _on_disk(config: Config, model: Model, data: Data, spec: TokenSpec) -> dict[str, Tensor]:
+def _on_disk(config: Config, model: TaskModel, data: Data, spec: TokenSpec) -> dict[str, Tensor]:
     """Read tokens from the folder; compute and write those that it does not hold."""
     folder = TokenFolder(_folder(config), config.cache_gb * 1e9)
     common = _describe_run(config, model, data, spec)
@@ -289,7 +291,7 @@ def _on_disk(config: Config, model: Model, data: Data, spec: TokenSpec) -> dict[
     return tokens
 
 
-def _describe_run(config: Config, model: Model, data: Data, spec: TokenSpec) -> dict[str, Any]:
+def _describe_run(config: Config, model: TaskModel, data: Data, spec: TokenSpec) -> dict[str, Any]:
     """All that decides the bits of tokens except for the images."""
     vit, prompt = model.backbone.vit, model.backbone.prompt
     device = next(model.parameters()).device
@@ -311,7 +313,7 @@ def _describe_run(config: Config, model: Model, data: Data, spec: TokenSpec) -> 
 
 
 @torch.no_grad()
-def _compute(config: Config, model: Model, data: Data, split: str) -> Iterator[Tensor]:
+def _compute(config: Config, model: TaskModel, data: Data, split: str) -> Iterator[Tensor]:
     """Tokens (B, N, D) of the images of a split, in order, on the CPU, in batches as in evaluation.
 
     The order of train changes with the epoch and nearly all of its batches are full, so the last batch is filled up

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vpt import build
-from vpt.build import Data, Model
+from vpt.build import Data
 from vpt.config.errors import ConfigError
 from vpt.config.saved import recipe, to_plain
 from vpt.config.schema import Config, Mode
@@ -21,12 +21,13 @@ from vpt.engine.state import FitResult, RunState
 from vpt.engine.steps import Callbacks, FitData, OutOfMemoryError
 from vpt.engine.trainer import evaluate, fit, overfit
 from vpt.models.task_file import save_task
+from vpt.models.task_model import TaskModel
 from vpt.models.tuning import pretrained_fingerprint
 from vpt.models.vit import preprocessing_of
 from vpt.runs import summary as report
 from vpt.runs.folder import RunFolder
 from vpt.storage.files import write_json
-from vpt.task_types.base import Kind, kind_of
+from vpt.task_types.base import TaskType, task_type_of
 from vpt.train import NotLearnedError
 from vpt.train.caching import build_fit_inputs, plan_cache
 
@@ -123,7 +124,7 @@ class _Training:
             on_epoch=lambda epoch, step: task_type.log_epoch(monitor, data, evaluator, epoch, step),
         )
         return fit(
-            inputs.model, fit_data, state, build.build_settings(config, state.device, task_type.select), callbacks
+            inputs.model, fit_data, state, build.build_settings(config, state.device, task_type.main_metric), callbacks
         )
 
     def _save_best(self, values: dict[str, float]) -> None:
@@ -139,7 +140,7 @@ class _Training:
 
     def _evaluate(self, monitor: Monitor, result: FitResult) -> Metrics:
         """Metrics of the best epoch on val, and on test if there is one."""
-        settings = build.build_settings(self.config, next(self.model.parameters()).device, self.task_type.select)
+        settings = build.build_settings(self.config, next(self.model.parameters()).device, self.task_type.main_metric)
         reading: dict[str, Any] = {"precision": settings.precision, "max_batches": settings.max_batches}
         evaluator = self.task_type.evaluator(self.data, "val")
         metrics = {"val": evaluate(self.model, self.data.loaders["val"], evaluator, **reading)}
@@ -175,16 +176,15 @@ def _with_config_keys(config: Config) -> Iterator[None]:
         ) from error
 
 
-def _prepare(config: Config) -> tuple[Kind, Model, Mapping[str, Any], Data]:
+def _prepare(config: Config) -> tuple[TaskType, TaskModel, Mapping[str, Any], Data]:
     """The task type, the model on its device, the samples by split, and the data without a cache."""
     build.seed_everything(config.seed, config.deterministic)
     device = build.pick_device(config.device)
     if config.compile:
         build.check_compiler(device)
-    task_type = kind_of(config)
+    task_type = task_type_of(config)
     samples = task_type.read()
-    train = samples["train"]
-    model = build.build_model(config, train.classes, getattr(train, "category_ids", None)).to(device)
+    model = task_type.build_model(samples["train"]).to(device)
     data = task_type.build_data(samples, preprocessing_of(model.backbone.vit))
     build.whiten_prompt(config, model, data)
     return task_type, model, samples, data
@@ -214,8 +214,8 @@ def _overfit(config: Config) -> None:
         batch,
         losses=task_type.losses(data),
         evaluator=task_type.evaluator(data, None),
-        select=task_type.select,
-        goal=task_type.goal,
+        select=task_type.main_metric,
+        goal=task_type.overfit_goal,
         optimizer=build.build_optimizer(config, model),
     )
     if steps is None:
