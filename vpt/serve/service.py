@@ -184,7 +184,7 @@ class Service:
         return [results[id(job)] if id(job) in results else self._replaced(job) for job in jobs]
 
     def _run_bank(self, jobs: list[Job]) -> dict[int, Found | Exception]:
-        """Outputs by id of the job, of one call; if that fails, of a call for each task, so that others still succeed."""
+        """Outputs by id of the job, of one call; if that fails, of a call for each task, so that others succeed."""
         tasks = list(dict.fromkeys(job.task for job in jobs))
         try:
             return self._run_bank_once(jobs)
