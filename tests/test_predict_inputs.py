@@ -47,7 +47,7 @@ def test_batches_hold_what_was_prepared_and_why_a_picture_cannot_be_read(folder)
     assert [len(batch) for batch in batches] == [4, 4, 1]
     assert batches[0] == [0, 1, 2, 3]
     assert batches[1][1:] == [5, 6, 7]
-    assert batches[1][0].startswith("photos/sub/4.png: not a picture")
+    assert batches[1][0].startswith("photos/sub/4.png: not an image")
     assert list(pictures.read([], grey)) == []
 
 

@@ -232,7 +232,7 @@ def test_what_is_wrong_is_said_on_the_card_of_the_picture(browser, client, tmp_p
     browser.choose_files("#files", bad, large, photo(tmp_path / "good.png"))
     browser.wait_for("document.querySelectorAll('.problem').length === 2 && document.querySelector('.bars li')")
     problems = sorted(browser.texts(".problem"))
-    assert problems[0].startswith("bad.png: not a picture")
+    assert problems[0].startswith("bad.png: not an image")
     assert problems[1] == "large.png is larger than 0.2 MB."
     browser.click("[value=colours]")
     assert browser.texts("#message") == ["Choose a task."]

@@ -186,7 +186,7 @@ def read_upload(upload: Upload) -> Image.Image:
     try:
         picture = read_image(cast(Any, _NamedBytes(upload)))
     except TypeError as error:  # looking for a file of its name, to say whether it is empty
-        what = "not a picture, or its header is broken" if upload.data else "the file is empty"
+        what = "not an image, or its header is broken" if upload.data else "the file is empty"
         raise ImageError(f"{upload.name}: {what}; pictures are {', '.join(FORMATS)}") from error
     sides = sorted(picture.size)
     if sides[1] > MAX_RATIO * sides[0]:
