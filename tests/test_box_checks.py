@@ -72,7 +72,7 @@ def test_boxes_of_other_classes_and_crowds_are_kept_and_unknown_classes_dropped(
     assert report.lines()[-1].endswith("box (3, 2, 13, 12) of train2017/a.png, class 4")
 
 
-def test_missing_broken_and_unlisted_pictures_are_left_out_with_their_labels(tmp_path):
+def test_missing_broken_and_unlisted_images_are_left_out_with_their_labels(tmp_path):
     write_coco(tmp_path)
     edit_json(
         tmp_path / "annotations" / "instances_train2017.json",
@@ -92,7 +92,7 @@ def test_missing_broken_and_unlisted_pictures_are_left_out_with_their_labels(tmp
         read_coco(tmp_path, strict=True)
 
 
-def test_a_declared_size_that_the_picture_never_had_is_reported(tmp_path):
+def test_a_declared_size_that_the_image_never_had_is_reported(tmp_path):
     write_coco(tmp_path)
     path = tmp_path / "annotations" / "instances_val2017.json"
     edit_json(path, lambda content: content["images"][0].update(width=640))
@@ -107,7 +107,7 @@ def test_a_declared_size_that_the_picture_never_had_is_reported(tmp_path):
 
 
 def store(path: Path, upright: Image.Image, orientation: int) -> Path:
-    """Save a picture so that EXIF turns it upright."""
+    """Save an image so that EXIF turns it upright."""
     undo = {
         5: Image.Transpose.TRANSPOSE,
         6: Image.Transpose.ROTATE_90,
@@ -129,7 +129,7 @@ def white_part(image: Image.Image) -> list[int]:
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_boxes_turn_with_a_picture_if_the_declared_size_is_that_of_the_stored_one(orientation, suffix, tmp_path):
+def test_boxes_turn_with_an_image_if_the_declared_size_is_that_of_the_stored_one(orientation, suffix, tmp_path):
     upright = Image.new("RGB", (24, 40))
     upright.paste("white", (3, 8, 10, 31))
     path = store(tmp_path / f"a.{suffix}", upright, orientation)
@@ -162,7 +162,7 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def test_a_picture_that_is_not_of_the_size_its_boxes_are_for_is_refused(tmp_path):
+def test_an_image_that_is_not_of_the_size_its_boxes_are_for_is_refused(tmp_path):
     train = read_coco(write_coco(tmp_path))["train"]
     draw_image(train.paths[0], (65, 32))
     with pytest.raises(ImageError, match=r"a\.png: 65 x 32 pixels, but its boxes are for 64 x 32; it was changed"):

@@ -96,7 +96,7 @@ def test_class_folders_under_the_root_are_split_by_seed(tmp_path):
     assert names_by_split(read_folder(tmp_path, 0.25, 0.25, seed=4)) != names_by_split(splits)
 
 
-def test_a_missing_val_is_split_off_train_and_reads_its_own_pictures(tmp_path):
+def test_a_missing_val_is_split_off_train_and_reads_its_own_images(tmp_path):
     make_folder(tmp_path, {"train/a": 10, "train/b": 5, "test/a": 1})
     splits = read_folder(tmp_path)
     assert {split: len(samples) for split, samples in splits.items()} == {"train": 12, "val": 3, "test": 1}
@@ -123,11 +123,11 @@ def test_the_headers_of_all_images_can_be_checked_and_nothing_is_decoded_before(
         train.read(1)
 
 
-def test_pictures_that_are_no_files_need_no_check():
+def test_images_that_are_not_files_are_not_checked():
     check_readable(ClassificationSamples(classes=("a", "b"), targets=(0, 1), names=("0", "1"), reader=lambda _: 1 / 0))
 
 
-def test_the_fruit_set_is_complete_and_no_picture_is_in_two_splits():
+def test_the_fruit_set_is_complete_and_no_image_is_in_two_splits():
     splits = read_folder(fruit_root())
     assert {split: set(Counter(s.targets).values()) for split, s in splits.items()} == {
         "train": {22},
@@ -163,7 +163,7 @@ def test_a_stratified_split_holds_out_its_part_of_each_class():
 
 
 @pytest.mark.parametrize("new", ["x", "y", "z", "0", "00"])
-def test_a_new_picture_leaves_the_split_of_the_others_alone(new):
+def test_a_new_image_leaves_the_split_of_the_others_alone(new):
     targets = [i % 2 for i in range(40)]
     names = [f"{i}.png" for i in range(40)]
 

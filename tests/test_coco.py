@@ -8,7 +8,7 @@ from vpt.data.readers.box_checks import DataReport, Finding
 from vpt.data.readers.coco import read_coco
 
 
-def test_files_given_by_split_are_read_and_pictures_found_below_the_root(tmp_path):
+def test_files_given_by_split_are_read_and_images_found_below_the_root(tmp_path):
     for split in ("train", "val"):
         write_text(tmp_path / "ann" / f"{split}.json", json.dumps(coco_content(TRUTH[split])))
         for name, (size, _) in TRUTH[split].items():
@@ -21,7 +21,7 @@ def test_files_given_by_split_are_read_and_pictures_found_below_the_root(tmp_pat
 
 
 @pytest.mark.parametrize("folder", ["annotations", "train", "images/train2017", "images", "."])
-def test_pictures_are_found_in_the_usual_places(folder, tmp_path):
+def test_images_are_found_in_the_usual_places(folder, tmp_path):
     write_coco(tmp_path, {"train": TRUTH["train"]})
     (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     for path in (tmp_path / "train2017").iterdir():
