@@ -16,14 +16,14 @@ from torch.nn import functional as F
 
 from vpt.data.loaders import build_loader
 from vpt.data.readers.folder import read_folder
-from vpt.data.samples import ClassificationDataset, Samples
+from vpt.data.samples import ClassificationDataset, ClassificationSamples
 from vpt.data.transforms.images import EvalTransform
 from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.models.vit import load_vit, preprocessing_of
 
 
 @torch.inference_mode()
-def features_of(vit: nn.Module, samples: Samples, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+def features_of(vit: nn.Module, samples: ClassificationSamples, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
     """Pooled features (num, D) and targets (num,)."""
     loader = build_loader(ClassificationDataset(samples, EvalTransform(preprocessing)), 64, shuffle=False)
     features, targets = zip(*((vit(images), targets) for images, targets in loader), strict=True)

@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.helpers import coco_content, draw_image, edit_json, read_one, write_coco, write_text, write_yolo
+from tests.helpers import coco_content, draw_image, edit_json, read_one, write_coco, write_text
 from vpt.data.images import ImageError
 from vpt.data.readers.box_checks import DataReport, Finding
 from vpt.data.readers.coco import read_coco
-from vpt.data.readers.yolo import read_yolo
 from vpt.data.transforms.preprocessing import Preprocessing
 
 SMALL = Preprocessing(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -42,27 +41,14 @@ DIRT = [
 
 
 @pytest.mark.parametrize(("bbox", "finding", "expected"), DIRT)
-def test_a_wrong_box_is_repaired_or_dropped_and_counted(bbox, finding, expected, tmp_path):
+def test_a_wrong_box_is_repaired_or_dropped_and_counted_or_refused(bbox, finding, expected, tmp_path):
     train, report = read_one(tmp_path, [{"bbox": bbox}])
     assert train.boxes[0].tolist() == [[2, 2, 12, 12]] + ([expected] if expected else [])
     assert len(train.labels[0]) == len(train.crowd[0]) == len(train.boxes[0])
     assert report.counts == {finding: 1}
     assert f"{finding.value[0]}: 1, {finding.value[1]}; first {tmp_path}" in report.lines()[-1]
-
-
-@pytest.mark.parametrize("bbox", [bbox for bbox, _, _ in DIRT])
-def test_strict_refuses_a_wrong_box_by_file_picture_and_numbers(bbox, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"instances_train2017\.json, annotations\[1\]: box \(.*\) of train2017/a\.png"
-    ):
-        read_one(tmp_path, [{"bbox": bbox}], strict=True)
-
-
-def test_strict_counts_all_that_is_wrong(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"partly outside the image \(1\), boxes with a side below 1 px \(2\); correct"
-    ):
-        read_one(tmp_path, [{"bbox": [-4, 10, 20, 10]}, {"bbox": [5, 5, 0, 0]}, {"bbox": [5, 6, 0, 0]}], strict=True)
+    with pytest.raises(ValueError, match=r"json, annotations\[1\]: box \(.*\) of train2017/a\.png .* \(2\)"):
+        read_one(tmp_path, [{"bbox": bbox}, {"bbox": bbox}], strict=True)
 
 
 @pytest.mark.parametrize("bbox", [[5, 5, 1, 1], [54, 22, 10.4, 10.4], [-0.4, -0.4, 10, 10], [2, 2, 10, 11]])
@@ -74,30 +60,19 @@ def test_a_box_of_a_pixel_or_half_a_pixel_outside_or_like_another_is_none_of_the
     assert np.abs(train.boxes[0][1] - [bbox[0], bbox[1], bbox[0] + bbox[2], bbox[1] + bbox[3]]).max() < 0.5
 
 
-def test_equal_boxes_of_two_classes_are_both_kept(tmp_path):
-    train, _ = read_one(tmp_path, [{"bbox": [2, 2, 10, 10], "category_id": 17}], strict=True)
-    assert train.labels[0].tolist() == [0, 1]
-
-
-def test_a_crowd_is_kept_with_its_flag_and_is_no_mistake(tmp_path):
-    train, report = read_one(tmp_path, [{"bbox": [2, 2, 10, 10], "iscrowd": 1}], strict=True)
-    assert train.crowd[0].tolist() == [False, True]
+def test_boxes_of_other_classes_and_crowds_are_kept_and_unknown_classes_dropped(tmp_path):
+    rows = [{"bbox": [2, 2, 10, 10], "category_id": 17}, {"bbox": [2, 2, 10, 10], "iscrowd": 1}]
+    train, report = read_one(tmp_path, rows, strict=True)
+    assert train.labels[0].tolist() == [0, 1, 0]
+    assert train.crowd[0].tolist() == [False, False, True]
     assert report.counts == {Finding.CROWD: 1}
-
-
-def test_a_row_without_iscrowd_is_none(tmp_path):
-    train, _ = read_one(tmp_path, [{"bbox": [3, 2, 10, 10]}], strict=True)
-    assert train.crowd[0].tolist() == [False, False]
-
-
-def test_a_category_that_is_not_declared_is_dropped_and_counted(tmp_path):
     train, report = read_one(tmp_path, [{"bbox": [3, 2, 10, 10], "category_id": 4}])
     assert train.labels[0].tolist() == [0]
     assert report.counts == {Finding.UNKNOWN: 1}
     assert report.lines()[-1].endswith("box (3, 2, 13, 12) of train2017/a.png, class 4")
 
 
-def test_missing_broken_and_unlisted_pictures_are_left_out_with_their_labels(tmp_path):
+def test_missing_broken_and_unlisted_images_are_left_out_with_their_labels(tmp_path):
     write_coco(tmp_path)
     edit_json(
         tmp_path / "annotations" / "instances_train2017.json",
@@ -117,7 +92,7 @@ def test_missing_broken_and_unlisted_pictures_are_left_out_with_their_labels(tmp
         read_coco(tmp_path, strict=True)
 
 
-def test_a_declared_size_that_the_picture_never_had_is_reported(tmp_path):
+def test_a_declared_size_that_the_image_never_had_is_reported(tmp_path):
     write_coco(tmp_path)
     path = tmp_path / "annotations" / "instances_val2017.json"
     edit_json(path, lambda content: content["images"][0].update(width=640))
@@ -132,7 +107,7 @@ def test_a_declared_size_that_the_picture_never_had_is_reported(tmp_path):
 
 
 def store(path: Path, upright: Image.Image, orientation: int) -> Path:
-    """Save a picture so that EXIF turns it upright."""
+    """Save an image so that EXIF turns it upright."""
     undo = {
         5: Image.Transpose.TRANSPOSE,
         6: Image.Transpose.ROTATE_90,
@@ -154,7 +129,7 @@ def white_part(image: Image.Image) -> list[int]:
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_boxes_turn_with_a_picture_if_the_declared_size_is_that_of_the_stored_one(orientation, suffix, tmp_path):
+def test_boxes_turn_with_an_image_if_the_declared_size_is_that_of_the_stored_one(orientation, suffix, tmp_path):
     upright = Image.new("RGB", (24, 40))
     upright.paste("white", (3, 8, 10, 31))
     path = store(tmp_path / f"a.{suffix}", upright, orientation)
@@ -183,25 +158,11 @@ def test_without_a_declared_size_or_with_equal_sides_boxes_are_upright(tmp_path)
     assert all(array.tolist() == [[3, 8, 10, 20]] for array in train.boxes)
 
 
-def test_yolo_fractions_are_of_the_upright_picture(tmp_path):
-    write_yolo(tmp_path, {"train": {"a.png": ((24, 40), [("cat", (3, 10, 12, 20))])}})
-    store(tmp_path / "images" / "train" / "a.png", Image.new("RGB", (24, 40)), 6)
-    assert read_yolo(tmp_path, val_fraction=0)["train"].boxes[0].tolist() == [[3, 10, 12, 20]]
-
-
-def test_a_picture_whose_exif_data_cannot_be_read_is_left_out(tmp_path):
-    write_coco(tmp_path)
-    Image.new("RGB", (32, 64)).save(tmp_path / "train2017" / "b.png", exif=b"Exif\x00\x00nothing")
-    report = DataReport()
-    assert len(read_coco(tmp_path, report=report)["train"]) == 2
-    assert "b.png: broken EXIF data (not a TIFF" in report.first[Finding.UNREADABLE]
-
-
 def png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def test_a_picture_that_is_not_of_the_size_its_boxes_are_for_is_refused(tmp_path):
+def test_an_image_that_is_not_of_the_size_its_boxes_are_for_is_refused(tmp_path):
     train = read_coco(write_coco(tmp_path))["train"]
     draw_image(train.paths[0], (65, 32))
     with pytest.raises(ImageError, match=r"a\.png: 65 x 32 pixels, but its boxes are for 64 x 32; it was changed"):

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 @dataclass(frozen=True)
 class CountedReader:
-    """Reads a picture, and leaves a line in a file that all processes share."""
+    """Reads an image, and writes a line to a file that all processes share."""
 
     paths: tuple[Path, ...]
     log: Path
@@ -72,7 +72,7 @@ def epoch_of(loader, epoch):
         pytest.param(1, "forkserver", marks=pytest.mark.slow),
     ],
 )
-def test_epochs_after_the_first_decode_nothing_and_see_the_same_pictures(samples, num_workers, start_method):
+def test_epochs_after_the_first_decode_nothing_and_read_the_same_images(samples, num_workers, start_method):
     loader = loader_of(cached(samples), num_workers, start_method)
     plain = loader_of(read_folder(samples.paths[0].parents[2])["train"], num_workers=0)
     for epoch in (1, 2):
@@ -89,7 +89,7 @@ def test_every_process_and_every_loader_sees_what_one_has_read(samples):
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_a_photograph_that_lies_on_its_side_is_kept_upright(tmp_path, orientation):
+def test_a_photograph_stored_on_its_side_is_cached_upright(tmp_path, orientation):
     path = tmp_path / "photo.jpg"
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
@@ -108,7 +108,7 @@ def test_a_photograph_that_lies_on_its_side_is_kept_upright(tmp_path, orientatio
     assert samples.reader.reads == [0]
 
 
-def test_a_picture_that_is_changed_after_it_was_read_leaves_the_cache_alone(samples):
+def test_changing_an_image_does_not_change_the_cache(samples):
     pictures = cached(samples)
     before = pictures.read(0).tobytes()
     changed = pictures.read(0)
@@ -116,7 +116,7 @@ def test_a_picture_that_is_changed_after_it_was_read_leaves_the_cache_alone(samp
     assert pictures.read(0).tobytes() == before != changed.tobytes()
 
 
-def test_a_picture_of_another_size_than_its_header_said_is_read_each_time(samples):
+def test_an_image_of_another_size_than_in_its_header_is_read_each_time(samples):
     sizes = decoded_sizes(samples, max_bytes=1e9)
     pictures = cache_images(samples, [(sizes[0][0] + 1, sizes[0][1]), *sizes[1:]])
     for _ in range(2):
@@ -124,7 +124,7 @@ def test_a_picture_of_another_size_than_its_header_said_is_read_each_time(sample
     assert samples.reader.reads == [0, 0, 1]
 
 
-def test_a_picture_that_cannot_be_decoded_is_an_error_each_time(samples, tmp_path):
+def test_an_image_that_cannot_be_decoded_is_an_error_each_time(samples, tmp_path):
     broken = tmp_path / "half.png"
     broken.write_bytes(samples.paths[0].read_bytes()[:-900])
     one = replace(samples.take([0]), reader=CountedReader((broken,), tmp_path / "log"), paths=(broken,))
@@ -134,7 +134,7 @@ def test_a_picture_that_cannot_be_decoded_is_an_error_each_time(samples, tmp_pat
             pictures.read(0)
 
 
-def test_sizes_are_looked_up_until_they_are_too_much(samples, monkeypatch):
+def test_sizes_are_read_until_they_exceed_the_limit(samples, monkeypatch):
     sizes = decoded_sizes(samples, max_bytes=18 * 40 * 48 * 3)
     assert sizes == [(48, 40)] * 18
     seen = []
@@ -143,7 +143,7 @@ def test_sizes_are_looked_up_until_they_are_too_much(samples, monkeypatch):
     assert len(seen) == 3
 
 
-def test_the_file_of_the_cache_has_no_name_that_could_stay_behind(samples, tmp_path, monkeypatch):
+def test_the_file_of_the_cache_has_no_name_and_is_closed_with_it(samples, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     pictures = cached(samples)

@@ -42,7 +42,7 @@ def test_help_lists_groups_and_keys_and_loads_nothing_heavy(tmp_path):
 def test_data_that_is_not_there_is_an_error_that_names_the_key(tmp_path):
     done = call("dataset=folder", "dataset.root=nowhere", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: dataset.root=nowhere is no folder")
+    assert "root=nowhere is no folder" in done.stderr
     assert "Traceback" not in done.stderr
 
 

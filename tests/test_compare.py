@@ -282,7 +282,7 @@ def test_a_method_of_which_no_run_ends_well_is_a_row_that_says_so(tmp_path, monk
             ["shots=1", "define.many=prompt=deep prompt.num_tokens=9999"],
             "method many: prompt.num_tokens=9999: the pictures have only",
         ),
-        (["dataset=folder", "dataset.root=nowhere"], "dataset.root=nowhere is no folder"),
+        (["dataset=folder", "dataset.root=nowhere"], "root=nowhere is no folder"),
         (["output="], "output=: name a folder"),
     ],
 )

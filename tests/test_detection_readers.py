@@ -10,10 +10,8 @@ from vpt.data.readers.coco import read_coco
 from vpt.data.readers.voc import read_voc
 from vpt.data.readers.yolo import read_yolo
 
-# Width and height of each picture, and its boxes: a class, and whole numbers, since VOC files have no others.
-
-
 WRITERS = {"coco": write_coco, "roboflow": write_roboflow, "yolo": write_yolo, "voc": write_voc}
+FORMATS = ["coco", "yolo", "voc"]
 
 
 def assert_same(ours: np.ndarray, theirs: list, dtype: type) -> None:
@@ -21,14 +19,23 @@ def assert_same(ours: np.ndarray, theirs: list, dtype: type) -> None:
     assert ours.tolist() == theirs
 
 
-# All forms
+# All formats
 
 
-@pytest.mark.parametrize("layout", WRITERS)
-def test_every_form_reads_to_the_same_records(layout, tmp_path):
+@pytest.mark.parametrize(
+    ("layout", "category_ids", "image_ids"),
+    [
+        ("coco", (3, 17), (100, 101, 102)),
+        ("roboflow", (3, 17), (100, 101, 102)),
+        ("yolo", (0, 1), (1, 2, 3)),
+        ("voc", (1, 2), (1, 2, 3)),
+    ],
+)
+def test_every_format_is_read_to_the_same_samples_with_the_ids_of_its_source(layout, category_ids, image_ids, tmp_path):
     report = DataReport()
     splits = read_detection(WRITERS[layout](tmp_path), report=report, strict=True)
     assert list(splits) == ["train", "val", "test"]
+    assert (splits["train"].category_ids, splits["train"].image_ids) == (category_ids, image_ids)
     for split, samples in splits.items():
         assert samples.classes == CLASSES
         assert [Path(name).name for name in samples.names] == list(TRUTH[split])
@@ -49,82 +56,61 @@ def test_every_form_reads_to_the_same_records(layout, tmp_path):
     assert len(report.lines()) == 4
 
 
-@pytest.mark.parametrize(
-    ("layout", "category_ids", "image_ids"),
-    [
-        ("coco", (3, 17), (100, 101, 102)),
-        ("roboflow", (3, 17), (100, 101, 102)),
-        ("yolo", (0, 1), (1, 2, 3)),
-        ("voc", (1, 2), (1, 2, 3)),
-    ],
-)
-def test_records_keep_the_numbers_of_their_source(layout, category_ids, image_ids, tmp_path):
-    train = read_detection(WRITERS[layout](tmp_path))["train"]
-    assert train.category_ids == category_ids
-    assert train.image_ids == image_ids
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_format_is_detected_or_named_and_refused_where_it_is_missing(format, tmp_path):
+    WRITERS[format](tmp_path / "data" / "VOC")
+    assert find_formats(tmp_path / "data" / "VOC") == [format]
+    assert len(read_detection(tmp_path / "data" / "VOC", format)["train"]) == 3
+    for asked, words in (
+        ("auto", r"did you mean root=.*/VOC\? expected coco: annotations/.*yolo: data\.yaml.*voc: Annotations/"),
+        (format, "nothing found; expected"),
+        ("pascal", "format='pascal': must be one of auto, coco, yolo, voc"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read_detection(tmp_path / "data", asked)
+    with pytest.raises(ValueError, match=r"root=.*/nothing is no folder"):
+        read_detection(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
-def test_a_form_is_found_or_named(form, tmp_path):
-    WRITERS[form](tmp_path)
-    assert find_formats(tmp_path) == [form]
-    assert len(read_detection(tmp_path, format=form)["train"]) == 3
-
-
-def test_two_forms_in_one_folder_must_be_told_apart(tmp_path):
+def test_two_formats_in_one_folder_need_a_choice(tmp_path):
     write_yolo(write_coco(tmp_path))
-    with pytest.raises(ValueError, match=r"formats coco and yolo found; use format='coco'"):
+    with pytest.raises(ValueError, match=r"coco and yolo found; use format='coco'"):
         read_detection(tmp_path)
     assert read_detection(tmp_path, format="yolo")["train"].category_ids == (0, 1)
 
 
-def test_no_form_at_all_is_refused_with_what_was_looked_for_and_where_it_is(tmp_path):
-    with pytest.raises(ValueError, match=r"coco: annotations/.*yolo: data\.yaml.*voc: Annotations/"):
-        read_detection(tmp_path)
-    write_voc(tmp_path / "VOC2007")
-    with pytest.raises(ValueError, match=r"did you mean root=.*/VOC2007\?"):
-        read_detection(tmp_path)
-    with pytest.raises(ValueError, match=r"root=.*/nothing is no folder"):
-        read_detection(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"format='pascal': must be one of auto, coco, yolo, voc"):
-        read_detection(tmp_path, format="pascal")
-
-
-@pytest.mark.parametrize(("form", "what"), [("coco", "annotations/"), ("yolo", "data.yaml"), ("voc", "JPEGImages/")])
-def test_a_named_form_that_is_not_there_is_refused(form, what, tmp_path):
-    with pytest.raises(ValueError, match=rf"nothing found; expected .*{what}"):
-        read_detection(tmp_path, format=form)
-
-
-@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
-def test_a_set_without_train_is_refused(form, tmp_path):
-    WRITERS[form](tmp_path, {"val": TRUTH["val"]})
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_missing_train_and_an_image_of_two_splits_are_refused(format, tmp_path):
+    WRITERS[format](tmp_path / "val", {"val": TRUTH["val"]})
     with pytest.raises(ValueError, match="val but no train found; expected"):
-        read_detection(tmp_path)
-
-
-@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
-def test_a_picture_of_two_splits_is_refused(form, tmp_path):
-    WRITERS[form](tmp_path)
-    if form == "coco":
-        copy = tmp_path / "annotations" / "instances_val2017.json"
-        copy.write_text((tmp_path / "annotations" / "instances_train2017.json").read_text())
+        read_detection(tmp_path / "val")
+    WRITERS[format](tmp_path)
+    if format == "coco":
+        folder = tmp_path / "annotations"
+        write_text(folder / "instances_val2017.json", (folder / "instances_train2017.json").read_text())
         for path in (tmp_path / "train2017").iterdir():
             path.rename(tmp_path / path.name)
-    elif form == "yolo":
+    elif format == "yolo":
         write_text(tmp_path / "data.yaml", "train: images/train\nval: images/train\nnames: [cat, dog]\n")
     else:
         write_text(tmp_path / "ImageSets" / "Main" / "val.txt", "d\na\n")
-    with pytest.raises(ValueError, match=r"a\.png duplicate"):
+    with pytest.raises(ValueError, match=r"a\.png is a duplicate, first at "):
         read_detection(tmp_path)
 
 
-def test_train_without_pictures_or_without_boxes_is_refused_with_what_was_found(tmp_path):
+def test_train_without_images_or_boxes_and_wrong_fractions_are_refused(tmp_path):
+    write_coco(tmp_path, many(1))
+    for options, words in (
+        ({"val_fraction": 0.6, "test_fraction": 0.4}, "val_fraction=0.6, test_fraction=0.4"),
+        ({}, "val_fraction=0.2: train has too few images"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read_coco(tmp_path, **options)
     write_coco(tmp_path, {"train": {"a.png": ((8, 8), [("cat", (0, 0, 0, 0))])}})
-    with pytest.raises(ValueError, match=r"train has no usable box; boxes with a side below 1 px: 1"):
+    with pytest.raises(ValueError, match="train has no usable box; boxes with a side below 1 px: 1"):
         read_coco(tmp_path)
     (tmp_path / "train2017" / "a.png").unlink()
-    with pytest.raises(ValueError, match=r"train has no usable image; images that do not exist: 1"):
+    with pytest.raises(ValueError, match="train has no usable image; images that do not exist: 1"):
         read_coco(tmp_path)
 
 
@@ -135,9 +121,9 @@ def many(num: int) -> dict:
     return {"train": {f"{i:02}.png": ((8, 8), [("cat", (1, 1, 5, 5))]) for i in range(num)}}
 
 
-@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
-def test_missing_splits_are_split_off_train_by_name(form, tmp_path):
-    WRITERS[form](tmp_path, many(20))
+@pytest.mark.parametrize("format", FORMATS)
+def test_missing_splits_are_split_off_train_by_name(format, tmp_path):
+    WRITERS[format](tmp_path, many(20))
     splits = read_detection(tmp_path, val_fraction=0.4, test_fraction=0.4, seed=1)
     assert {split: len(samples) for split, samples in splits.items()} == {"train": 4, "val": 8, "test": 8}
     names = {split: set(samples.names) for split, samples in splits.items()}
@@ -147,7 +133,7 @@ def test_missing_splits_are_split_off_train_by_name(form, tmp_path):
     assert set(read_detection(tmp_path, val_fraction=0.4, seed=2)["val"].names) != names["val"]
 
 
-def test_one_picture_less_moves_at_most_one_other(tmp_path):
+def test_one_image_less_moves_at_most_one_other(tmp_path):
     pictures = many(20)["train"]
     before = set(read_yolo(write_yolo(tmp_path / "all", {"train": pictures}))["val"].names)
     del pictures["00.png"]
@@ -160,11 +146,3 @@ def test_given_splits_stay_and_none_is_made_without_a_fraction(tmp_path):
     assert len(read_coco(tmp_path, val_fraction=0.5, test_fraction=0.5 - 1e-9)["train"]) == 3
     write_voc(tmp_path / "voc", many(4))
     assert list(read_voc(tmp_path / "voc", val_fraction=0)) == ["train"]
-
-
-def test_fractions_out_of_range_and_a_train_too_small_are_refused(tmp_path):
-    write_coco(tmp_path, many(1))
-    with pytest.raises(ValueError, match=r"val_fraction=0\.6, test_fraction=0\.4"):
-        read_coco(tmp_path, val_fraction=0.6, test_fraction=0.4)
-    with pytest.raises(ValueError, match="val_fraction=0.2: train has too few images"):
-        read_coco(tmp_path)

@@ -26,7 +26,7 @@ def boxes_in(width: int, height: int, num: int, seed: int = 0) -> np.ndarray:
 
 
 def painted(width: int, height: int, box: tuple[int, int, int, int]) -> Image.Image:
-    """A black picture with a white box."""
+    """A black image with a white box."""
     image = Image.new("RGB", (width, height))
     image.paste("white", box)
     return image
@@ -41,13 +41,13 @@ def white_part(tensor: torch.Tensor, preprocessing: Preprocessing) -> list[int]:
 # Letterbox
 
 
-def test_a_picture_of_any_size_fills_the_input_from_side_to_side():
+def test_an_image_of_any_size_fills_the_input_on_one_side():
     for width in range(1, 400):
         whole = np.float32([[0, 0, width, 1]])
         assert letterbox(Image.new("RGB", (width, 1)), whole, SQUARE)[1].max() == 64
 
 
-def test_boxes_that_leave_the_picture_are_clipped_on_their_way_back():
+def test_unletterbox_clips_boxes():
     boxes = np.float32([[-9, -9, 999, 60]])
     assert unletterbox(boxes, (50, 100), SQUARE).tolist() == [[0, 0, 100, 50]]
 
@@ -61,7 +61,7 @@ def test_a_box_is_where_its_content_is(preprocessing, size):
     assert np.abs(white_part(tensor, preprocessing) - boxes[0]).max() <= 1
 
 
-def test_a_picture_stands_in_the_upper_left_corner_whole_and_the_rest_is_the_mean():
+def test_an_image_is_at_the_upper_left_corner_and_the_rest_is_the_mean():
     pixels = np.asarray(letterbox(Image.new("RGB", (100, 50), "red"), boxes_in(100, 50, 0), SQUARE)[0])
     assert (pixels[:32] == (255, 0, 0)).all()
     assert (pixels[32:] == MEAN_COLOUR).all()
@@ -95,7 +95,7 @@ def test_boxes_follow_their_content_through_every_step(size):
     assert len(shapes) > 10
 
 
-def test_boxes_stay_inside_and_a_pixel_wide_and_indices_say_which_they_were():
+def test_boxes_stay_inside_and_a_pixel_wide_and_indices_identify_them():
     transform = DetectionTrainTransform(SQUARE, [JITTER], min_visibility=0.3)
     boxes = boxes_in(200, 100, 60)
     num_kept = []
@@ -111,7 +111,7 @@ def test_boxes_stay_inside_and_a_pixel_wide_and_indices_say_which_they_were():
     assert min(num_kept) < 60
 
 
-def test_a_box_that_is_mostly_cut_off_goes_and_the_next_one_keeps_its_index():
+def test_a_box_that_is_mostly_cut_off_is_dropped_and_the_next_one_keeps_its_index():
     half = [{"name": "Crop", "x_min": 0, "y_min": 0, "x_max": 32, "y_max": 64}]
     boxes = np.float32([[30, 0, 60, 64], [20, 0, 44, 64], [40, 0, 64, 64], [0, 0, 8, 8]])
     _, moved, kept = DetectionTrainTransform(SQUARE, half, min_visibility=0.4)(picture(64, 64), boxes, 0)
@@ -120,7 +120,7 @@ def test_a_box_that_is_mostly_cut_off_goes_and_the_next_one_keeps_its_index():
     assert DetectionTrainTransform(SQUARE, half, min_visibility=0)(picture(64, 64), boxes, 0)[2].tolist() == [0, 1, 3]
 
 
-def test_pictures_without_boxes_and_those_that_lose_all_of_them_have_none():
+def test_images_without_boxes_and_those_that_lose_all_have_empty_arrays():
     transform = DetectionTrainTransform(SQUARE, RECIPE)
     far = [{"name": "Crop", "x_min": 0, "y_min": 0, "x_max": 8, "y_max": 8}, *RECIPE]
     for tensor, boxes, kept in (
@@ -133,7 +133,7 @@ def test_pictures_without_boxes_and_those_that_lose_all_of_them_have_none():
         assert (boxes.dtype, kept.dtype) == (np.float32, np.int64)
 
 
-def test_steps_fill_with_the_grey_of_the_mean_unless_told_otherwise():
+def test_steps_fill_with_the_grey_of_the_mean_by_default():
     wide = {"name": "CropAndPad", "percent": 0.5, "keep_size": False}
     boxes = boxes_in(64, 64, 1)
     for step, grey in ((wide, MEAN_GREY), (wide | {"fill": 255}, 255)):
@@ -141,7 +141,7 @@ def test_steps_fill_with_the_grey_of_the_mean_unless_told_otherwise():
         assert denormalise(tensor[None], SQUARE)[0, 0, 0].tolist() == [grey] * 3
 
 
-def test_a_large_picture_is_shrunk_to_twice_the_input_before_the_steps():
+def test_a_large_image_is_shrunk_to_twice_the_input_before_the_steps():
     crop = [{"name": "CenterCrop", "height": 64, "width": 64}]
     middle = np.float32([[250, 250, 750, 750]])
     _, boxes, _ = DetectionTrainTransform(SQUARE, crop)(picture(1000, 1000), middle, 0)
@@ -175,7 +175,7 @@ properties = settings(max_examples=50, derandomize=True, deadline=None)
 
 @st.composite
 def pictures_with_boxes(draw, max_side=1200):
-    """Height and width of a picture, and some boxes in it, at least a pixel wide and high."""
+    """Height and width of an image, and some boxes in it, at least a pixel wide and high."""
     height, width = draw(st.integers(1, max_side)), draw(st.integers(1, max_side))
     rows = []
     for _ in range(draw(st.integers(0, 5))):

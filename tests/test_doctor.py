@@ -116,7 +116,7 @@ def test_what_is_to_be_typed_next_can_be_typed(monkeypatch, capsys, broken):
     ("words", "message"),
     [
         (["dataset=folder"], "dataset.root is needed"),
-        (["dataset=folder", "dataset.root=nowhere"], "dataset.root=nowhere is no folder"),
+        (["dataset=folder", "dataset.root=nowhere"], "root=nowhere is no folder"),
         (["dataset=fruits"], "did you mean fruit?"),
         (["jsn=a.json"], "unknown key jsn"),
         (["json=a.txt"], "json=a.txt: must end in .json"),

@@ -123,8 +123,8 @@ def test_files_of_a_finding_say_what_is_the_matter(dirty):
     files = {(f.code, f.split): f.files for f in report.findings}
     empty, short, text = files["unreadable", "train"]
     assert empty.detail.startswith("the file is empty")
-    assert short.detail.startswith("broken picture")
-    assert text.detail.startswith("not a picture")
+    assert short.detail.startswith("broken image")
+    assert text.detail.startswith("not an image")
     assert files["too_large", "val"][0].detail.startswith("52,000,000 pixels are more than the 50,000,000 allowed")
     (again,), (leak,) = files["leakage", "val"], files["leakage", "test"]
     assert (again.same_as, again.detail) == ("train/cat/2.png", "the same pixels in another file")
@@ -237,7 +237,7 @@ def test_a_table_that_is_refused_leaves_its_pictures_to_look_at(folder):
     (folder / "train" / "cat" / "bad.png").write_bytes(b"")
     (folder / "all.csv").write_text("path,label\ntrain/cat/0.png,cat\nnowhere.png,dog\n")
     report = report_of("dataset=csv", f"dataset.path={folder / 'all.csv'}")
-    assert "all.csv, row 3: there is no file" in report.findings[0].message
+    assert "all.csv, row 3: no such file" in report.findings[0].message
     assert found(report)["unreadable", "train"] == ["train/cat/bad.png"]
     assert report.counts == {}
     assert report.to_dict()["classes"] == []
@@ -252,7 +252,7 @@ def test_without_any_picture_there_is_nothing_to_look_at(tmp_path, monkeypatch, 
 
 def test_too_few_pictures_of_a_class_for_num_per_class_stop_training(folder):
     report = report_of("dataset=folder", f"dataset.root={folder}", "dataset.num_per_class=7")
-    assert "has 6 train pictures, fewer than num_per_class=7" in report.findings[0].message
+    assert "has 6 train images, fewer than num_per_class=7" in report.findings[0].message
     assert report.plan.stops_at == "refused"
     fewer = report_of("dataset=folder", f"dataset.root={folder}", "dataset.num_per_class=2")
     assert fewer.plan.images == {"train": 4, "val": 12, "test": 12}
@@ -405,7 +405,7 @@ def test_labels_that_are_no_json_leave_the_pictures_to_look_at(dirty_boxes):
     (dirty_boxes / "val" / "_annotations.coco.json").write_text("{")
     (dirty_boxes / "test" / "2.png").write_bytes((dirty_boxes / "train" / "6.png").read_bytes())
     report = report_of("dataset=coco", f"dataset.root={dirty_boxes}")
-    assert "is no JSON" in report.findings[0].message
+    assert "not JSON" in report.findings[0].message
     assert found(report)["leakage", "test"] == ["test/2.png"]
 
 

@@ -235,7 +235,7 @@ def test_pictures_that_cannot_be_read_are_told_by_name_and_the_others_explained(
     Path("album/broken.jpg").write_bytes(Path("album/00.png").read_bytes()[:200])
     assert explain(monkeypatch, f"task={tasks}/deep.safetensors", "input=album", "output=out") == 1
     printed = capsys.readouterr()
-    assert printed.err.startswith("skipped: album/broken.jpg: broken picture")
+    assert printed.err.startswith("skipped: album/broken.jpg: broken image")
     assert printed.err.count("\n") == 1
     assert "5 of 6 pictures explained" in printed.out
     assert len(numbers_of("out")["pictures"]) == 5
@@ -254,7 +254,7 @@ def test_pictures_that_cannot_be_read_are_told_by_name_and_the_others_explained(
         (["task=nowhere", "input=album", "output=out"], "task=nowhere: no such file"),
         (["task=DEEP,LATE", "input=album", "output=out"], "one task is explained at a time; name one file"),
         (["task=DEEP", "input=nowhere", "output=out"], "nowhere: no such file or folder"),
-        (["task=DEEP", "input=album/*.gif", "output=out"], "album/*.gif: matches no picture"),
+        (["task=DEEP", "input=album/*.gif", "output=out"], "album/*.gif: matches no image"),
         (["task=DEEP", "input=empty", "output=out"], "input=empty: holds no pictures"),
         (["task=DEEP", "input=film.mp4", "output=out"], "input=film.mp4: is a video"),
         (["task=DEEP", "input=album", "output=album"], "output=album: holds other files; name a new folder"),

@@ -115,7 +115,7 @@ def test_onnx_files_pass_the_check_and_replace_older_ones(tmp_path, tasks, monke
         ),
         (["task=pets", "output=a.onnx", "input=nowhere"], "nowhere: no such file or folder"),
         (["task=pets", "output=a.onnx", "input=empty"], "input=empty: holds no pictures"),
-        (["task=pets", "output=a.onnx", "input=empty/text.txt"], "text.txt: not a picture"),
+        (["task=pets", "output=a.onnx", "input=empty/text.txt"], "text.txt: not an image"),
         (["task=pets", "output=a.onnx", "backbone=vit_nano"], "backbone.name=vit_nano is not a model"),
         (["task=pets", "output=a.onnx", "checkpoint=none.pth"], "checkpoint=none.pth: no such file"),
         (["task=pets", "output=empty/text.txt/a.onnx"], "cannot write|Not a directory"),

@@ -1,4 +1,4 @@
-"""Damaged files of every format: each gives a picture or an `ImageError`, and never anything else."""
+"""Damaged files of every format: each gives an image or an `ImageError`, and never anything else."""
 
 import contextlib
 import json
@@ -73,7 +73,7 @@ def picture_or_words(path: str) -> Image.Image | str:
 
 
 def fuzz(form: str, num: int, path: str) -> dict[str, int]:
-    """Read damaged files of a form; how many gave a picture, and how many were refused."""
+    """Read damaged files of a form; how many gave an image, and how many were refused."""
     content, counts = SEEDS[form](), {"tried": 0, "pictures": 0, "refused": 0}
     for number in range(num):
         with open(path, "wb") as file:  # noqa: PTH123
@@ -123,13 +123,13 @@ def check(counts: dict[str, dict[str, int]], num: int) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_a_damaged_file_of_any_format_is_a_picture_or_an_error(tmp_path):
+def test_a_damaged_file_of_any_format_is_an_image_or_an_error(tmp_path):
     check(run_fuzz(200, tmp_path, limit_s=100), 200)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_ten_times_as_many_damaged_files_are_pictures_or_errors(tmp_path):
+def test_ten_times_as_many_damaged_files_are_images_or_errors(tmp_path):
     check(run_fuzz(2000, tmp_path, limit_s=580), 2000)
 
 

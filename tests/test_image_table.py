@@ -54,7 +54,7 @@ def animation(form: str) -> bytes:
 
 
 def lying(orientation: int, form: str) -> bytes:
-    """Red at the upper left of the upright picture, which has 16 columns and 12 rows; the rest is blue."""
+    """Red at the upper left of the upright image, which has 16 columns and 12 rows; the rest is blue."""
     upright = plain(BLUE)
     upright.paste(RED, (0, 0, 8, 6))
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose, the inverse of what EXIF asks for

@@ -32,7 +32,7 @@ def pixels(path: Path, **arguments) -> np.ndarray:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_exif_orientation_is_turned_upright(orientation, picture, tmp_path):
-    # How each orientation is stored, so that applying the tag gives the picture back.
+    # How each orientation is stored, so that applying the tag gives the image back.
     stored = {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
@@ -51,7 +51,7 @@ def test_every_exif_orientation_is_turned_upright(orientation, picture, tmp_path
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_header_tells_the_upright_and_the_stored_size(suffix, orientation, tmp_path):
+def test_a_header_has_the_upright_and_the_stored_size(suffix, orientation, tmp_path):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     Image.new("RGB", (6, 4)).save(tmp_path / f"a.{suffix}", exif=exif)
@@ -70,7 +70,7 @@ def test_the_limit_of_pixels_is_inclusive_and_holds_for_headers(picture, tmp_pat
             read(tmp_path / "a.png", max_pixels=23)
 
 
-def test_links_in_a_circle_do_not_multiply_pictures(picture, tmp_path):
+def test_links_in_a_circle_do_not_multiply_images(picture, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         picture.save(tmp_path / name / "0.png")
@@ -97,7 +97,7 @@ def test_every_extension_belongs_to_a_format_that_is_read():
 
 @pytest.fixture
 def many(picture, tmp_path, monkeypatch):
-    """A folder of folders of pictures and other files, and the current folder beside it."""
+    """A folder of folders of images and other files, and the current folder beside it."""
     names = ("a/1.png", "a/2.JPG", "a/deep/3.png", "b/4.png", "b/.hidden/5.png", ".c/6.png", "x[1]/7.png", "8[9].png")
     for name in names:
         (tmp_path / "many" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def many(picture, tmp_path, monkeypatch):
         ("many/x[1]", ["x[1]/7.png"]),
     ],
 )
-def test_a_pattern_finds_what_matches_sorted_and_names_that_are_there_are_themselves(many, tmp_path, pattern, names):
+def test_a_pattern_finds_matches_sorted_and_existing_names_are_literal(many, tmp_path, pattern, names):
     assert find_images(pattern) == [Path("many", name) for name in names]
     assert find_images(tmp_path / pattern) == [tmp_path / "many" / name for name in names]
 
@@ -138,7 +138,7 @@ def test_a_pattern_without_a_match_is_refused_by_name(many, pattern, error, mess
         find_images(pattern)
 
 
-def test_a_pattern_starts_from_its_first_folder_that_is_not_there(many):
+def test_a_pattern_is_split_after_its_existing_folders(many):
     assert split_pattern(Path("many/x[1]/**/*.png")) == (Path("many/x[1]"), "**/*.png")
     assert split_pattern(Path("*.png")) == (Path(), "*.png")
     assert split_pattern(Path("/a*/b")) == (Path("/"), "a*/b")

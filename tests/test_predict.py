@@ -337,7 +337,7 @@ def test_after_ctrl_c_the_same_command_goes_on_and_the_output_is_the_same_to_the
     out, err = capsys.readouterr()
     assert f"6 of 12 pictures were done already ({output}.partial)" in out
     assert "11 pictures predicted" in out
-    assert err.count("skipped: album/05.png: not a picture") == 1
+    assert err.count("skipped: album/05.png: not an image") == 1
     assert len(decoded) == 6
     assert content(Path(output)) == content(Path("whole", output))
     assert not Path(f"{output}.partial").exists()

@@ -26,7 +26,7 @@ def test_every_row_of_the_table_fits_the_installed_torchvision(name):
 
 
 class FakeInMemory:
-    """Like CIFAR10 or SVHN: pictures and targets in arrays."""
+    """Like CIFAR10 or SVHN: images and targets in arrays."""
 
     classes = ("cat", "dog")
 
@@ -63,7 +63,7 @@ def fakes(monkeypatch):
         monkeypatch.setattr(torchvision.datasets, name, fake)
 
 
-def test_a_set_in_memory_keeps_its_test_split_and_gives_val_from_train(fakes, tmp_path):
+def test_a_set_in_memory_has_its_test_split_and_val_from_train(fakes, tmp_path):
     splits = read_torchvision("CIFAR10", tmp_path, download=True)
     assert {split: len(samples) for split, samples in splits.items()} == {"train": 8, "val": 2, "test": 4}
     assert splits["test"].classes == ("cat", "dog")
@@ -114,7 +114,7 @@ def test_a_real_svhn_file_is_read(tmp_path, monkeypatch):
     assert splits["val"].classes == ("0", "1")
 
 
-def test_files_are_checked_and_pictures_in_memory_are_not(fakes, tmp_path):
+def test_files_are_checked_and_images_in_memory_are_not(fakes, tmp_path):
     check_readable(read_torchvision("CIFAR10", tmp_path, download=True)["train"])
     train = read_torchvision("SUN397", tmp_path)["train"]
     check_readable(train)
@@ -129,7 +129,7 @@ def test_one_class_only_is_refused(fakes, tmp_path, monkeypatch):
         read_torchvision("CIFAR10", tmp_path, download=True)
 
 
-def test_missing_files_tell_how_to_fetch_them(tmp_path):
+def test_missing_files_are_reported_with_the_way_to_download_them(tmp_path):
     for name in ("CIFAR10", "EuroSAT", "Food101"):
         with pytest.raises(ValueError, match=rf"files of torchvision's {name} are not in .*download=True"):
             read_torchvision(name, tmp_path)
@@ -147,6 +147,3 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "SVHN", without_scipy)
     with pytest.raises(ValueError, match="SVHN needs scipy: pip install scipy"):
         read_torchvision("SVHN", tmp_path)
-
-
-# Splitting and sampling

@@ -331,10 +331,10 @@ def test_a_request_that_is_wrong_is_refused_in_one_line(client):
     ("data", "why"),
     [
         (b"", "the file is empty"),
-        (b"GIF89a", "not a picture, or its header is broken"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not a picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
-        (png_bytes()[:400], "broken picture"),
+        (b"GIF89a", "not an image, or its header is broken"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (png_bytes()[:400], "broken image"),
         (png_bytes(0, (3000, 2)), "are a line, not a picture"),
     ],
 )

@@ -70,7 +70,7 @@ def test_two_that_write_at_once_do_not_disturb_each_other(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_was_not_used_for_longest_makes_room(tmp_path):
+def test_the_least_recently_used_files_are_removed(tmp_path):
     tokens, rows = parts()
     size = tokens.nbytes + 32
     folder = TokenFolder(tmp_path, max_bytes=2 * size)
@@ -86,7 +86,7 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path):
     assert torch.equal(mapped, tokens)  # although its file is gone
 
 
-def test_what_a_killed_run_left_is_removed_after_a_day(tmp_path):
+def test_files_of_a_killed_run_are_removed_after_a_day(tmp_path):
     old, new = tmp_path / ".key.tokens.abc", tmp_path / ".key.tokens.def"
     for path in (old, new):
         path.write_bytes(b"half")
@@ -101,7 +101,7 @@ def written_into(path):
     return path.iterdir()
 
 
-def test_a_digest_of_pictures_tells_every_byte_and_the_order(photos, tmp_path):
+def test_a_digest_of_images_depends_on_every_byte_and_the_order(photos, tmp_path):
     samples = read_folder(photos)["val"].take([0, 1])
     digest = content_sha256(samples)
     assert content_sha256(samples) == digest
@@ -109,11 +109,11 @@ def test_a_digest_of_pictures_tells_every_byte_and_the_order(photos, tmp_path):
     copy = tmp_path / "copy.png"
     copy.write_bytes(samples.paths[0].read_bytes())
     assert content_sha256(replace(samples, paths=(copy, samples.paths[1]))) == digest
-    copy.write_bytes(copy.read_bytes() + b"0")  # after the end of the picture
+    copy.write_bytes(copy.read_bytes() + b"0")  # after the end of the image
     assert content_sha256(replace(samples, paths=(copy, samples.paths[1]))) != digest
 
 
-def test_a_digest_of_pictures_that_are_no_files_is_one_of_their_pixels():
+def test_a_digest_of_images_that_are_not_files_is_of_their_pixels():
     def digest(*pictures):
         num, reader = len(pictures), pictures.__getitem__
         return content_sha256(
@@ -128,7 +128,7 @@ def test_a_digest_of_pictures_that_are_no_files_is_one_of_their_pixels():
     assert digest(wide.copy()) == digests[0]
 
 
-def test_a_data_set_of_tokens_takes_the_keys_of_one_of_pictures():
+def test_a_data_set_of_tokens_has_the_keys_of_one_of_images():
     tokens, _ = parts()
     dataset = TokenDataset(tokens, (4, 3, 2, 1, 0))
     assert len(dataset) == 5

@@ -32,7 +32,7 @@ def coco(split):
 
 
 def place(file_name):
-    """The picture that a tile is from, and its first row and column there."""
+    """The image that a tile is from, and its first row and column there."""
     name, top, left = re.fullmatch(r"(\w+)_y(\d{4})_x(\d{4})\.jpg", file_name).groups()
     return name, int(top), int(left)
 
@@ -41,7 +41,7 @@ def places(split):
     return [place(image["file_name"]) for image in coco(split)["images"]]
 
 
-def test_the_trees_read_without_any_finding_but_pictures_without_boxes():
+def test_the_trees_read_without_any_finding_but_images_without_boxes():
     report = DataReport()
     splits = read_detection(trees_root(), strict=True, report=report)
     assert {split: (len(s), sum(map(len, s.boxes))) for split, s in splits.items()} == {
@@ -55,7 +55,7 @@ def test_the_trees_read_without_any_finding_but_pictures_without_boxes():
     assert splits["train"].read(0).size == (SIZE, SIZE)
 
 
-def test_the_folder_is_small_and_has_no_picture_that_is_not_listed():
+def test_the_folder_is_small_and_has_no_image_that_is_not_listed():
     files = [path for path in trees_root().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 3_000_000
     listed = {f"{split}/{image['file_name']}" for split in SPLITS for image in coco(split)["images"]}
@@ -64,7 +64,7 @@ def test_the_folder_is_small_and_has_no_picture_that_is_not_listed():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_ids_count_up_and_each_box_lies_in_its_picture(split):
+def test_ids_count_up_and_each_box_is_inside_its_image(split):
     content = coco(split)
     assert [image["id"] for image in content["images"]] == list(range(1, len(content["images"]) + 1))
     assert [box["id"] for box in content["annotations"]] == list(range(1, len(content["annotations"]) + 1))
@@ -77,7 +77,7 @@ def test_ids_count_up_and_each_box_lies_in_its_picture(split):
         assert (box["area"], box["iscrowd"], box["category_id"]) == (width * height, 0, 1)
 
 
-def test_the_picture_of_test_is_in_no_other_split():
+def test_the_image_of_test_is_in_no_other_split():
     pictures = {split: {name for name, _, _ in places(split)} for split in SPLITS}
     assert pictures["test"] == {"yell_541000"}
     assert not pictures["test"] & (pictures["train"] | pictures["val"])
@@ -110,7 +110,7 @@ def test_a_box_that_a_tile_cuts_is_clipped_and_stays_with_40_percent_of_its_area
     assert clip((50, 50, 90, 90), left=200, top=400) is None
 
 
-def test_the_script_cuts_what_voc_says_and_gives_the_same_bytes_again(tmp_path, monkeypatch):
+def test_the_script_cuts_what_voc_files_declare_and_writes_the_same_bytes_again(tmp_path, monkeypatch):
     script = load_script()
     monkeypatch.setattr(script, "PARTS", (("train", "a", "one", 0, 410), ("val", "b", "one", 410, 610)))
     picture = io.BytesIO()

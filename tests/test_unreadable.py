@@ -1,4 +1,4 @@
-"""Pictures that cannot be read, as runs meet them: `data.on_error` in both kinds of task."""
+"""Images that cannot be read in runs: `data.on_error` in both types of task."""
 
 import shutil
 import subprocess
@@ -31,7 +31,7 @@ def album(photos, tmp_path):
 
 @pytest.fixture
 def forest(boxes, tmp_path):
-    """The pictures with boxes; of train one is cut in the middle and one is not there."""
+    """The images with boxes; of train one is cut in the middle and one is not there."""
     root = shutil.copytree(boxes, tmp_path / "forest")
     cut(root / "train" / "3.png")
     (root / "train" / "5.png").unlink()
@@ -42,13 +42,13 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def kind(root, *overrides, dataset="folder"):
+def task_of(root, *overrides, dataset="folder"):
     return task_type_of(to_config(compose_config([f"dataset={dataset}", f"dataset.root={root}", *overrides])))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_skip_leaves_out_train_pictures_that_cannot_be_read_and_tells(album, num_workers, capsys):
-    classes = kind(album, *SKIP, f"num_workers={num_workers}")
+def test_skip_leaves_out_train_images_that_cannot_be_read_and_reports_them(album, num_workers, capsys):
+    classes = task_of(album, *SKIP, f"num_workers={num_workers}")
     samples = classes.read()
     assert len(samples["train"]) == 16
     assert [name for name, _ in classes.left_out] == ["train/grass/3.png", "train/rose/5.png"]
@@ -61,15 +61,15 @@ def test_skip_leaves_out_train_pictures_that_cannot_be_read_and_tells(album, num
 
 
 def test_skip_counts_from_what_is_left(album):
-    samples = kind(album, *SKIP, "dataset.num_per_class=5", "num_workers=0").read()
+    samples = task_of(album, *SKIP, "dataset.num_per_class=5", "num_workers=0").read()
     assert len(samples["train"]) == 15
     with pytest.raises(ValueError, match="class 'grass' has 5 train images, fewer than num_per_class=6"):
-        kind(album, *SKIP, "dataset.num_per_class=6", "num_workers=0").read()
+        task_of(album, *SKIP, "dataset.num_per_class=6", "num_workers=0").read()
 
 
-def test_stop_is_the_default_and_looks_at_headers(album):
+def test_stop_is_the_default_and_reads_headers(album):
     with pytest.raises(ImageError, match=r"train/rose/5\.png: not an image.*; replace or remove") as error:
-        kind(album).read()
+        task_of(album).read()
     assert "grass" not in str(error.value)  # its header is whole
 
 
@@ -78,14 +78,14 @@ def test_more_than_may_be_skipped_stop_the_run(album):
         ConfigError,
         match=r"^2 of 18 train images cannot be read, more than data\.max_skipped=0\.1 allows; first .*3\.png",
     ):
-        kind(album, "data.on_error=skip", "data.max_skipped=0.1", "num_workers=0").read()
+        task_of(album, "data.on_error=skip", "data.max_skipped=0.1", "num_workers=0").read()
 
 
 def test_a_class_that_would_be_lost_stops_the_run(album):
     for path in (album / "train" / "rose").iterdir():
         path.write_text("hello")
     with pytest.raises(ConfigError, match="class 'rose': none of its train images can be read"):
-        kind(album, "data.on_error=skip", "data.max_skipped=1", "num_workers=0").read()
+        task_of(album, "data.on_error=skip", "data.max_skipped=1", "num_workers=0").read()
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -93,36 +93,36 @@ def test_val_and_test_never_skip(album, split):
     for name in ("0.png", "2.png"):
         cut(album / split / "grass" / name)
     with pytest.raises(ImageError, match=rf"{split}/grass/0\.png: broken image.*; 1 more cannot be read"):
-        kind(album, *SKIP, "num_workers=0").read()
+        task_of(album, *SKIP, "num_workers=0").read()
 
 
 def test_a_whole_album_has_nothing_left_out(photos):
-    classes = kind(photos, "data.on_error=skip", "num_workers=0")
+    classes = task_of(photos, "data.on_error=skip", "num_workers=0")
     samples = classes.read()
     assert classes.left_out == []
     assert len(classes.describe(samples)) == 1
 
 
 def test_boxes_skip_what_is_missing_and_what_cannot_be_decoded(forest):
-    trees = kind(forest, *SKIP, "num_workers=0", dataset="boxes")
+    trees = task_of(forest, *SKIP, "num_workers=0", dataset="boxes")
     samples = trees.read()
     assert len(samples["train"]) == 14
     assert sorted(name for name, _ in trees.left_out) == ["train/3.png", "train/5.png"]
     assert any(line.startswith("2 train images cannot be read, left out; first ") for line in trees.describe(samples))
 
 
-def test_boxes_stop_at_a_missing_train_picture_unless_told(forest):
+def test_boxes_stop_at_a_missing_train_image_by_default(forest):
     with pytest.raises(ImageError, match=r"train/5\.png: no such file.*leave it out of train with data\.on_error=skip"):
-        kind(forest, dataset="boxes").read()
+        task_of(forest, dataset="boxes").read()
 
 
 @pytest.mark.parametrize("overrides", [(), SKIP])
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_boxes_of_val_and_test_never_lose_a_picture(boxes, tmp_path, split, overrides):
+def test_boxes_of_val_and_test_never_lose_an_image(boxes, tmp_path, split, overrides):
     root = shutil.copytree(boxes, tmp_path / "forest")
     (root / split / "2.png").unlink()
     with pytest.raises(ImageError, match=rf"{split}/2\.png: no such file; replace or remove"):
-        kind(root, *overrides, dataset="boxes").read()
+        task_of(root, *overrides, dataset="boxes").read()
 
 
 @pytest.mark.parametrize(
@@ -132,25 +132,25 @@ def test_boxes_of_val_and_test_never_lose_a_picture(boxes, tmp_path, split, over
         ("data.max_pixels=1919", r"1,920 pixels are more than the 1,919 allowed"),
     ],
 )
-def test_how_pictures_are_decoded_comes_from_the_config(photos, boxes, override, message):
+def test_how_images_are_decoded_comes_from_the_config(photos, boxes, override, message):
     with pytest.raises(ValueError, match=message):
-        kind(photos, override).read()
+        task_of(photos, override).read()
     if "background" in override:
         with pytest.raises(ValueError, match=message):
-            kind(boxes, override, dataset="boxes")
+            task_of(boxes, override, dataset="boxes")
 
 
-def test_a_background_reaches_the_pictures_of_both_kinds(photos, boxes, tmp_path):
+def test_a_background_reaches_the_images_of_both_tasks(photos, boxes, tmp_path):
     for source, name, dataset in ((photos, "train/grass/0.png", "folder"), (boxes, "train/1.png", "boxes")):
         root = shutil.copytree(source, tmp_path / dataset)
         with Image.open(root / name) as image:
             size = image.size
         Image.new("RGBA", size, (0, 0, 0, 0)).save(root / name)
-        train = kind(root, 'data.background="#0a141e"', "num_workers=0", dataset=dataset).read()["train"]
+        train = task_of(root, 'data.background="#0a141e"', "num_workers=0", dataset=dataset).read()["train"]
         assert train.read(train.names.index(name)).getpixel((0, 0)) == (10, 20, 30)
 
 
-def test_pictures_above_pillows_own_limit_cannot_be_allowed():
+def test_images_above_pillows_own_limit_cannot_be_allowed():
     with pytest.raises(ConfigError, match=r"data\.max_pixels=178956971 is out of range"):
         to_config(compose_config(["data.max_pixels=178956971"]))
 
@@ -169,7 +169,7 @@ def test_a_run_trains_without_what_it_leaves_out(album, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_picture_that_breaks_while_training_is_one_line_with_loader_processes(photos, tmp_path):
+def test_an_image_that_breaks_while_training_is_one_line_with_loader_processes(photos, tmp_path):
     root = shutil.copytree(photos, tmp_path / "album")
     cut(root / "train" / "grass" / "3.png")
     process = subprocess.run(

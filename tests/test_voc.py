@@ -9,7 +9,7 @@ from vpt.data.samples import DetectionSamples
 
 
 def read_xml(root: Path, xml: str, **options) -> tuple[DetectionSamples, DataReport]:
-    """Train of two pictures, of which the first, 64 x 32, has this XML."""
+    """Train of two images, of which the first, 64 x 32, has this XML."""
     write_voc(root, {"train": {"a.png": ((64, 32), []), "b.png": TRUTH["train"]["b.png"]}})
     write_text(root / "Annotations" / "a.xml", xml)
     report = DataReport()
@@ -71,7 +71,7 @@ def test_train_goes_before_trainval_and_names_may_have_endings(tmp_path):
     assert len(read_voc(tmp_path, strict=True)["train"]) == 3
 
 
-def test_xml_without_a_picture_is_counted_and_a_picture_without_xml_has_no_boxes(tmp_path):
+def test_xml_without_an_image_is_counted_and_an_image_without_xml_has_no_boxes(tmp_path):
     write_voc(tmp_path)
     write_text(tmp_path / "Annotations" / "z.xml", voc_xml((8, 8), []))
     (tmp_path / "JPEGImages" / "b.png").unlink()

@@ -39,7 +39,7 @@ def misbehave(mode):
 
 
 class Album(Dataset):
-    """Numbers; one of them makes trouble in its mode, which may change while processes live."""
+    """Numbers; reading one of them fails in its mode, which may change while processes live."""
 
     def __init__(self, mode, bad=BAD):
         self.mode, self.bad = mode, bad
@@ -78,7 +78,7 @@ def running():
         ("leave", r"exited with code 3; .*num_workers=0"),
     ],
 )
-def test_a_process_that_dies_is_named_with_its_end_and_its_last_picture(mode, words, capfd):
+def test_a_process_that_dies_is_named_with_the_cause_and_its_last_image(mode, words, capfd):
     start, loader = time.monotonic(), loader_of(Album(mode))
     with pytest.raises(LoaderError, match=words) as error:
         numbers(loader)
@@ -93,7 +93,7 @@ def test_a_process_that_dies_is_named_with_its_end_and_its_last_picture(mode, wo
 
 def test_a_process_that_is_about_to_die_when_its_batch_is_fetched_is_named_as_well():
     class Fading(Album):
-        """Ends as a kernel ends a process: what it has open is closed some time before it is gone."""
+        """Dies as if killed by the kernel: its files are closed some time before it exits."""
 
         def __getitem__(self, key):
             if key[1] == self.bad:
@@ -132,7 +132,7 @@ def test_a_slow_batch_within_the_limit_is_waited_for():
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_error_of_a_picture_is_the_same_one_line_with_and_without_processes(num_workers):
+def test_an_error_of_an_image_is_the_same_one_line_with_and_without_processes(num_workers):
     with pytest.raises(ImageError) as error:
         numbers(loader_of(Album("raise"), num_workers))
     assert str(error.value) == "a/7.png: broken image"
@@ -143,13 +143,13 @@ def test_an_error_of_a_picture_is_the_same_one_line_with_and_without_processes(n
 
 
 class Picky(Exception):  # noqa: N818
-    """Wants two arguments."""
+    """Requires two arguments."""
 
     def __init__(self, one, two):
         super().__init__(f"{one} and {two}")
 
 
-def test_an_error_that_cannot_be_made_of_its_text_keeps_the_text():
+def test_an_error_that_cannot_be_built_from_its_message_keeps_the_message():
     class Odd(Album):
         def __getitem__(self, key):
             raise Picky("salt", "pepper")
@@ -201,7 +201,7 @@ def test_an_epoch_that_was_left_does_not_leak_into_the_next():
     assert running() == []
 
 
-def test_the_end_of_a_process_is_an_error_when_a_batch_is_wanted_and_not_before():
+def test_a_dead_process_is_an_error_when_a_batch_is_requested_and_not_before():
     loader = loader_of(Album("none", bad=-1), num_workers=1, batch_size=1)
     batches = iter(loader)
     next(batches)
@@ -216,7 +216,7 @@ def test_the_end_of_a_process_is_an_error_when_a_batch_is_wanted_and_not_before(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
-def test_other_ways_to_start_processes_tell_the_same(start_method):
+def test_other_start_methods_report_the_same(start_method):
     loader = loader_of(ALBUM)
     loader.multiprocessing_context = start_method
     with pytest.raises(LoaderError, match=r"was killed by SIGKILL; last image read: a/7\.png"):

@@ -1,1 +1,1 @@
-"""What is read: pictures, transforms, data sets, loaders."""
+"""Images, samples, splits, readers, transforms, loaders and caches."""

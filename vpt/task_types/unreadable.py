@@ -1,4 +1,4 @@
-"""Images that cannot be read, handled as `data.on_error` says before anything else is done with the data."""
+"""Images that cannot be read, handled by `data.on_error` before anything else is done with the data."""
 
 from collections.abc import Mapping, Sequence
 

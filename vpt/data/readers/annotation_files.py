@@ -131,7 +131,7 @@ def assemble(
         path = Path(os.path.realpath(file.path)) if file.path.is_symlink() else file.path
         other = seen.setdefault(Path(real_folder(path.parent), path.name), file)
         if other is not file:
-            raise ValueError(f"{file.where}: {file.name} is a duplicate, first at {other.where}; keep one of them")
+            raise ValueError(f"{file.where}: {file.name} is a duplicate, first at {other.where}; remove one")
     splits = {}
     for split in (split for split in SPLITS if files.get(split)):
         paths = tuple(file.path for file in files[split])

@@ -225,9 +225,7 @@ def _check_splits(
         for image in members:
             other = seen.setdefault(image.path, image)
             if other is not image:
-                raise ValueError(
-                    f"{image.where}: {image.name} is a duplicate, first at {other.where}; keep one of them"
-                )
+                raise ValueError(f"{image.where}: {image.name} is a duplicate, first at {other.where}; remove one")
             checked = check_image_boxes(image, labels, report, decoding.max_pixels)
             if checked is not None:
                 rows.append((image, checked))
