@@ -1,1 +1,1 @@
-"""What is read: pictures, transforms, data sets, loaders."""
+"""Images, samples, transforms, readers and loaders."""

@@ -1,1 +1,1 @@
-"""Heads: from features to outputs."""
+"""Heads that turn features into outputs."""
