@@ -1,6 +1,6 @@
 """Visual prompt tuning: learn a few tokens, keep the vision transformer frozen.
 
-Public names are imported on first use, so that `import vpt` and `--help` are fast.
+The names below are loaded when they are first used, so that `import vpt` and `--help` are fast.
 """
 
 import importlib
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vpt.models.task_file import load_task, read_task, save_task
     from vpt.models.tuning import count_parameters, tune, tuned_parameters
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # otherwise the client sends installed versions
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # or the hub is told which versions of what are installed
 
 _HOMES = {
     "Adapters": "vpt.models.adapters",

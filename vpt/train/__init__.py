@@ -1,1 +1,1 @@
-"""Training of a task."""
+"""Training."""

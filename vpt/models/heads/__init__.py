@@ -1,1 +1,1 @@
-"""Heads that turn features into outputs."""
+"""Heads: from features to outputs."""
