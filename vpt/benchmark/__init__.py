@@ -1,1 +1,1 @@
-"""Benchmark: FLOPs, time and memory of prompts beside the bare ViT."""
+"""Benchmark of FLOPs, time and memory, with prompts and with the bare ViT."""

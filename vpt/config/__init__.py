@@ -1,1 +1,1 @@
-"""Configuration: typed schema, composition, validation, command line, saved configs."""
+"""Configuration: typed schema, composition, validation, command line and saved files."""

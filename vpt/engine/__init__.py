@@ -1,1 +1,1 @@
-"""What runs: the training loop, optimisers, metrics, checkpoints, the monitor."""
+"""Training loop, optimisers, losses, metrics, checkpoints and logging."""

@@ -1,1 +1,1 @@
-"""What computes: prompts, the prompted backbone, heads."""
+"""Prompts, the prompted backbone, heads, and the task file."""

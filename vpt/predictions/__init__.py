@@ -1,1 +1,1 @@
-"""Files of predictions: tables, JSON, COCO results, YOLO text files."""
+"""Prediction files: tables, JSON, COCO results and YOLO text files."""

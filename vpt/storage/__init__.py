@@ -1,1 +1,1 @@
-"""Storage: atomic files, locks, archives."""
+"""Atomic files, locks and archives."""

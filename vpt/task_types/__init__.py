@@ -1,1 +1,1 @@
-"""Types of task: all that differs between them on the way from config to result."""
+"""Task types: the differences between classification and detection, from configuration to result."""

@@ -1,1 +1,1 @@
-"""Readers: from folders, lists, tables and annotation files to samples."""
+"""Readers of folders, lists, tables and annotation files."""

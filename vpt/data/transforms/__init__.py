@@ -1,1 +1,1 @@
-"""Transforms: from an RGB image to a normalised tensor."""
+"""Transforms of an RGB image to a normalised tensor."""
