@@ -25,14 +25,8 @@ from vpt.predict.__main__ import PredictOptions, predict_run
 
 SMALL = [
     *("augment=none", "head.channels=32", "head.num_convs=1"),
-    *(
-        "train.epochs=2",
-        "train.batch_size=4",
-        "train.log_every=1",
-        "num_workers=0",
-        "prompt.num_tokens=3",
-        "device=cpu",
-    ),
+    *("train.epochs=2", "train.batch_size=4", "train.log_every=1"),
+    *("num_workers=0", "prompt.num_tokens=3", "device=cpu"),
 ]
 
 
@@ -189,9 +183,8 @@ def test_options_of_boxes_are_refused_for_classes(tmp_path, photos):
 )
 def test_every_choice_trains_and_its_task_can_be_used(tmp_path, boxes, overrides):
     run_dir = train(tmp_path, boxes, "mode=dry", *overrides)
-    assert ("lr/backbone" in metric_lines(run_dir)[0]) == overrides[0].startswith(
-        ("tuning=bias", "tuning=partial", "tuning=full")
-    )
+    trains_backbone = overrides[0] in ("tuning=bias", "tuning=partial", "tuning=full")
+    assert ("lr/backbone" in metric_lines(run_dir)[0]) == trains_backbone
     trained = build.load_run(run_dir)
     found = trained.model(torch.zeros(1, 3, *trained.preprocessing.size))
     assert sorted(found[0]) == ["boxes", "labels", "scores"]
