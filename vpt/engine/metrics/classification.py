@@ -156,4 +156,4 @@ class ClassificationMetrics:
             raise ValueError(f"targets are {targets.dtype}; must be integers")
         outside = targets[(targets < 0) | (targets >= K)]
         if len(outside):
-            raise ValueError(f"target {int(outside[0])} is outside of [0, {K}): data and head have different classes")
+            raise ValueError(f"target {int(outside[0])} is outside of [0, {K}): data and head differ")

@@ -185,7 +185,7 @@ class DetectionMetrics:
         ]
 
     def _images(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows of the detections of each image, the best first, and of its true boxes; values that are not finite are 0."""
+        """Rows of the detections of each image, the best first, and of its true boxes; values not finite are 0."""
         self._need_images()
         for found, true in zip(self._detections, self._targets, strict=True):
             finite = _finite(found)
