@@ -160,7 +160,7 @@ def test_verify_loads_each_file_onto_the_backbone_that_is_named(typed, copied):
 def test_a_backbone_that_cannot_be_had_is_an_error_and_no_file_is_blamed(typed, made):
     code, output, errors = typed("verify", made, "backbone=vit_nno_patch8_64")
     assert (code, output) == (2, "")
-    assert errors.startswith("error: backbone=vit_nno_patch8_64 is not a model that timm knows; did you mean vit_nano")
+    assert errors.startswith("error: backbone=vit_nno_patch8_64: not a timm model; did you mean vit_nano")
     code, _, errors = typed("verify", made, f"backbone={NANO}", "checkpoint=nowhere.pth")
     assert (code, errors) == (2, "error: checkpoint=nowhere.pth: no such file\n")
 

@@ -343,7 +343,7 @@ def _without_path(file: Path, root: Path, error: Exception) -> str:
 
 def _own_keys(message: str) -> str:
     """A message with the keys of this command, where it comes from one that `python -m vpt.train` shares."""
-    return message.replace("backbone.checkpoint=", "checkpoint=").replace("backbone.name=", "backbone=")
+    return message.replace("name=", "backbone=", 1) if message.startswith("name=") else message
 
 
 def _line(text: str) -> str:
