@@ -1,16 +1,16 @@
-"""Train the backbone that ships in the package: vit_nano_patch8_64, distilled from a ViT-Ti/16.
+"""Train the bundled backbone vit_nano_patch8_64 by distillation from a ViT-Ti/16.
 
 The student has the teacher's width (192) and five of its twelve blocks, so it starts from the teacher's own weights
-(blocks 0, 3, 6, 9, 11; patch kernels summed 2 x 2, which is exact for a picture enlarged twice). It sees 64 px pictures
-in 8 px patches; the teacher sees the same crops enlarged to 128 px in 16 px patches, so both have an 8 x 8 grid and
+(blocks 0, 3, 6, 9, 11; patch kernels summed 2 x 2, which is exact for an image enlarged twice). It reads 64 px images
+in 8 px patches; the teacher reads the same crops enlarged to 128 px in 16 px patches, so both have an 8 x 8 grid and
 every token of the student has a target. The loss has three parts: distance to the teacher's final tokens, divergence
 from the teacher's class probabilities through the teacher's own frozen head, and cross-entropy with the label.
 
-The teacher runs once: `--views` random crops of each picture are drawn, and its tokens for them are kept in memory.
+The teacher runs once: `--views` random crops of each image are drawn, and its tokens for them are held in memory.
 
 Example:
     python scripts/distill_backbone.py --teacher vit_tiny_patch16_224_in1k.safetensors \
-        --pictures tiny_imagenet --output vpt/models/weights/vit_nano_patch8_64.safetensors
+        --images tiny_imagenet --output vpt/models/weights/vit_nano_patch8_64.safetensors
 """
 
 import argparse
@@ -31,15 +31,15 @@ STUDENT_BLOCKS = (0, 3, 6, 9, 11)
 HELD_OUT_PER_CLASS = 10
 
 
-def read_pictures(folder: Path) -> tuple[Tensor, Tensor]:
-    """Read `folder/wnid/*.JPEG`: pictures (num, 3, 64, 64) uint8, and their ImageNet-1k labels (num,)."""
+def read_images(folder: Path) -> tuple[Tensor, Tensor]:
+    """Read `folder/wnid/*.JPEG`: images (num, 3, 64, 64) uint8, and their ImageNet-1k labels (num,)."""
     info = ImageNetInfo()
     labels_of = {wnid: i for i, wnid in enumerate(info.label_names())}
-    pictures, labels = [], []
+    images, labels = [], []
     for path in sorted(folder.glob("*/*.JPEG")):
-        pictures.append(np.asarray(Image.open(path).convert("RGB")))
+        images.append(np.asarray(Image.open(path).convert("RGB")))
         labels.append(labels_of[path.parent.name])
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
 
 def split_held_out(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,11 +50,11 @@ def split_held_out(labels: Tensor) -> tuple[Tensor, Tensor]:
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
 
-def random_views(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """One random resized crop (area 0.3 to 1) and flip of each picture, (num, 3, 64, 64) uint8."""
-    views = torch.empty_like(pictures)
-    for start in range(0, len(pictures), 1024):
-        batch = pictures[start : start + 1024].float()
+def random_views(images: Tensor, generator: torch.Generator) -> Tensor:
+    """One random resized crop (area 0.3 to 1) and flip of each image, (num, 3, 64, 64) uint8."""
+    views = torch.empty_like(images)
+    for start in range(0, len(images), 1024):
+        batch = images[start : start + 1024].float()
         num = len(batch)
         area = torch.empty(num).uniform_(0.3, 1.0, generator=generator)
         ratio = torch.empty(num).uniform_(math.log(3 / 4), math.log(4 / 3), generator=generator).exp()
@@ -70,9 +70,9 @@ def random_views(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return views
 
 
-def normalise(pictures: Tensor) -> Tensor:
+def normalise(images: Tensor) -> Tensor:
     """To floats in [-1, 1]: mean = std = 0.5, the teacher's own."""
-    return pictures.float().div(127.5).sub(1)
+    return images.float().div(127.5).sub(1)
 
 
 @torch.inference_mode()
@@ -101,25 +101,25 @@ def make_student(teacher: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def held_out_top1(student: nn.Module, head: nn.Module, pictures: Tensor, labels: Tensor) -> float:
+def held_out_top1(student: nn.Module, head: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Top-1 among the classes that occur in `labels`."""
     classes = labels.unique()
     student.eval()
-    right = 0
-    for start in range(0, len(pictures), 500):
-        logits = head(student(normalise(pictures[start : start + 500])))[:, classes]
-        right += int((classes[logits.argmax(1)] == labels[start : start + 500]).sum())
+    num_correct = 0
+    for start in range(0, len(images), 500):
+        logits = head(student(normalise(images[start : start + 500])))[:, classes]
+        num_correct += int((classes[logits.argmax(1)] == labels[start : start + 500]).sum())
     student.train()
-    return right / len(labels)
+    return num_correct / len(labels)
 
 
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--pictures", type=Path, required=True)
+    parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--start-from", type=Path, help="weights of an earlier stage, instead of the teacher's blocks")
+    parser.add_argument("--start-from", type=Path, help="weights of an earlier stage, in place of the teacher's blocks")
     parser.add_argument("--epochs", type=float, default=24)
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -130,18 +130,16 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed)
     started = time.time()
 
-    pictures, labels = read_pictures(args.pictures)
+    images, labels = read_images(args.images)
     train, held_out = split_held_out(labels)
     overlay = {"file": str(args.teacher)}
     teacher = timm.create_model(
         "vit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, img_size=128
     ).eval()
     teacher.requires_grad_(False)
-    views = torch.stack([random_views(pictures[train], generator) for _ in range(args.views)])
+    views = torch.stack([random_views(images[train], generator) for _ in range(args.views)])
     targets = torch.stack([teacher_tokens(teacher, view) for view in views])
-    print(
-        f"{len(train)} pictures, {args.views} views each, teacher done after {time.time() - started:.0f} s", flush=True
-    )
+    print(f"{len(train)} images, {args.views} views each, teacher done after {time.time() - started:.0f} s", flush=True)
 
     student = make_student(teacher)
     if args.start_from is not None:
@@ -161,7 +159,7 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
     for step in range(num_steps):
         if step % steps_per_epoch == 0:
-            top1 = held_out_top1(student, teacher.head, pictures[held_out], labels[held_out])
+            top1 = held_out_top1(student, teacher.head, images[held_out], labels[held_out])
             print(
                 f"epoch {step // steps_per_epoch} held-out top1 {top1:.4f} after {time.time() - started:.0f} s",
                 flush=True,
@@ -192,7 +190,7 @@ def main() -> None:
             )
 
     save(student, args.output)
-    top1 = held_out_top1(student, teacher.head, pictures[held_out], labels[held_out])
+    top1 = held_out_top1(student, teacher.head, images[held_out], labels[held_out])
     print(f"done: held-out top1 {top1:.4f}, {(time.time() - started) / 60:.1f} min", flush=True)
 
 

@@ -1,20 +1,20 @@
-"""Make the trees that ship in the package: aerial pictures of trees with boxes, from the wheel deepforest 2.1.0.
+"""Create the bundled trees data set: aerial images of trees with boxes, from the wheel deepforest 2.1.0.
 
-The wheel holds four pictures with boxes, of the National Ecological Observatory Network (NEON), at 10 cm a pixel and
-annotated to their edges. They are cut into tiles of `SIZE` pixels that do not overlap, row by row from the upper left
-corner; what is left at the right and at the bottom is not used. `PARTS` says what goes where:
+The wheel contains four images with boxes, of the National Ecological Observatory Network (NEON), at 10 cm per pixel and
+annotated to their edges. They are cut into tiles of `SIZE` pixels without overlap, row by row from the upper left
+corner; the remainder at the right and at the bottom is not used. `PARTS` defines the splits:
 
-- test is a whole picture, so that no tile of it is in another split: the second largest, for its many boxes; denser
-  forest and a road, some 13 km from the picture of train and val.
-- val is the two lowest rows of the largest picture, an open conifer forest, and train is the rest of it. The 72 pixels
-  between them are left out. A tree across this gap is in neither or in one of the two: it would have to be 360 pixels
-  high for `MIN_PART` of it to be on both sides, and the highest is 109.
-- train also has the two small pictures, a pine savanna and one of mostly dead trees. The savanna was val first, but
-  is too small and too different: with the pretrained vit_nano (deep prompt, 128 px, one seed) its mAP was 0.01
-  throughout 25 epochs, while that of train rose to 0.31.
+- test is a whole image, so that none of its tiles is in another split: the second largest, which has many boxes; denser
+  forest and a road, about 13 km from the image of train and val.
+- val is the two lowest rows of the largest image, an open conifer forest, and train is the rest of it. The 72 pixels
+  between them are left out. A tree across this gap is in at most one of the two: it would have to be 360 pixels high
+  for `MIN_PART` of it to be on both sides, and the highest is 109.
+- train also has the two small images, a pine savanna and one of mostly dead trees. The savanna was val first, but is
+  too small and too different: with the pretrained vit_nano (deep prompt, 128 px, one seed) its mAP was 0.01 throughout
+  25 epochs, while that of train rose to 0.31.
 
-All classes of the wheel (Tree, Alive, Dead) become one, tree. A box that a tile cuts is clipped; it stays if at least
-`MIN_PART` of its area and `MIN_SIDE` pixels of each side are left, since less of a tree can hardly be told from a bush.
+All classes of the wheel (Tree, Alive, Dead) become one, tree. A box that a tile cuts is clipped. It is kept if at least
+`MIN_PART` of its area and `MIN_SIDE` pixels of each side are left, since less of a tree is hard to tell from a bush.
 
 Example:
     python scripts/make_trees.py deepforest-2.1.0-py3-none-any.whl
@@ -36,7 +36,7 @@ MIN_PART = 0.4  # of the area
 MIN_SIDE = 4  # pixels
 JPEG_QUALITY = 75
 FOLDER = "deepforest/data"
-PARTS = (  # split, the name in our files, the name in the wheel, its rows of pixels from and to
+PARTS = (  # split, name in our files, name in the wheel, first and last row of pixels
     ("train", "yell_528000", "2019_YELL_2_528000_4978000_image_crop2", 0, 2000),
     ("train", "osbs_029", "OSBS_029", 0, 400),
     ("train", "soap_061", "SOAP_061", 0, 400),
@@ -49,7 +49,7 @@ Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels from the upper left 
 
 
 def read_boxes(xml: bytes) -> list[Box]:
-    """Boxes of a Pascal VOC file, whose corners are numbers of pixels counted from 1, the last one inside."""
+    """Boxes of a Pascal VOC file, whose pixels are counted from 1, with inclusive corners."""
     corners = (
         [int(box.findtext(key, "")) for key in ("xmin", "ymin", "xmax", "ymax")]
         for box in ElementTree.fromstring(xml).iter("bndbox")
@@ -58,7 +58,7 @@ def read_boxes(xml: bytes) -> list[Box]:
 
 
 def clip(box: Box, left: int, top: int) -> Box | None:
-    """What a tile has of a box, in the tile's pixels; None if it is too little."""
+    """Clip a box to a tile, in pixels of the tile; None if too little is left."""
     x1, y1, x2, y2 = box
     inside = max(x1 - left, 0), max(y1 - top, 0), min(x2 - left, SIZE), min(y2 - top, SIZE)
     width, height = inside[2] - inside[0], inside[3] - inside[1]
@@ -68,7 +68,7 @@ def clip(box: Box, left: int, top: int) -> Box | None:
 
 
 def write_trees(wheel: Path, output: Path) -> None:
-    """Write `output/<split>/<picture>_y<top>_x<left>.jpg` and `_annotations.coco.json`, replacing what was there."""
+    """Write `output/<split>/<image>_y<top>_x<left>.jpg` and `_annotations.coco.json`, replacing existing files."""
     contents = {split: {"images": [], "annotations": []} for split in ("train", "val", "test")}
     for split in contents:
         shutil.rmtree(output / split, ignore_errors=True)
@@ -90,7 +90,7 @@ def write_trees(wheel: Path, output: Path) -> None:
 
 
 def add(content: dict[str, list[dict[str, object]]], file: str, boxes: list[Box]) -> None:
-    """Add a tile and its boxes to the content of a COCO file; both kinds of ids count from 1."""
+    """Add a tile and its boxes to the content of a COCO file; ids count from 1."""
     image_id = len(content["images"]) + 1
     content["images"].append({"id": image_id, "file_name": file, "width": SIZE, "height": SIZE})
     for x1, y1, x2, y2 in boxes:

@@ -1,7 +1,11 @@
-"""What a TaskBank costs: python scripts/measure_bank.py backbone=vit_base_patch16_224 batch_size=32 rounds=7.
+"""Measure the cost of a TaskBank.
 
-Eight tasks mixed in a batch against one task in the batch, every task on every picture against a pass for each, loading
-and switching, and the bytes of a task. Weights are random: they cost the same. Times are medians of interleaved rounds.
+Compares eight tasks mixed in a batch with one task per batch, and every task on every image with one pass per task;
+measures the time to load and to switch tasks, and the size of a task. Weights are random, which costs the same. Times
+are medians of interleaved rounds.
+
+Example:
+    python scripts/measure_bank.py backbone=vit_base_patch16_224 batch_size=32 rounds=7
 """
 
 import statistics
@@ -39,7 +43,7 @@ class Options:
 
 
 def main() -> None:
-    """Measure, and print tables."""
+    """Measure and print tables."""
     options = parse_options(Options, sys.argv[1:], __doc__ or "")
     bank = vpt.TaskBank(load_vit(options.backbone, pretrained=False), device=options.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +60,7 @@ def main() -> None:
 
 
 def save(bank: vpt.TaskBank, path: Path, options: Options, **prompt: Any) -> Path:
-    """The file of a task with random weights."""
+    """Save a task with random weights."""
     prompt = {"num_tokens": options.num_tokens, **prompt}
     model = vpt.create_model(bank.vit, num_classes=options.num_classes, **prompt)
     torch.nn.init.normal_(model.head.weight)
@@ -64,7 +68,7 @@ def save(bank: vpt.TaskBank, path: Path, options: Options, **prompt: Any) -> Pat
 
 
 def cost_table(bank: vpt.TaskBank, options: Options) -> str:
-    """FLOPs and times of mixed batches and of every task on every picture, as ratios."""
+    """FLOPs and times of mixed batches and of every task on every image, as ratios."""
     size = bank.metadata("all 0").preprocessing["size"]
     images = torch.randn(options.batch_size, 3, *size, device=bank.device)
     few = images[: options.batch_size // NUM_TASKS]
@@ -85,8 +89,8 @@ def cost_table(bank: vpt.TaskBank, options: Options) -> str:
     times = {name: [seconds[name] for seconds in measured] for name in calls}
     pairs = [
         (f"{NUM_TASKS} tasks mixed in a batch of {len(images)} / one task in it", "mixed", "one"),
-        (f"the same / each of the {len(images)} images for itself", "mixed", "one by one"),
-        ("mixed, each with another number of tokens / one task in the batch", "ragged", "one"),
+        (f"the same / each of the {len(images)} images on its own", "mixed", "one by one"),
+        ("mixed, with different numbers of tokens / one task in the batch", "ragged", "one"),
         (
             f"every, {NUM_TASKS} tasks prompted in the last {LAST_BLOCKS} blocks / {NUM_TASKS} passes",
             "every",
@@ -98,7 +102,7 @@ def cost_table(bank: vpt.TaskBank, options: Options) -> str:
 
 
 def loading_table(bank: vpt.TaskBank, path: Path, options: Options) -> str:
-    """Bytes of a task in a file and in memory, and times to load it and to switch to it."""
+    """Size of a task on disk and in memory, and times to load it and to switch to it."""
     seconds = []
     for number_ in range(options.num_loaded):
         start = time.perf_counter()
@@ -116,7 +120,7 @@ def loading_table(bank: vpt.TaskBank, path: Path, options: Options) -> str:
         ["file", f"{path.stat().st_size / 1000:,.0f} kB"],
         ["in memory", f"{in_memory / 1000:,.0f} kB; of 1,000 tasks {in_memory / 1e3:,.0f} MB"],
         ["load", f"{1000 * statistics.median(seconds):.1f} ms"],
-        ["switch", f"{1000 * switch:.2f} ms, where a picture takes {1000 * stay:.1f} ms"],
+        ["switch", f"{1000 * switch:.2f} ms; one image takes {1000 * stay:.1f} ms"],
     ]
     return "\n" + format_table(rows, [f"{options.num_classes} classes", ""])
 

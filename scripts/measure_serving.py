@@ -1,10 +1,11 @@
-"""Requests per second of `python -m vpt.serve` with many tasks: micro-batches, mixed, against one picture at a time.
+"""Measure requests per second of `python -m vpt.serve` with many tasks: mixed micro-batches and one image at a time.
 
-Two servers run the same tasks, one with `max_batch=32` and one with `max_batch=1`; clients that each wait for their
-answer before they ask again keep one server busy at a time, for a few seconds, in turns. Each request is one picture
-for one task, drawn at random. Clients and servers share the machine. The table shows medians over the rounds.
+Two servers run the same tasks, one with `max_batch=32` and one with `max_batch=1`. In turns, one server at a time is
+loaded for a few seconds by clients that wait for each response before the next request. Each request is one image for
+one task, in random order. Clients and servers share the machine. The table shows medians over the rounds.
 
-    python scripts/measure_serving.py num_tasks=8     # the backbone of the package, tasks of random numbers
+Example:
+    python scripts/measure_serving.py num_tasks=8     # the bundled backbone, tasks with random weights
     python scripts/measure_serving.py backbone=NAME checkpoint=FILE clients=8,32
 """
 
@@ -36,7 +37,7 @@ SERVERS = {
     "one at a time": ["max_batch=1", "max_wait_ms=0"],
     "micro-batches": ["max_batch=32", "max_wait_ms=5"],
 }
-NUM_PICTURES = 16
+NUM_IMAGES = 16
 
 
 @dataclass
@@ -50,12 +51,12 @@ class MeasureOptions:
     clients: str = "1,4,16,64"
     seconds: float = number(4.0, above=0)
     rounds: int = number(5, low=1)
-    side: int = number(256, low=8)  # pixels of the pictures that are sent
+    side: int = number(256, low=8)  # pixels of the images that are sent
 
 
 @dataclass
 class Measured:
-    """One round of one server: answers per second, latencies in milliseconds, and pictures in a batch."""
+    """One round of one server: responses per second, latencies in milliseconds, and images per batch."""
 
     rate: float
     median_ms: float
@@ -64,7 +65,7 @@ class Measured:
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure and print the table."""
     options = parse_options(MeasureOptions, sys.argv[1:], str(__doc__))
     counts = [int(word) for word in options.clients.split(",")]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -80,12 +81,12 @@ def main() -> None:
                 for _ in range(options.rounds)
             ]
             rows += [row(count, name, [measured[name] for measured in rounds]) for name in SERVERS]
-    header = ["clients", "server", "requests/s", "range", "median ms", "95 % ms", "pictures a batch"]
+    header = ["clients", "server", "requests/s", "range", "median ms", "95 % ms", "images/batch"]
     print(format_table(rows, header))
 
 
 def make_tasks(folder: Path, options: MeasureOptions) -> None:
-    """Task files with prompts and heads of random numbers, of different numbers of tokens and classes."""
+    """Save tasks with random weights and different numbers of tokens and classes."""
     for seed in range(options.num_tasks):
         torch.manual_seed(seed)
         model = vpt.create_model(
@@ -99,21 +100,21 @@ def make_tasks(folder: Path, options: MeasureOptions) -> None:
 
 
 def make_requests(options: MeasureOptions) -> list[tuple[str, bytes]]:
-    """Paths and bodies: each picture with each task, in random order."""
+    """Paths and bodies of requests: each image with each task, in random order."""
     draw = np.random.default_rng(0)
-    pictures = []
-    for _ in range(NUM_PICTURES):
+    images = []
+    for _ in range(NUM_IMAGES):
         coarse = draw.integers(0, 255, (16, 16, 3), dtype=np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(coarse).resize((options.side, options.side), Image.Resampling.BICUBIC).save(buffer, "JPEG")
-        pictures.append(buffer.getvalue())
-    requests = [(f"/predict?task=task{task}", body) for task in range(options.num_tasks) for body in pictures]
+        images.append(buffer.getvalue())
+    requests = [(f"/predict?task=task{task}", body) for task in range(options.num_tasks) for body in images]
     return [requests[index] for index in draw.permutation(len(requests))]
 
 
 @contextlib.contextmanager
 def server(folder: str, options: MeasureOptions, limits: list[str]) -> Iterator[int]:
-    """A server in a process of its own; its port."""
+    """Run a server in its own process; yields its port."""
     command = [sys.executable, "-m", "vpt.serve", f"tasks={folder}", "port=0", *limits]
     if options.checkpoint:
         command += [f"checkpoint={options.checkpoint}"]
@@ -129,7 +130,7 @@ def server(folder: str, options: MeasureOptions, limits: list[str]) -> Iterator[
 
 
 def measure(port: int, requests: list[tuple[str, bytes]], num_clients: int, seconds: float) -> Measured:
-    """Ask with some clients at a time, each on a connection of its own, for some seconds."""
+    """Send requests with concurrent clients, each on its own connection, for some seconds."""
     latencies: list[list[float]] = [[] for _ in range(num_clients)]
     before, begin = batches(port), time.perf_counter()
     end = begin + seconds
@@ -155,13 +156,13 @@ def measure(port: int, requests: list[tuple[str, bytes]], num_clients: int, seco
         thread.join()
     took = time.perf_counter() - begin
     after = batches(port)
-    values = sorted(1000 * latency for of_client in latencies for latency in of_client)
+    values = sorted(1000 * latency for client_latencies in latencies for latency in client_latencies)
     per_batch = (after[0] - before[0]) / max(1, after[1] - before[1])
     return Measured(len(values) / took, statistics.median(values), values[int(0.95 * len(values))], per_batch)
 
 
 def batches(port: int) -> tuple[int, int]:
-    """Predictions and batches so far."""
+    """Numbers of predictions and batches so far."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", "/health")
     health = json.loads(connection.getresponse().read())
@@ -170,7 +171,7 @@ def batches(port: int) -> tuple[int, int]:
 
 
 def row(count: int, name: str, rounds: list[Measured]) -> list[str]:
-    """A line of the table."""
+    """Row of the table."""
     rates = [measured.rate for measured in rounds]
     middle = [
         statistics.median(getattr(measured, key) for measured in rounds) for key in ("median_ms", "p95_ms", "batch")

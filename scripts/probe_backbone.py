@@ -1,10 +1,10 @@
-"""Measure how the features of the shipped backbone transfer: linear probes on frozen features, trained and random.
+"""Measure how well the features of the bundled backbone transfer: linear probes, compared with random weights.
 
-The pictures are a folder with train/ and test/ and class folders below. A logistic regression is fitted by L-BFGS on
-the standardised features of train; nothing is chosen on test.
+The images are in a folder with train/ and test/, each with a folder per class. A logistic regression is fitted by
+L-BFGS on the standardised features of train; nothing is chosen on test.
 
 Example:
-    python scripts/probe_backbone.py --pictures flowers12
+    python scripts/probe_backbone.py --images flowers12
 """
 
 import argparse
@@ -49,18 +49,20 @@ def probe_top1(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], weight
 
 
 def main() -> None:
-    """Print top-1 with the shipped weights and with three random initialisations."""
+    """Print top-1 with the pretrained weights and with three random initialisations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, required=True)
+    parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--backbone", default="vit_nano_patch8_64")
     args = parser.parse_args()
-    splits = read_folder(args.pictures, val_fraction=0.0)
+    splits = read_folder(args.images, val_fraction=0.0)
     for seed in (None, 0, 1, 2):
         torch.manual_seed(seed or 0)
         vit = load_vit(args.backbone, pretrained=seed is None)
         preprocessing = Preprocessing.from_dict(preprocessing_of(vit))
         train, test = (features_of(vit, splits[split], preprocessing) for split in ("train", "test"))
-        print(f"{'shipped weights' if seed is None else f'random, seed {seed}'}: top-1 {probe_top1(train, test):.3f}")
+        print(
+            f"{'pretrained weights' if seed is None else f'random, seed {seed}'}: top-1 {probe_top1(train, test):.3f}"
+        )
 
 
 if __name__ == "__main__":

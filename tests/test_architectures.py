@@ -1,4 +1,4 @@
-"""Every ViT that timm builds on VisionTransformer, Eva or Beit, made tiny: exactness of each, and what it pools."""
+"""Every timm ViT based on VisionTransformer, Eva or Beit, in a tiny version: exactness and pooling."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ from vpt.models.backbone import PromptedViT
 FAMILIES = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva", "beit", "vitamin")
 ARCHITECTURES = [name for family in FAMILIES for name in timm.list_models(module=family)]
 
-# One or two of each kind; all others carry the marker `slow`.
+# One or two of each kind; all others are marked as slow.
 CHOSEN = {
     "vit_tiny_patch16_224": "AugReg, plain",
     "vit_base_patch8_224": "patches of 8",
@@ -34,7 +34,7 @@ CHOSEN = {
     "vit_small_patch16_dinov3": "DINOv3",
     "vit_small_plus_patch16_dinov3": "DINOv3, SwiGLU",
     "eva02_tiny_patch14_224": "EVA-02, fused",
-    "eva02_base_patch14_224": "EVA-02, apart",
+    "eva02_base_patch14_224": "EVA-02, separate projections",
     "eva02_enormous_patch14_clip_224": "post-norm",
     "eva_giant_patch14_224": "EVA",
     "vit_small_patch16_rope_mixed_224": "RoPE of each block",
@@ -89,14 +89,14 @@ def make_images(vit, grid_size=(2, 3), batch_size=2):
 
 
 def make_pair(vit, kind):
-    """The same prompted ViT twice, in float64: computed the fast way and the plain way."""
+    """The same prompted ViT twice, in float64: with each implementation."""
     pair = [PromptedViT(vit.double(), kind, num_tokens=3, impl=impl).double() for impl in ("auto", "concat")]
     pair[1].load_state_dict(pair[0].state_dict())
     return pair
 
 
 def runs_in_float64(vit, images):
-    """Some models of old timm compute a rotary embedding in float32 whatever they are given."""
+    """Some models of older timm versions always compute the rotary embedding in float32."""
     try:
         vit.double()(images.double())
         return True
@@ -107,7 +107,7 @@ def runs_in_float64(vit, images):
 
 
 def read_pooled(vit, tokens):
-    """What timm's kinds of pooling are, in words of their own."""
+    """The pooling of timm, written out."""
     prefix = vit.num_prefix_tokens
     includes_prefix = getattr(vit, "pool_include_prefix", False)
     if isinstance(vit, timm.models.deit.VisionTransformerDistilled):
@@ -121,13 +121,13 @@ def read_pooled(vit, tokens):
     return vit.fc_norm((tokens if includes_prefix else tokens[:, prefix:]).mean(dim=1))
 
 
-def walk(test):
-    """Give a test every architecture; all but the chosen ones are slow."""
+def each_architecture(test):
+    """Parametrize a test with every architecture; all but the chosen ones are slow."""
     values = [pytest.param(name, marks=[] if name in CHOSEN else pytest.mark.slow) for name in ARCHITECTURES]
     return pytest.mark.parametrize("name", values)(test)
 
 
-@walk
+@each_architecture
 def test_each_architecture_is_exact_with_and_without_a_prompt(name):
     vit = make_tiny(name)
     images = make_images(vit)
@@ -147,8 +147,8 @@ def test_each_architecture_is_exact_with_and_without_a_prompt(name):
         assert (fast.prompt.tokens.grad.flatten(1).norm(dim=1) > 0).all()
 
 
-@walk
-def test_each_architecture_takes_keys_and_values_in_the_place_of_tokens(name):
+@each_architecture
+def test_a_kv_prompt_equals_a_deep_prompt_with_the_same_keys_and_values(name):
     vit = make_tiny(name)
     images = make_images(vit)
     deep = PromptedViT(vit, "deep", num_tokens=3)
@@ -163,22 +163,17 @@ def test_each_architecture_takes_keys_and_values_in_the_place_of_tokens(name):
         torch.testing.assert_close(learned(images.double()), deep(images.double()), rtol=1e-9, atol=1e-9)
 
 
-@walk
-def test_each_architecture_takes_images_of_another_size(name):
+@each_architecture
+def test_each_architecture_is_exact_for_images_of_other_sizes(name):
     vit = make_tiny(name, grid_size=(3, 2))
     images = make_images(vit, grid_size=(3, 2))
     assert torch.equal(PromptedViT(vit, prompt=None)(images), vit(images))
-    if runs_in_float64(vit, images):
-        assert_equal(*make_pair(vit, "deep"), images.double())
-
-
-@walk
-def test_each_architecture_takes_images_of_any_size_where_timm_does(name):
-    if name.startswith("beit") or type(make_tiny(name).patch_embed).__name__ == "HybridEmbed":
-        pytest.skip("timm gives this model one size")
-    vit = make_tiny(name, dynamic_img_size=True)
-    if not runs_in_float64(vit, make_images(vit)):
+    if not runs_in_float64(vit, images):
         pytest.skip(f"timm {timm.__version__} cannot run {name} in float64")
+    assert_equal(*make_pair(vit, "deep"), images.double())
+    if name.startswith("beit") or type(vit.patch_embed).__name__ == "HybridEmbed":
+        return  # timm supports one size only
+    vit = make_tiny(name, dynamic_img_size=True).double()
     bare, (fast, plain) = PromptedViT(vit, prompt=None), make_pair(vit, "deep")
     for grid_size in ((2, 3), (4, 2)):
         images = make_images(vit, grid_size).double()
@@ -197,13 +192,13 @@ def assert_equal(fast, plain, images):
         (features[-1] * weights).sum().backward()
     torch.testing.assert_close(features[0], features[1], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(fast.prompt.tokens.grad, plain.prompt.tokens.grad, rtol=1e-9, atol=1e-10)
-    with torch.no_grad():  # from constants
+    with torch.no_grad():  # with cached keys and values
         torch.testing.assert_close(fast(images), features[1], rtol=1e-10, atol=1e-10)
         tokens = fast.forward_features(images), plain.forward_features(images)
     torch.testing.assert_close(*tokens, rtol=1e-10, atol=1e-10)
 
 
-def test_the_paths_of_the_chosen_architectures_are_the_fast_ones_but_for_rare_blocks():
+def test_the_chosen_architectures_take_the_fast_path_except_for_rare_blocks():
     plain = {name: PromptedViT(make_tiny(name)).paths[1] for name in CHOSEN if name in ARCHITECTURES}
     assert {name: path for name, path in plain.items() if path != "kv"} == {
         "vit_base_patch16_xp_224": "concat (ParallelScalingBlock is not supported)",
@@ -212,9 +207,9 @@ def test_the_paths_of_the_chosen_architectures_are_the_fast_ones_but_for_rare_bl
     }
 
 
-def test_the_document_lists_what_is_tested_here():
+def test_the_document_lists_the_tested_architectures():
     document = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text()
     if f"timm {timm.__version__}:" not in document:
-        pytest.skip("the document was made with another timm; run scripts/list_backbones.py")
+        pytest.skip("the document was generated with another timm; run scripts/list_backbones.py")
     listed = {name for name in re.findall("`(\\w+)`", document) if timm.is_model(name)}
     assert listed == set(ARCHITECTURES)

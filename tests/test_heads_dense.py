@@ -1,4 +1,4 @@
-"""The dense head: which point learns which box, and the losses, against plain readings of the formulas."""
+"""The dense head: assignment of boxes to points, and losses against their formulas."""
 
 import math
 
@@ -12,15 +12,15 @@ def levels_of(size=64, strides=(8, 16), channels=32, batch_size=2):
     return [torch.randn(batch_size, channels, size // stride, size // stride) for stride in strides]
 
 
-def assign_to(boxes, labels=None, crowd=None, said=None, scores=None):
-    """Assign boxes to the 64 points of an 8 x 8 level of stride 8; the points say the boxes `said`, or small ones."""
+def assign_to(boxes, labels=None, crowd=None, predicted=None, scores=None):
+    """Assign boxes to the 64 points of an 8 x 8 level of stride 8; they predict `predicted`, or small boxes."""
     points = level_points((8, 8), 8, torch.device("cpu"))
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     labels = torch.zeros(len(boxes), dtype=torch.long) if labels is None else torch.tensor(labels)
     crowd = torch.zeros(len(boxes), dtype=torch.bool) if crowd is None else torch.tensor(crowd)
-    said = torch.cat([points - 4, points + 4], dim=1) if said is None else said
+    predicted = torch.cat([points - 4, points + 4], dim=1) if predicted is None else predicted
     scores = torch.full((64, 3), 0.5) if scores is None else scores
-    return points, assign(points, scores, said, boxes, labels, crowd)
+    return points, assign(points, scores, predicted, boxes, labels, crowd)
 
 
 def test_points_are_the_centres_of_cells_row_by_row():
@@ -30,7 +30,7 @@ def test_points_are_the_centres_of_cells_row_by_row():
 
 def test_a_box_takes_the_ten_points_inside_it_that_fit_best():
     points, found = assign_to(
-        [[0, 0, 64, 64]], said=torch.tensor([[0.0, 0, 64, 64]]).repeat(64, 1) - torch.arange(64)[:, None]
+        [[0, 0, 64, 64]], predicted=torch.tensor([[0.0, 0, 64, 64]]).repeat(64, 1) - torch.arange(64)[:, None]
     )
     taken = (found.box == 0).nonzero()[:, 0]
     assert taken.tolist() == list(range(10))
@@ -43,13 +43,13 @@ def test_scores_and_overlaps_decide_together():
     scores = torch.full((64, 3), 0.01)
     scores[20:30, 1] = 0.9
     _, found = assign_to(
-        [[0, 0, 64, 64]], labels=[1], said=torch.tensor([[0.0, 0, 60, 60]]).repeat(64, 1), scores=scores
+        [[0, 0, 64, 64]], labels=[1], predicted=torch.tensor([[0.0, 0, 60, 60]]).repeat(64, 1), scores=scores
     )
     assert (found.box == 0).nonzero()[:, 0].tolist() == list(range(20, 30))
 
 
-def test_a_point_that_two_boxes_want_goes_to_the_one_that_it_overlaps_most():
-    _, found = assign_to([[0, 0, 64, 64], [0, 0, 16, 16]])  # points say boxes of 8 px
+def test_a_point_chosen_by_two_boxes_goes_to_the_one_with_the_largest_overlap():
+    _, found = assign_to([[0, 0, 64, 64], [0, 0, 16, 16]])  # points predict boxes of 8 px
     assert found.box[0] == 1
     assert set(found.box.tolist()) == {-1, 0, 1}
 
@@ -62,13 +62,13 @@ def test_a_box_without_a_point_inside_takes_the_nearest_one(box):
     assert (points[taken] - centre).norm() == (points - centre).norm(dim=1).min()
 
 
-def test_every_box_trains_even_where_many_lie_in_one_cell():
+def test_every_box_trains_even_if_many_are_in_one_cell():
     boxes = [[3 + 0.01 * i, 3, 5, 5] for i in range(20)]
     _, found = assign_to(boxes)
     assert set(found.box.tolist()) == {-1, *range(20)}
 
 
-def test_crowds_take_no_point_and_what_lies_in_them_teaches_no_class():
+def test_crowds_get_no_points_and_points_inside_them_are_ignored():
     points, found = assign_to([[0, 0, 32, 32], [40, 40, 56, 56]], crowd=[True, False])
     inside = (points < 32).all(dim=1)
     assert set(found.box.tolist()) == {-1, 1}
@@ -97,9 +97,9 @@ def test_the_losses_are_those_of_their_formulas():
         for label in range(3):
             probability = 1 / (1 + math.exp(-logits[0, point, label].item()))
             index = found.box[point].item()
-            wanted = found.overlap[point].item() if index >= 0 and targets[0]["labels"][index] == label else 0.0
-            entropy = -wanted * math.log(probability) - (1 - wanted) * math.log(1 - probability)
-            total_class += (wanted - probability) ** 2 * entropy
+            expected = found.overlap[point].item() if index >= 0 and targets[0]["labels"][index] == label else 0.0
+            entropy = -expected * math.log(probability) - (1 - expected) * math.log(1 - probability)
+            total_class += (expected - probability) ** 2 * entropy
         if found.box[point] >= 0:
             a, b = boxes[0, point].tolist(), targets[0]["boxes"][found.box[point]].tolist()
             overlap = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
@@ -130,7 +130,7 @@ def test_losses_are_computed_in_float32_under_autocast():
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
 
 
-def test_a_new_head_says_one_percent_for_each_class_and_towers_are_shared_by_the_levels():
+def test_a_new_head_predicts_one_percent_per_class_and_shares_its_towers():
     head = DenseHead(32, 3, strides=(8, 16))
     logits, boxes = head([torch.zeros_like(level) for level in levels_of()])
     assert logits.shape == (2, 64 + 16, 3)

@@ -1,4 +1,4 @@
-"""RetinaNet and Faster R-CNN of torchvision on a pyramid: where anchors lie, what they learn, how labels travel."""
+"""RetinaNet and Faster R-CNN heads of torchvision on a pyramid: anchors, matching, losses and labels."""
 
 import math
 
@@ -10,7 +10,7 @@ from torchvision.ops import box_iou, roi_align
 from vpt.models.heads.dense import DenseHead, Selection
 from vpt.models.heads.torchvision import FasterRCNNHead, PyramidAnchors, RetinaNetHead, without_crowds
 
-KINDS = [RetinaNetHead, FasterRCNNHead]
+HEADS = [RetinaNetHead, FasterRCNNHead]
 STRIDES = (8, 16, 32)
 
 
@@ -24,9 +24,9 @@ def target_of(boxes, labels=None, crowd=None):
     return {"boxes": boxes, "labels": labels} | ({} if crowd is None else {"crowd": torch.tensor(crowd)})
 
 
-def make_head(kind, num_classes=3, strides=STRIDES, **options):
+def make_head(make, num_classes=3, strides=STRIDES, **options):
     torch.manual_seed(0)
-    return kind(16, num_classes, strides, **options)
+    return make(16, num_classes, strides, **options)
 
 
 @pytest.mark.parametrize(
@@ -53,26 +53,26 @@ def test_anchors_are_centred_on_cells_at_the_strides_of_the_pyramid(size, stride
         assert sides.max().item() < 8 * stride
 
 
-def test_anchors_of_a_wide_image_lie_row_by_row():
+def test_anchors_of_a_wide_image_are_in_row_major_order():
     (anchors,) = PyramidAnchors((8,)).of_levels([torch.zeros(1, 16, 2, 3)])
     centres = ((anchors[:, :2] + anchors[:, 2:]) / 2)[::3]
     assert centres.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12]]
 
 
-@pytest.mark.parametrize("kind", [DenseHead, *KINDS])
-def test_detections_are_cut_to_the_height_and_the_width_of_a_wide_image(kind):
-    head = make_head(kind).eval()
+@pytest.mark.parametrize("make", [DenseHead, *HEADS])
+def test_detections_are_clipped_to_the_height_and_the_width_of_a_wide_image(make):
+    head = make_head(make).eval()
     levels = [torch.randn(2, 16, 64 // stride, 128 // stride) for stride in STRIDES]
     found = head.detect(levels, [(64, 128)] * len(levels[0]), Selection(min_score=0.001, max_detections=10_000))
     x2, y2 = torch.cat([one["boxes"][:, 2:] for one in found]).unbind(dim=1)
     assert (x2.max(), y2.max()) == (128, 64)
 
 
-def test_anchors_stay_in_float32_where_maps_are_in_bfloat16():
+def test_anchors_stay_in_float32_for_bfloat16_maps():
     levels = [level.bfloat16() for level in levels_of(640, strides=(8,))]
     (anchors,) = PyramidAnchors((8,)).of_levels(levels)
     assert anchors.dtype == torch.float32
-    assert anchors[-1].tolist() == [625, 613, 647, 659]  # no multiples of four, as bfloat16 would have them
+    assert anchors[-1].tolist() == [625, 613, 647, 659]  # not multiples of four, as in bfloat16
 
 
 @pytest.mark.parametrize("box", [[7.5, 7.5, 8.5, 8.5], [0, 0, 2, 2], [62, 62, 64, 64], [20, 3, 60, 5]])
@@ -92,10 +92,10 @@ def test_the_losses_of_retinanet_are_those_of_the_paper():
     head, levels = make_head(RetinaNetHead), levels_of()
     targets = [target_of([[4, 4, 30, 30], [20, 24, 60, 60]], labels=[2, 0]), target_of([])]
     losses = head.losses(levels, (64, 64), targets)
-    said = head.retinanet.head(levels)
+    outputs = head.retinanet.head(levels)
     anchors = torch.cat(head.retinanet.anchor_generator.of_levels(levels))
     class_loss = box_loss = 0.0
-    for target, logits, offsets in zip(targets, said["cls_logits"], said["bbox_regression"], strict=True):
+    for target, logits, offsets in zip(targets, outputs["cls_logits"], outputs["bbox_regression"], strict=True):
         overlaps = box_iou(anchors, target["boxes"])
         class_sum, box_sum, num = 0.0, 0.0, 0
         for a, anchor in enumerate(anchors.tolist()):
@@ -115,15 +115,15 @@ def test_the_losses_of_retinanet_are_those_of_the_paper():
                 (x, y, w, h), (u, v, s, t) = (
                     ((b[0] + b[2]) / 2, (b[1] + b[3]) / 2, b[2] - b[0], b[3] - b[1]) for b in (box, anchor)
                 )
-                wanted = [(x - u) / s, (y - v) / t, math.log(w / s), math.log(h / t)]
-                box_sum += sum(abs(a - b) for a, b in zip(wanted, offsets[a].tolist(), strict=True))
+                expected = [(x - u) / s, (y - v) / t, math.log(w / s), math.log(h / t)]
+                box_sum += sum(abs(a - b) for a, b in zip(expected, offsets[a].tolist(), strict=True))
         class_loss += class_sum / max(1, num) / 2
         box_loss += box_sum / max(1, num) / 2
     assert losses["class"].item() == pytest.approx(class_loss, rel=1e-4)
     assert losses["box"].item() == pytest.approx(box_loss, rel=1e-4)
 
 
-def test_retinanet_gives_the_boxes_that_its_anchors_and_offsets_say():
+def test_retinanet_decodes_boxes_from_anchors_and_offsets():
     head, levels = make_head(RetinaNetHead).eval(), levels_of(batch_size=1)
     head.retinanet.head.regression_head.bbox_reg.bias.data[:4] = torch.tensor([0.25, -0.125, math.log(0.5), 0.0])
     towers = head.retinanet.head.classification_head
@@ -140,17 +140,17 @@ def test_retinanet_gives_the_boxes_that_its_anchors_and_offsets_say():
         w, h = x2 - x1, y2 - y1
         x, y = (x1 + x2) / 2 + 0.25 * w, (y1 + y2) / 2 - 0.125 * h
         expected.append([min(64, max(0, v)) for v in (x - w / 4, y - h / 2, x + w / 4, y + h / 2)])
-    is_there = [box[2] > box[0] and box[3] > box[1] for box in expected]
-    assert sum(is_there) > 3
+    is_visible = [box[2] > box[0] and box[3] > box[1] for box in expected]
+    assert sum(is_visible) > 3
     torch.testing.assert_close(
-        found["boxes"], torch.tensor([box for box, there in zip(expected, is_there, strict=True) if there])
+        found["boxes"], torch.tensor([box for box, visible in zip(expected, is_visible, strict=True) if visible])
     )
     assert (found["labels"] == 0).all()
 
 
 @pytest.mark.parametrize(("size", "strides"), [(64, STRIDES), (84, (7, 14, 28))])
 def test_faster_rcnn_pools_regions_at_the_strides_of_the_pyramid(size, strides):
-    """torchvision would take 1/7 for 1/8, and so look beside the region."""
+    """torchvision would round 1/7 to 1/8 and so pool beside the region."""
     head, levels = make_head(FasterRCNNHead, strides=strides), levels_of(size, strides, batch_size=1)
     finest = strides[0]
     boxes = torch.tensor([[3.0, 5, 31, 40], [0, 0, 14 * finest, 14 * finest], [0, 0, 28 * finest, 28 * finest + 1]])
@@ -162,28 +162,28 @@ def test_faster_rcnn_pools_regions_at_the_strides_of_the_pyramid(size, strides):
 
 
 def test_faster_rcnn_refuses_strides_that_do_not_double():
-    with pytest.raises(ValueError, match=r"head\.strides must double .* head\.name=fasterrcnn, got \[8, 32\]"):
+    with pytest.raises(ValueError, match=r"strides=\[8, 32\]: must double"):
         make_head(FasterRCNNHead, strides=(8, 32))
 
 
 @pytest.mark.parametrize("num_convs", [0, 5])
-def test_retinanet_refuses_towers_that_torchvision_has_not(num_convs):
-    with pytest.raises(ValueError, match=f"head.num_convs must be 1 to 4 for head.name=retinanet, got {num_convs}"):
+def test_retinanet_refuses_numbers_of_convolutions_that_torchvision_does_not_support(num_convs):
+    with pytest.raises(ValueError, match=f"num_convs={num_convs}: must be 1 to 4"):
         make_head(RetinaNetHead, num_convs=num_convs)
 
 
-def test_towers_have_as_many_convolutions_as_asked_for_with_group_norm_where_torchvision_has_norms():
+def test_towers_have_the_given_number_of_convolutions_and_group_norm():
     for num_convs in (1, 4):
         retinanet = make_head(RetinaNetHead, num_convs=num_convs).retinanet.head
         for tower in (retinanet.classification_head, retinanet.regression_head):
-            kinds = [type(layer) for layer in tower.conv.modules()]
-            assert kinds.count(torch.nn.Conv2d) == kinds.count(torch.nn.GroupNorm) == num_convs
+            types = [type(layer) for layer in tower.conv.modules()]
+            assert types.count(torch.nn.Conv2d) == types.count(torch.nn.GroupNorm) == num_convs
         rpn = make_head(FasterRCNNHead, num_convs=num_convs).rpn.head
         assert sum(isinstance(layer, torch.nn.Conv2d) for layer in rpn.conv.modules()) == num_convs
 
 
-def test_faster_rcnn_learns_labels_one_higher_and_gives_them_back_as_they_came(monkeypatch):
-    """Its regions learn 1 + label, 0 where there is no box; class 0 is found as 0."""
+def test_faster_rcnn_trains_on_labels_plus_one_and_returns_the_original_labels(monkeypatch):
+    """The targets of regions are 1 + label, and 0 without a box; class 0 is returned as 0."""
     head, levels = make_head(FasterRCNNHead), levels_of()
     learned = []
     entropy = F.cross_entropy
@@ -203,10 +203,10 @@ def test_faster_rcnn_learns_labels_one_higher_and_gives_them_back_as_they_came(m
         torch.testing.assert_close(one["scores"], shares[1 + one["labels"]])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", HEADS)
 @pytest.mark.parametrize("targets", [[[], []], [[], [[4, 4, 20, 20]]]])
-def test_batches_with_images_without_boxes_have_finite_losses_and_gradients(kind, targets):
-    head = make_head(kind)
+def test_batches_with_images_without_boxes_have_finite_losses_and_gradients(make, targets):
+    head = make_head(make)
     losses = head.losses(levels_of(), (64, 64), [target_of(boxes) for boxes in targets])
     sum(losses.values()).backward()
     assert all(torch.isfinite(loss) for loss in losses.values())
@@ -216,10 +216,10 @@ def test_batches_with_images_without_boxes_have_finite_losses_and_gradients(kind
     assert all(torch.isfinite(p.grad).all() for p in head.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_crowd_is_no_box(kind):
+@pytest.mark.parametrize("make", HEADS)
+def test_a_crowd_is_not_a_true_box(make):
     """A batch of crowds has the losses of no box; a crowd beside a box leaves the loss of boxes as it is."""
-    head, levels = make_head(kind), levels_of(batch_size=1)
+    head, levels = make_head(make), levels_of(batch_size=1)
     torch.manual_seed(1)
     alone = head.losses(levels, (64, 64), [target_of([[4, 4, 30, 30]], crowd=[True])])
     assert alone["box"] == 0
@@ -230,7 +230,7 @@ def test_a_crowd_is_no_box(kind):
     assert with_crowd["box"] == without["box"] > 0
 
 
-def test_retinanet_punishes_no_anchor_in_a_crowd_and_still_learns_the_boxes_in_it():
+def test_retinanet_ignores_background_anchors_in_a_crowd_and_still_matches_the_boxes_in_it():
     head = make_head(RetinaNetHead)
     anchors = torch.cat(head.retinanet.anchor_generator.of_levels(levels_of()))
     target = target_of([[0, 0, 40, 40], [2, 2, 34, 34]], crowd=[True, False])
@@ -248,9 +248,9 @@ def test_retinanet_punishes_no_anchor_in_a_crowd_and_still_learns_the_boxes_in_i
     assert (matched >= 0).any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_losses_are_computed_in_float32_under_autocast(kind):
-    head, levels, targets = make_head(kind), levels_of(), [target_of([[4, 4, 20, 20]]), target_of([])]
+@pytest.mark.parametrize("make", HEADS)
+def test_losses_are_computed_in_float32_under_autocast(make):
+    head, levels, targets = make_head(make), levels_of(), [target_of([[4, 4, 20, 20]]), target_of([])]
     torch.manual_seed(3)
     plain = head.losses(levels, (64, 64), targets)
     torch.manual_seed(3)
@@ -264,9 +264,9 @@ def test_losses_are_computed_in_float32_under_autocast(kind):
     assert all(losses[name].item() == pytest.approx(plain[name].item(), rel=0.05) for name in plain)
 
 
-def test_an_image_in_which_nothing_is_likely_has_no_detections():
-    for kind in KINDS:
-        head = make_head(kind).eval()
+def test_an_image_without_likely_boxes_has_no_detections():
+    for make in HEADS:
+        head = make_head(make).eval()
         for one in head.detect(levels_of(), [(64, 64)] * len(levels_of()[0]), Selection(min_score=0.99)):
             assert one["boxes"].shape == (0, 4)
             assert (len(one["scores"]), len(one["labels"])) == (0, 0)

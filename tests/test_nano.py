@@ -1,3 +1,5 @@
+"""The bundled backbone."""
+
 import json
 
 import pytest
@@ -13,7 +15,7 @@ from vpt.models.nano import WEIGHTS
 from vpt.models.vit import load_vit, preprocessing_of
 
 
-def test_timm_knows_the_embedded_backbone_and_its_weights():
+def test_the_bundled_backbone_and_its_weights_are_registered_with_timm():
     assert timm.is_model("vit_nano_patch8_64")
     assert "vit_nano_patch8_64.vpt" in timm.list_pretrained("vit_nano*")
     vit = timm.create_model("vit_nano_patch8_64.vpt", pretrained=True)
@@ -24,7 +26,7 @@ def test_timm_knows_the_embedded_backbone_and_its_weights():
 
 
 def nearest_mean_top1(vit):
-    """Top-1 on val of the fruit set, each picture given the class whose train features have the nearest mean."""
+    """Top-1 on val of the fruit set, each image assigned the class whose train features have the nearest mean."""
     splits, preprocessing = read_folder(fruit_root()), Preprocessing.from_dict(preprocessing_of(vit))
     found = {}
     for split in ("train", "val"):
@@ -38,12 +40,12 @@ def nearest_mean_top1(vit):
 
 
 @pytest.mark.slow
-def test_its_features_tell_fruit_apart_better_than_random_weights_do():
+def test_its_features_separate_fruit_better_than_random_weights():
     torch.manual_seed(0)
     random, shipped = (load_vit("vit_nano_patch8_64", pretrained=pretrained) for pretrained in (False, True))
     assert nearest_mean_top1(shipped) > nearest_mean_top1(random.eval()) + 0.15
 
 
-def test_it_is_resampled_to_other_sizes():
+def test_its_position_embedding_is_resampled_to_other_sizes():
     vit = timm.create_model("vit_nano_patch8_64", pretrained=True, img_size=128)
     assert vit(torch.zeros(1, 3, 128, 128)).shape == (1, 192)

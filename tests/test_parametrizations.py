@@ -1,4 +1,4 @@
-"""Every form of a prompt goes through its whole life: made, trained, kept, baked into a task file, served."""
+"""The life cycle of every parametrization of a prompt: created, trained, saved, loaded, exported, served; formulas."""
 
 import copy
 import math
@@ -21,37 +21,22 @@ from vpt.models.prompt_init import start_from_patches
 from vpt.models.prompts import VisualPrompt
 from vpt.models.whitening import whiten_from_patches
 
-LIVES = {
-    "deep": {"prompt": "deep"},
-    "shallow": {"prompt": "shallow"},
-    "kv": {"prompt": "kv"},
-    "kv bilinear": {"prompt": "kv", "form": Bilinear(2)},
-    "shared": {"prompt": "deep", "form": Shared()},
-    "bilinear": {"prompt": "deep", "form": Bilinear(2)},
-    "bilinear shallow": {"prompt": "shallow", "form": Bilinear(2)},
-    "bilinear in some blocks": {"prompt": "deep", "form": Bilinear(3), "blocks": [0, 2]},
-    "whitened": {"prompt": "deep", "form": Bilinear(2, whiten=True)},
-    "whitened shallow": {"prompt": "shallow", "form": Bilinear(2, whiten=True)},
-    "fourier": {"prompt": "deep", "form": Fourier(0.5)},
-    "fourier shallow": {"prompt": "shallow", "form": Fourier(1.0)},
-    "fourier with dropout": {"prompt": "deep", "form": Fourier(0.5), "dropout": 0.1},
+LIVES = {  # options, and the shapes of the learned parameters
+    "deep": ({"prompt": "deep"}, [(3, 4, 32)]),
+    "shallow": ({"prompt": "shallow"}, [(1, 4, 32)]),
+    "kv": ({"prompt": "kv"}, [(3, 4, 64)]),
+    "kv bilinear": ({"prompt": "kv", "form": Bilinear(2)}, [(3, 4, 2), (3, 2, 64)]),
+    "shared": ({"prompt": "deep", "form": Shared()}, [(1, 4, 32)]),
+    "bilinear": ({"prompt": "deep", "form": Bilinear(2)}, [(3, 4, 2), (3, 2, 32)]),
+    "bilinear shallow": ({"prompt": "shallow", "form": Bilinear(2)}, [(1, 4, 2), (1, 2, 32)]),
+    "bilinear in some blocks": ({"prompt": "deep", "form": Bilinear(3), "blocks": [0, 2]}, [(2, 4, 3), (2, 3, 32)]),
+    "whitened": ({"prompt": "deep", "form": Bilinear(2, whiten=True)}, [(3, 4, 2), (3, 2, 32)]),
+    "whitened shallow": ({"prompt": "shallow", "form": Bilinear(2, whiten=True)}, [(1, 4, 2), (1, 2, 32)]),
+    "fourier": ({"prompt": "deep", "form": Fourier(0.5)}, [(3, 4, 32)]),
+    "fourier shallow": ({"prompt": "shallow", "form": Fourier(1.0)}, [(1, 4, 32)]),
+    "fourier with dropout": ({"prompt": "deep", "form": Fourier(0.5), "dropout": 0.1}, [(3, 4, 32)]),
 }
-LEARNED = {  # shapes of what is learned
-    "deep": [(3, 4, 32)],
-    "shallow": [(1, 4, 32)],
-    "kv": [(3, 4, 64)],
-    "kv bilinear": [(3, 4, 2), (3, 2, 64)],
-    "shared": [(1, 4, 32)],
-    "bilinear": [(3, 4, 2), (3, 2, 32)],
-    "bilinear shallow": [(1, 4, 2), (1, 2, 32)],
-    "bilinear in some blocks": [(2, 4, 3), (2, 3, 32)],
-    "whitened": [(3, 4, 2), (3, 2, 32)],
-    "whitened shallow": [(1, 4, 2), (1, 2, 32)],
-    "fourier": [(3, 4, 32)],
-    "fourier shallow": [(1, 4, 32)],
-    "fourier with dropout": [(3, 4, 32)],
-}
-STARTS = ("uniform", "normal", "patch", "prototype", "vipamin")
+INITS = ("uniform", "normal", "patch", "prototype", "vipamin")
 CLASSES = ("a", "b", "c")
 
 
@@ -60,13 +45,13 @@ def make(name, vit=None, start="uniform", **options):
     torch.manual_seed(1)
     init = start if start == "normal" else "uniform"
     vit = vit or make_tiny_vit()
-    model = vpt.create_model(vit, num_classes=3, num_tokens=4, init=init, **LIVES[name], **options)
+    model = vpt.create_model(vit, num_classes=3, num_tokens=4, init=init, **LIVES[name][0], **options)
     torch.nn.init.normal_(model.head.weight)
-    pictures = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(9)).to(next(vit.parameters()))
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(9)).to(next(vit.parameters()))
     if name.startswith("whitened"):
-        whiten_from_patches(model.backbone, [pictures])
+        whiten_from_patches(model.backbone, [images])
     if start not in ("uniform", "normal"):
-        start_from_patches(model.backbone, [pictures], start)
+        start_from_patches(model.backbone, [images], start)
     return model
 
 
@@ -95,31 +80,27 @@ def name(request):
     return request.param
 
 
-def test_gradients_reach_all_that_is_learned_and_nothing_else(name, images):
+def test_gradients_reach_all_learned_parameters_and_a_step_changes_the_tokens_of_every_block(name, images):
     model = make(name)
     prompt = model.backbone.prompt
     assert prompt.tokens.shape == (len(prompt.blocks), 4, prompt.width)
-    assert [tuple(parameter.shape) for parameter in prompt.parameters()] == LEARNED[name]
+    assert [tuple(parameter.shape) for parameter in prompt.parameters()] == LIVES[name][1]
+    assert vpt.count_parameters(model).prompt == sum(math.prod(shape) for shape in LIVES[name][1])
+    before, logits = prompt.tokens.detach().clone(), logits_of(model, images)
     model(images).square().sum().backward()
     with_gradient = [key for key, parameter in model.named_parameters() if parameter.grad is not None]
     assert with_gradient == list(vpt.tuned_parameters(model))
     assert {key.partition(".")[0] for key in with_gradient} == {"backbone", "head"}
     assert all(".prompt." in key for key in with_gradient if not key.startswith("head."))
     assert all((parameter.grad.flatten(1).norm(dim=1) > 0).all() for parameter in prompt.parameters())
-    assert vpt.count_parameters(model).prompt == sum(math.prod(shape) for shape in LEARNED[name])
-
-
-def test_a_step_changes_the_tokens_of_every_block_and_the_logits(name, images):
-    model = make(name)
-    before, logits = model.backbone.prompt.tokens.detach().clone(), logits_of(model, images)
+    model.zero_grad()
     step(model, images, state_of(model))
-    changed = (model.backbone.prompt.tokens.detach() - before).flatten(1).norm(dim=1)
-    assert (changed > 1e-4).all()
+    assert ((prompt.tokens.detach() - before).flatten(1).norm(dim=1) > 1e-4).all()
     assert not torch.allclose(logits, logits_of(model, images))
 
 
 @pytest.mark.parametrize("name", [name for name in LIVES if "kv" not in name])
-def test_both_ways_of_computing_a_prompt_agree_also_in_gradients(name, images):
+def test_the_gradients_of_both_implementations_agree(name, images):
     vit, grads = make_tiny_vit().double(), []
     for impl in ("auto", "concat"):
         model = make(name, vit, impl=impl).double().eval()
@@ -129,7 +110,7 @@ def test_both_ways_of_computing_a_prompt_agree_also_in_gradients(name, images):
         torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-10)
 
 
-def test_the_state_of_a_run_goes_on_as_if_it_had_not_stopped(name, images):
+def test_a_run_resumes_from_its_state_as_if_it_had_not_stopped(name, images):
     model, other = make(name), make(name)
     with torch.no_grad():
         for parameter in vpt.tuned_parameters(other).values():
@@ -138,28 +119,19 @@ def test_the_state_of_a_run_goes_on_as_if_it_had_not_stopped(name, images):
     step(model, images, state)
     state.save_best({"top1": 0.5})
     tensors = {key: tensor.clone() for key, tensor in state.tensors().items()}
-    going_on = state_of(other)
-    going_on.load(tensors, state.numbers())
-    for one, its_state in ((model, state), (other, going_on)):
+    resumed = state_of(other)
+    resumed.load(tensors, state.numbers())
+    for one, its_state in ((model, state), (other, resumed)):
         its_state.restore_random()
         step(one, images, its_state)
     assert torch.equal(model.backbone.prompt.tokens, other.backbone.prompt.tokens)
     assert torch.equal(logits_of(model, images), logits_of(other, images))
 
 
-def test_the_task_file_holds_plain_tokens_and_equals_the_live_model(name, images, tmp_path):
-    vit = make_tiny_vit()
-    model = make(name, vit)
-    step(model, images, state_of(model))
-    path = vpt.save_task(model, tmp_path / "task.safetensors", classes=CLASSES)
-    loaded = vpt.load_task(path, vit)
-    assert loaded.backbone.prompt.form is None
-    assert torch.equal(loaded.backbone.prompt.tokens, model.backbone.prompt.tokens)
-    assert torch.equal(logits_of(loaded, images), logits_of(model, images))
-
-
-@pytest.mark.parametrize("start", STARTS)
-def test_wherever_it_starts_it_learns_and_its_file_serves_as_the_live_model_does(name, start, images, tmp_path):
+@pytest.mark.parametrize("start", INITS)
+def test_it_learns_from_every_initialisation_and_its_task_file_holds_plain_tokens_and_equals_the_live_model(
+    name, start, images, tmp_path
+):
     vit = make_tiny_vit()
     model = make(name, vit, start)
     before, state = model.backbone.prompt.tokens.detach().clone(), state_of(model)
@@ -167,7 +139,10 @@ def test_wherever_it_starts_it_learns_and_its_file_serves_as_the_live_model_does
         step(model, images, state)
     assert ((model.backbone.prompt.tokens.detach() - before).flatten(1).norm(dim=1) > 1e-4).all()
     path, live = vpt.save_task(model, tmp_path / "task.safetensors", classes=CLASSES), logits_of(model, images)
-    assert torch.equal(logits_of(vpt.load_task(path, vit), images), live)
+    loaded = vpt.load_task(path, vit)
+    assert loaded.backbone.prompt.form is None
+    assert torch.equal(loaded.backbone.prompt.tokens, model.backbone.prompt.tokens)
+    assert torch.equal(logits_of(loaded, images), live)
     bank = vpt.TaskBank(vit)
     bank.load(path)
     torch.testing.assert_close(bank(images, "task"), live, rtol=1e-5, atol=1e-5)
@@ -176,7 +151,7 @@ def test_wherever_it_starts_it_learns_and_its_file_serves_as_the_live_model_does
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in ("whitened", "kv") else pytest.mark.slow) for name in LIVES]
 )
-def test_its_file_is_exported_for_other_programs_and_answers_as_the_live_model_does(name, images, tmp_path):
+def test_its_exported_task_file_equals_the_live_model(name, images, tmp_path):
     vit = make_tiny_vit()
     model = make(name, vit)
     step(model, images, state_of(model))
@@ -187,17 +162,7 @@ def test_its_file_is_exported_for_other_programs_and_answers_as_the_live_model_d
     torch.testing.assert_close(torch.from_numpy(found), logits_of(model, images), rtol=1e-4, atol=1e-5)
 
 
-def test_torch_bakes_a_prompt_in_place(name, images):
-    model = make(name)
-    live, prompt = logits_of(model, images), model.backbone.prompt
-    if prompt.form is not None:
-        parametrize.remove_parametrizations(prompt, "tokens")
-    assert type(prompt) is VisualPrompt
-    assert list(prompt.state_dict()) == ["tokens"]
-    assert torch.equal(logits_of(model, images), live)
-
-
-def test_a_bank_mixes_it_with_another_task_and_answers_as_it_does_alone(name, images, tmp_path):
+def test_a_mixed_batch_of_a_bank_equals_each_task_alone(name, images, tmp_path):
     vit = make_tiny_vit()
     model, other = make(name, vit), make("deep", vit)
     bank = vpt.TaskBank(vit)
@@ -208,23 +173,26 @@ def test_a_bank_mixes_it_with_another_task_and_answers_as_it_does_alone(name, im
     torch.testing.assert_close(mixed[1::2], logits_of(other, images)[1::2], rtol=1e-4, atol=1e-5)
 
 
-def test_copies_states_and_moves_keep_a_form(name, images):
+def test_copies_states_moves_and_the_removal_of_the_parametrization_keep_the_logits(name, images):
     model, other = make(name), make(name)
     step(model, images, state_of(model))
     other.load_state_dict(model.state_dict())
+    live, prompt = logits_of(model, images), model.backbone.prompt
     for same in (other, copy.deepcopy(model), copy.deepcopy(model).double().float()):
-        assert torch.equal(logits_of(same, images), logits_of(model, images))
-        assert repr(same.backbone.prompt) == repr(model.backbone.prompt)
+        assert torch.equal(logits_of(same, images), live)
+        assert repr(same.backbone.prompt) == repr(prompt)
+    if prompt.form is not None:
+        parametrize.remove_parametrizations(prompt, "tokens")
+    assert type(prompt) is VisualPrompt
+    assert list(prompt.state_dict()) == ["tokens"]
+    assert torch.equal(logits_of(model, images), live)
 
 
-def test_the_repr_is_that_of_a_prompt_with_its_form_at_the_end():
-    said = {name: repr(make(name).backbone.prompt) for name in ("deep", "shared", "bilinear", "fourier")}
-    plain = "VisualPrompt(kind=deep, num_tokens=4, embed_dim=32, blocks=0-2, dropout=0.0"
-    endings = {"deep": ")", "shared": ", form=Shared())", "bilinear": ", form=Bilinear(rank=2))"}
-    assert said == {name: plain + end for name, end in {**endings, "fourier": ", form=Fourier(fraction=0.5))"}.items()}
-
-
-# One pass computes the tokens once.
+def test_the_repr_of_a_prompt_ends_with_its_form():
+    start = "VisualPrompt(kind=deep, num_tokens=4, embed_dim=32, blocks=0-2, dropout=0.0"
+    forms = {"deep": "", "shared": "Shared()", "bilinear": "Bilinear(rank=2)", "fourier": "Fourier(fraction=0.5)"}
+    for name, form in forms.items():
+        assert repr(make(name).backbone.prompt) == f"{start}, form={form})".replace(", form=)", ")")
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
@@ -242,7 +210,7 @@ def test_tokens_are_computed_once_for_all_blocks_of_a_pass(impl, recomputes, ima
     assert len(calls) == 2
 
 
-def test_in_inference_keys_and_values_stay_until_what_is_learned_changes(images):
+def test_in_inference_keys_and_values_are_cached_until_a_learned_parameter_changes(images):
     backbone = make("bilinear").backbone
     with torch.inference_mode():
         first = backbone(images)
@@ -252,12 +220,12 @@ def test_in_inference_keys_and_values_stay_until_what_is_learned_changes(images)
         next(backbone.prompt.parameters()).mul_(2)
         changed = backbone(images)
     assert not torch.allclose(first, changed)
-    torch.testing.assert_close(changed, backbone(images).detach())  # with gradients nothing is kept_files
+    torch.testing.assert_close(changed, backbone(images).detach())  # with gradients nothing is cached
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shared", "bilinear", "whitened", "fourier shallow"])
-def test_it_is_captured_whole_by_torch_compile_and_exported_alive(name, images):
+def test_the_live_model_can_be_compiled_as_one_graph_and_exported(name, images):
     torch.compiler.reset()
     model = make(name)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -272,10 +240,7 @@ def test_it_is_captured_whole_by_torch_compile_and_exported_alive(name, images):
     torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-# The formulas.
-
-
-def test_shared_tokens_are_the_same_in_every_block_between_those_given_and_as_long():
+def test_shared_tokens_have_the_mean_direction_and_length_of_given_tokens():
     tokens = torch.randn(3, 4, 8, dtype=torch.float64)
     form = Shared()
     shared = form(form.right_inverse(tokens))
@@ -289,7 +254,7 @@ def test_shared_tokens_are_the_same_in_every_block_between_those_given_and_as_lo
     assert torch.equal(form(form.right_inverse(torch.zeros(3, 4, 8))), torch.zeros(3, 4, 8))
 
 
-def test_bilinear_starts_at_the_best_approximation_of_its_rank():
+def test_bilinear_is_initialised_to_the_best_approximation_of_its_rank():
     tokens = torch.randn(2, 5, 9, dtype=torch.float64)
     form = Bilinear(3)
     left, right = form.right_inverse(tokens)
@@ -298,12 +263,12 @@ def test_bilinear_starts_at_the_best_approximation_of_its_rank():
         torch.testing.assert_close(form(left, right)[index], plain)
         values = torch.linalg.svdvals(torch.from_numpy(block))
         error = torch.linalg.norm(tokens[index] - plain)
-        torch.testing.assert_close(error, values[3:].norm())  # Eckart and Young: no matrix of rank 3 is nearer
+        torch.testing.assert_close(error, values[3:].norm())  # Eckart and Young: no matrix of rank 3 is closer
     torch.testing.assert_close(left.square().sum((1, 2)), right.square().sum((1, 2)))
 
 
 @pytest.mark.parametrize("rank", [4, 5, 100])
-def test_a_full_rank_keeps_tokens_as_they_are_and_a_larger_one_is_full(rank):
+def test_full_rank_keeps_tokens_and_larger_ranks_are_capped(rank):
     tokens = torch.randn(2, 4, 9, dtype=torch.float64)
     form = Bilinear(rank)
     left, right = form.right_inverse(tokens)
@@ -351,39 +316,36 @@ def test_a_fraction_of_the_tokens_is_transformed_and_at_least_one(fraction, num_
 
 
 @pytest.mark.parametrize(
-    ("make_form", "message"),
+    ("make_form", "match"),
     [
-        (lambda: Bilinear(0), r"prompt\.rank must be at least 1, got 0"),
-        (lambda: Fourier(0.0), r"prompt\.fraction must be in \(0, 1\], got 0\.0"),
-        (lambda: Fourier(1.5), r"prompt\.fraction must be in \(0, 1\], got 1\.5"),
+        (lambda: Bilinear(0), "rank=0: must be at least 1"),
+        (lambda: Fourier(0.0), r"fraction=0\.0: must be in \(0, 1\]"),
+        (lambda: Fourier(1.5), r"fraction=1\.5: must be in \(0, 1\]"),
     ],
 )
-def test_options_out_of_range_are_refused(make_form, message):
-    with pytest.raises(ValueError, match=message):
+def test_options_out_of_range_are_refused(make_form, match):
+    with pytest.raises(ValueError, match=match):
         make_form()
 
 
 @pytest.mark.parametrize("form", [Shared(), Bilinear(2), Bilinear(2, whiten=True), Fourier(0.5)])
-def test_a_prompt_with_a_form_can_be_made_without_memory_to_count_it(form):
+def test_a_prompt_with_a_form_can_be_created_on_the_meta_device(form):
     with torch.device("meta"):
         prompt = VisualPrompt(4, 32, blocks=range(3), form=form)
     assert prompt.tokens.shape == (3, 4, 32)
     assert prompt.tokens.is_meta
 
 
-def test_one_form_may_be_given_to_many_prompts():
+def test_one_form_can_be_passed_to_several_prompts():
     form = Shared()
     deep, shallow = VisualPrompt(2, 4, blocks=range(3), form=form), VisualPrompt(2, 4, kind="shallow", form=form)
     assert (len(deep.tokens), len(shallow.tokens)) == (3, 1)
 
 
-# From the config.
-
-
 @pytest.mark.parametrize(
     ("choice", "form"), [("deep", None), ("shared", Shared), ("bilinear", Bilinear), ("fourier", Fourier)]
 )
-def test_the_config_chooses_the_form_and_the_watches_follow(choice, form):
+def test_the_config_selects_the_form_and_the_monitored_norms_follow(choice, form):
     config = to_config(compose_config([f"prompt={choice}", "backbone=vit_nano", "prompt.num_tokens=9"]))
     model = build.build_model(config, CLASSES)
     prompt = model.backbone.prompt
@@ -412,7 +374,7 @@ def test_the_config_chooses_the_form_and_the_watches_follow(choice, form):
         ("prompt=biliner", "did you mean bilinear"),
     ],
 )
-def test_what_the_config_does_not_have_is_refused(overrides, message):
+def test_unknown_or_unsuitable_config_values_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         to_config(compose_config(overrides.split()))
 
@@ -426,7 +388,7 @@ def test_what_the_config_does_not_have_is_refused(overrides, message):
     ],
     ids=" ".join,
 )
-def test_a_run_that_is_killed_ends_with_the_same_bytes(choice, photos, tmp_path):
+def test_a_killed_and_resumed_run_ends_with_the_same_bytes(choice, photos, tmp_path):
     options = [*SMALL_RUN, "dataset=folder", f"dataset.root={photos}", "train.batch_size=4", "num_workers=0"]
     options += [*choice, "prompt.num_tokens=3", "prompt.rank=2", "train.ema=0.5"]
     train_with(*options, f"run.root={tmp_path}/whole")

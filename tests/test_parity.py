@@ -1,4 +1,4 @@
-"""The prompted backbone against timm itself, and against a literal reading of the paper's equations."""
+"""The prompted backbone against timm itself, and against a literal implementation of the paper's equations."""
 
 import pytest
 import timm
@@ -22,7 +22,7 @@ def block_with_prompts(block, x, prompts, e, rope, heads, bias_of_positions=None
     """One block L_i on [x, P, E], attention written out; prompt tokens have no position.
 
     x (B, prefix, D), prompts (B, P, D), e (B, M, D); a pre-norm block with layer scale. Prefix tuning: `learned` keys
-    and values, (P, 2 D), stand before those of the sequence in each head.
+    and values, (P, 2 D), precede those of the sequence in each head.
     """
     sequence = torch.cat([x, prompts, e], dim=1)
     B, N, D = sequence.shape
@@ -111,7 +111,7 @@ def test_gradients_of_prompt_tokens_equal_those_of_the_equations(tiny_vit, image
     assert (tokens.grad.flatten(1).norm(dim=1) > 0).all()
 
 
-def test_prompts_in_some_blocks_leave_the_other_blocks_as_they_are(images):
+def test_prompts_in_some_blocks_do_not_change_the_other_blocks(images):
     vit = make_tiny_vit().double()
     backbone = PromptedViT(vit, prompt="deep", num_tokens=4, blocks=[1]).double()
     embedded, _ = embed(vit, images.double())

@@ -1,3 +1,5 @@
+"""Initialisation of prompts from patch tokens and from task files, in the library and in runs."""
+
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from vpt.config.validation import to_config
 from vpt.models import prompt_init
 from vpt.models.parametrizations import Bilinear, Fourier, Shared
 from vpt.models.prompt_init import NEW_SHARE, NUM_MATCHED, NUM_STEPS, start_from_patches, start_from_task
+from vpt.models.prompts import uniform_bound
 from vpt.models.task_file import open_task
 from vpt.models.vit import preprocessing_of
 from vpt.task_types.base import task_type_of
@@ -22,11 +25,11 @@ EXACT = "donot_use_mm_for_euclid_dist"
 
 
 @pytest.fixture
-def as_long_as_they_are(monkeypatch):
-    monkeypatch.setattr(prompt_init, "_shorten", lambda backbone, prompt, tokens: tokens)
+def not_rescaled(monkeypatch):
+    monkeypatch.setattr(prompt_init, "_rescale", lambda backbone, prompt, tokens: tokens)
 
 
-def test_tokens_from_patches_are_as_long_as_uniform_ones_and_give_the_results_of_the_patches(
+def test_tokens_from_patches_are_rescaled_to_uniform_ones_without_a_change_of_the_results(
     tiny_vit, images, monkeypatch
 ):
     vit, images = tiny_vit.double(), images.double()
@@ -36,7 +39,7 @@ def test_tokens_from_patches_are_as_long_as_uniform_ones_and_give_the_results_of
     lengths = short.prompt.tokens.detach().square().mean(-1).sqrt()
     assert torch.allclose(lengths, lengths[0, 0])
     assert lengths[0, 0].item() == pytest.approx(uniform.item(), rel=0.1)
-    monkeypatch.setattr(prompt_init, "_shorten", lambda backbone, prompt, tokens: tokens)
+    monkeypatch.setattr(prompt_init, "_rescale", lambda backbone, prompt, tokens: tokens)
     start_from_patches(whole, [images])
     assert whole.prompt.tokens.detach().square().mean().sqrt() > 2 * uniform
     torch.testing.assert_close(short(images), whole(images), rtol=1e-3, atol=1e-3)  # a norm adds 1e-6 to the variance
@@ -46,7 +49,7 @@ def test_tokens_from_patches_are_as_long_as_uniform_ones_and_give_the_results_of
 
 
 @pytest.mark.parametrize("impl", ["auto", "concat"])
-def test_patches_that_enter_prompted_blocks_are_those_of_the_bare_vit(tiny_vit, images, impl):
+def test_entering_patches_are_those_of_the_bare_vit(tiny_vit, images, impl):
     backbone = vpt.PromptedViT(tiny_vit, "deep", num_tokens=5, blocks=[0, 2], impl=impl)
     with torch.no_grad():
         found = list(backbone.entering_patches(images))
@@ -55,7 +58,7 @@ def test_patches_that_enter_prompted_blocks_are_those_of_the_bare_vit(tiny_vit, 
         torch.testing.assert_close(patches, entering(tiny_vit, images, block))
 
 
-def test_a_prompt_starts_at_the_same_patches_in_every_block(images, as_long_as_they_are):
+def test_the_same_patches_initialise_every_block(images, not_rescaled):
     vit = make_tiny_vit()
     backbone = vpt.PromptedViT(vit, "deep", num_tokens=6)
     start_from_patches(backbone, images.split(3), seed=3)
@@ -70,7 +73,7 @@ def test_a_prompt_starts_at_the_same_patches_in_every_block(images, as_long_as_t
     assert len({index // 16 for index in chosen[0]}) > 1  # patches of more than one image
 
 
-def test_the_seed_decides_which_and_no_other_random_number_is_drawn(images):
+def test_the_seed_selects_the_patches_and_the_global_random_state_is_untouched(images):
     tokens = {}
     for name, seed in {"one": 1, "same": 1, "other": 2}.items():
         backbone = vpt.PromptedViT(make_tiny_vit(), "deep", num_tokens=4)
@@ -82,7 +85,7 @@ def test_the_seed_decides_which_and_no_other_random_number_is_drawn(images):
     assert not torch.equal(tokens["one"], tokens["other"])
 
 
-def test_prototypes_are_the_centres_that_plain_k_means_finds(images, as_long_as_they_are):
+def test_prototypes_are_the_centres_of_plain_k_means(images, not_rescaled):
     vit = make_tiny_vit()
     drawn, grouped = (vpt.PromptedViT(vit, "deep", num_tokens=4, blocks=[1, 2]) for _ in range(2))
     start_from_patches(drawn, [images], seed=5)
@@ -99,7 +102,7 @@ def test_prototypes_are_the_centres_that_plain_k_means_finds(images, as_long_as_
 @pytest.mark.parametrize("start", ["patch", "prototype", "vipamin"])
 @pytest.mark.parametrize("form", [None, Shared(), Bilinear(4), Fourier(0.5)])
 @pytest.mark.parametrize("kind", ["deep", "kv", "shallow"])
-def test_every_form_starts_from_patches_as_near_as_it_can(kind, form, start, images):
+def test_every_form_is_initialised_as_close_to_the_patches_as_possible(kind, form, start, images):
     plain, other = (vpt.PromptedViT(make_tiny_vit(), kind, num_tokens=4, form=way) for way in (None, form))
     for backbone in (plain, other):
         start_from_patches(backbone, [images], start)
@@ -122,24 +125,26 @@ def test_a_backbone_in_bfloat16_gives_float32_tokens(images):
     assert backbone.prompt.tokens.dtype == torch.float32
 
 
-def test_pictures_that_cannot_start_a_prompt_are_refused(images):
-    backbone = vpt.PromptedViT(make_tiny_vit(), "deep", num_tokens=65)
-    before = backbone.prompt.tokens.detach().clone()
-    with pytest.raises(ValueError, match=r"num_tokens=65: the pictures have only 64 patches to start from; use fewer"):
-        start_from_patches(backbone, [images])
-    with pytest.raises(ValueError, match="no pictures"):
-        start_from_patches(backbone, [])
-    with pytest.raises(ValueError, match="no pictures"):
-        start_from_patches(backbone, [], "vipamin")
-    with pytest.raises(ValueError, match="patch, prototype, vipamin, got 'mean'"):
-        start_from_patches(backbone, [images], "mean")
-    with pytest.raises(ValueError, match="no prompt that could start"):
-        start_from_patches(vpt.PromptedViT(make_tiny_vit(), None), [images])
-    assert torch.equal(backbone.prompt.tokens, before)
+@pytest.mark.parametrize(
+    ("prompt", "empty", "start", "match"),
+    [
+        ("deep", False, "patch", "num_tokens=65: must be at most the 64 patches"),
+        ("deep", True, "patch", "at least one image"),
+        ("deep", True, "vipamin", "at least one image"),
+        ("deep", False, "mean", "start='mean': must be one of patch, prototype, vipamin"),
+        (None, False, "patch", "no prompt to initialise"),
+    ],
+)
+def test_images_that_cannot_initialise_a_prompt_are_refused(prompt, empty, start, match, images):
+    backbone = vpt.PromptedViT(make_tiny_vit(), prompt, num_tokens=65)
+    before = None if prompt is None else backbone.prompt.tokens.detach().clone()
+    with pytest.raises(ValueError, match=match):
+        start_from_patches(backbone, [] if empty else [images], start)
+    assert prompt is None or torch.equal(backbone.prompt.tokens, before)
 
 
 @pytest.mark.parametrize("blocks", [[0, 2], "all"])
-def test_vipamin_matches_keys_and_adds_a_value_that_the_patches_do_not_have(blocks, images, as_long_as_they_are):
+def test_vipamin_matches_keys_and_adds_a_value_orthogonal_to_those_of_the_patches(blocks, images, not_rescaled):
     vit = make_tiny_vit()
     backbone = vpt.PromptedViT(vit, "deep", num_tokens=5, blocks=blocks)
     start_from_patches(backbone, images.split(3), "vipamin", seed=4)
@@ -167,18 +172,15 @@ def test_vipamin_matches_keys_and_adds_a_value_that_the_patches_do_not_have(bloc
 
 
 @pytest.mark.parametrize("prompt", ["deep", "shallow"])
-def test_vipamin_starts_a_prompt_on_every_family_of_backbones(tiny_vit, prompt, images):
-    backbone = vpt.PromptedViT(tiny_vit, prompt, num_tokens=70)  # more than the pictures have patches
+def test_vipamin_supports_every_family_of_backbones(tiny_vit, prompt, images):
+    backbone = vpt.PromptedViT(tiny_vit, prompt, num_tokens=70)  # more than the patches of an image
     start_from_patches(backbone, [images], "vipamin")
     tokens = backbone.prompt.tokens.detach()
     assert tokens.isfinite().all()
     assert len(tokens[0].unique(dim=0)) == 70
     tiny_vit.blocks[0].attn.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"vipamin reads keys and values, but in block 0 attn has hooks"):
+    with pytest.raises(ValueError, match=r"vipamin.* in block 0 attn has hooks"):
         start_from_patches(backbone, [images], "vipamin")
-
-
-# Another task's prompt.
 
 
 @pytest.fixture
@@ -189,7 +191,7 @@ def task(tmp_path):
 
 
 @pytest.mark.parametrize("form", [None, Bilinear(2), Bilinear(4)])
-def test_a_prompt_starts_from_that_of_a_task_file(task, form):
+def test_a_prompt_is_initialised_from_a_task_file(task, form):
     path, tokens = task
     backbone = vpt.PromptedViT(make_tiny_vit(), "deep", num_tokens=4, blocks=[0, 2], form=form)
     start_from_task(backbone, path)
@@ -199,10 +201,10 @@ def test_a_prompt_starts_from_that_of_a_task_file(task, form):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_tokens": 5}, r"num_tokens=4, blocks=0,2, but the new one kind=deep, num_tokens=5, blocks=0,2; use the"),
-        ({"blocks": "all"}, r"blocks=0,2, but the new one kind=deep, num_tokens=4, blocks=0-2"),
-        ({"prompt": "shallow", "blocks": "all"}, "kind=deep, .* but the new one kind=shallow"),
-        ({"prompt": None}, "there is no prompt to start"),
+        ({"num_tokens": 5}, "num_tokens=4, blocks=0,2, but the new prompt has kind=deep, num_tokens=5, blocks=0,2"),
+        ({"blocks": "all"}, "blocks=0,2, but the new prompt has kind=deep, num_tokens=4, blocks=0-2"),
+        ({"prompt": "shallow", "blocks": "all"}, "kind=deep, .* but the new prompt has kind=shallow"),
+        ({"prompt": None}, "no prompt to initialise"),
     ],
 )
 def test_a_prompt_of_another_layout_is_refused(task, options, message):
@@ -214,22 +216,17 @@ def test_a_prompt_of_another_layout_is_refused(task, options, message):
 def test_a_file_without_a_prompt_of_another_backbone_or_none_at_all_is_refused(task, tmp_path):
     backbone = vpt.PromptedViT(make_tiny_vit(), "deep", num_tokens=4, blocks=[0, 2])
     linear = vpt.create_model(make_tiny_vit(), num_classes=3, prompt=None)
-    with pytest.raises(ValueError, match=r"linear\.safetensors: has no prompt"):
+    with pytest.raises(ValueError, match=r"linear.safetensors: has no prompt"):
         start_from_task(backbone, vpt.save_task(linear, tmp_path / "linear.safetensors"))
     other = vpt.PromptedViT(make_tiny_vit("no_prefix"), "deep", num_tokens=4, blocks=[0, 2])
-    with pytest.raises(
-        ValueError, match=r"made for the backbone vit_tiny_patch16_224.*, its prompt cannot start another"
-    ):
+    with pytest.raises(ValueError, match="is for the backbone vit_tiny_patch16_224"):
         start_from_task(other, task[0])
     with pytest.raises(FileNotFoundError, match="no such file"):
         start_from_task(backbone, tmp_path / "gone.safetensors")
 
 
-# From the config.
-
-
-def started(photos, *overrides):
-    """The model and the data of a run, once its prompt has started."""
+def initialised(photos, *overrides):
+    """Model and data of a run, after the initialisation of its prompt."""
     config = to_config(compose_config(options_of(photos, *overrides)))
     build.seed_everything(0, deterministic=False)
     kind = task_type_of(config)
@@ -244,73 +241,72 @@ def started(photos, *overrides):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("init", ["patch", "prototype", "vipamin"])
-def test_the_prompt_of_a_run_starts_at_patches_of_its_train_pictures(init, num_workers, photos):
-    model, data = started(photos, f"prompt.init={init}", f"num_workers={num_workers}")
+def test_the_prompt_of_a_run_is_initialised_from_its_train_images(init, num_workers, photos):
+    model, data = initialised(photos, f"prompt.init={init}", f"num_workers={num_workers}")
     if init == "patch":
-        pictures = torch.stack([data.datasets["train"][(0, index)][0] for index in range(18)])
-        patches = entering(model.backbone.vit, pictures, 0).flatten(0, 1)
+        images = torch.stack([data.datasets["train"][(0, index)][0] for index in range(18)])
+        patches = entering(model.backbone.vit, images, 0).flatten(0, 1)
         patches = patches / patches.norm(dim=1, keepdim=True) * model.backbone.prompt.tokens[0, 0].norm()
         assert torch.cdist(model.backbone.prompt.tokens[0], patches, compute_mode=EXACT).min(1).values.max() < 1e-4
 
 
-def test_a_deep_prompt_starts_at_patches_of_as_many_pictures_as_it_has_tokens(photos, monkeypatch):
-    looks = []
+def test_a_deep_prompt_reads_as_many_images_as_it_has_tokens(photos, monkeypatch):
+    calls = []
     monkeypatch.setattr(
         build,
         "start_from_patches",
-        lambda backbone, batches, start, seed: looks.append((start, sum(map(len, batches)))),
+        lambda backbone, batches, start, seed: calls.append((start, sum(map(len, batches)))),
     )
-    started(photos)
-    started(photos, "prompt.num_tokens=5")
-    started(photos, "prompt.init=prototype")
+    initialised(photos)
+    initialised(photos, "prompt.num_tokens=5")
+    initialised(photos, "prompt.init=prototype")
     for overrides in (["prompt.init=uniform"], ["prompt=shallow"], ["tuning=linear"]):
-        started(photos, *overrides)
-    assert looks == [("patch", 3), ("patch", 8), ("prototype", 18)]  # in batches of 4, of 18 pictures
+        initialised(photos, *overrides)
+    assert calls == [("patch", 3), ("patch", 8), ("prototype", 18)]  # in batches of 4, of 18 images
 
 
-def test_a_task_file_is_the_start_whatever_else_the_config_says(photos, tmp_path):
-    model, _ = started(photos, "prompt=deep", "prompt.init=normal")
+def test_a_task_file_takes_precedence_over_other_initialisation(photos, tmp_path):
+    model, _ = initialised(photos, "prompt=deep", "prompt.init=normal")
     file = vpt.save_task(model, tmp_path / "task.safetensors")
-    again, _ = started(photos, "prompt=deep", f"prompt.init_from={file}")
+    again, _ = initialised(photos, "prompt=deep", f"prompt.init_from={file}")
     assert torch.equal(again.backbone.prompt.tokens, model.backbone.prompt.tokens)
 
 
-def test_the_config_says_how_tokens_start():
-    def tokens(*overrides):
-        torch.manual_seed(0)
-        config = to_config(compose_config(["prompt=deep", *overrides]))
-        return build.build_model(config, ("a", "b")).backbone.prompt.tokens
-
-    assert tokens("prompt.num_tokens=200", "prompt.init=normal").std().item() == pytest.approx(0.02, rel=0.01)
-    assert tokens("prompt.num_tokens=200").std().item() > 0.04
+def test_the_config_selects_the_random_initialisation():
+    for init, std in {"normal": 0.02, "uniform": uniform_bound(192, (8, 8)) / 3**0.5}.items():
+        config = to_config(compose_config(["prompt=deep", "prompt.num_tokens=200", f"prompt.init={init}"]))
+        tokens = build.build_model(config, ("a", "b")).backbone.prompt.tokens
+        assert tokens.std().item() == pytest.approx(std, rel=0.01)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["prompt.init=patches"], "prompt.init"),
-        (["prompt=none", "prompt.init_from=a.safetensors"], "there is no prompt to start; leave it out"),
+        (["prompt=none", "prompt.init_from=a.safetensors"], "there is no prompt"),
     ],
 )
-def test_starts_that_cannot_be_are_refused(overrides, message):
+def test_impossible_initialisations_are_refused_by_the_config(overrides, message):
     with pytest.raises(ConfigError, match=message):
         to_config(compose_config(overrides))
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_does_not_start_again_and_ends_with_the_same_bytes(photos, tmp_path, monkeypatch):
+def test_a_resumed_run_does_not_initialise_again_and_ends_with_the_same_bytes(photos, tmp_path, monkeypatch):
     options = options_of(photos, "prompt.init=patch", "train.ema=0.5")
     train_with(*options, f"run.root={tmp_path}/whole")
     killed = [*options, f"run.root={tmp_path}/killed"]
     assert attempt_run(tmp_path / "log", killed, "behind a step", 7) != 0
     assert (tmp_path / "killed/run/last.checkpoint").is_file()
-    monkeypatch.setattr(build, "start_prompt", lambda *_: pytest.fail("it starts again"))
+    monkeypatch.setattr(build, "start_prompt", lambda *_: pytest.fail("initialised again"))
     train_with(*killed)
     assert kept_files(tmp_path / "killed") == kept_files(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_the_command_starts_from_a_task_file_and_refuses_another_before_there_is_a_folder(photos, tmp_path):
+def test_the_command_initialises_from_a_task_file_and_refuses_an_unsuitable_one_before_it_creates_a_folder(
+    photos, tmp_path
+):
     def train(*overrides):
         command = [sys.executable, "-m", "vpt.train", *options_of(photos, *overrides), "train.epochs=1"]
         return subprocess.run([*command, f"run.root={tmp_path}"], capture_output=True, text=True, check=False)

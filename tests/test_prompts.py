@@ -6,31 +6,24 @@ import torch
 from vpt.models.prompts import VisualPrompt, resolve_blocks
 
 
-def test_tokens_start_uniform_within_the_bound_of_the_paper():
-    prompt = VisualPrompt(200, 768, blocks=range(12), patch_size=(16, 16))
-    bound = math.sqrt(6 / (3 * 16 * 16 + 768))
-    assert bound == 0.0625
-    assert prompt.tokens.shape == (12, 200, 768)
-    assert prompt.tokens.abs().max() <= bound
-    assert prompt.tokens.abs().max() > 0.999 * bound
-    assert prompt.tokens.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
-
-
-def test_normal_tokens_have_their_standard_deviation():
-    tokens = VisualPrompt(200, 768, blocks=range(12), init="normal").tokens
-    assert tokens.std().item() == pytest.approx(0.02, rel=0.01)
+@pytest.mark.parametrize(
+    ("init", "std", "bound"), [("uniform", 0.0625 / math.sqrt(3), 0.0625), ("normal", 0.02, math.inf)]
+)
+def test_tokens_are_initialised_as_in_the_paper(init, std, bound):
+    tokens = VisualPrompt(200, 768, blocks=range(12), patch_size=(16, 16), init=init).tokens
+    assert tokens.shape == (12, 200, 768)
+    assert tokens.std().item() == pytest.approx(std, rel=0.01)
     assert abs(tokens.mean().item()) < 1e-4
-    assert tokens.abs().max() > 0.06
+    assert min(0.999 * bound, 0.0625) < tokens.abs().max() <= bound  # sqrt(6 / (3 * 16 * 16 + 768)) = 0.0625
 
 
-def test_a_prompt_starts_from_given_tokens_and_refuses_what_does_not_fit():
+def test_a_prompt_is_initialised_from_given_tokens_and_refuses_what_does_not_fit():
     prompt = VisualPrompt(2, 4, blocks=(3, 7))
     tokens = torch.randn(2, 2, 4, dtype=torch.float64)
     prompt.start_from(tokens)
-    assert torch.equal(prompt.tokens, tokens.float())
     assert prompt.tokens.requires_grad
     for wrong in (tokens[:1], tokens[:, :1], tokens / 0):
-        with pytest.raises(ValueError, match=r"cannot start VisualPrompt\(.*finite ones of \(2, 2, 4\) can"):
+        with pytest.raises(ValueError, match=r"finite and of shape \(2, 2, 4\)"):
             prompt.start_from(wrong)
     assert torch.equal(prompt.tokens, tokens.float())
 
@@ -66,21 +59,21 @@ def test_blocks_are_resolved_from_their_description(blocks, expected):
     "blocks", ["last", "last:0", "first:5", "middle:2", [4], [-5], [], [1, 1], [0, -4], 3, None, [0.5], [True], ["a"]]
 )
 def test_blocks_that_do_not_exist_are_refused(blocks):
-    with pytest.raises(ValueError, match=r"prompt\.blocks"):
+    with pytest.raises(ValueError, match=r"^blocks="):
         resolve_blocks(blocks, depth=4)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_tokens": 0}, r"prompt\.num_tokens must be at least 1, got 0"),
-        ({"dropout": 1.0}, r"prompt\.dropout must be in \[0, 1\), got 1\.0"),
-        ({"kind": "wide"}, "one of shallow, deep, kv, got 'wide'"),
-        ({"kind": "shallow", "blocks": (0, 1)}, "a shallow prompt enters block 0 only"),
-        ({"blocks": (1, 0)}, "ascending"),
-        ({"blocks": ()}, "at least one"),
-        ({"blocks": None}, "a deep prompt needs its blocks"),
-        ({"init": "zero"}, r"prompt\.init must be one of uniform, normal, got 'zero'"),
+        ({"num_tokens": 0}, "num_tokens=0: must be at least 1; use prompt=None"),
+        ({"dropout": 1.0}, r"dropout=1\.0: must be in \[0, 1\)"),
+        ({"kind": "wide"}, "kind='wide': must be one of shallow, deep, kv"),
+        ({"kind": "shallow", "blocks": (0, 1)}, r"blocks=\[0, 1\]: a shallow"),
+        ({"blocks": (1, 0)}, r"blocks=\[1, 0\]: must be ascending"),
+        ({"blocks": ()}, r"blocks=\[\]: .* at least one"),
+        ({"blocks": None}, "blocks=None: a deep prompt needs"),
+        ({"init": "zero"}, "init='zero': must be one of uniform, normal"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_value(options, message):
@@ -88,7 +81,7 @@ def test_values_out_of_range_are_refused_with_the_value(options, message):
         VisualPrompt(**{"num_tokens": 1, "embed_dim": 4, "blocks": (0,), **options})
 
 
-def test_a_prompt_survives_saving_and_its_repr_says_what_it_is():
+def test_a_prompt_survives_saving_and_its_repr_describes_it():
     prompt = VisualPrompt(3, 8, blocks=(0, 2, 3), dropout=0.1)
     other = VisualPrompt(3, 8, blocks=(0, 2, 3), dropout=0.1)
     other.load_state_dict(prompt.state_dict())

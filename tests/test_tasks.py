@@ -160,7 +160,7 @@ def test_verify_loads_each_file_onto_the_given_backbone(typed, copied):
 def test_an_unknown_backbone_is_an_error_of_the_option(typed, made):
     code, output, errors = typed("verify", made, "backbone=vit_nno_patch8_64")
     assert (code, output) == (2, "")
-    assert errors.startswith("error: backbone=vit_nno_patch8_64 is not a model that timm knows; did you mean vit_nano")
+    assert errors.startswith("error: backbone=vit_nno_patch8_64: not a timm model; did you mean vit_nano")
     code, _, errors = typed("verify", made, f"backbone={NANO}", "checkpoint=nowhere.pth")
     assert (code, errors) == (2, "error: checkpoint=nowhere.pth: no such file\n")
 

@@ -1,3 +1,5 @@
+"""Whitening of prompt tokens, against the formulas and in runs."""
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,8 @@ from vpt.models.whitening import FLOOR, whiten_from_patches
 from vpt.task_types.base import task_type_of
 
 
-def met_by_hand(vit, images, index):
-    """What the logits of all queries and heads change by when a normed and scaled token does: x = W_k^T q."""
+def expected_x(vit, images, index):
+    """x = W_k^T q, the gradient of the logits with respect to a normed and scaled token, for all queries."""
     block, size = vit.blocks[index], vit.embed_dim
     patches = entering(vit, images, index).flatten(0, 1).double()
     normed = (patches - patches.mean(1, keepdim=True)) / (patches.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
@@ -33,22 +35,22 @@ def whitened(vit, images, blocks="all", prompt="deep"):
 
 
 @torch.no_grad()
-def test_what_tokens_meet_is_white_in_the_coordinates_that_they_are_learned_in(images):
+def test_the_queries_that_tokens_meet_are_isotropic_in_the_whitened_basis(images):
     vit = make_tiny_vit()
     backbone, _ = whitened(vit, images, [0, 2])
     for row, index in enumerate((0, 2)):
-        met = met_by_hand(vit, images, index).numpy()  # 16 patches of each of 4 pictures: all of them are looked at
-        second = met.T @ met / len(met)
+        x = expected_x(vit, images, index).numpy()  # all 16 patches of each of 4 images
+        second = x.T @ x / len(x)
         floored = second + FLOOR * np.trace(second) / 32 * np.eye(32)
         matrix = backbone.prompt.form.whitening[row].double().numpy()
         white = matrix @ floored @ matrix.T
         np.testing.assert_allclose(white, white[0, 0] * np.eye(32), atol=2e-3 * white[0, 0])
         assert np.trace(matrix @ matrix.T) == pytest.approx(32, rel=1e-5)  # tokens keep their mean length
         values = np.linalg.eigvalsh(second)
-        assert values[-1] > 10 * values[len(values) // 2]  # they were not white before
+        assert values[-1] > 10 * values[len(values) // 2]  # not white before
 
 
-def test_tokens_stay_where_they_were_and_are_the_product_of_three_matrices(images):
+def test_tokens_keep_their_values_and_are_the_product_of_three_matrices(images):
     backbone, before = whitened(make_tiny_vit(), images)
     prompt = backbone.prompt
     torch.testing.assert_close(prompt.tokens, before, rtol=1e-4, atol=1e-5)
@@ -57,9 +59,9 @@ def test_tokens_stay_where_they_were_and_are_the_product_of_three_matrices(image
     assert not torch.allclose(left @ right, before, atol=1e-3)
 
 
-def test_it_follows_from_pictures_and_draws_no_random_number_that_a_run_goes_on_with(images):
+def test_matrices_depend_on_the_images_only_and_the_global_random_state_is_untouched(images):
     matrices = []
-    for _ in range(2):  # tokens start elsewhere each time
+    for _ in range(2):  # other tokens each time
         backbone = vpt.PromptedViT(make_tiny_vit(), num_tokens=4, form=Bilinear(2, whiten=True))
         state = torch.get_rng_state()
         whiten_from_patches(backbone, [images])
@@ -83,23 +85,23 @@ def test_a_backbone_in_bfloat16_is_whitened_in_float32(images):
     assert backbone.prompt.form.whitening.dtype == torch.float32
 
 
-def test_what_cannot_be_whitened_is_refused(images):
+def test_prompts_and_images_that_cannot_be_whitened_are_refused(images):
     for form in (None, Bilinear(2)):
-        with pytest.raises(ValueError, match=r"only a prompt of form Bilinear\(whiten=True\)"):
+        with pytest.raises(ValueError, match=r"Bilinear\(whiten=True\)"):
             whiten_from_patches(vpt.PromptedViT(make_tiny_vit(), num_tokens=4, form=form), [images])
     backbone = vpt.PromptedViT(make_tiny_vit(), num_tokens=4, form=Bilinear(2, whiten=True))
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="at least one image"):
         whiten_from_patches(backbone, [])
-    of_keys = vpt.PromptedViT(make_tiny_vit(), "kv", num_tokens=4, form=Bilinear(2, whiten=True))
-    with pytest.raises(ValueError, match=r"kind=kv.* has no tokens that could be whitened; use prompt\.kind=deep"):
-        whiten_from_patches(of_keys, [images])
+    keyed = vpt.PromptedViT(make_tiny_vit(), "kv", num_tokens=4, form=Bilinear(2, whiten=True))
+    with pytest.raises(ValueError, match=r"whiten=True: .*kind=kv"):
+        whiten_from_patches(keyed, [images])
     backbone.vit.blocks[1].attn.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"prompt\.whiten=true reads queries, but in block 1 attn has hooks"):
+    with pytest.raises(ValueError, match=r"whiten=True: .* in block 1 attn has hooks"):
         whiten_from_patches(backbone, [images])
 
 
 @pytest.mark.parametrize("init", ["uniform", "patch"])
-def test_the_config_asks_for_it_and_says_where_the_tokens_start(init, photos):
+def test_a_run_whitens_and_then_initialises_its_prompt(init, photos):
     options = ["prompt=bilinear", "prompt.whiten=true", "prompt.num_tokens=3", "prompt.rank=3", f"prompt.init={init}"]
     config = to_config(compose_config(options_of(photos, *options)))
     kind = task_type_of(config)
@@ -111,4 +113,4 @@ def test_the_config_asks_for_it_and_says_where_the_tokens_start(init, photos):
     build.start_prompt(config, model, data)
     assert (form.whitening - before).abs().flatten(1).max(1).values.min() > 0.1
     lengths = model.backbone.prompt.tokens.norm(dim=-1)
-    assert (lengths.std() < 1e-4) == (init == "patch")  # those of patches are made equal
+    assert (lengths.std() < 1e-4) == (init == "patch")  # tokens from patches are rescaled to one length

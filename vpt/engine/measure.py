@@ -1,4 +1,4 @@
-"""What a model costs: FLOPs, bytes saved for backward, peak memory on CUDA, and times that can be compared."""
+"""Measurement of a model's cost: FLOPs, memory saved for the backward pass, peak CUDA memory and comparable times."""
 
 import platform
 import statistics
@@ -18,7 +18,7 @@ Function = Callable[[], object]
 
 
 def inference(model: nn.Module, inputs: Tensor) -> Function:
-    """A call of the model without gradients; the mode of the model is left as it is."""
+    """Return a function that runs the model without gradients, in its current mode."""
 
     def run() -> None:
         with torch.inference_mode():
@@ -28,12 +28,12 @@ def inference(model: nn.Module, inputs: Tensor) -> Function:
 
 
 def training_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], Tensor]:
-    """The first half of a training step: logits (B, K) and their cross-entropy with targets (B,)."""
+    """Return a function that computes the cross-entropy of logits (B, K) and targets (B,)."""
     return lambda: F.cross_entropy(model(inputs).float(), targets)
 
 
 def training_step(model: nn.Module, inputs: Tensor, targets: Tensor, optimizer: Optimizer) -> Function:
-    """A whole training step: forward, backward, optimiser."""
+    """Return a function that runs a training step: forward, backward, optimiser."""
     loss = training_loss(model, inputs, targets)
 
     def run() -> None:
@@ -45,9 +45,9 @@ def training_step(model: nn.Module, inputs: Tensor, targets: Tensor, optimizer: 
 
 
 def count_flops(function: Function) -> int:
-    """FLOPs of the matrix products, convolutions and attention of a call, two for each multiply and add.
+    """Count the FLOPs of matrix products, convolutions and attention in a call, two per multiply-add.
 
-    What is done element by element counts as nothing. A compiled function hides its products: count the plain one.
+    Element-wise operations are not counted. A compiled function hides its products; count the uncompiled one.
     """
     with FlopCounterMode(display=False) as counter:
         function()
@@ -55,10 +55,10 @@ def count_flops(function: Function) -> int:
 
 
 def check_attention_is_counted(device: torch.device, dtype: torch.dtype) -> None:
-    """Make sure that the attention kernel of a device is one whose FLOPs torch knows, forward and backward.
+    """Check that torch counts the FLOPs of the attention kernel of a device, forward and backward.
 
     Raises:
-        ValueError: It is not, so every count would lack attention.
+        ValueError: It does not, so every count would lack attention.
     """
     tokens, width = 16, 64
     part = torch.randn(1, 1, tokens, width, device=device, dtype=dtype, requires_grad=True)
@@ -66,25 +66,25 @@ def check_attention_is_counted(device: torch.device, dtype: torch.dtype) -> None
     attended: list[Tensor] = []
     forward = count_flops(lambda: attended.append(F.scaled_dot_product_attention(part, part, part)))
     backward = count_flops(lambda: attended[0].sum().backward())  # type: ignore[no-untyped-call]
-    if forward != 2 * product or backward < 4 * product:  # flash kernels compute the weights again: 5
-        raise ValueError(f"torch {torch.__version__} does not count the FLOPs of attention on device={device.type}")
+    if forward != 2 * product or backward < 4 * product:  # 5 products in flash kernels, which recompute the weights
+        raise ValueError(f"device={device.type}: torch {torch.__version__} does not count the FLOPs of its attention")
 
 
 def count_saved_bytes(function: Function, held: Iterable[Tensor]) -> int:
-    """Bytes of memory that autograd keeps for the backward pass while a function computes a loss.
+    """Count the bytes that autograd saves for the backward pass while a function computes a loss.
 
     Args:
         function: The forward pass and the loss.
-        held: Parameters and buffers, which are in memory anyway and do not count, nor do views of them.
+        held: Parameters and buffers, which are in memory anyway; they and their views are not counted.
 
     Returns:
-        The sizes of all storages of which something is saved, each counted whole and once.
+        Total size of all storages with saved tensors, each counted whole and once.
     """
     known = _storages(held)
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.update(_storages([tensor]))  # held until the end, so that no address is used twice
+        saved.update(_storages([tensor]))  # held until the end, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -93,18 +93,18 @@ def count_saved_bytes(function: Function, held: Iterable[Tensor]) -> int:
 
 
 def count_held_bytes(model: nn.Module, optimizer: Optimizer) -> int:
-    """Bytes of the parameters and buffers of a model and of the state of its optimiser."""
+    """Count the bytes of parameters, buffers and optimiser state."""
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
     return sum(storage.nbytes() for storage in _storages([*model_tensors(model), *state]).values())
 
 
 def model_tensors(model: nn.Module) -> list[Tensor]:
-    """The parameters and buffers of a model."""
+    """Parameters and buffers of a model."""
     return [*model.parameters(), *model.buffers()]
 
 
 def peak_bytes(function: Function, device: torch.device) -> int | None:
-    """Most bytes of CUDA memory in use during a call, less those in use before it; None on another device."""
+    """Peak CUDA memory during a call minus the memory in use before it, in bytes; None on other devices."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -118,13 +118,13 @@ def peak_bytes(function: Function, device: torch.device) -> int | None:
 def time_rounds(
     functions: Mapping[Any, Function], rounds: int, device: torch.device, after_call: Function = lambda: None
 ) -> Iterator[dict[Any, float]]:
-    """Time functions in turn, once a round, so that whatever slows a machine for a while slows all of them.
+    """Time functions in turn, once per round, so that a temporary slowdown of the machine affects all of them.
 
     Args:
-        functions: What to call, by name; warmed up before.
+        functions: Functions by name, already warmed up.
         rounds: Passes over all functions.
-        device: Where they compute; it is waited for before the clock starts and before it stops.
-        after_call: Called after each, off the clock.
+        device: Device of the functions, synchronised before and after each call.
+        after_call: Called after each function, not timed.
 
     Yields:
         Seconds of each function, after each round.
@@ -142,7 +142,7 @@ def time_rounds(
 
 
 def spread(values: Iterable[float]) -> float:
-    """The range of the middle half of two values or more, as a fraction of their median.
+    """Interquartile range of at least two values, as a fraction of their median.
 
     Example:
         >>> spread([1.0, 2.0, 2.0, 3.0, 90.0])
@@ -153,7 +153,7 @@ def spread(values: Iterable[float]) -> float:
 
 
 def median_ratio(values: Iterable[float], reference: Iterable[float]) -> float:
-    """The median over rounds of the ratio within a round, which a machine that slows down between rounds cannot bend.
+    """Median over rounds of the ratio within a round, which is robust to slowdowns between rounds.
 
     Example:
         >>> median_ratio([1.0, 20.0, 3.0], [2.0, 40.0, 3.0])
@@ -163,7 +163,7 @@ def median_ratio(values: Iterable[float], reference: Iterable[float]) -> float:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Processor, GPU if it is one, threads, and the versions of what was measured."""
+    """Processor, GPU (if any), threads and package versions."""
     return {
         "cpu": _cpu_name(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -184,7 +184,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")  # on Linux platform.processor() says little or nothing
+    info = Path("/proc/cpuinfo")  # platform.processor() is mostly empty on Linux
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

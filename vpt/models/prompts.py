@@ -203,9 +203,10 @@ def resolve_blocks(blocks: Blocks, depth: int, key: str = "blocks") -> tuple[int
         return tuple(range(depth - num, depth)) if match[1] == "last" else tuple(range(num))
     if isinstance(blocks, str) or not isinstance(blocks, Sequence) or any(type(block) is not int for block in blocks):
         raise ValueError(f"{key}={blocks!r}: must be all, first:k, last:k or a list of indices")
-    chosen = {block % depth for block in blocks}
-    if not blocks or len(chosen) < len(blocks) or any(not -depth <= block < depth for block in blocks):
-        raise ValueError(f"{key}={list(blocks)}: must be distinct indices from 0 to {depth - 1}, at least one")
+    indices = [int(block) for block in blocks]
+    chosen = {index % depth for index in indices}
+    if not chosen or len(chosen) < len(indices) or any(not -depth <= index < depth for index in indices):
+        raise ValueError(f"{key}={indices}: must be distinct indices from 0 to {depth - 1}, at least one")
     return tuple(sorted(chosen))
 
 

@@ -343,8 +343,8 @@ def _without_path(file: Path, root: Path, error: Exception) -> str:
 
 
 def _own_keys(message: str) -> str:
-    """A message with the options of this command in place of config keys."""
-    return message.replace("backbone.checkpoint=", "checkpoint=").replace("backbone.name=", "backbone=")
+    """A message with the keys of this command, where it comes from one that `python -m vpt.train` shares."""
+    return message.replace("name=", "backbone=", 1) if message.startswith("name=") else message
 
 
 def _line(text: str) -> str:
