@@ -220,6 +220,16 @@ def call(*arguments, cwd, module="vpt.train"):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
+def exit_code_of(module, monkeypatch, *words):
+    """The exit code of a command, run in this process."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+    try:
+        module.main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
 SMALL_COMPARISON = ["train.epochs=2", "train.batch_size=8", "num_workers=0", "device=cpu", "augment=none"]
 
 

@@ -1,4 +1,4 @@
-"""The parts of a comparison: methods, plans, what is chosen, which pictures are disputed, the page as a text."""
+"""Methods, plans, selection and tables of a comparison, and the text of its report."""
 
 import json
 import math
@@ -19,16 +19,11 @@ from vpt.config.schema import schema_keys
 from vpt.config.validation import to_config
 
 DATA = ["dataset=folder", "dataset.root=photos"]
+BOXES = ["dataset=boxes", "dataset.root=x"]
 
 
 def plan_of(*names, words=DATA, seeds=(0, 1), rates=(1.0,), shots=(None,), **defined):
     return Plan(tuple(words), choose_methods(names, defined), seeds, rates, shots)
-
-
-# Methods.
-
-
-BOXES = ["dataset=boxes", "dataset.root=x"]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -48,11 +43,13 @@ def test_no_two_methods_are_the_same():
     assert len({method.title for method in METHODS.values()}) == len(METHODS)
 
 
-def test_without_names_all_methods_are_chosen_that_need_nothing(monkeypatch):
+def test_all_methods_that_need_no_package_are_the_default(monkeypatch):
     foreign = {**METHODS, "far": Method("far", ("tuning=bias",), needs="no_such_package")}
     monkeypatch.setattr("vpt.compare.methods.METHODS", foreign)
     assert [*choose_methods([], {})] == [name for name, method in METHODS.items() if not method.needs]
-    with pytest.raises(ConfigError, match="methods: far needs the package no_such_package"):
+    assert [*choose_methods(["mine", "bias"], {"mine": "prompt=none"})] == ["mine", "bias"]
+    assert [*choose_methods(["bias"], {"mine": "prompt=none"})] == ["bias", "mine"]  # also if not named
+    with pytest.raises(ConfigError, match="no_such_package"):
         choose_methods(["far"], {})
 
 
@@ -67,21 +64,13 @@ def test_without_names_all_methods_are_chosen_that_need_nothing(monkeypatch):
         ("tuning=prompt_bias prompt=none", ["tuning.lr"]),
     ],
 )
-def test_a_search_is_of_the_learning_rates_of_what_trains(text, rates):
+def test_the_search_multiplies_the_learning_rates_in_use(text, rates):
     plan = plan_of("mine", mine=text)
     assert [*plan.rates_of("mine")] == rates
     assert plan.methods["mine"].overrides == tuple(text.replace("'", "").split())
 
 
-def test_what_is_defined_is_compared_also_if_nobody_names_it():
-    assert [*choose_methods(["mine", "bias"], {"mine": "prompt=none"})] == ["mine", "bias"]
-    assert [*choose_methods(["bias"], {"mine": "prompt=none"})] == ["bias", "mine"]
-
-
-# Plans.
-
-
-def test_a_seed_draws_pictures_too_unless_that_is_typed():
+def test_the_seed_also_splits_the_data_unless_typed():
     trial = Trial("bias", 5, 3, 1.0)
     assert plan_of("bias").words_of(trial) == [
         *(*DATA, "tuning=bias", "seed=3", "dataset.split_seed=3", "dataset.num_per_class=5")
@@ -90,7 +79,7 @@ def test_a_seed_draws_pictures_too_unless_that_is_typed():
     assert (typed.seed, typed.dataset.split_seed) == (3, 7)
 
 
-def test_a_rate_multiplies_what_the_config_says():
+def test_a_rate_multiplies_the_configured_learning_rates():
     plan = plan_of("bias", "prompt_deep", words=[*DATA, "tuning.lr=4e-3"], rates=(0.3, 1.0))
     assert plan.compose(Trial("bias", None, 0, 0.3))[0].tuning.lr == pytest.approx(1.2e-3)
     prompted = plan.compose(Trial("prompt_deep", "all", 0, 0.3))[0]
@@ -99,20 +88,20 @@ def test_a_rate_multiplies_what_the_config_says():
     assert plan.num_runs == 2 * (2 + 1)
 
 
-def test_runs_lie_apart_and_say_what_they_are(tmp_path):
+def test_runs_have_folders_and_titles_of_their_own(tmp_path):
     plan = plan_of("bias", words=[*DATA, "run.root=elsewhere"])
     for config in plan.place(Trial("bias", 5, 1, 0.3), tmp_path):
         assert (config.run.root, config.run.name, config.run.title) == (str(tmp_path), None, "bias_5shot_seed1_lr0.3")
 
 
-def test_text_of_the_environment_is_not_written_down(monkeypatch, tmp_path):
+def test_environment_variables_are_not_saved(monkeypatch, tmp_path):
     monkeypatch.setenv("SECRET", "key")
     plan = plan_of("bias", words=["dataset=folder", "dataset.root=${oc.env:SECRET}"])
     config, shown = plan.place(Trial("bias", None, 0, 1.0), tmp_path)
     assert (config.dataset.root, shown.dataset.root) == ("key", "${oc.env:SECRET}")
 
 
-def test_lists_are_read_as_a_person_means_them():
+def test_lists_are_sorted_and_checked():
     assert read_seeds(3) == (0, 1, 2)
     assert read_seeds([4, 2]) == (4, 2)
     assert read_rates([3, 0.3]) == (0.3, 3.0)
@@ -122,9 +111,6 @@ def test_lists_are_read_as_a_person_means_them():
     for wrong in (True, "x", [], [0.5], [-1]):
         with pytest.raises(ConfigError, match="seeds="):
             read_seeds(wrong)
-
-
-# What is chosen and told.
 
 
 def outcome(rate=1.0, val=0.5, test=0.5, loss=1.0, seed=0, error=""):
@@ -138,22 +124,22 @@ def row_of(*outcomes, search=(), rate=1.0):
     return Row("bias", "bias", None, "top1", "test", cost, search or outcomes[:1], rate, outcomes, None)
 
 
-def test_val_chooses_and_what_test_says_makes_no_difference():
+def test_the_rate_is_selected_on_val_alone():
     search = [outcome(0.3, val=0.6, test=0.9), outcome(1.0, val=0.8, test=0.1), outcome(3.0, val=0.7, test=1.0)]
     assert _choose(search, "top1") == 1.0
     equal = [outcome(0.3, loss=1.0), outcome(1.0, loss=0.5), outcome(3.0, loss=0.5)]
-    assert _choose(equal, "top1") == 1.0  # of two that are equally good the lower
+    assert _choose(equal, "top1") == 1.0  # the lower of two equals
     assert _choose([outcome(0.3, error="nan"), outcome(3.0, loss=math.nan)], "top1") == 3.0
     assert _choose([outcome(0.3, error="nan"), outcome(3.0, error="nan")], "top1") is None
 
 
-def test_an_edge_is_marked_and_none_where_nothing_was_searched():
+def test_a_rate_at_an_edge_of_the_search_is_marked():
     search = tuple(outcome(rate) for rate in (0.3, 1.0, 3.0))
     assert [row_of(search[1], search=search, rate=rate).is_at_edge for rate in (0.3, 1.0, 3.0)] == [True, False, True]
     assert not row_of(outcome()).is_at_edge
 
 
-def test_seeds_that_failed_do_not_count_and_are_told():
+def test_failed_seeds_are_reported_and_do_not_count():
     row = row_of(outcome(test=0.4), outcome(test=0.6, seed=1), outcome(seed=2, error="nan; lower the learning rates"))
     columns = table_columns(row)
     assert (columns["mean"], columns["runs"], columns["failed"]) == (0.5, 2, "1 failed: nan")
@@ -165,14 +151,14 @@ def test_seeds_that_failed_do_not_count_and_are_told():
     assert text.endswith("bias: 1 failed: nan")
 
 
-def test_every_column_of_the_table_stands_in_the_page():
+def test_every_column_is_documented():
     page = (TEMPLATE.parents[2] / "docs" / "compare.md").read_text()
     named = page.replace("`_", "`trained_")
     columns = [name for name in table_columns(row_of(outcome())) if name != "trained_adapter"]
     assert [name for name in columns if f"`{name}`" not in named] == []
 
 
-def test_a_spread_of_nothing_is_a_dash():
+def test_a_spread_without_values_is_a_dash():
     assert str(Spread.of([])) == str(Spread.of([math.nan])) == "-"
     assert str(Spread.of([0.25])) == "25.0 %"
     assert Spread.of([0.25]).std is None
@@ -182,19 +168,20 @@ def test_csv_has_the_columns_of_all_rows():
     assert to_csv([{"a": 1}, {"a": None, "b": "x,y"}]) == b'a,b\n1,\n,"x,y"\n'
 
 
-# The page.
-
-
-def test_pictures_are_ordered_by_how_much_methods_disagree():
+def test_images_are_ordered_by_disagreement():
     targets = [0, 0, 0, 0, 0]
-    answers = [[0, 1, 0, 2, 1], [0, 0, 1, 1, 2], [0, 0, 2, 1, 3]]  # all agree; 2 to 1; all differ; 2 to 1, none right
+    predictions = [
+        [0, 1, 0, 2, 1],
+        [0, 0, 1, 1, 2],
+        [0, 0, 2, 1, 3],
+    ]  # all agree; 2 to 1; all differ; 2 to 1, none right
     assert disagreement([0, 1, 2]) == pytest.approx(math.log2(3))
-    assert most_disputed(answers, targets, 9) == [2, 4, 1, 3]
-    assert most_disputed(answers, targets, 1) == [2]
-    assert most_disputed([[0, 0, 1, 1], [1, 1, 0, 0]], [0, 0, 1, 1], 4) == [0, 2, 1, 3]  # of each class in turn
+    assert most_disputed(predictions, targets, 9) == [2, 4, 1, 3]
+    assert most_disputed(predictions, targets, 1) == [2]
+    assert most_disputed([[0, 0, 1, 1], [1, 1, 0, 0]], [0, 0, 1, 1], 4) == [0, 2, 1, 3]  # one of each class in turn
 
 
-def test_no_text_ends_the_script_that_holds_it():
+def test_no_text_ends_the_script_around_it():
     evil = {"classes": ["</script><script>alert(1)</script>", "<!--<script>"], "value": math.nan}
     html, plain = to_html(evil), TEMPLATE.read_text()
     for part in ("<script", "</script", "<!--"):
@@ -203,6 +190,6 @@ def test_no_text_ends_the_script_that_holds_it():
     assert json.loads(text) == {**evil, "value": None}
 
 
-def test_the_page_names_no_address_but_that_of_svg():
+def test_the_page_has_no_address_but_that_of_svg():
     addresses = re.findall(r"""(?:https?:)?//[\w.]+|src=["'][^"']+|@import|url\(""", TEMPLATE.read_text())
     assert {address for address in addresses if "w3.org" not in address and not address.startswith("// ")} == set()

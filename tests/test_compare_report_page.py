@@ -50,7 +50,7 @@ return Object.fromEntries(arguments[0].map((name) => [name, style.getPropertyVal
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory, photos):
-    """The address of a report on classes of which one has a name that is HTML."""
+    """The address and content of a report with a class name that is HTML."""
     root, output = tmp_path_factory.mktemp("evil") / "photos", tmp_path_factory.mktemp("made") / "c"
     shutil.copytree(photos, root)
     for split in root.iterdir():
@@ -70,7 +70,7 @@ def browser(request, driver, tmp_path):  # noqa: F811
 
 
 def column(browser, number):
-    """What stands in the table, from the top down."""
+    """A column of the table, from the top."""
     return browser.run(CELLS, f"td:nth-child({number})")
 
 
@@ -78,7 +78,7 @@ def percents(texts):
     return [float(text.removesuffix(" %")) for text in texts]
 
 
-def test_everything_is_there_and_nothing_is_asked_for(browser, page):
+def test_the_page_is_complete_and_loads_nothing(browser, page):
     address, content = page
     browser.open(address)
     browser.wait_for("document.querySelectorAll('canvas').length === 3")
@@ -96,22 +96,17 @@ def test_everything_is_there_and_nothing_is_asked_for(browser, page):
     assert column(browser, 2) == [f"{100 * row['mean']:.1f} %" for row in rows]
     assert column(browser, 4) == [f"{row['trained']:,}" for row in rows]
     assert browser.run("return [...document.images].every((one) => one.complete && one.naturalWidth > 0)")
-
-
-def test_names_are_text(browser, page):
-    browser.open(page[0])
-    browser.wait_for("document.querySelectorAll('canvas').length === 3")
     assert browser.run("return document.title").startswith("vpt: folder, 3 methods")
     browser.run(CHOOSE, "0")
-    disputed = page[1]["settings"][0]["disputed"]
+    disputed = content["settings"][0]["disputed"]
     assert browser.run("return document.images.length") == len(disputed) > 0
-    named = [page[1]["classes"][page[1]["pictures"][index]["truth"]] for index in disputed]
+    named = [content["classes"][content["images"][index]["truth"]] for index in disputed]
     assert browser.texts(".cards strong") == [f"is {name}" for name in named]
-    assert EVIL in page[1]["classes"]
+    assert EVIL in content["classes"]
     assert browser.run("return document.querySelectorAll('script').length") == 2
 
 
-def test_a_heading_sorts_and_sorts_the_other_way(browser, page):
+def test_headings_sort_in_both_directions(browser, page):
     browser.open(page[0])
     browser.wait_for("document.querySelectorAll('#table tbody tr').length === 3")
     heading = "#table th:nth-child(4) button"
@@ -127,7 +122,7 @@ def test_a_heading_sorts_and_sorts_the_other_way(browser, page):
     assert tops == sorted(tops, reverse=True)  # the best first
 
 
-def test_a_setting_and_a_method_are_chosen(browser, page):
+def test_settings_and_methods_are_selected(browser, page):
     address, content = page
     browser.open(address)
     browser.wait_for("document.querySelectorAll('canvas').length === 3")
@@ -152,29 +147,29 @@ def test_a_setting_and_a_method_are_chosen(browser, page):
     assert browser.run("return document.querySelectorAll('canvas').length") == 3
 
 
-def test_the_keyboard_reads_the_values_of_a_chart(browser, page):
+def test_the_keyboard_reads_values_of_charts(browser, page):
     address, content = page
     browser.open(address)
     browser.wait_for("document.querySelectorAll('canvas').length === 3")
     linear, deep, _ = content["settings"][-1]["rows"]
-    said = browser.run(PRESS, "#parameters svg", ["ArrowRight"])
-    assert (said[0], said[1], said[-1]) == (
+    lines = browser.run(PRESS, "#parameters svg", ["ArrowRight"])
+    assert (lines[0], lines[1], lines[-1]) == (
         "linear",
         f"test top1 {100 * linear['mean']:.1f} %",
-        f"{linear['trained']:,} parameters train",
+        f"{linear['trained']:,} trained parameters",
     )
-    said = browser.run(PRESS, "#curves svg", ["ArrowRight", "ArrowRight", "ArrowDown"])
-    assert said == ["prompt_deep", "epoch 2", f"val top1 {100 * deep['curve'][1]:.1f} %"]
-    counts = {(target, answer): count for target, answer, count in linear["confusion"]}
-    said = browser.run(PRESS, "canvas", ["ArrowRight", "ArrowRight"])
+    lines = browser.run(PRESS, "#curves svg", ["ArrowRight", "ArrowRight", "ArrowDown"])
+    assert lines == ["prompt_deep", "epoch 2", f"val top1 {100 * deep['curve'][1]:.1f} %"]
+    counts = {(target, predicted): count for target, predicted, count in linear["confusion"]}
+    lines = browser.run(PRESS, "canvas", ["ArrowRight", "ArrowRight"])
     names = content["classes"]
-    assert said[:2] == [f"is {names[0]}", f"linear says {names[1]}"]
-    assert said[2].startswith(f"{counts.get((0, 1), 0)} of 4")
+    assert lines[:2] == [f"is {names[0]}", f"linear predicts {names[1]}"]
+    assert lines[2].startswith(f"{counts.get((0, 1), 0)} of 4")
     browser.run(PRESS, "canvas", ["Escape"])
     assert browser.run("return document.getElementById('tip').hidden")
 
 
-def test_labels_of_many_methods_lie_apart(browser, page, tmp_path):
+def test_labels_of_many_methods_do_not_overlap(browser, page, tmp_path):
     content = dict(page[1])
     names = [f"method_{number}" for number in range(12)]
     row = content["settings"][-1]["rows"][1]
@@ -192,12 +187,12 @@ def test_labels_of_many_methods_lie_apart(browser, page, tmp_path):
     for index, one in enumerate(boxes):
         for other in boxes[:index]:
             wide, high = min(one[2], other[2]) - max(one[0], other[0]), min(one[3], other[3]) - max(one[1], other[1])
-            assert min(wide, high) < 3, "two labels overlap"
+            assert min(wide, high) < 3
     assert browser.errors() == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_and_marks_stand_out_from_their_ground(browser, page, scheme):
+def test_text_and_marks_have_enough_contrast(browser, page, scheme):
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": media})
     browser.open(page[0])

@@ -1,10 +1,11 @@
-"""python -m vpt.compare methods=[...] seeds=3: train several methods on the same data, and report what each buys."""
+"""python -m vpt.compare methods=[...] seeds=3: train several methods on the same data and compare them."""
 
 import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,37 +26,37 @@ if TYPE_CHECKING:
     from vpt.compare.runs import Train
 
 LISTS = ("methods", "seeds", "rates", "shots")
-MARK = "comparison.json"  # makes a folder known as that of a comparison
+MARK = "comparison.json"  # marks the folder of a comparison
 
-USAGE = f"""python -m vpt.compare: train several methods on the same data; a table, CSV and a report that opens offline.
+USAGE = f"""python -m vpt.compare: train several methods on the same data; a table, CSV and an offline HTML report.
 
-  methods=[NAME,NAME]  which; all that need no other package when left out
+  methods=[NAME,NAME]  default: all that need no other package
   define.NAME="prompt=deep prompt.num_tokens=50"   a method of your own: overrides as typed to vpt.train
   seeds=3              runs of each method: seeds 0, 1, 2; or a list, seeds=[7,8]
-  rates=[0.3,1,3]      a search: val of the first seed chooses what the method's learning rate is multiplied with;
-                       as many tries for every method; [1], which is no search, when left out
-  shots=[1,5,20,all]   the whole comparison for each number of train pictures per class
-  output=FOLDER        report.html, table.csv, runs.csv and the runs; runs/compare_... when left out
+  rates=[0.3,1,3]      learning rate search: factors of the learning rate of each method, selected on val with the
+                       first seed; default: [1], no search
+  shots=[1,5,20,all]   repeat the comparison for each number of train images per class
+  output=FOLDER        for report.html, table.csv, runs.csv and the runs; default: runs/compare_...
 
-Lists are typed with brackets or without, methods=linear,bias.
-All else goes to every run, as if typed to `python -m vpt.train`: +experiment=NAME dataset=... train.epochs=...
-The same command again goes on: a run that is done is not done again, also with other methods, seeds, rates or shots.
+Lists may be typed without brackets: methods=linear,bias.
+All other options go to every run, as in `python -m vpt.train`: +experiment=NAME dataset=... train.epochs=...
+The same command resumes: finished runs are not repeated, also with other methods, seeds, rates or shots.
 
 Methods:
 {chr(10).join(f"  {name:<18} {method.title:<22} {' '.join(method.overrides)}" for name, method in METHODS.items())}
 
-Exit codes: 0 done, 1 a method has no finished run, 2 the command cannot be used, 75 stopped: type it again.
+Exit codes: 0 done, 1 a method has no finished run, 2 the command cannot be used, 75 stopped, resume it.
 Example: python -m vpt.compare +experiment=quickstart methods=[linear,prompt_deep,bias] seeds=3 shots=[1,5]"""
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What `python -m vpt.compare` was asked for.
+    """Options of `python -m vpt.compare`.
 
     Args:
         plan: The runs.
-        output: Folder of all that is made; None to choose one.
-        command: What was typed.
+        output: Folder of all files; None for the default.
+        command: The command as typed.
     """
 
     plan: Plan
@@ -73,7 +74,7 @@ def main() -> None:
         with StopSignal() as stop:
             comparison = compare(read_options(arguments), stop)
     except Stopped as error:
-        fail(RuntimeError(f"stopped by {error}; type the same command again, and it goes on where it stopped"), STOPPED)
+        fail(RuntimeError(f"stopped by {error}; the same command resumes where it stopped"), STOPPED)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if not is_for_user(error):
             raise
@@ -83,7 +84,7 @@ def main() -> None:
 
 
 def read_options(arguments: Sequence[str]) -> CompareOptions:
-    """The options, all of them checked, before anything is loaded.
+    """Read and check all options, before anything is loaded.
 
     Raises:
         ConfigError: One cannot be used.
@@ -110,9 +111,9 @@ def read_options(arguments: Sequence[str]) -> CompareOptions:
 
 
 def compare(options: CompareOptions, stop: StopSignal | None = None) -> "Comparison":
-    """Train what is not trained yet, print the table, write the files."""
+    """Do the runs that are not finished, print the table, write the files."""
     stop = stop or StopSignal()
-    with stop.deferred():  # an exception in the middle of an import of C++ ends the process
+    with stop.patient():  # an exception in the middle of an import of C++ ends the process
         from vpt.compare.report import Comparison, write_report
         from vpt.compare.runs import Runs, choose_output
         from vpt.compare.table import describe_table, write_tables
@@ -120,43 +121,35 @@ def compare(options: CompareOptions, stop: StopSignal | None = None) -> "Compari
         from vpt.storage.lock import locked
     stop.check()
     output = options.output or choose_output(options.plan)
-    _check_output(output)
+    check_folder("output", output)
+    if output.is_dir() and not (output / MARK).is_file() and any(output.iterdir()):
+        raise ConfigError(f"output={output}: holds other files; name a new folder, or that of a comparison")
     if output.is_dir():
-        with locked(output / ".lock", output):  # it is measured for minutes before there is something to write
+        with locked(
+            output / ".lock", output
+        ):  # refuse a folder in use now: the first write comes after minutes of measuring
             pass
     print(f"{options.plan.num_runs} runs, into {output}", flush=True)
-    runs = Runs(options.plan, output, _say)
+    runs = Runs(options.plan, output, partial(print, flush=True))
     output.mkdir(parents=True, exist_ok=True)
     with locked(output / ".lock", output):
         write_json(output / MARK, {"command": options.command, "vpt": version("vpt")})
         comparison = Comparison.of(runs, runs.do(_trainer(output / "log.txt", stop)), options.command)
         write_tables(output, comparison.rows)
         write_report(output / "report.html", comparison)
-    print(f"\n{describe_table(comparison.rows)}\n\n{output} holds report.html, table.csv and runs.csv")
+    print(f"\n{describe_table(comparison.rows)}\n\n{output} contains report.html, table.csv and runs.csv")
     return comparison
 
 
 def _trainer(log: Path, stop: StopSignal) -> "Train":
-    """Trains as the command does; what a run tells goes to a file."""
-    with stop.deferred():
-        from vpt.train.training import run
+    """Train as `python -m vpt.train`, with the output of runs in a file."""
+    from vpt.train.__main__ import run
 
     def train(config: Config, shown: Config) -> None:
         with log.open("a") as file, redirect_stdout(file):
             run(config, shown, stop=stop)
 
     return train
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _check_output(output: Path) -> None:
-    """Refuse a folder that holds other things than a comparison."""
-    check_folder("output", output)
-    if output.is_dir() and not (output / MARK).is_file() and any(output.iterdir()):
-        raise ConfigError(f"output={output}: holds other files; name a new folder, or that of a comparison")
 
 
 def _read_word(word: str, values: dict[str, Any]) -> dict[str, Any]:

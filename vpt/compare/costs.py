@@ -1,4 +1,4 @@
-"""What a method costs beside its accuracy: what trains of it, FLOPs, and bytes kept for the backward pass."""
+"""Costs of a method: trained parameters, FLOPs, and bytes saved for the backward pass."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from vpt import build
-from vpt.build import Data, Model
+from vpt.build import Data
 from vpt.compare.plan import bare_config
 from vpt.config.schema import Config
 from vpt.engine.measure import check_attention_is_counted, count_flops, count_saved_bytes, inference, model_tensors
 from vpt.engine.steps import autocast, move, total_of
-from vpt.models.classifier import Classifier
+from vpt.models.task_model import TaskModel
 from vpt.models.tuning import tuned_parts
 from vpt.models.vit import preprocessing_of
 from vpt.task_types.base import TaskType, task_type_of
@@ -22,19 +22,19 @@ from vpt.task_types.base import TaskType, task_type_of
 
 @dataclass(frozen=True)
 class Cost:
-    """What was counted; None where this machine cannot count it.
+    """Costs of a method; None where this machine cannot count them.
 
     Args:
-        tuned: Parameters that train, by part: prompt, neck, head, backbone.
-        step_pictures: Pictures of the training step that was counted.
+        tuned: Trained parameters, by part: prompt, neck, head, backbone.
+        step_images: Images of the training step that was counted.
         step_flops: Of that step, forward and backward, without a cache of tokens.
-        saved_bytes: Kept of its forward pass for the backward pass.
-        flops: Of inference on one picture.
-        bare_flops: Of the bare ViT with the same head, on one picture.
+        saved_bytes: Saved by its forward pass for the backward pass.
+        flops: Of inference on one image.
+        bare_flops: Of the bare ViT with the same head, on one image.
     """
 
     tuned: dict[str, int]
-    step_pictures: int
+    step_images: int
     step_flops: int | None
     saved_bytes: int | None
     flops: int | None
@@ -42,12 +42,12 @@ class Cost:
 
     @property
     def num_tuned(self) -> int:
-        """Parameters that train."""
+        """Number of trained parameters."""
         return sum(self.tuned.values())
 
     @property
     def flops_ratio(self) -> float | None:
-        """FLOPs of inference, as a multiple of those of the bare ViT."""
+        """FLOPs of inference relative to the bare ViT."""
         return self.flops / self.bare_flops if self.flops and self.bare_flops else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,29 +56,29 @@ class Cost:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Cost":
-        """What `to_dict` gave.
+        """The inverse of `to_dict`.
 
         Raises:
-            TypeError, KeyError: It gave something else.
+            TypeError, KeyError: The values are not those of `to_dict`.
         """
         return cls(**{entry.name: values[entry.name] for entry in fields(cls)})
 
 
 def measure_cost(config: Config, samples: Mapping[str, Any]) -> Cost:
-    """Build the model of a run, take one training step and look at one picture; nothing is kept of it.
+    """Build the model of a run and count one training step and the inference on one image; nothing is saved.
 
-    What is wrong with a method on these data, such as a block that the backbone does not have, is refused here.
+    A method that does not fit the data or the backbone, such as one with a block that does not exist, is refused here.
 
     Args:
         config: Of the run.
-        samples: What it would train on, by split.
+        samples: Its samples by split.
 
     Raises:
         ValueError, FileNotFoundError: The model cannot be built.
     """
     device = build.pick_device(config.device)
     config.num_workers = 0  # one batch only
-    kind, model, data = _prepare(config, samples, device)
+    task_type, model, data = _prepare(config, samples, device)
     build.whiten_prompt(config, model, data)
     build.start_prompt(config, model, data)
     tuned = {name: sum(map(torch.numel, parameters)) for name, parameters in tuned_parts(model).items()}
@@ -88,30 +88,30 @@ def measure_cost(config: Config, samples: Mapping[str, Any]) -> Cost:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with suppress(ValueError, torch.OutOfMemoryError), autocast(device, precision):
         check_attention_is_counted(device, dtype)
-        counted |= _count_step(model, kind.losses(data), images, targets)
+        counted |= _count_step(model, task_type.losses(data), images, targets)
         counted["flops"] = _count_inference(model, images[:1])
         counted["bare_flops"] = _count_inference(_build_bare(config, samples, device), images[:1])
     names = ("step_flops", "saved_bytes", "flops", "bare_flops")
     return Cost(tuned, len(images), **{name: counted.get(name) for name in names})
 
 
-def _prepare(config: Config, samples: Mapping[str, Any], device: torch.device) -> tuple[TaskType, Model, Data]:
+def _prepare(config: Config, samples: Mapping[str, Any], device: torch.device) -> tuple[TaskType, TaskModel, Data]:
     build.seed_everything(config.seed, config.deterministic)
-    kind, train = task_type_of(config), samples["train"]
-    model = build.build_model(config, train.classes, getattr(train, "category_ids", None)).to(device)
-    return kind, model, kind.build_data(samples, preprocessing_of(model.backbone.vit))
+    task_type = task_type_of(config)
+    model = task_type.build_model(samples["train"]).to(device)
+    return task_type, model, task_type.build_data(samples, preprocessing_of(model.backbone.vit))
 
 
 def _build_bare(config: Config, samples: Mapping[str, Any], device: torch.device) -> nn.Module:
-    """The same head on nothing but the backbone; for classes as timm itself computes it."""
+    """The same head on the bare backbone; with a head on pooled features, as timm itself computes it."""
     _, model, _ = _prepare(bare_config(config), samples, device)
-    return nn.Sequential(model.backbone.vit, model.head) if isinstance(model, Classifier) else model
+    return nn.Sequential(model.backbone.vit, model.head) if model.pools_features else model
 
 
 def _count_step(
-    model: Model, losses: Callable[..., Mapping[str, Tensor]], images: Tensor, targets: Any
+    model: TaskModel, losses: Callable[..., Mapping[str, Tensor]], images: Tensor, targets: Any
 ) -> dict[str, int]:
-    """FLOPs of a training step, and the bytes that its forward pass leaves for the backward pass."""
+    """FLOPs of a training step, and the bytes that its forward pass saves for the backward pass."""
     model.train()
     found: dict[str, Any] = {}
 
@@ -127,6 +127,6 @@ def _count_step(
 
 def _count_inference(model: nn.Module, image: Tensor) -> int:
     model.requires_grad_(False).eval()  # torch counts no FLOPs where a view of a tuned parameter is used
-    look = inference(model, image)
-    look()  # the constants of a prompt are made in the first call
-    return count_flops(look)
+    run = inference(model, image)
+    run()  # the first call caches the keys and values of a prompt
+    return count_flops(run)

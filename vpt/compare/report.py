@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML file that needs nothing else, with the numbers in it as JSON."""
+"""HTML report of a comparison: one self-contained file with its numbers as JSON."""
 
 import base64
 import hashlib
@@ -25,20 +25,20 @@ from vpt.engine.measure import describe_machine
 from vpt.storage.files import finite, write_bytes
 
 TEMPLATE = Path(__file__).with_name("report.html")
-PLACE = "/* data */"  # of the JSON in the template
-POLICY = "policy"  # what stands in the template for the digests of its style and script
-NUM_PICTURES = 24  # that methods disagree on
+PLACE = "/* data */"  # replaced by the JSON
+POLICY = "policy"  # replaced by the digests of style and script
+NUM_IMAGES = 24  # that methods disagree on
 SIDE = 144  # pixels of a thumbnail
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that there is to tell.
+    """Results of a comparison.
 
     Args:
-        plan: What was asked for.
+        plan: Of the comparison.
         rows: One for each number of shots and method.
-        content: What the report shows, as plain JSON values.
+        content: Of the report, as plain JSON values.
     """
 
     plan: Plan
@@ -47,12 +47,12 @@ class Comparison:
 
     @classmethod
     def of(cls, runs: Runs, rows: list[Row], command: str) -> "Comparison":
-        """Gather what the runs left; a few pictures are read for it.
+        """Collect the results; reads the images that are shown.
 
         Args:
-            runs: All of them.
-            rows: What became of them.
-            command: What was typed.
+            runs: All runs.
+            rows: Their results.
+            command: The command as typed.
         """
         plan, first = runs.plan, next(iter(runs.plan.methods))
         config, shown = plan.compose(Trial(first, plan.shots[0], plan.seeds[0], 1.0))
@@ -62,7 +62,7 @@ class Comparison:
         content = {
             "title": config.dataset.title,
             "task": config.task.value,
-            "metric": runs.kind.select,
+            "metric": runs.task_type.main_metric,
             "split": runs.split,
             "backbone": config.backbone.name,
             "classes": list(samples["train"].classes),
@@ -70,7 +70,7 @@ class Comparison:
             "rates": list(plan.rates),
             "methods": [_method(plan, name) for name in plan.methods],
             "settings": settings,
-            "pictures": {index: _picture(samples[runs.split], index) for index in sorted(disputed)},
+            "images": {index: _image(samples[runs.split], index) for index in sorted(disputed)},
             "made": {
                 "command": command,
                 "machine": describe_machine(build.pick_device(config.device)),
@@ -81,12 +81,12 @@ class Comparison:
 
 
 def write_report(path: Path, comparison: Comparison) -> None:
-    """Write the file; a browser that opens it asks for nothing else, and runs no script but the template's."""
+    """Write the file; it loads no other file and runs no script but that of the template."""
     write_bytes(path, to_html(comparison.content).encode())
 
 
 def to_html(content: Mapping[str, Any]) -> str:
-    """The template with plain values in it; no text in them can end the script tag that holds them."""
+    """The template filled with plain values; no text in them can end the script tag around them."""
     html = TEMPLATE.read_text()
     sources = {tag: f"'sha256-{_digest(html, tag)}'" for tag in ("style", "script")}
     policy = f"default-src 'none'; img-src data:; style-src {sources['style']}; script-src {sources['script']}"
@@ -94,30 +94,30 @@ def to_html(content: Mapping[str, Any]) -> str:
     return html.replace(f'content="{POLICY}"', f'content="{policy}"').replace(PLACE, text)
 
 
-def disagreement(answers: Sequence[int]) -> float:
-    """How much answers differ, in bits: the entropy of which answer is given how often.
+def disagreement(predictions: Sequence[int]) -> float:
+    """The entropy of predictions, in bits.
 
     Example:
         >>> disagreement([3, 3, 3]), disagreement([3, 3, 1, 1])
         (0.0, 1.0)
     """
-    shares = [count / len(answers) for count in Counter(answers).values()]
+    shares = [count / len(predictions) for count in Counter(predictions).values()]
     return -sum(share * math.log2(share) for share in shares) + 0.0
 
 
-def most_disputed(answers: Sequence[Sequence[int]], targets: Sequence[int], num: int) -> list[int]:
-    """Indices of the pictures that methods disagree on most, those first that one of them gets right.
+def most_disputed(predictions: Sequence[Sequence[int]], targets: Sequence[int], num: int) -> list[int]:
+    """Indices of the images that methods disagree on most; of equals, those first that one of them gets right.
 
-    Of pictures that are alike in that, one of each class comes first, then a second one, and so on.
+    Remaining ties take one image of each class in turn.
 
     Args:
-        answers: Of each method, the class of each picture.
-        targets: The true class of each picture.
-        num: At most so many; a picture on which all agree is none.
+        predictions: For each method, the class of each image.
+        targets: The true class of each image.
+        num: Maximum number; images on which all agree are left out.
     """
     ranks, of_class = [], Counter[tuple[float, bool, int]]()
-    for index, (target, *given) in enumerate(zip(targets, *answers, strict=True)):
-        amount, is_missed = round(disagreement(given), 9), target not in given
+    for index, (target, *predicted) in enumerate(zip(targets, *predictions, strict=True)):
+        amount, is_missed = round(disagreement(predicted), 9), target not in predicted
         if amount > 0:
             ranks.append((-amount, is_missed, of_class[amount, is_missed, target], index))
             of_class[amount, is_missed, target] += 1
@@ -125,23 +125,22 @@ def most_disputed(answers: Sequence[Sequence[int]], targets: Sequence[int], num:
 
 
 def _setting(runs: Runs, all_rows: Sequence[Row], shots: int | str | None) -> dict[str, Any]:
-    """All of one number of pictures per class."""
+    """The content for one number of images per class."""
     samples, rows = runs.samples[shots], [row for row in all_rows if row.shots == shots]
     train, reported = samples["train"], samples[runs.split]
-    answers = [row.answers.predictions for row in rows if row.answers is not None and row.answers.predictions]
-    disputed = most_disputed(answers, reported.targets, NUM_PICTURES) if len(answers) > 1 else []
+    predictions = [row.predictions.predictions for row in rows if row.predictions and row.predictions.predictions]
+    disputed = most_disputed(predictions, reported.targets, NUM_IMAGES) if len(predictions) > 1 else []
     return {
         "label": describe_shots(shots),
         "per_class": len(train.names) / len(train.classes),
-        "pictures": {split: len(members.names) for split, members in samples.items()},
+        "images": {split: len(members.names) for split, members in samples.items()},
         "rows": [_row(row, reported, disputed) for row in rows],
         "disputed": disputed,
     }
 
 
 def _row(row: Row, reported: Any, disputed: Sequence[int]) -> dict[str, Any]:
-    answers = row.answers
-    predictions = [] if answers is None else answers.predictions
+    predictions = row.predictions.predictions if row.predictions else []
     confusion = Counter(zip(reported.targets, predictions, strict=True)) if predictions else Counter()
     curves = itertools.zip_longest(*(outcome.curve for outcome in row.finished))
     return {
@@ -152,8 +151,8 @@ def _row(row: Row, reported: Any, disputed: Sequence[int]) -> dict[str, Any]:
             {"rate": one.trial.rate, "val": one.metric("val", row.metric), "error": one.reason} for one in row.search
         ],
         "confusion": [[*pair, count] for pair, count in sorted(confusion.items())],
-        "precision": {} if answers is None else answers.precision,
-        "answers": {index: predictions[index] for index in disputed} if predictions else {},
+        "precision": row.predictions.precision if row.predictions else {},
+        "predictions": {index: predictions[index] for index in disputed} if predictions else {},
     }
 
 
@@ -167,7 +166,7 @@ def _method(plan: Plan, name: str) -> dict[str, Any]:
     }
 
 
-def _picture(samples: Any, index: int) -> dict[str, Any]:
+def _image(samples: Any, index: int) -> dict[str, Any]:
     return {
         "name": samples.names[index],
         "truth": samples.targets[index],
@@ -175,9 +174,9 @@ def _picture(samples: Any, index: int) -> dict[str, Any]:
     }
 
 
-def _thumbnail(picture: Image.Image) -> str:
+def _thumbnail(image: Image.Image) -> str:
     """A small JPEG as a data: URI."""
-    small = picture.convert("RGB")
+    small = image.convert("RGB")
     small.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)

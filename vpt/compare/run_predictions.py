@@ -1,4 +1,4 @@
-"""What a trained run answers on the split that is reported, and what it takes to put its task onto a backbone."""
+"""Predictions of a finished run on the reported split, and the time to load its task."""
 
 import json
 import statistics
@@ -9,32 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from vpt import build
-from vpt.config.schema import Config, OnError, TaskName
+from vpt.config.schema import Config, OnError
 from vpt.engine.trainer import evaluate
 from vpt.models.bank import TaskBank
 from vpt.models.task_file import put_task
-from vpt.models.vit import load_vit
 from vpt.storage.files import write_json
 from vpt.task_types.base import task_type_of
 
-FILE = "answers.json"
+FILE = "predictions.json"
 NUM_SWITCHES = 5
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What is kept of one run, in a file of its folder.
+class RunPredictions:
+    """Predictions of a run, saved in its folder.
 
     Args:
-        split: Of which pictures.
-        predictions: Classification: the class of each picture, by number.
-        probabilities: Classification: what the run says of that class, in [0, 1].
+        split: The split predicted.
+        switch_ms: Milliseconds to load the task file into a backbone in memory, the median of several times.
+        is_shared: Whether a `TaskBank` runs images of this task and of others in one batch.
+        predictions: Classification: the predicted class of each image, by number.
+        probabilities: Classification: their probabilities, in [0, 1].
         precision: Detection: the average precision of each class, under "map" and "map50".
-        switch_ms: Milliseconds to put the task file onto a backbone in memory, the median of some times.
-        is_shared: Whether images of this task go through a `TaskBank` together with those of others.
     """
 
     split: str
@@ -45,80 +43,45 @@ class Answers:
     precision: dict[str, list[float | None]] = field(default_factory=dict)
 
 
-class ClassAnswers:
-    """An evaluator that keeps the class that a model gives to each picture."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.labels: list[int] = []
-        self.probabilities: list[float] = []
-
-    def update(self, model: nn.Module, images: Tensor, targets: Tensor) -> None:
-        """Add the answers to a batch."""
-        probabilities, labels = model(images).float().softmax(dim=1).max(dim=1)
-        self.labels += labels.tolist()
-        self.probabilities += [round(value, 4) for value in probabilities.tolist()]
-
-    def compute(self) -> dict[str, float]:
-        """Nothing: the run has its metrics."""
-        return {}
-
-
-def answers_of(config: Config, run_dir: Path, samples: Mapping[str, Any], split: str) -> Answers:
-    """What was kept of a run earlier, or is found now and kept.
+def read_or_predict(config: Config, run_dir: Path, samples: Mapping[str, Any], split: str) -> RunPredictions:
+    """The saved predictions of a run; computed and saved if there are none.
 
     Args:
-        config: Of the run, which has finished.
+        config: Of the finished run.
         run_dir: Its folder.
-        samples: Its data.
-        split: Which of them.
+        samples: Its samples by split.
+        split: To predict.
     """
     try:
         values = json.loads((run_dir / FILE).read_text())
-        kept = Answers(**{entry.name: values[entry.name] for entry in fields(Answers)})
-        if kept.split == split:
-            return kept
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged
+        saved = RunPredictions(**{entry.name: values[entry.name] for entry in fields(RunPredictions)})
+        if saved.split == split:
+            return saved
+    except (OSError, ValueError, TypeError, KeyError):  # missing or damaged
         pass
-    found = _find(config, run_dir, samples, split)
-    write_json(run_dir / FILE, asdict(found))
-    return found
+    predicted = _predict(config, run_dir, samples, split)
+    write_json(run_dir / FILE, asdict(predicted))
+    return predicted
 
 
-def _find(config: Config, run_dir: Path, samples: Mapping[str, Any], split: str) -> Answers:
-    config.data.on_error = OnError.stop  # only train pictures may be skipped
+def _predict(config: Config, run_dir: Path, samples: Mapping[str, Any], split: str) -> RunPredictions:
+    config.data.on_error = OnError.stop  # only train images may be skipped
     run = build.load_run(run_dir, checkpoint=config.backbone.checkpoint, device=config.device)
-    kind = task_type_of(config)
-    data = kind.build_data({split: samples[split], "train": samples["train"]}, run.metadata.preprocessing)
+    task_type = task_type_of(config)
+    data = task_type.build_data({split: samples[split], "train": samples["train"]}, run.metadata.preprocessing)
     device = next(run.model.parameters()).device
-    reading: dict[str, Any] = {"precision": build.choose_precision(config, device), "description": split}
-    switching = _time_switch(config, run_dir / "task.safetensors", device)
-    if config.task is TaskName.detection:
-        evaluator: Any = kind.evaluator(data, split)
-        evaluate(run.model, data.loaders[split], evaluator, **reading)
-        metrics = evaluator.metrics
-        precision = {"map": metrics.per_class(), "map50": metrics.precision_curves().mean(axis=1).tolist()}
-        return Answers(split, *switching, precision=precision)
-    found = ClassAnswers()
-    evaluate(run.model, data.loaders[split], found, **reading)
-    return Answers(split, *switching, found.labels, found.probabilities)
+    evaluator = task_type.prediction_evaluator(data, split)
+    if evaluator is not None:
+        precision = build.choose_precision(config, device)
+        evaluate(run.model, data.loaders[split], evaluator, precision=precision, description=split)
+    switch_ms, is_shared = _time_switch(config, run_dir / "task.safetensors", device)
+    return RunPredictions(split, switch_ms, is_shared, **(evaluator.result() if evaluator is not None else {}))
 
 
 def _time_switch(config: Config, task: Path, device: torch.device) -> tuple[float, bool]:
-    """Milliseconds to put a task onto a backbone in memory, and whether it shares batches with others there."""
-    build.seed_everything(config.seed, config.deterministic)  # a backbone without pretrained weights comes from it
-    backbone = config.backbone
-    vit = load_vit(
-        backbone.name,
-        pretrained=backbone.pretrained,
-        checkpoint=backbone.checkpoint,
-        img_size=backbone.img_size,
-        dtype=build.DTYPES[backbone.dtype],
-    )
-    bank = TaskBank(vit, device=device)
+    """Milliseconds to load a task into a backbone in memory, and whether it shares batches with other tasks."""
+    build.seed_everything(config.seed, config.deterministic)  # for backbones without pretrained weights
+    bank = TaskBank(build.build_backbone(config), device=device)
     seconds = []
     for _ in range(NUM_SWITCHES):
         start = time.perf_counter()

@@ -1,7 +1,8 @@
-"""The runs of a comparison: done one after another, those that are done are not done again; val chooses the rate."""
+"""Runs of a comparison, one after another; finished runs are not repeated, and val selects the learning rate."""
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from vpt.compare.costs import Cost, measure_cost
 from vpt.compare.plan import Plan, Trial
-from vpt.compare.run_predictions import Answers, answers_of
+from vpt.compare.run_predictions import RunPredictions, read_or_predict
 from vpt.config.command_line import compose_run
 from vpt.config.errors import ConfigError, first_line
 from vpt.config.schema import Config
@@ -21,19 +22,19 @@ from vpt.task_types.base import task_type_of
 
 COSTS = "costs.json"
 
-Train = Callable[[Config, Config], object]  # a config, and what of it may be written down
+Train = Callable[[Config, Config], object]  # the config of a run, and the config that may be saved
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run.
+    """Outcome of a run.
 
     Args:
-        trial: Which run.
-        folder: Where it lies.
+        trial: The run.
+        folder: Its folder.
         task_bytes: Size of its task file.
-        result: What it left in `result.json`; empty if it failed.
-        curve: The metric that chooses on val, by epoch.
+        result: Content of `result.json`; empty if it failed.
+        curve: The selection metric on val, by epoch.
         error: Why it failed; empty if it did not.
     """
 
@@ -46,34 +47,34 @@ class Outcome:
 
     @property
     def reason(self) -> str:
-        """Why it failed, without pictures and advice."""
-        return self.error.partition(";")[0].partition(", pictures ")[0]
+        """Why it failed, without names of images and advice."""
+        return re.split(r";|, (?:images|pictures) ", self.error)[0]
 
     def metric(self, split: str, name: str) -> float:
         """A metric of a split; nan if the run failed, or has no such split."""
         return float(self.result.get("metrics", {}).get(split, {}).get(name, math.nan))
 
     def rank(self, name: str) -> tuple[float, float]:
-        """How good val says that it is: higher is better."""
+        """The metric and the negative loss on val, to compare runs; higher is better."""
         loss = self.metric("val", "loss")
         return self.metric("val", name), -math.inf if math.isnan(loss) else -loss
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method with a number of pictures per class.
+    """A method with a number of images per class.
 
     Args:
         method: Its name.
-        title: What a person calls it.
-        shots: Train pictures per class.
-        metric: What val chooses by.
-        split: What is reported.
-        cost: What the method costs.
+        title: Its name for the user.
+        shots: Train images per class.
+        metric: The selection metric.
+        split: The reported split.
+        cost: Of the method.
         search: Runs of the first seed, by rate, ascending.
-        rate: What val of them chose; None if none of several was finite.
+        rate: Selected on val; None if all of several failed.
         outcomes: Runs with that rate, one for each seed.
-        answers: Of the first seed; None if it failed.
+        predictions: Of the first seed; None if it failed.
     """
 
     method: str
@@ -85,7 +86,7 @@ class Row:
     search: tuple[Outcome, ...]
     rate: float | None
     outcomes: tuple[Outcome, ...]
-    answers: Answers | None
+    predictions: RunPredictions | None
 
     @property
     def finished(self) -> list[Outcome]:
@@ -99,123 +100,125 @@ class Row:
 
     @property
     def is_at_edge(self) -> bool:
-        """Whether the best rate is the lowest or the highest that was tried, so that one beyond it may be better."""
+        """Whether the best rate is the lowest or the highest tried, so that one beyond it may be better."""
         tried = [outcome.trial.rate for outcome in self.search]
         return len(tried) > 1 and self.rate in (tried[0], tried[-1])
 
     @property
     def error(self) -> str:
-        """Why there is no result, or fewer than asked for; empty if all is there."""
+        """Why results are missing; empty if none are."""
         failed = [outcome for outcome in (*self.outcomes, *(() if self.outcomes else self.search)) if outcome.error]
         return f"{len(failed)} failed: {failed[0].reason}" if failed else ""
 
 
 class Runs:
-    """Everything that a plan asks for; what would stop training is found here, before a file is written.
+    """All runs of a plan; data and models are checked when it is created, before any file is written.
 
     Args:
-        plan: What is asked for.
+        plan: Of the comparison.
         output: The folder of the comparison.
-        tell: Says a line.
+        log: Prints a line.
 
     Attributes:
-        samples: The data of the first seed, by shots and split.
-        costs: What each method costs with the most pictures.
+        samples: Of the first seed, by shots and split.
+        costs: Of each method with the most images.
 
     Raises:
         ValueError, OSError: Data or models cannot be used.
     """
 
-    def __init__(self, plan: Plan, output: Path, tell: Callable[[str], object]) -> None:
-        self.plan, self.output, self.tell = plan, output, tell
+    def __init__(self, plan: Plan, output: Path, log: Callable[[str], object]) -> None:
+        self.plan, self.output, self.log = plan, output, log
         self.num_begun = 0
         first = next(iter(plan.methods))
         configs = {shots: self.config(first, shots) for shots in plan.shots}
-        self.kind = task_type_of(next(iter(configs.values())))
+        self.task_type = task_type_of(next(iter(configs.values())))
         self.samples = {shots: task_type_of(config).read() for shots, config in configs.items()}
         self.split = "test" if "test" in self.samples[plan.shots[0]] else "val"
         if self.split == "val":
-            tell("there is no test split: val chooses and reports, which flatters; type dataset.test_fraction=0.2")
-        self._kept = _read_costs(output / COSTS)
+            log("no test split: val both selects and reports, which is optimistic; type dataset.test_fraction=0.2")
+        self._saved_costs = _read_costs(output / COSTS)
         self.costs = {name: self._measure(name) for name in plan.methods}
 
     def do(self, train: Train) -> list[Row]:
-        """Do all runs, or find that they are done; a row for each number of shots and method.
+        """Do all runs that are not finished; returns a row for each number of shots and method.
 
         Args:
-            train: Runs a config to its end, or finds that this was done.
+            train: Trains a config to its end, or returns at once if the run is finished.
 
         Raises:
             ValueError, OSError: As training.
         """
-        write_json(self.output / COSTS, {name: cost.to_dict() for name, cost in self._kept.items()})
+        write_json(self.output / COSTS, {name: cost.to_dict() for name, cost in self._saved_costs.items()})
         return [self._row(train, shots, name) for shots, name in self.plan.entries()]
 
     def config(self, method: str, shots: int | str | None) -> Config:
-        """Of the first run of a row."""
+        """The config of the first run of a row."""
         return self.plan.place(Trial(method, shots, self.plan.seeds[0], 1.0), self.output / "runs")[0]
 
     def _measure(self, name: str) -> Cost:
-        """The cost of a method, if it was not measured earlier."""
+        """The cost of a method, measured unless it is saved."""
         shots = self.plan.shots[-1]
         config = self.config(name, shots)
         key = RunFolder(config, config).path.name
-        if key not in self._kept:
-            self.tell(f"measure {name}")
+        if key not in self._saved_costs:
+            self.log(f"measure {name}")
             try:
-                self._kept[key] = measure_cost(config, self.samples[shots])
+                self._saved_costs[key] = measure_cost(config, self.samples[shots])
             except (ValueError, TypeError, OSError) as error:
                 raise ConfigError(f"method {name}: {first_line(error)}") from error
-        return self._kept[key]
+        return self._saved_costs[key]
 
     def _row(self, train: Train, shots: int | str | None, name: str) -> Row:
         plan = self.plan
         search = [self._run(train, Trial(name, shots, plan.seeds[0], rate)) for rate in plan.rates]
-        rate = _choose(search, self.kind.select)
+        rate = _choose(search, self.task_type.main_metric)
         outcomes = [outcome for outcome in search if outcome.trial.rate == rate]
         if rate is not None:
             outcomes += [self._run(train, Trial(name, shots, seed, rate)) for seed in plan.seeds[1:]]
         else:
             self.num_begun += len(plan.seeds) - 1
-        answers = None
+        predictions = None
         if outcomes and not outcomes[0].error:
             config = self.config(name, shots)
-            answers = answers_of(config, outcomes[0].folder, self.samples[shots], self.split)
+            predictions = read_or_predict(config, outcomes[0].folder, self.samples[shots], self.split)
         return Row(
             method=name,
             title=plan.methods[name].title,
             shots=shots,
-            metric=self.kind.select,
+            metric=self.task_type.main_metric,
             split=self.split,
             cost=self.costs[name],
             search=tuple(search),
             rate=rate,
             outcomes=tuple(outcomes),
-            answers=answers,
+            predictions=predictions,
         )
 
     def _run(self, train: Train, trial: Trial) -> Outcome:
-        """Do a run, or find that it is done; a loss that is not finite is an outcome, too."""
+        """Do a run unless it is finished; a loss that is not finite is an outcome, too."""
         config, shown = self.plan.place(trial, self.output / "runs")
         folder = RunFolder(config, shown)
         self.num_begun += 1
         is_done = folder.result_file.is_file() and folder.task.is_file() and not config.fresh
-        self.tell(f"[{self.num_begun}/{self.plan.num_runs}] {trial}{' (done before)' if is_done else ''}")
+        self.log(f"[{self.num_begun}/{self.plan.num_runs}] {trial}{' (finished before)' if is_done else ''}")
         try:
             train(config, shown)
         except (FloatingPointError, OutOfMemoryError) as error:
             failed = Outcome(trial, folder.path, 0, {}, error=first_line(error))
-            self.tell(f"    failed: {failed.reason}")
+            self.log(f"    failed: {failed.reason}")
             return failed
-        curve = _read_curve(folder.path, self.kind.select)
+        curve = _read_curve(folder.path, self.task_type.main_metric)
         outcome = Outcome(trial, folder.path, folder.task.stat().st_size, folder.result(), curve)
         seconds = outcome.result["seconds"]
-        self.tell(f"    val {self.kind.select} {percent(outcome.metric('val', self.kind.select))}, {seconds:.0f} s")
+        self.log(
+            f"    val {self.task_type.main_metric} {percent(outcome.metric('val', self.task_type.main_metric))}, {seconds:.0f} s"
+        )
         return outcome
 
 
 def choose_output(plan: Plan) -> Path:
-    """The folder of a comparison that names none: one for each data set and recipe, whatever is compared on them."""
+    """The default folder: one for each data set and recipe, whatever is compared on them."""
     config, _ = compose_run(plan.words)
     config.run.name = None
     digest = RunFolder(config, config).path.name.rpartition("_")[2]
@@ -223,7 +226,7 @@ def choose_output(plan: Plan) -> Path:
 
 
 def _choose(search: list[Outcome], metric: str) -> float | None:
-    """The rate of the run that val likes best, the lowest of equals; none if several failed. Test is not asked."""
+    """The rate of the best run on val, the lowest of equals; None if all of several failed."""
     if len(search) == 1:
         return search[0].trial.rate
     finished = [outcome for outcome in search if not outcome.error]
@@ -234,14 +237,14 @@ def _read_curve(folder: Path, metric: str) -> tuple[float, ...]:
     """The metric on val after each epoch."""
     try:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError):  # a disk was full: all else of the run is there
+    except (OSError, ValueError):  # after a full disk, for example; the rest of the run is complete
         return ()
     values = [line[f"val/{metric}"] for line in lines if f"val/{metric}" in line]
     return tuple(math.nan if value is None else float(value) for value in values)
 
 
 def _read_costs(path: Path) -> dict[str, Cost]:
-    """What was measured earlier; nothing if that cannot be read."""
+    """The saved costs; empty if they cannot be read."""
     try:
         return {name: Cost.from_dict(values) for name, values in json.loads(path.read_text()).items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

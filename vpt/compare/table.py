@@ -1,4 +1,4 @@
-"""The table of a comparison: what each method reaches and what it costs, as text and as CSV."""
+"""Table of a comparison: metrics and costs of each method, as text and as CSV."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ PARTS = ("prompt", "neck", "head", "backbone")
 
 @dataclass(frozen=True)
 class Spread:
-    """What some runs reach: mean, least, most, and the standard deviation of a sample; None without a run (or two)."""
+    """Mean, minimum, maximum and sample standard deviation of a metric over runs; None where there are too few."""
 
     mean: float | None
     low: float | None
@@ -28,7 +28,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """Of the values that are numbers.
+        """Of all values but nan.
 
         Example:
             >>> Spread.of([0.5, 1.0])
@@ -47,9 +47,9 @@ class Spread:
 
 
 def table_columns(row: Row) -> dict[str, Any]:
-    """What `table.csv` says of a row, in fractions, bytes and seconds; None for what is not known."""
+    """The columns of `table.csv`, in fractions, bytes and seconds; None where unknown."""
     metrics = {split: Spread.of(one.metric(split, row.metric) for one in row.finished) for split in ("val", row.split)}
-    reported, cost, answers = metrics[row.split], row.cost, row.answers
+    reported, cost, predictions = metrics[row.split], row.cost, row.predictions
     of_runs = [(one.task_bytes, one.result["seconds"]) for one in row.finished]
     task_bytes, seconds = ([*column] for column in zip(*of_runs, strict=True)) if of_runs else ([], [])
     return {
@@ -70,18 +70,18 @@ def table_columns(row: Row) -> dict[str, Any]:
         "task_bytes": task_bytes[0] if task_bytes else None,
         "train_seconds": statistics.fmean(seconds) if seconds else None,
         "step_flops": cost.step_flops,
-        "step_pictures": cost.step_pictures,
+        "step_pictures": cost.step_images,
         "backward_bytes": cost.saved_bytes,
         "inference_flops": cost.flops,
         "inference_flops_vs_bare": cost.flops_ratio,
-        "switch_ms": None if answers is None else answers.switch_ms,
-        "shares_batches": None if answers is None else answers.is_shared,
+        "switch_ms": None if predictions is None else predictions.switch_ms,
+        "shares_batches": None if predictions is None else predictions.is_shared,
         "failed": row.error,
     }
 
 
 def run_columns(outcome: Outcome, row: Row, output: Path) -> dict[str, Any]:
-    """What `runs.csv` says of a run; `chosen` is whether it counts in the table."""
+    """The columns of `runs.csv`; `chosen` runs count in the table."""
     trial, result = outcome.trial, outcome.result
     metrics = {
         f"{split}_{name}": value
@@ -110,7 +110,7 @@ def write_tables(output: Path, rows: Sequence[Row]) -> None:
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> bytes:
-    """CSV with all columns that any row has; what is None is empty."""
+    """CSV with the columns of all rows; None is empty."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
@@ -119,17 +119,17 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> bytes:
 
 
 def describe_table(rows: Sequence[Row]) -> str:
-    """The table as text: a line for each row, and what a reader must know below it."""
+    """The table as text, with notes below it."""
     has_shots = any(row.shots is not None for row in rows)
     first = rows[0]
     lines = [[*([describe_shots(row.shots)] if has_shots else []), *_cells(row)] for row in rows]
     header = [*(["train"] if has_shots else []), "method", f"{first.split} {first.metric}", "val", "trained"]
-    header += ["task kB", "train s", f"GFLOPs a step of {first.cost.step_pictures}", "backward MB", "inference"]
+    header += ["task kB", "train s", f"GFLOPs per step of {first.cost.step_images}", "backward MB", "inference"]
     notes = [f"{row.method}: {row.error}" for row in rows if row.error]
     edges = [f"{row.method} x {row.rate:g}" for row in rows if row.is_at_edge]
     if edges:
-        notes.append(f"best at an edge of the rates, one beyond it may be better: {', '.join(dict.fromkeys(edges))}")
-    return "\n".join([format_table(lines, [*header, "switch ms", "mixes"]), *notes])
+        notes.append(f"best rate at an edge of the grid, extend rates: {', '.join(dict.fromkeys(edges))}")
+    return "\n".join([format_table(lines, [*header, "switch ms", "shares batches"]), *notes])
 
 
 def _cells(row: Row) -> list[str]:
