@@ -1,4 +1,4 @@
-"""What is not needed is not imported, nothing is told to anybody, and no network is needed."""
+"""Imports are lazy, nothing is reported to anybody, and no network is needed."""
 
 import os
 import socket
@@ -11,43 +11,43 @@ from tests.helpers import ROOT
 from tests.offline import OUTSIDE
 
 HEAVY = {"torch", "timm", "albumentations", "torchvision", "numpy", "PIL", "cv2", "tensorboard", "huggingface_hub"}
-STRANGE = {"transformers", "lightning", "pytorch_lightning", "torchmetrics", "peft", "joblib", "dill", "datasets"}
-ASKED_FOR = {"requests", "onnx", "onnxruntime", "fastapi", "uvicorn", "pyarrow", "faster_coco_eval", "matplotlib"}
+UNUSED = {"transformers", "lightning", "pytorch_lightning", "torchmetrics", "peft", "joblib", "dill", "datasets"}
+OPTIONAL = {"requests", "onnx", "onnxruntime", "fastapi", "uvicorn", "pyarrow", "faster_coco_eval", "matplotlib"}
 
 
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
-        ("import vpt", HEAVY | STRANGE | ASKED_FOR | {"hydra", "omegaconf", "yaml"}),
-        ("import vpt; dir(vpt); vpt.__version__", HEAVY | STRANGE | ASKED_FOR | {"hydra", "omegaconf", "yaml"}),
-        ("import vpt; vpt.create_model", STRANGE | ASKED_FOR | {"hydra", "omegaconf", "tensorboard", "albumentations"}),
-        ("import vpt.train", HEAVY | STRANGE | ASKED_FOR),
-        ("import vpt.predict, vpt.evaluate, vpt.serve, vpt.tasks, vpt.export", HEAVY | STRANGE | ASKED_FOR),
+        ("import vpt", HEAVY | UNUSED | OPTIONAL | {"hydra", "omegaconf", "yaml"}),
+        ("import vpt; dir(vpt); vpt.__version__", HEAVY | UNUSED | OPTIONAL | {"hydra", "omegaconf", "yaml"}),
+        ("import vpt; vpt.create_model", UNUSED | OPTIONAL | {"hydra", "omegaconf", "tensorboard", "albumentations"}),
+        ("import vpt.train", HEAVY | UNUSED | OPTIONAL),
+        ("import vpt.predict, vpt.evaluate, vpt.serve, vpt.tasks, vpt.export", HEAVY | UNUSED | OPTIONAL),
     ],
 )
-def test_what_is_not_needed_is_not_imported(code, absent):
+def test_unneeded_packages_are_not_imported(code, absent):
     code += f"; import sys; print(sorted({absent!r} & sys.modules.keys()))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
-def test_nothing_is_told_to_the_hub_but_what_asks():
-    """Unless the user wants it; without the variable the hub's client tells the versions of what is installed."""
+def test_the_hub_is_not_told_which_packages_are_installed():
+    """Unless the user enables it; by default the client of the hub would send their versions."""
     code = "import vpt; from huggingface_hub.utils import build_hf_headers as of; "
     code += "print(of(library_name='vpt')['user-agent'])"
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_DISABLE_TELEMETRY"}
     environment["PYTHONPATH"] = str(ROOT)
-    told = [
+    agents = [
         subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
         for env in (environment, {**environment, "HF_HUB_DISABLE_TELEMETRY": "0"})
     ]
-    assert "torch/" not in told[0]
-    assert "torch/" in told[1]
+    assert "torch/" not in agents[0]
+    assert "torch/" in agents[1]
 
 
 @pytest.mark.parametrize("ask", [socket.getaddrinfo, lambda host, _: socket.gethostbyname(host)])
-def test_a_test_cannot_ask_for_the_address_of_another_machine(ask):
+def test_a_test_cannot_resolve_another_machine(ask):
     with pytest.raises(ConnectionRefusedError, match="tests stay on this machine"):
         ask("huggingface.co", 443)
     assert OUTSIDE == ["huggingface.co"]

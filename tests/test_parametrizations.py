@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch.nn.utils import parametrize
+from vpt.export.programs import describe_task, make_program, open_program, write_program
 
 import vpt
 from tests.helpers import SMALL_RUN, attempt_run, kept_files, make_tiny_vit, train_with
@@ -15,7 +16,6 @@ from vpt.config.errors import ConfigError
 from vpt.config.validation import to_config
 from vpt.engine.optim import MovingAverage, warmup_cosine
 from vpt.engine.state import RunState
-from vpt.export.programs import describe_task, make_program, open_program, write_program
 from vpt.models.parametrizations import Bilinear, Fourier, Shared
 from vpt.models.prompt_init import start_from_patches
 from vpt.models.prompts import VisualPrompt

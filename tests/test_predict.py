@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import vpt.predict.writers
 from pyarrow import parquet
 
 import vpt
 import vpt.predict.__main__
 import vpt.predict.inputs
 import vpt.predict.open_tasks
-import vpt.predict.writers
 from tests.helpers import make_album
 from vpt.config.command_line import INTERRUPTED
 from vpt.config.errors import ConfigError

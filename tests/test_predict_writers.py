@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import vpt.predict.writers
 from PIL import Image
+from vpt.predict.writers import BoxPredictions
 
 import vpt.engine.trainer
 import vpt.evaluate.__main__ as evaluate_command
 import vpt.predict.__main__ as predict_command
-import vpt.predict.writers
 from tests.helpers import train_with
 from vpt import build
 from vpt.config.command_line import INTERRUPTED, parse_options
@@ -27,7 +28,6 @@ from vpt.evaluate.__main__ import EvaluateOptions, evaluate_run
 from vpt.models.detector import Selection
 from vpt.predict.__main__ import USAGE, PredictOptions, predict_run
 from vpt.predict.open_tasks import open_run
-from vpt.predict.writers import BoxPredictions
 
 SMALL = ["mode=dry", "num_workers=0", "augment=none", "train.batch_size=4", "prompt.num_tokens=2", "device=cpu"]
 EVERY_BOX = {"min_score": 0.0, "max_overlap": 1.0}  # the models have learned nothing

@@ -77,22 +77,18 @@ def test_tasks_must_be_task_files_with_distinct_names(folder, tmp_path):
     assert "tasks=,: names no task file" in refused("tasks=,")
 
 
-def test_a_file_of_a_run_is_named_by_its_folder(folder, tmp_path):
+def test_tasks_are_named_by_file_or_by_the_folder_of_a_run(folder, tmp_path):
     for name in ("pets", "flowers"):
         (tmp_path / name).mkdir()
         shutil.copy(folder / "colours.safetensors", tmp_path / name / "task.safetensors")
+    for path in folder.iterdir():
+        shutil.copy(path, tmp_path)
+    (tmp_path / ".hidden.safetensors").write_bytes(b"half")
     text = f"{tmp_path}/pets/task.safetensors,{tmp_path}/flowers/task.safetensors,{folder}/shapes.safetensors"
     paths, place = vpt.serve.__main__._find_tasks(options(f"tasks={text}"))
     assert (list(paths), place) == (["pets", "flowers", "shapes"], None)
-
-
-def test_uploads_go_to_the_folder_and_hidden_files_are_ignored(folder):
-    (folder / ".hidden.safetensors").write_bytes(b"half")
-    try:
-        paths, place = vpt.serve.__main__._find_tasks(options(f"tasks={folder}", "uploads=true"))
-    finally:
-        (folder / ".hidden.safetensors").unlink()
-    assert (list(paths), place) == (["colours", "shapes"], folder)
+    paths, place = vpt.serve.__main__._find_tasks(options(f"tasks={tmp_path}", "uploads=true"))
+    assert (list(paths), place) == (["colours", "shapes"], tmp_path)
 
 
 def test_a_port_in_use_is_noticed_before_anything_is_loaded(folder, monkeypatch):
@@ -175,26 +171,26 @@ def test_the_greeting_warns_of_a_host_that_others_can_reach():
         assert options("tasks=a").host == "127.0.0.1"
 
 
+def start(folder, tmp_path, *more):
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "vpt.serve", f"tasks={folder}", "device=cpu", *more]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_process_answers_accepted_requests_and_exits_with_0(folder, tmp_path, number):
-    command = [sys.executable, "-m", "vpt.serve", f"tasks={folder}", "port=0", "max_wait_ms=3000", "device=cpu"]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with start(folder, tmp_path, "port=0", "max_wait_ms=3000") as process, ThreadPoolExecutor(6) as pool:
         where = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
-        with ThreadPoolExecutor(6) as pool:
-            send = {"files": {"images": png_bytes()}, "timeout": 60}
-            asked = [
-                pool.submit(httpx.post, f"{where}/predict?task={name}", **send) for name in 3 * ["colours", "shapes"]
-            ]
-            while httpx.get(f"{where}/health").json()["waiting"] < 6:
-                time.sleep(0.02)
-            process.send_signal(number)  # all six wait for others to share their batch
-            answers = [future.result() for future in asked]
+        send = {"files": {"images": png_bytes()}, "timeout": 60}
+        names = 3 * ["colours", "shapes"]
+        asked = [pool.submit(httpx.post, f"{where}/predict?task={name}", **send) for name in names]
+        while httpx.get(f"{where}/health").json()["waiting"] < 6:
+            time.sleep(0.02)
+        process.send_signal(number)  # all six wait for others to share their batch
+        assert [future.result().status_code for future in asked] == [200] * 6
         out, error = process.communicate(timeout=60)
-    assert [answer.status_code for answer in answers] == [200] * 6
     assert (process.returncode, error) == (0, "")
     assert out == "ended; all accepted requests are answered\n"
     with pytest.raises(httpx.ConnectError):
@@ -207,11 +203,7 @@ def test_an_interrupted_process_answers_accepted_requests_and_exits_with_0(folde
 def test_a_process_interrupted_while_it_loads_ends_at_once_and_quietly(folder, tmp_path, number):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vpt.serve", f"tasks={folder}", f"port={port}"]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)}
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with start(folder, tmp_path, f"port={port}") as process:
         while process.poll() is None:  # it has its port before it loads anything
             try:
                 socket.create_connection(("127.0.0.1", port)).close()

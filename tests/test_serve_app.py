@@ -60,6 +60,18 @@ def client(bank):
         yield client
 
 
+def send_header(client, length, body=None):
+    """Status of a request whose header announces a length, whatever is sent."""
+    connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port, timeout=10)
+    connection.putrequest("POST", "/predict?task=a")
+    connection.putheader("Content-Type", "image/png")
+    connection.putheader("Content-Length", str(length))
+    connection.endheaders(body)
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
 def ask(client, tasks, *images, field="images", **query):
     parts = [(field, (f"{number}.png", data, "image/png")) for number, data in enumerate(images)]
     return client.post("/predict", params={"task": tasks, **query}, files=parts)
@@ -73,8 +85,14 @@ def detail(response, status):
     return text
 
 
+def wait_for(client, number):
+    """Until this many predictions wait."""
+    while client.get("/health").json()["waiting"] < number:
+        time.sleep(0.01)
+
+
 class FakeBank:
-    """A bank without a model: logits say which task was asked; a gate holds batches back, or lets them fail."""
+    """A bank without a model: logits depend on the task; batches can be held back, or fail."""
 
     device = torch.device("cpu")
 
@@ -120,7 +138,7 @@ class FakeBank:
 
 
 def expected_logits(path, data, tmp_path):
-    """What the task of a file alone says of a picture, by the ways that do not know the bank."""
+    """Logits of the model of a task file, without a bank."""
     file = tmp_path / "one"
     file.write_bytes(data)
     model, metadata = vpt.load_task(path, NANO), vpt.read_task(path)
@@ -129,7 +147,7 @@ def expected_logits(path, data, tmp_path):
         return model(image[None])[0]
 
 
-def test_mixed_tasks_answer_as_their_models_alone_do(client, files, tmp_path):
+def test_mixed_tasks_return_the_predictions_of_their_models(client, files, tmp_path):
     images = [png_bytes(seed, (60 + 7 * seed, 80)) for seed in range(3)]
     answer = ask(client, ["deep", "shallow", "linear"], *images, top_k=100).json()["images"]
     assert [(one["name"], one["width"], one["height"]) for one in answer] == [
@@ -149,7 +167,7 @@ def test_mixed_tasks_answer_as_their_models_alone_do(client, files, tmp_path):
             assert probabilities == sorted(probabilities, reverse=True)
 
 
-def test_boxes_are_those_of_the_model_alone_in_pixels_of_the_picture(client, files, tmp_path):
+def test_boxes_are_those_of_the_model_in_pixels_of_the_image(client, files, tmp_path):
     path, data = files / "boxes.safetensors", png_bytes(5, (200, 100))
     (tmp_path / "one").write_bytes(data)
     model, image = vpt.load_task(path, NANO), read_image(tmp_path / "one")
@@ -171,7 +189,7 @@ def test_boxes_are_those_of_the_model_alone_in_pixels_of_the_picture(client, fil
     assert fewer["tasks"]["boxes"]["predictions"] == boxes[:2]
 
 
-def test_tasks_that_want_pictures_prepared_differently_each_get_their_own(files, tmp_path):
+def test_tasks_with_different_preprocessing_each_get_their_own(files, tmp_path):
     bank = TaskBank(NANO)
     own = vpt.read_task(files / "deep.safetensors").preprocessing
     model = vpt.load_task(files / "deep.safetensors", NANO)
@@ -217,7 +235,7 @@ def test_requests_for_different_tasks_go_through_the_bank_in_one_call():
         assert best["class"] == {"a": "0", "b": "1"}[name]  # classes that nobody named are numbers
 
 
-def test_a_picture_may_be_the_whole_body(client):
+def test_an_image_may_be_the_whole_body(client):
     by_form = ask(client, "deep", png_bytes(3)).json()["images"][0]
     response = client.post(
         "/predict", params={"task": "deep"}, content=png_bytes(3), headers={"Content-Type": "image/png"}
@@ -228,19 +246,19 @@ def test_a_picture_may_be_the_whole_body(client):
     assert ask(client, "deep", png_bytes(3), field="file").json()["images"][0] == by_form
 
 
-def test_a_picture_is_upright_before_it_is_measured(client):
+def test_an_image_is_upright_before_it_is_measured(client):
     exif = Image.Exif()
     exif[0x0112] = 6
     (answer,) = ask(client, "deep", png_bytes(0, (90, 60), "JPEG", exif=exif)).json()["images"]
     assert (answer["width"], answer["height"]) == (60, 90)
 
 
-def test_a_task_that_is_named_twice_is_asked_once(client):
+def test_a_repeated_task_is_predicted_once(client):
     answer = ask(client, ["deep", "deep"], png_bytes()).json()
     assert list(answer["images"][0]["tasks"]) == ["deep"]
 
 
-def test_many_clients_at_once_get_the_answers_of_one_at_a_time(client):
+def test_many_clients_at_once_get_the_answers_of_single_ones(client):
     questions = [(("deep", "shallow", "linear", "boxes")[number % 4], png_bytes(number % 5)) for number in range(40)]
 
     def put(question):
@@ -285,7 +303,7 @@ def test_health_counts(client):
     assert after["predictions"] == before["predictions"] + 4
 
 
-def test_openapi_says_what_is_taken_and_what_is_answered(client):
+def test_openapi_describes_requests_and_answers(client):
     paths = client.get("/openapi.json").json()
     predict = paths["paths"]["/predict"]["post"]
     assert set(predict["requestBody"]["content"]) == {"multipart/form-data", "image/*"}
@@ -298,7 +316,7 @@ def test_openapi_says_what_is_taken_and_what_is_answered(client):
     assert client.get("/docs").status_code == 200
 
 
-def test_the_page_may_run_its_own_script_and_nothing_else(client):
+def test_the_page_may_only_run_its_own_script(client):
     response = client.get("/")
     policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy
@@ -312,39 +330,47 @@ def test_the_page_may_run_its_own_script_and_nothing_else(client):
 # Refusals
 
 
-def test_a_request_that_is_wrong_is_refused_in_one_line(client):
-    assert detail(ask(client, "dogs", png_bytes()), 404) == "no task dogs; there are boxes, deep, linear, shallow"
-    assert "task: " in detail(client.post("/predict", files={"images": png_bytes()}), 422)
-    assert "top_k: " in detail(ask(client, "deep", png_bytes(), top_k=0), 422)
-    assert "min_score: " in detail(ask(client, "deep", png_bytes(), min_score="much"), 422)
-    assert "curl" in detail(client.post("/predict?task=deep", content=b"x"), 415)
-    assert "images or file" in detail(client.post("/predict?task=deep", files={"photo": png_bytes()}), 422)
-    assert "images or file" in detail(client.post("/predict?task=deep", data={"images": "a"}, files={"a": b""}), 422)
-    form = {"Content-Type": "multipart/form-data"}
-    assert "cannot be read" in detail(client.post("/predict?task=deep", content=b"x", headers=form), 422)
-    form = {"Content-Type": "multipart/form-data; boundary=x"}
-    assert "cannot be read" in detail(client.post("/predict?task=deep", content=b"x" * 99, headers=form), 422)
-    assert client.get("/predict").status_code == 405
+@pytest.mark.parametrize(
+    ("query", "request_", "status", "message"),
+    [
+        ("task=dogs", {"files": {"images": png_bytes()}}, 404, "no task dogs; there are boxes, deep, linear, shallow"),
+        ("", {"files": {"images": png_bytes()}}, 422, "task: "),
+        ("task=deep&top_k=0", {"files": {"images": png_bytes()}}, 422, "top_k: "),
+        ("task=deep&min_score=much", {"files": {"images": png_bytes()}}, 422, "min_score: "),
+        ("task=deep", {"content": b"x"}, 415, "curl"),
+        ("task=deep", {"files": {"photo": png_bytes()}}, 422, "images or file"),
+        ("task=deep", {"data": {"images": "a"}, "files": {"a": b""}}, 422, "images or file"),
+        ("task=deep", {"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 422, "cannot be read"),
+        (
+            "task=deep",
+            {"content": b"x" * 99, "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
+            422,
+            "cannot be read",
+        ),
+    ],
+)
+def test_a_wrong_request_is_refused_in_one_line(client, query, request_, status, message):
+    assert message in detail(client.post(f"/predict?{query}", **request_), status)
 
 
 @pytest.mark.parametrize(
     ("data", "why"),
     [
         (b"", "the file is empty"),
-        (b"GIF89a", "not an image, or its header is broken"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
-        (png_bytes()[:400], "broken image"),
-        (png_bytes(0, (3000, 2)), "are a line, not a picture"),
+        (b"GIF89a", "not a"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not a"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a"),
+        (png_bytes()[:400], "broken"),
+        (png_bytes(0, (3000, 2)), "are a line"),
     ],
 )
-def test_a_picture_that_cannot_be_used_is_named_with_the_reason(client, data, why):
+def test_an_unusable_image_is_named_with_the_reason(client, data, why):
     text = detail(ask(client, "deep", png_bytes(), data), 422)
     assert text.startswith("1.png: ")
     assert why in text
 
 
-def test_a_picture_of_too_many_pixels_is_refused_by_its_header(client):
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(client):
     buffer = io.BytesIO()
     Image.new("1", (10_000, 6_000)).save(buffer, "PNG")
     assert len(buffer.getvalue()) < 20_000
@@ -374,30 +400,19 @@ def test_a_body_that_is_too_large_is_refused_by_its_length_and_while_it_is_read(
 
         image = {"Content-Type": "image/png"}
         assert "larger than" in detail(client.post("/predict?task=a", content=chunks(), headers=image), 413)
+        assert send_header(client, 10**12) == 413
         assert ask(client, "a", png_bytes(0, (20, 20))).status_code == 200
 
 
-def test_a_body_that_is_announced_as_too_large_is_not_waited_for():
-    with served(FakeBank(), max_body_mb=0.1) as client:
-        connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port, timeout=10)
-        connection.putrequest("POST", "/predict?task=a")
-        connection.putheader("Content-Type", "image/png")
-        connection.putheader("Content-Length", str(10**12))
-        connection.endheaders()
-        assert connection.getresponse().status == 413
-        connection.close()
-
-
-def test_what_all_clients_send_at_a_time_has_a_limit(monkeypatch):
+def test_the_memory_of_all_requests_has_a_limit(monkeypatch):
     monkeypatch.setattr("vpt.serve.bodies.NUM_HELD", 1.5)
     bank = FakeBank()
-    noise = np.random.default_rng(0).bytes(60_000)  # behind a picture, where no decoder looks
+    noise = np.random.default_rng(0).bytes(60_000)  # after the image, where no decoder reads
     with served(bank, max_body_mb=0.1) as client, ThreadPoolExecutor(2) as pool:
         bank.hold()
         first = [pool.submit(ask, client, "a", png_bytes(0, (20, 20)) + noise) for _ in range(2)]
         assert bank.began.wait(SLOW)
-        while client.get("/health").json()["waiting"] < 2:
-            time.sleep(0.01)
+        wait_for(client, 2)
         refused = ask(client, "a", png_bytes(0, (20, 20)) + noise)
         assert "too many large requests" in detail(refused, 429)
         bank.may_go_on.set()
@@ -405,13 +420,12 @@ def test_what_all_clients_send_at_a_time_has_a_limit(monkeypatch):
         assert ask(client, "a", png_bytes(0, (20, 20)) + noise).status_code == 200
 
 
-def test_when_all_places_are_taken_more_is_refused_with_a_time_to_try_again():
+def test_a_full_queue_is_refused_with_a_time_to_try_again():
     bank = FakeBank()
     with served(bank, max_queue=3) as client, ThreadPoolExecutor(3) as pool:
         bank.hold()
         first = [pool.submit(ask, client, "a", png_bytes()) for _ in range(3)]
-        while client.get("/health").json()["waiting"] < 3:
-            time.sleep(0.01)
+        wait_for(client, 3)
         refused = ask(client, "a", png_bytes())
         assert "3 of 3 places are taken" in detail(refused, 429)
         assert refused.headers["retry-after"] == "1"
@@ -422,7 +436,7 @@ def test_when_all_places_are_taken_more_is_refused_with_a_time_to_try_again():
         assert "4 images for 1 tasks" in detail(ask(client, "a", *[png_bytes()] * 4), 413)
 
 
-def test_a_time_out_is_told_and_its_work_is_dropped():
+def test_a_timeout_is_reported_and_its_work_is_dropped():
     bank = FakeBank()
     with served(bank, timeout_s=0.5, max_batch=1) as client, ThreadPoolExecutor(2) as pool:
         bank.hold()
@@ -438,16 +452,10 @@ def test_a_time_out_is_told_and_its_work_is_dropped():
 
 def test_a_client_that_sends_slowly_has_the_same_time():
     with served(FakeBank(), timeout_s=0.3) as client:
-        connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port, timeout=10)
-        connection.putrequest("POST", "/predict?task=a")
-        connection.putheader("Content-Type", "image/png")
-        connection.putheader("Content-Length", "1000")
-        connection.endheaders(b"x")
-        assert connection.getresponse().status == 504
-        connection.close()
+        assert send_header(client, 1000, b"x") == 504
 
 
-def test_a_client_that_goes_away_harms_nobody(caplog):
+def test_a_client_that_disconnects_does_no_harm(caplog):
     with served(FakeBank()) as client:
         with socket.create_connection((client.base_url.host, client.base_url.port)) as raw:
             raw.sendall(
@@ -458,7 +466,7 @@ def test_a_client_that_goes_away_harms_nobody(caplog):
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
-def test_a_model_that_fails_fails_one_batch_and_the_server_lives(caplog):
+def test_a_model_error_fails_one_batch_only(caplog):
     bank = FakeBank()
     with served(bank) as client:
         bank.error = RuntimeError("out of memory\nlong story")
@@ -469,7 +477,7 @@ def test_a_model_that_fails_fails_one_batch_and_the_server_lives(caplog):
     assert "a batch of a failed" in caplog.text
 
 
-def test_a_task_that_fails_does_not_take_the_others_of_its_batch_with_it(caplog):
+def test_a_failing_task_does_not_fail_the_others_of_its_batch(caplog):
     bank = FakeBank()
     bank.failing = "b"
     with served(bank, max_wait_ms=2000, max_batch=2) as client, ThreadPoolExecutor() as pool:
@@ -479,7 +487,7 @@ def test_a_task_that_fails_does_not_take_the_others_of_its_batch_with_it(caplog)
     assert sorted(bank.batches[0]) == ["a", "b"]
 
 
-def test_numbers_that_are_none_are_an_error_and_no_json(files, tmp_path):
+def test_numbers_that_are_not_finite_are_an_error(files, tmp_path):
     model = vpt.load_task(files / "linear.safetensors", NANO)
     torch.nn.init.constant_(model.head.bias, float("nan"))
     bank = TaskBank(NANO)
@@ -490,7 +498,7 @@ def test_numbers_that_are_none_are_an_error_and_no_json(files, tmp_path):
         assert ask(client, "deep", png_bytes()).status_code == 200
 
 
-def test_nothing_of_a_picture_is_written_to_the_disk(monkeypatch):
+def test_no_part_of_an_image_is_written_to_disk(monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("a temporary file")
 
@@ -503,7 +511,7 @@ def test_nothing_of_a_picture_is_written_to_the_disk(monkeypatch):
         assert ask(client, "a", data).status_code == 200
 
 
-def test_the_end_comes_after_everything_that_was_accepted():
+def test_a_shutdown_waits_for_accepted_requests():
     bank = FakeBank()
     with ThreadPoolExecutor(5) as pool:
         with served(bank, max_batch=2, max_wait_ms=1000) as client:
@@ -511,8 +519,7 @@ def test_the_end_comes_after_everything_that_was_accepted():
             where = f"{client.base_url}/predict?task="
             send = {"files": {"images": png_bytes()}, "timeout": SLOW}
             asked = [pool.submit(httpx.post, where + "ab"[number % 2], **send) for number in range(5)]
-            while client.get("/health").json()["waiting"] < 5:
-                time.sleep(0.01)
+            wait_for(client, 5)
             threading.Timer(0.5, bank.may_go_on.set).start()
         assert [future.result().status_code for future in asked] == [200] * 5
 
@@ -532,7 +539,7 @@ def changing(files, tmp_path):
         yield client, folder
 
 
-def test_tasks_are_not_changed_unless_that_is_allowed(client, files):
+def test_tasks_are_not_changed_unless_allowed(client, files):
     data = (files / "linear.safetensors").read_bytes()
     for response in (client.put("/tasks/new", content=data), client.delete("/tasks/deep")):
         assert "uploads=true" in detail(response, 403)
@@ -562,7 +569,7 @@ def test_a_task_is_put_replaced_and_deleted(changing, files, tmp_path):
 @pytest.mark.parametrize(
     "name", ["..%2Fevil", "%2e%2e", "a.b", "a%00", "a%0A", "x" * 65, "%20", "ü", "-%2F..", "%5C..%5Cevil"]
 )
-def test_a_name_that_is_no_name_is_refused(changing, files, tmp_path, name):
+def test_an_invalid_name_is_refused(changing, files, tmp_path, name):
     client, _ = changing
     before = sorted(tmp_path.rglob("*"))
     response = client.put(f"/tasks/{name}", content=(files / "linear.safetensors").read_bytes())
@@ -571,7 +578,7 @@ def test_a_name_that_is_no_name_is_refused(changing, files, tmp_path, name):
     assert [task["name"] for task in client.get("/tasks").json()] == ["deep"]
 
 
-def test_a_file_that_is_no_task_for_this_backbone_is_refused_and_nothing_changes(changing, files, tmp_path):
+def test_an_invalid_task_file_is_refused_and_nothing_changes(changing, files, tmp_path):
     client, folder = changing
     good = (files / "linear.safetensors").read_bytes()
     vit = make_tiny_vit("cls")
@@ -607,7 +614,7 @@ def test_a_task_that_cannot_be_written_is_not_served(changing, files, monkeypatc
     assert [(task["name"], len(task["classes"])) for task in client.get("/tasks").json()] == [("deep", 7)]
 
 
-def test_a_file_that_is_not_served_is_not_written_over(changing, files):
+def test_an_existing_file_that_is_not_served_is_not_overwritten(changing, files):
     client, folder = changing
     (folder / "mine.safetensors").write_bytes(b"precious")
     data = (files / "linear.safetensors").read_bytes()
@@ -615,7 +622,7 @@ def test_a_file_that_is_not_served_is_not_written_over(changing, files):
     assert (folder / "mine.safetensors").read_bytes() == b"precious"
 
 
-def test_a_web_page_cannot_change_tasks_by_a_name_of_its_own(changing, files):
+def test_a_web_page_cannot_change_tasks_under_its_host_name(changing, files):
     client, _ = changing
     data = (files / "linear.safetensors").read_bytes()
     evil = {"Host": "evil.example:8000"}
@@ -624,15 +631,14 @@ def test_a_web_page_cannot_change_tasks_by_a_name_of_its_own(changing, files):
     assert client.delete("/tasks/deep", headers={"Host": "localhost:8000"}).status_code == 204
 
 
-def test_a_task_that_is_removed_while_a_picture_waits_is_a_404_for_that_picture_only():
+def test_a_task_removed_while_an_image_waits_is_a_404_for_that_image_only():
     bank = FakeBank("a", "b")
     with served(bank, folder=Path("/nowhere"), max_batch=1) as client, ThreadPoolExecutor(3) as pool:
         bank.hold()
         running = pool.submit(ask, client, "a", png_bytes())
         assert bank.began.wait(SLOW)
         waiting = [pool.submit(ask, client, name, png_bytes()) for name in "ab"]
-        while client.get("/health").json()["waiting"] < 3:
-            time.sleep(0.01)
+        wait_for(client, 3)
         with ThreadPoolExecutor(1) as other:
             deleted = other.submit(client.delete, "/tasks/b")
             time.sleep(0.2)
@@ -642,15 +648,14 @@ def test_a_task_that_is_removed_while_a_picture_waits_is_a_404_for_that_picture_
         assert "no task b" in detail(waiting[1].result(), 404)
 
 
-def test_a_picture_that_was_prepared_for_an_older_task_is_not_run_by_the_newer_one():
+def test_an_image_prepared_for_a_replaced_task_is_not_run_by_the_new_one():
     bank = FakeBank("a", "b")
     with served(bank, max_batch=1) as client, ThreadPoolExecutor(3) as pool:
         bank.hold()
         running = pool.submit(ask, client, "a", png_bytes())
         assert bank.began.wait(SLOW)
         waiting = [pool.submit(ask, client, name, png_bytes()) for name in "ab"]
-        while client.get("/health").json()["waiting"] < 3:
-            time.sleep(0.01)
+        wait_for(client, 3)
         time.sleep(0.2)  # they are prepared
         old = bank.held["b"]
         bank.held["b"] = replace(old, preprocessing=old.preprocessing | {"crop_mode": "squash"})
@@ -660,8 +665,8 @@ def test_a_picture_that_was_prepared_for_an_older_task_is_not_run_by_the_newer_o
         assert ask(client, "b", png_bytes()).status_code == 200
 
 
-def test_uploads_and_predictions_at_the_same_time_see_one_task_or_the_other(changing, files, tmp_path):
-    """One task has the classes a to g, the other yes and no; no answer may mix them or be another number."""
+def test_concurrent_uploads_and_predictions_use_one_task_or_the_other(changing, files, tmp_path):
+    """One task has the classes a to g, the other yes and no; no answer may mix them."""
     client, _ = changing
     contents = [(files / f"{name}.safetensors").read_bytes() for name in ("deep", "linear")]
     wanted = [
@@ -688,7 +693,7 @@ def test_uploads_and_predictions_at_the_same_time_see_one_task_or_the_other(chan
     assert set(seen) == {0, 1}
 
 
-def test_answers_are_json_that_everybody_reads(client):
+def test_answers_are_strict_json(client):
     text = ask(client, ["shallow", "boxes"], png_bytes()).text
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["images"]
     assert "日本" in text

@@ -1,4 +1,4 @@
-"""The batcher, without a model: what shares a batch, how long a job waits, and that one failure is one failure."""
+"""The batcher, without a model: which jobs share a batch, how long they wait, and what a failure affects."""
 
 import random
 import threading
@@ -13,17 +13,17 @@ SLOW = 30.0  # seconds; far longer than anything here takes
 
 
 class Recorder:
-    """Runs batches of (group, number), remembers them, and can be held back."""
+    """Runs and records batches of (group, number), and can be held back."""
 
     def __init__(self):
         self.batches = []
-        self.began, self.may_go_on = threading.Event(), threading.Event()
-        self.may_go_on.set()
+        self.began, self.may_continue = threading.Event(), threading.Event()
+        self.may_continue.set()
 
     def __call__(self, jobs):
         self.batches.append(jobs)
         self.began.set()
-        assert self.may_go_on.wait(SLOW)
+        assert self.may_continue.wait(SLOW)
         return [f"{group} {number}" for group, number in jobs]
 
 
@@ -41,14 +41,14 @@ def make(recorder):
         return made[-1]
 
     yield make_batcher
-    recorder.may_go_on.set()
+    recorder.may_continue.set()
     for batcher in made:
         batcher.close()
 
 
 def hold(recorder, batcher):
     """Let a first batch begin and not end; jobs that come now wait."""
-    recorder.may_go_on.clear()
+    recorder.may_continue.clear()
     (future,) = batcher.submit([("held", 0)])
     assert recorder.began.wait(SLOW)
     return future
@@ -73,7 +73,7 @@ def test_jobs_of_many_threads_share_a_batch_and_get_their_own_results(make, reco
     assert len(recorder.batches) == 1
 
 
-def test_a_lone_job_waits_no_longer_than_it_should(make, recorder):
+def test_a_single_job_waits_for_max_wait_ms(make, recorder):
     batcher = make(max_batch=32, max_wait_ms=50)
     begin = time.monotonic()
     (future,) = batcher.submit([("a", 1)])
@@ -86,23 +86,23 @@ def test_a_full_batch_does_not_wait(make, recorder):
     assert results(batcher.submit([("a", number) for number in range(4)])) == [f"a {number}" for number in range(4)]
 
 
-def test_jobs_that_came_while_a_batch_ran_go_at_once_in_batches_of_the_largest_size(make, recorder):
-    batcher = make(max_batch=4, max_wait_ms=0)
+@pytest.mark.parametrize(
+    ("groups", "max_batch", "max_wait_ms", "batches"),
+    [
+        pytest.param("a" * 10, 4, 0, ["aaaa", "aaaa", "aa"], id="full batches"),
+        pytest.param("abcabcabc", 32, 0, ["aaa", "bbb", "ccc"], id="groups share no batch"),
+        pytest.param("abbbbbb", 2, 1, ["a", "bb", "bb", "bb"], id="a due job runs before full batches"),
+    ],
+)
+def test_jobs_that_waited_run_at_once_in_batches_of_a_group(make, recorder, groups, max_batch, max_wait_ms, batches):
+    batcher = make(max_batch=max_batch, max_wait_ms=max_wait_ms)
     hold(recorder, batcher)
-    futures = batcher.submit([("a", number) for number in range(10)])
-    recorder.may_go_on.set()
-    results(futures)
-    assert [len(batch) for batch in recorder.batches] == [1, 4, 4, 2]
-    assert [job for batch in recorder.batches[1:] for job in batch] == [("a", number) for number in range(10)]
-
-
-def test_jobs_of_different_groups_share_no_batch(make, recorder):
-    batcher = make(max_batch=32, max_wait_ms=0)
-    hold(recorder, batcher)
-    futures = batcher.submit([("abc"[number % 3], number) for number in range(12)])
-    recorder.may_go_on.set()
-    assert results(futures) == [f"{'abc'[number % 3]} {number}" for number in range(12)]
-    assert [{group for group, _ in batch} for batch in recorder.batches[1:]] == [{"a"}, {"b"}, {"c"}]
+    futures = batcher.submit([(group, number) for number, group in enumerate(groups)])
+    time.sleep(0.02)
+    recorder.may_continue.set()
+    assert results(futures) == [f"{group} {number}" for number, group in enumerate(groups)]
+    assert ["".join(group for group, _ in batch) for batch in recorder.batches[1:]] == batches
+    assert all(batch == sorted(batch) for batch in recorder.batches)
 
 
 def test_a_group_that_is_full_does_not_wait_behind_one_that_is_not(make, recorder):
@@ -112,18 +112,7 @@ def test_a_group_that_is_full_does_not_wait_behind_one_that_is_not(make, recorde
     assert not lone[0].done()
 
 
-def test_a_lone_job_is_not_left_behind_by_full_batches_of_another_group(make, recorder):
-    batcher = make(max_batch=2, max_wait_ms=1)
-    hold(recorder, batcher)
-    lone = batcher.submit([("lone", 0)])
-    batcher.submit([("pair", number) for number in range(20)])
-    time.sleep(0.05)
-    recorder.may_go_on.set()
-    results(lone)
-    assert recorder.batches[1] == [("lone", 0)]
-
-
-def test_places_are_given_all_or_none_and_come_back(make):
+def test_places_are_taken_all_or_none_and_released(make):
     batcher = make(max_queue=3)
     with batcher.places(2):
         with pytest.raises(QueueFull, match="2 of 3 places are taken, and 2 are needed"), batcher.places(2):
@@ -135,27 +124,20 @@ def test_places_are_given_all_or_none_and_come_back(make):
     assert batcher.taken == 0
 
 
-def test_a_job_that_is_cancelled_while_it_waits_is_not_run(make, recorder):
+def test_a_cancelled_job_is_not_run_unless_it_runs_already(make, recorder):
     batcher = make(max_wait_ms=0)
-    hold(recorder, batcher)
+    running = hold(recorder, batcher)
     kept, dropped = batcher.submit([("a", 1), ("a", 2)])
     assert dropped.cancel()
-    recorder.may_go_on.set()
+    assert not running.cancel()
+    recorder.may_continue.set()
     assert results([kept]) == ["a 1"]
     with pytest.raises(CancelledError):
         dropped.result()
     assert recorder.batches[1:] == [[("a", 1)]]
 
 
-def test_a_job_that_is_cancelled_while_it_runs_harms_nobody(make, recorder):
-    batcher = make(max_wait_ms=0)
-    running = hold(recorder, batcher)
-    assert not running.cancel()
-    recorder.may_go_on.set()
-    assert results(batcher.submit([("a", 1)])) == ["a 1"]
-
-
-def test_an_error_is_that_of_its_batch_only(make):
+def test_an_error_fails_its_batch_only(make):
     def run(jobs):
         if ("bad", 0) in jobs:
             raise RuntimeError("out of memory")
@@ -170,7 +152,7 @@ def test_an_error_is_that_of_its_batch_only(make):
     assert (batcher.totals.batches, batcher.totals.failed_batches, batcher.totals.jobs) == (2, 1, 3)
 
 
-def test_an_error_in_the_place_of_a_result_is_that_of_its_job_only(make):
+def test_an_error_in_place_of_a_result_fails_its_job_only(make):
     batcher = make(lambda jobs: [KeyError(job[1]) if job[1] == 1 else job for job in jobs], max_batch=3)
     good, bad, other = batcher.submit([("a", 0), ("a", 1), ("a", 2)])
     assert results([good, other]) == [("a", 0), ("a", 2)]
@@ -179,25 +161,25 @@ def test_an_error_in_the_place_of_a_result_is_that_of_its_job_only(make):
     assert batcher.totals.failed_batches == 0
 
 
-def test_too_few_results_are_an_error_and_not_a_mix_up(make):
+def test_too_few_results_are_an_error(make):
     batcher = make(lambda jobs: jobs[:-1], max_batch=2)
     for future in batcher.submit([("a", 0), ("a", 1)]):
         with pytest.raises(AssertionError):
             future.result(SLOW)
 
 
-def test_an_errand_runs_while_no_batch_does_and_before_the_next(make, recorder):
+def test_an_errand_runs_between_batches(make, recorder):
     batcher = make(max_wait_ms=0)
     hold(recorder, batcher)
     waiting = batcher.submit([("a", 1)])
     seen = batcher.between_batches(lambda: (len(recorder.batches), threading.current_thread().name))
     assert not seen.done()
-    recorder.may_go_on.set()
+    recorder.may_continue.set()
     results(waiting)
     assert seen.result(SLOW) == (1, "batcher")
 
 
-def test_an_errand_wakes_a_batcher_that_sleeps_and_its_error_is_its_own(make):
+def test_an_errand_wakes_a_waiting_batcher_and_returns_its_error(make):
     batcher = make(max_wait_ms=60_000)
     lone = batcher.submit([("a", 1)])
     with pytest.raises(ZeroDivisionError):
@@ -206,12 +188,12 @@ def test_an_errand_wakes_a_batcher_that_sleeps_and_its_error_is_its_own(make):
     assert not lone[0].done()
 
 
-def test_closing_finishes_what_was_taken_and_takes_nothing_more(make, recorder):
+def test_closing_finishes_accepted_jobs_and_refuses_others(make, recorder):
     batcher = make(max_batch=2, max_wait_ms=60_000)
     hold_batch = batcher.submit([("a", 0), ("a", 1)])
     results(hold_batch)
     recorder.began.clear()
-    recorder.may_go_on.clear()
+    recorder.may_continue.clear()
     futures = batcher.submit([("a", 2), ("a", 3), ("a", 4), ("b", 5)])
     errand = batcher.between_batches(lambda: "done")
     assert recorder.began.wait(SLOW)
@@ -225,22 +207,17 @@ def test_closing_finishes_what_was_taken_and_takes_nothing_more(make, recorder):
         time.sleep(0.001)
     with pytest.raises(RuntimeError, match="closed"):
         batcher.between_batches(lambda: None)
-    recorder.may_go_on.set()
+    recorder.may_continue.set()
     closing.join(SLOW)
     assert not closing.is_alive()
+    batcher.close()  # again
     assert all(future.done() for future in futures)
     assert results(futures)[:4] == ["a 2", "a 3", "a 4", "b 5"]
     assert errand.result() == "done"
 
 
-def test_an_idle_batcher_closes_at_once_and_twice():
-    batcher = Batcher(lambda jobs: jobs)
-    batcher.close()
-    batcher.close()
-
-
-def test_no_job_is_lost_or_mixed_up_in_a_random_crowd(make):
-    """Many threads submit, cancel and send errands; every future ends, and with its own result."""
+def test_no_job_of_many_random_threads_is_lost_or_mixed_up(make):
+    """Many threads submit, cancel and send errands; every future ends with its own result."""
     sizes = []
 
     def run(jobs):

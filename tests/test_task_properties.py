@@ -1,4 +1,4 @@
-"""Task files: any valid one comes back as it was, and any change of the bytes is refused or changes nothing."""
+"""Task files: any valid one is restored as it was, and any change of the bytes is refused or changes nothing."""
 
 from collections import Counter
 
@@ -12,8 +12,6 @@ import vpt
 from tests.helpers import make_tiny_vit
 from vpt.models.task_file import open_task, write_task
 from vpt.models.task_schema import TaskMetadata
-
-# Properties of task files.
 
 NUM_MUTATIONS = 500
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -69,7 +67,7 @@ def task_files(draw):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(task=task_files())
-def test_any_task_comes_back_as_it_was_written(tmp_path, task):
+def test_any_task_is_restored_as_it_was_written(tmp_path, task):
     metadata, tensors = task
     path = write_task(tmp_path / "a.safetensors", metadata, tensors)
     again, held = open_task(path)
@@ -81,7 +79,7 @@ def test_any_task_comes_back_as_it_was_written(tmp_path, task):
 
 
 def mutate(data, draw):
-    """The bytes with one change, and what it is called."""
+    """The bytes with one change, and its name."""
     place = draw(len(data))
     kind = ("flip", "set", "insert", "delete", "truncate", "swap", "repeat")[draw(7)]
     changed = bytearray(data)
@@ -104,7 +102,7 @@ def mutate(data, draw):
 
 
 def check_mutations(path, num, seed):
-    """Refused, or the same as before: never a third thing; returns how many there were of each kind."""
+    """Check that each change is refused or changes nothing; return their number by kind."""
     generator = np.random.default_rng(seed)
     whole, (metadata, tensors) = path.read_bytes(), open_task(path)
     tried = Counter()
@@ -144,7 +142,7 @@ def test_ten_times_as_many_changes_of_a_task_file_are_refused_or_change_nothing(
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.binary(max_size=300))
-def test_any_bytes_are_no_task_file(tmp_path_factory, data):
+def test_random_bytes_are_not_a_task_file(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "bytes.safetensors"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"^[^\n]+$"):

@@ -5,6 +5,7 @@ import importlib.util
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,6 @@ from vpt.config.schema import number
 
 if TYPE_CHECKING:
     from vpt.models.bank import TaskBank
-    from vpt.models.task_schema import TaskMetadata
 
 ENDING = ".safetensors"
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -74,7 +74,9 @@ def main() -> None:
 
 def serve(options: ServeOptions) -> None:
     """Load the tasks, and answer until SIGTERM or SIGINT; then finish accepted requests."""
-    _check_installed()
+    missing = [name for name in ("fastapi", "uvicorn", "python_multipart") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} is not installed: run {INSTALL}")
     paths, folder = _find_tasks(options)
     listener = _listen(options.host, options.port)
     with listener:
@@ -102,13 +104,6 @@ def serve(options: ServeOptions) -> None:
         with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn after its shutdown
             server.run(sockets=[listener])
     print("ended; all accepted requests are answered")
-
-
-def _check_installed() -> None:
-    """Raise a ConfigError if the web framework, an extra, is not installed."""
-    missing = [name for name in ("fastapi", "uvicorn", "python_multipart") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"{', '.join(missing)} is not installed: run {INSTALL}")
 
 
 def _find_tasks(options: ServeOptions) -> tuple[dict[str, Path], Path | None]:
@@ -139,10 +134,14 @@ def _open_bank(options: ServeOptions, paths: dict[str, Path]) -> "TaskBank":
     if not Path(options.tasks).expanduser().is_dir():
         return build.open_bank(paths, backbone=options.backbone, checkpoint=options.checkpoint, device=options.device)
     from vpt.models.bank import TaskBank
+    from vpt.models.task_file import read_task
 
-    valid = _read_valid(paths)
+    unusable, valid = ConfigError(f"tasks={options.tasks}: none of its task files can be used"), {}
+    for name, path in paths.items():
+        with _skip_errors():
+            valid[name] = read_task(path)
     if paths and not valid:
-        raise ConfigError(f"tasks={options.tasks}: none of its task files can be used")
+        raise unusable
     first = next(iter(valid.values()), None)
     bank = TaskBank(
         options.backbone or (first.backbone if first is not None else ""),
@@ -151,30 +150,19 @@ def _open_bank(options: ServeOptions, paths: dict[str, Path]) -> "TaskBank":
         device=build.pick_device(options.device),
     )
     for name in valid:
-        try:
+        with _skip_errors():
             bank.load(paths[name], name)
-        except (ValueError, RuntimeError) as error:
-            _print_skipped(error)
     if paths and not bank.names:
-        raise ConfigError(f"tasks={options.tasks}: none of its task files can be used")
+        raise unusable
     return bank
 
 
-def _read_valid(paths: dict[str, Path]) -> "dict[str, TaskMetadata]":
-    """Metadata of the valid task files; prints a line for each other one."""
-    from vpt.models.task_file import read_task
-
-    valid = {}
-    for name, path in paths.items():
-        try:
-            valid[name] = read_task(path)
-        except (ValueError, OSError) as error:
-            _print_skipped(error)
-    return valid
-
-
-def _print_skipped(error: Exception) -> None:
-    print(f"skipped: {first_line(error)}", file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def _skip_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"skipped: {first_line(error)}", file=sys.stderr, flush=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:
