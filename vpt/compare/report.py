@@ -61,7 +61,7 @@ class Comparison:
         disputed = {index for setting in settings for index in setting["disputed"]}
         content = {
             "title": config.dataset.title,
-            "task": config.task.value,
+            "task": config.task,
             "metric": runs.kind.select,
             "split": runs.split,
             "backbone": config.backbone.name,

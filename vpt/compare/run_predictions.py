@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vpt import build
-from vpt.config.schema import Config, OnError, TaskName
+from vpt.config.schema import Config, OnError
 from vpt.engine.trainer import evaluate
 from vpt.models.bank import TaskBank
 from vpt.models.task_file import put_task
@@ -96,7 +96,7 @@ def _find(config: Config, run_dir: Path, samples: Mapping[str, Any], split: str)
     device = next(run.model.parameters()).device
     reading: dict[str, Any] = {"precision": build.choose_precision(config, device), "description": split}
     switching = _time_switch(config, run_dir / "task.safetensors", device)
-    if config.task is TaskName.detection:
+    if config.task == "detection":
         evaluator: Any = kind.evaluator(data, split)
         evaluate(run.model, data.loaders[split], evaluator, **reading)
         metrics = evaluator.metrics

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vpt.config.errors import ConfigError
-from vpt.config.schema import Config, DatasetKind, TaskName
+from vpt.config.schema import Config
 from vpt.data.images import find_images
 from vpt.data.readers.box_checks import DataReport, Finding
 from vpt.data.samples import FileReader, Samples
@@ -68,7 +68,7 @@ def read_data(config: Config) -> Reading:
         loose = {} if root is None else _read_loosely(root)
         if not any(map(len, loose.values())):
             raise ConfigError(str(error)) from error
-        has_labels = config.dataset.kind is DatasetKind.folder
+        has_labels = config.dataset.reader == "folder"
         return Reading(loose, refusal=str(error), report=report, has_labels=has_labels, root=root)
     return Reading(splits, _split_off(lenient, splits), report=report, root=root)
 
@@ -76,7 +76,7 @@ def read_data(config: Config) -> Reading:
 def _read(config: Config, report: FullReport) -> dict[str, Any]:
     """Samples as a run gets them, but with the pictures that cannot be read."""
     kind: Any = kind_of(config)
-    if config.task is TaskName.detection:
+    if config.task == "detection":
         kind.report = report
     splits: dict[str, Any] = kind.read_all()
     return splits
@@ -92,7 +92,7 @@ def _split_off(config: Config, splits: Mapping[str, Any]) -> tuple[str, ...]:
 def _root_of(config: Config) -> Path | None:
     """The folder that holds the pictures as files of their own, or None."""
     dataset = config.dataset
-    if dataset.kind is DatasetKind.torchvision or not (dataset.root or dataset.path):
+    if dataset.reader == "torchvision" or not (dataset.root or dataset.path):
         return None
     given = Path(dataset.root or dataset.path or "").expanduser()
     root = unpacked(given, config.cache_dir) if dataset.root else given.parent

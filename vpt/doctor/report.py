@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vpt.config.schema import Config, DatasetKind, OnError, TaskName
+from vpt.config.schema import Config, OnError
 from vpt.data.splits import take_per_class
 from vpt.doctor.boxes import find_box_problems, find_small_boxes
 from vpt.doctor.classes import Counts, count_classes, find_class_problems
@@ -52,7 +52,7 @@ class Checkup:
     @property
     def what(self) -> str:
         """What `counts` counts."""
-        return "boxes" if self.config.task is TaskName.detection else "pictures"
+        return "boxes" if self.config.task == "detection" else "pictures"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ class Checkup:
         content = {
             "version": VERSION,
             "dataset": self.config.dataset.title,
-            "task": self.config.task.value,
+            "task": self.config.task,
             "classes": list(self.classes),
             "input": None if self.input is None else self.input.to_dict(),
             "splits": {split: self._split_dict(split) for split in self.reading.splits},
@@ -158,7 +158,7 @@ def _find(
     yield from find_unreadable(config, splits, looks, reading.report.left_out)
     yield from find_copies(splits, looks, reading.has_labels)
     if counts:
-        what = "boxes" if config.task is TaskName.detection else "pictures"
+        what = "boxes" if config.task == "detection" else "pictures"
         yield from find_class_problems(config, next(iter(splits.values())).classes, counts, what)
         yield from _find_refusals(config, splits, looks, counts)
     yield from find_box_problems(splits, reading.report, config.dataset.strict)
@@ -166,7 +166,7 @@ def _find(
         yield from find_small_boxes(splits, wanted.preprocessing, wanted.strides)
     yield from find_size_problems(splits, looks, None if wanted is None else wanted.preprocessing)
     yield from find_unusual(config, splits, looks)
-    if reading.root is not None and config.dataset.kind is DatasetKind.folder:
+    if reading.root is not None and config.dataset.reader == "folder":
         yield from find_ignored(reading.root)
     if wanted is None:
         message = f"the input of {config.backbone.name} is known on the hub only; sizes were not compared with it"
@@ -177,14 +177,14 @@ def _find_refusals(
     config: Config, splits: Mapping[str, Any], looks: Mapping[str, Looks], counts: Counts
 ) -> Iterator[Finding]:
     """What a run refuses after the reader."""
-    if config.task is TaskName.classification and config.data.on_error is OnError.skip:
+    if config.task == "classification" and config.data.on_error is OnError.skip:
         train = splits["train"]
         left = np.bincount(np.array(train.targets, np.int64)[looks["train"].readable], minlength=len(train.classes))
         lost = [train.classes[label] for label in np.flatnonzero((left == 0) & (counts["train"] > 0))]
         if lost:
             message = f"no picture of these classes can be read: {some(lost)}; replace the pictures"
             yield Finding(Level.error, "lost_class", message, "train")
-    if config.task is TaskName.detection and "val" in counts and not counts["val"].any():
+    if config.task == "detection" and "val" in counts and not counts["val"].any():
         yield Finding(Level.error, "no_val_boxes", "there is no box, so that no epoch could be chosen; add some", "val")
     num, seed = config.dataset.num_per_class, config.dataset.split_seed
     if num is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vpt.build import build_preprocessing
-from vpt.config.schema import Config, TaskName
+from vpt.config.schema import Config
 from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.doctor.findings import Finding, Level
 from vpt.doctor.images import too_many
@@ -69,7 +69,7 @@ def input_of(config: Config) -> Input | None:
     with torch.device("meta"):  # shapes only
         vit = load_vit(name, pretrained=False, img_size=config.backbone.img_size)
     wanted = preprocessing_of(vit)
-    if config.task is TaskName.detection:
+    if config.task == "detection":
         strides = config.head.strides or default_strides(vit.patch_embed.patch_size[0])
         return Input(build_preprocessing(wanted, crop_mode="letterbox", crop_pct=1.0), tuple(strides))
     augment = config.augment

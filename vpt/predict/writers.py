@@ -124,15 +124,15 @@ class BoxPredictions:
     Drawn pictures are written picture by picture, all else at the end.
     """
 
-    options: ClassVar[Sequence[str]] = ("pictures", "min_score", "max_overlap", "max_detections", "classes")
+    options: ClassVar[Sequence[str]] = ("drawings", "min_score", "max_overlap", "max_detections", "classes")
 
     def __init__(self, tasks: OpenTasks, options: Any, root: Path, paths: Sequence[Path]) -> None:
         self.tasks, self.root = tasks, root
         self._select(options)
         self.output = Path(options.output).expanduser()
-        self.pictures = None if options.pictures is None else Path(options.pictures).expanduser()
+        self.pictures = None if options.drawings is None else Path(options.pictures).expanduser()
         self._check_single(options)
-        self.drawings = {} if self.pictures is None else self._files("pictures", self.pictures, ".jpg", paths)
+        self.drawings = {} if self.pictures is None else self._files("drawings", self.pictures, ".jpg", paths)
         self.texts = self._texts(paths)
         self.keeps_pictures = self.pictures is not None
 
@@ -192,7 +192,7 @@ class BoxPredictions:
     def _check_single(self, options: Any) -> None:
         """Refuse several tasks where one only can be told."""
         if len(self.tasks.metadata) > 1 and (self.pictures or self.output.suffix.lower() not in (".csv", ".parquet")):
-            option = f"output={options.output}" if self.pictures is None else f"pictures={options.pictures}"
+            option = f"output={options.output}" if self.pictures is None else f"drawings={options.drawings}"
             raise ConfigError(f"{option}: is for one task; several tasks of boxes go to a .csv or .parquet file only")
 
     def _in_picture(self, path: Path, prepared: Prepared, task: str, detection: Mapping[str, Any]) -> FoundBoxes:

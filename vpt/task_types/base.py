@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from vpt.build import Data
-from vpt.config.schema import Config, TaskName
+from vpt.config.schema import Config
 from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
@@ -62,4 +62,4 @@ def kind_of(config: Config) -> Kind:
     from vpt.task_types.classification import Classification
     from vpt.task_types.detection import Detection
 
-    return Detection(config) if config.task is TaskName.detection else Classification(config)
+    return Detection(config) if config.task == "detection" else Classification(config)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vpt.build import Data, build_loaders, build_preprocessing, spread
-from vpt.config.schema import ClassWeights, Config, DatasetKind, OnError
+from vpt.build import Data, build_loaders, build_preprocessing, needed, spread, unknown_reader
+from vpt.config.schema import ClassWeights, Config, OnError
 from vpt.data.images import Decoding
 from vpt.data.readers.folder import fruit_root, read_folder
 from vpt.data.readers.tables import read_csv, read_list
@@ -69,27 +69,31 @@ class Classification:
     def read_all(self) -> dict[str, Samples]:
         """Read which pictures there are, by split; none is looked at."""
         config = self.config.dataset
+        if config.reader in ("folder", "list"):
+            needed(config, "root")
         root = unpacked(Path(config.root or ".").expanduser(), self.config.cache_dir)
         split: dict[str, Any] = {
             "val_fraction": config.val_fraction,
             "seed": config.split_seed,
             "decoding": self.decoding,
         }
-        match config.kind:
-            case DatasetKind.folder:
+        match config.reader:
+            case "folder":
                 return read_folder(root, test_fraction=config.test_fraction or 0.0, **split)
-            case DatasetKind.list:
+            case "list":
                 lists: dict[str, Any] = {"train": config.train, "val": config.val, "test": config.test}
                 return read_list(root, **lists, test_fraction=config.test_fraction or 0.0, **split)
-            case DatasetKind.csv:
-                path = Path(str(config.path)).expanduser()
+            case "csv":
+                path = Path(needed(config, "path")).expanduser()
                 pictures_root = None if config.root is None else root
                 return read_csv(path, pictures_root, test_fraction=config.test_fraction or 0.0, **split)
-            case DatasetKind.torchvision:
+            case "torchvision":
                 if config.test_fraction is not None:
                     split["test_fraction"] = config.test_fraction
-                return read_torchvision(str(config.name), root, download=config.download, **split)
-        return read_folder(fruit_root(), **split)
+                return read_torchvision(needed(config, "name"), root, download=config.download, **split)
+            case "fruit":
+                return read_folder(fruit_root(), **split)
+        raise unknown_reader(config, ("folder", "list", "csv", "torchvision", "fruit"))
 
     def build_data(self, samples: Mapping[str, Samples], backbone_preprocessing: Mapping[str, Any]) -> Data:
         """Data sets and loaders of all splits; `augment.crop_mode` and `crop_pct` win over the backbone's wishes."""

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vpt.build import Data, build_loaders, build_preprocessing, spread
-from vpt.config.schema import Config, DatasetKind
+from vpt.build import Data, build_loaders, build_preprocessing, needed, spread, unknown_reader
+from vpt.config.schema import Config
 from vpt.data.images import Decoding
 from vpt.data.readers.box_checks import DataReport
 from vpt.data.readers.boxes import read_detection, trees_root
@@ -127,12 +127,14 @@ class Detection:
             "report": self.report,
             "decoding": self.decoding,
         }
-        if config.kind is DatasetKind.trees:
+        if config.reader == "trees":
             return read_coco(trees_root(), **reading)
-        root = unpacked(Path(config.root or ".").expanduser(), self.config.cache_dir)
+        if config.reader != "boxes":
+            raise unknown_reader(config, ("boxes", "trees"))
+        root = unpacked(Path(needed(config, "root")).expanduser(), self.config.cache_dir)
         if config.annotations is not None:
             return read_coco(root, config.annotations, **reading)
-        return read_detection(root, config.form.value, **reading)
+        return read_detection(root, config.format.value, **reading)
 
     def build_data(self, samples: Mapping[str, DetectionSamples], backbone_preprocessing: Mapping[str, Any]) -> Data:
         """Data sets and loaders of all splits; every picture is letterboxed to the size of the input."""

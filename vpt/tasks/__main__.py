@@ -1,14 +1,24 @@
 """python -m vpt.tasks list|show|verify|convert PATH: look at task files, check them, make others of them."""
 
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpt.config.command_line import INTERRUPTED, check_file, check_folder, fail, parse_options
-from vpt.config.errors import ConfigError, did_you_mean
-from vpt.config.schema import number
+from vpt.config.command_line import (
+    HELP,
+    INTERRUPTED,
+    check_file,
+    check_folder,
+    describe_options,
+    fail,
+    parse_options,
+    print_help,
+)
+from vpt.config.errors import ConfigError, config_keys, did_you_mean
+from vpt.config.schema import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,51 +28,37 @@ if TYPE_CHECKING:
 
 REFUSED = 1
 
-USAGE = """python -m vpt.tasks: look at task files, check them, and make others of them.
+USAGE = """python -m vpt.tasks: list, show, check and convert task files.
 
-  list DIR             a table of the task files in a folder and below it
-  show FILE            all that a task file says of itself, and its tensors
-  verify FILE|DIR      every check, a line for each file: ok, or refused and why
-      backbone=NAME        ... and load it onto this backbone, by its timm name
-      checkpoint=FILE      weights of the backbone
-  convert IN OUT       IN: a task file, a PEFT-style folder, or a .pth of the original VPT code
-                       OUT: a new task file (.safetensors), or a new folder, which will be PEFT-style
-      dtype=fp32           ... or fp16, bf16; as IN has it when left out
-      format=task|peft     what OUT is, when its name does not say it
-    of a .pth, which has prompts and no more:
-      backbone=NAME        the backbone that they were trained on; checkpoint=FILE: its weights
-      num_classes=K        when there is no head in it; the head of OUT then starts at zero
-      crop_mode=center     as for FGVC; squash: as for VTAB
-
-A task file of a run is task.safetensors in the run's folder; the run's checkpoints are no task files, and are passed
-over. FILE may be adapter_model.safetensors of a PEFT-style folder, too. No file is ever written over.
+The task file of a run is task.safetensors in the run's folder; its checkpoints are not task files, and are ignored.
+FILE may also be adapter_model.safetensors of a PEFT-style folder. Existing files are never overwritten.
 The exit code of list and verify is 1 if any file is refused.
 Example: python -m vpt.tasks convert runs/quickstart/task.safetensors fruit.safetensors dtype=fp16"""
 
 
 @dataclass
 class NoOptions:
-    """`list` and `show` take none."""
+    """`list` and `show` have no options."""
 
 
 @dataclass
 class VerifyOptions:
     """Options of `python -m vpt.tasks verify`."""
 
-    backbone: str | None = None
-    checkpoint: str | None = None
+    backbone: str | None = option(None, "also load it onto this backbone, a timm name", shown="NAME")
+    checkpoint: str | None = option(None, "weights of the backbone", shown="FILE")
 
 
 @dataclass
 class ConvertOptions:
     """Options of `python -m vpt.tasks convert`; the last four are for a .pth only."""
 
-    dtype: str | None = None
-    format: str | None = None
-    backbone: str | None = None
-    checkpoint: str | None = None
-    num_classes: int | None = number(None, low=1)
-    crop_mode: str | None = None
+    dtype: str | None = option(None, "that of IN by default", choices=("fp32", "fp16", "bf16"))
+    format: str | None = option(None, "of OUT, if its name is ambiguous", choices=("task", "peft"))
+    backbone: str | None = option(None, "of a .pth: the backbone that it was trained on", shown="NAME")
+    checkpoint: str | None = option(None, "of a .pth: weights of the backbone", shown="FILE")
+    num_classes: int | None = option(None, "of a .pth without a head; the head of OUT is then zero", low=1, shown="K")
+    crop_mode: str | None = option(None, "of a .pth: center as for FGVC, squash as for VTAB")
 
 
 def main() -> None:
@@ -72,7 +68,7 @@ def main() -> None:
     except KeyboardInterrupt:
         fail(RuntimeError("interrupted; nothing was written"), INTERRUPTED)
     except (ValueError, TypeError, OSError) as error:
-        fail(ConfigError(_printable(_own_keys(str(error)))))
+        fail(ConfigError(_printable(str(error))))
     if not is_well:
         sys.exit(REFUSED)
 
@@ -80,8 +76,8 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> bool:
     """Do what was typed; False if a file was refused."""
     name, *words = arguments or [""]
-    if not name or {"-h", "--help"} & set(arguments):
-        parse_options(NoOptions, ["--help"], USAGE)
+    if not name or HELP & set(arguments):
+        print_help(_overview(), USAGE)
     if name not in COMMANDS:
         raise ConfigError(f"{name}: not one of the commands of vpt.tasks{did_you_mean(name, list(COMMANDS))}")
     places, schema, command = COMMANDS[name]
@@ -150,7 +146,7 @@ def verify_tasks(path: Path, options: VerifyOptions) -> bool:
             _say(f"ok       {_line(_name(file, path))}")
         except (ValueError, TypeError, OSError) as error:
             num_refused += 1
-            _say(f"refused  {_line(_own_keys(_without_path(file, path, error)))}")
+            _say(f"refused  {_line(_without_path(file, path, error))}")
     return num_refused == 0
 
 
@@ -160,8 +156,6 @@ def convert_task(source: Path, target: Path, options: ConvertOptions) -> bool:
     from vpt.tasks.conversion import DTYPES, PICKLE_ENDINGS, write_folder
     from vpt.tasks.peft_folder import why_no_peft_folder, write_peft_folder
 
-    if options.dtype not in (None, *DTYPES):
-        raise ConfigError(f"dtype={options.dtype}: must be one of {', '.join(DTYPES)}")
     is_file = _check_target(target, options)
     is_original = source.suffix.lower() in PICKLE_ENDINGS and not source.is_dir()
     only_original = {key: getattr(options, key) for key in ("backbone", "checkpoint", "num_classes", "crop_mode")}
@@ -190,6 +184,23 @@ COMMANDS: dict[str, tuple[tuple[str, ...], type[Any], Callable[..., bool]]] = {
     "verify": (("FILE|DIR",), VerifyOptions, verify_tasks),
     "convert": (("IN", "OUT"), ConvertOptions, convert_task),
 }
+ABOUT = {
+    "list": "a table of the task files in a folder and its sub-folders",
+    "show": "metadata and tensors of a task file",
+    "verify": "all checks, a line for each file: ok, or refused with the reason",
+    "convert": "IN: a task file, a PEFT-style folder, or a .pth of the original VPT code; OUT: a new task file "
+    "(.safetensors), or a new PEFT-style folder",
+}
+
+
+def _overview() -> str:
+    """The commands and their options."""
+    lines = []
+    for name, (places, schema, _) in COMMANDS.items():
+        head = f"  {' '.join([name, *places]):<19}  "
+        lines += textwrap.wrap(ABOUT[name], 120, initial_indent=head, subsequent_indent=" " * len(head))
+        lines += [describe_options(schema, indent=" " * 6)] if schema is not NoOptions else []
+    return "\n".join(lines)
 
 
 def _find(path: Path) -> list[Path]:
@@ -237,7 +248,8 @@ def _loader(backbone: str, checkpoint: str | None) -> "Callable[[tuple[int, int]
 
     from vpt.models.vit import load_vit, preprocessing_of
 
-    first = load_vit(backbone, checkpoint=checkpoint)
+    with config_keys(name="backbone"):
+        first = load_vit(backbone, checkpoint=checkpoint)
 
     @cache
     def load(size: tuple[int, int]) -> "ViT":
@@ -250,8 +262,6 @@ def _loader(backbone: str, checkpoint: str | None) -> "Callable[[tuple[int, int]
 
 def _check_target(target: Path, options: ConvertOptions) -> bool:
     """Whether the target of a conversion is a file and not a folder; refuse one that is there or cannot be written."""
-    if options.format not in (None, "task", "peft"):
-        raise ConfigError(f"format={options.format}: must be task or peft")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ConfigError(f"{target}: is there already, and nothing is written over; name another one")
     if options.format is None and target.suffix.lower() not in ("", ".safetensors"):
@@ -275,7 +285,8 @@ def _read_original(path: Path, options: ConvertOptions) -> "tuple[TaskMetadata, 
     original = read_original(path)
     if original.head is None and options.num_classes is None:
         raise ConfigError(f"{path}: holds prompts and no head; add num_classes=K, for a head that starts at zero")
-    vit = load_vit(options.backbone, checkpoint=options.checkpoint)
+    with config_keys(name="backbone"):
+        vit = load_vit(options.backbone, checkpoint=options.checkpoint)
     crop: dict[str, Any] = {} if options.crop_mode is None else {"crop_mode": options.crop_mode}
     return task_of(original, vit, num_classes=options.num_classes, **crop)
 
@@ -339,11 +350,6 @@ def _name(file: Path, root: Path) -> str:
 def _without_path(file: Path, root: Path, error: Exception) -> str:
     """What is wrong with a file, that is named once, as it stands in the folder."""
     return f"{_name(file, root)}: {str(error).removeprefix(f'{file}: ')}"
-
-
-def _own_keys(message: str) -> str:
-    """A message with the keys of this command, where it comes from one that `python -m vpt.train` shares."""
-    return message.replace("backbone.checkpoint=", "checkpoint=").replace("backbone.name=", "backbone=")
 
 
 def _line(text: str) -> str:
