@@ -20,7 +20,7 @@ import torch
 
 import vpt
 from vpt.config.command_line import parse_options
-from vpt.config.schema import number
+from vpt.config.schema import option
 from vpt.engine.console import format_table
 from vpt.engine.measure import count_flops, median_ratio, time_rounds
 from vpt.models.vit import load_vit
@@ -34,11 +34,11 @@ class Options:
     """Options of this script."""
 
     backbone: str = "vit_tiny_patch16_224"
-    batch_size: int = number(32, low=8)
-    num_tokens: int = number(10, low=1)
-    num_classes: int = number(100, low=1)
-    rounds: int = number(7, low=1)
-    num_loaded: int = number(100, low=1)
+    batch_size: int = option(32, low=8)
+    num_tokens: int = option(10, low=1)
+    num_classes: int = option(100, low=1)
+    rounds: int = option(7, low=1)
+    num_loaded: int = option(100, low=1)
     device: str = "cpu"
 
 

@@ -30,7 +30,7 @@ from PIL import Image
 
 import vpt
 from vpt.config.command_line import fail, parse_options
-from vpt.config.schema import number
+from vpt.config.schema import option
 from vpt.engine.console import format_table
 
 SERVERS = {
@@ -46,12 +46,12 @@ class MeasureOptions:
 
     backbone: str = "vit_nano_patch8_64"
     checkpoint: str | None = None
-    num_tasks: int = number(8, low=1)
-    num_tokens: int = number(10, low=1)
+    num_tasks: int = option(8, low=1)
+    num_tokens: int = option(10, low=1)
     clients: str = "1,4,16,64"
-    seconds: float = number(4.0, above=0)
-    rounds: int = number(5, low=1)
-    side: int = number(256, low=8)  # pixels of the images that are sent
+    seconds: float = option(4.0, above=0)
+    rounds: int = option(5, low=1)
+    side: int = option(256, low=8)  # pixels of the pictures that are sent
 
 
 @dataclass

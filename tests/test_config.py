@@ -13,7 +13,7 @@ from vpt.predict.__main__ import USAGE, PredictOptions
 def test_the_defaults_compose_to_typed_objects():
     config = to_config(compose_config([]))
     assert isinstance(config, Config)
-    assert config.prompt.kind is PromptName.deep
+    assert config.prompt.variant is PromptName.deep
     assert config.mode is Mode.train
     assert config.optim.prompt_lr == 1e-2
 
@@ -22,7 +22,7 @@ def test_an_experiment_is_an_overlay_that_the_command_line_wins_over():
     config = to_config(compose_config(["+experiment=quickstart", "train.epochs=3", "prompt=shallow"]))
     assert config.run.name == "quickstart"
     assert config.train.epochs == 3
-    assert config.prompt.kind is PromptName.shallow
+    assert config.prompt.variant is PromptName.shallow
 
 
 @pytest.mark.parametrize(

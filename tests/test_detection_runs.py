@@ -128,7 +128,7 @@ def test_options_choose_boxes_and_images_are_drawn(finished, boxes, tmp_path):
         predict_run(PredictOptions(**options, output=str(tmp_path / "f.csv"), **more))
         return list(csv.DictReader((tmp_path / "f.csv").read_text().splitlines()))
 
-    many = found(min_score=0.06, pictures=str(tmp_path / "drawn"))
+    many = found(min_score=0.06, drawings=str(tmp_path / "drawn"))
     assert all(float(row["score"]) > 0.06 for row in many)
     assert len(found(min_score=0.3)) < len(many)
     assert {row["class"] for row in found(min_score=0.06, classes="blue box")} == {"blue box"}
@@ -170,11 +170,11 @@ def test_options_of_boxes_are_refused_for_classes(tmp_path, photos):
     [
         ["tuning=linear"],
         ["prompt=shallow", "augment=aerial"],
-        ["prompt=none", "head.taps=last", "augment=standard"],
+        ["prompt=none", "head.out_indices=last", "augment=standard"],
         ["prompt.blocks=last:2", "prompt.dropout=0.1", "augment=boxes", "head.strides=[4,8,16,32]"],
         ["tuning=bias", "train.ema=0.9", "train.accumulation=2"],
         ["tuning=partial", "optim=vpt_paper", "train.precision=bf16"],
-        ["tuning=full", "head.taps=[1,4]", "backbone.img_size=96"],
+        ["tuning=full", "head.out_indices=[1,4]", "backbone.img_size=96"],
         ["head=retinanet", "head.channels=32", "num_workers=1"],
         ["head=fasterrcnn", "head.channels=32", "cache=off"],
         ["backbone.dtype=bf16", "grad_checkpointing=true"],

@@ -212,7 +212,7 @@ def test_a_run_is_explained_as_its_task_file(photos, tmp_path, monkeypatch):
 
 
 def test_of_many_pictures_some_are_taken_evenly_spread(tasks, album, monkeypatch, capsys):
-    arguments = [f"task={tasks}/deep.safetensors", "input=album/**/*.png", "output=out", "max_pictures=3"]
+    arguments = [f"task={tasks}/deep.safetensors", "input=album/**/*.png", "output=out", "max_images=3"]
     assert explain(monkeypatch, *arguments) == 0
     assert "3 of 5 pictures explained" in capsys.readouterr().out
     paths = sorted(map(str, album.rglob("*.png")))
@@ -261,8 +261,8 @@ def test_pictures_that_cannot_be_read_are_told_by_name_and_the_others_explained(
         (["task=DEEP", "input=album", "output=album/00.png"], "output=album/00.png: is a file; name a folder"),
         (["task=DEEP", "input=album", "output=out", "blocks=5"], "blocks=[5]: the backbone has blocks 0 to 4"),
         (["task=DEEP", "input=album", "output=out", "blocks=some"], "blocks must be all, first:k, last:k or a list"),
-        (["task=DEEP", "input=album", "output=out", "max_pictures=0"], "max_pictures=0 is out of range"),
-        (["task=DEEP", "input=album", "output=out", "max_picture=4"], "did you mean max_pictures?"),
+        (["task=DEEP", "input=album", "output=out", "max_images=0"], "max_images=0 is out of range"),
+        (["task=DEEP", "input=album", "output=out", "max_image=4"], "did you mean max_images?"),
         (["task=DEEP", "input=album", "output=out", "checkpoint=no.pth"], "checkpoint=no.pth: no such file"),
     ],
 )

@@ -204,7 +204,7 @@ def test_a_pattern_chooses_pictures_and_names_start_from_its_folder(tasks, album
             r"output=f\.json: is for one task; several .* \.csv or \.parquet file",
         ),
         (("boxes", "trees"), {"output": "texts"}, r"output=texts: is for one task"),
-        (("boxes", "trees"), {"pictures": "drawn"}, r"pictures=drawn: is for one task"),
+        (("boxes", "trees"), {"drawings": "drawn"}, r"drawings=drawn: is for one task"),
         (("boxes", "trees"), {"classes": "trees 1"}, r"classes=trees 1: is for one task, and task=\S+ names several"),
         (("deep", "late"), {"min_score": 0.5}, "min_score: is not for a task of classification, as task=.* is one"),
         (("gone",), {}, r"task=\S+/gone\.safetensors: no such file"),
@@ -415,12 +415,12 @@ def test_ctrl_c_before_the_first_batch_is_done_leaves_nothing(tasks, album, monk
 
 def test_drawings_are_whole_after_a_stop_and_one_that_is_gone_is_drawn_again(tasks, album, monkeypatch, decoded):
     more = {"min_score": 0.0, "max_detections": 3}
-    predict(files(tasks, "boxes"), "whole.csv", pictures="whole", **more)
-    interrupted(tasks, monkeypatch, 3, pictures="drawn", **more)
+    predict(files(tasks, "boxes"), "whole.csv", drawings="whole", **more)
+    interrupted(tasks, monkeypatch, 3, drawings="drawn", **more)
     assert len(content(Path("drawn"))) == 6
     Path("drawn/02.jpg").unlink()
     decoded.clear()
-    predict(files(tasks, "boxes"), "f.csv", pictures="drawn", **more)
+    predict(files(tasks, "boxes"), "f.csv", drawings="drawn", **more)
     assert len(decoded) == 8  # 00 02 04 again, and the last two batches
     assert content(Path("drawn")) == content(Path("whole"))
     assert content(Path("f.csv")) == content(Path("whole.csv"))

@@ -64,7 +64,7 @@ def test_boxes_in_a_video_are_written_and_drawn_frame_by_frame(tmp_path, boxes, 
     run_dir = train_with("dataset=boxes", f"dataset.root={boxes}", f"run.root={tmp_path}", "run.name=a", *small)
     options = {"run": str(run_dir), "input": str(clip), "device": "cpu", "batch_size": 2, "min_score": 0.0}
     output, drawn = tmp_path / "found.csv", tmp_path / "drawn"
-    assert predict_run(PredictOptions(**options, output=str(output), pictures=str(drawn), every=3)) == []
+    assert predict_run(PredictOptions(**options, output=str(output), drawings=str(drawn), every=3)) == []
     frames = {f"{clip.name}/{number:06d}.jpg" for number in (0, 3, 6)}
     assert {path.relative_to(drawn).as_posix() for path in drawn.rglob("*.jpg")} == frames
     rows = list(csv.DictReader(output.read_text().splitlines()))

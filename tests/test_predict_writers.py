@@ -80,10 +80,10 @@ def command(monkeypatch, module, *arguments):
 @pytest.mark.parametrize(
     ("given", "more", "message"),
     [
-        ("album", {"pictures": "album"}, "pictures=album: is the folder of the input; .* pictures=drawn"),
-        ("album/b.jpg", {"pictures": "album"}, "pictures=album: is the folder of the input"),
-        ("album", {"pictures": "link"}, "pictures=link: is the folder of the input"),
-        ("album", {"pictures": "album/sub"}, "pictures=album/sub: album/sub/b.jpg is one of the pictures of the input"),
+        ("album", {"drawings": "album"}, "drawings=album: is the folder of the input; .* drawings=drawn"),
+        ("album/b.jpg", {"drawings": "album"}, "drawings=album: is the folder of the input"),
+        ("album", {"drawings": "link"}, "drawings=link: is the folder of the input"),
+        ("album", {"drawings": "album/sub"}, "drawings=album/sub: album/sub/b.jpg is one of the pictures of the input"),
         ("album", {"output": "album"}, "output=album: is the folder of the input; .* output=found"),
     ],
 )
@@ -96,11 +96,11 @@ def test_no_picture_of_the_input_is_overwritten(box_run, album, given, more, mes
 
 
 def test_no_picture_of_the_input_is_overwritten_from_a_folder_above(box_run, album):
-    predict(box_run, "album/sub", "found.csv", pictures=".")  # draws ./b.jpg
+    predict(box_run, "album/sub", "found.csv", drawings=".")  # draws ./b.jpg
     shutil.copytree(album / "sub", album / "sub" / "sub")
     before = content(album)
-    with pytest.raises(ConfigError, match=r"pictures=album: album/sub/b\.jpg is one of the pictures of the input"):
-        predict(box_run, "album/sub", "found.csv", pictures="album")
+    with pytest.raises(ConfigError, match=r"drawings=album: album/sub/b\.jpg is one of the pictures of the input"):
+        predict(box_run, "album/sub", "found.csv", drawings="album")
     assert content(album) == before
 
 
@@ -109,7 +109,7 @@ def test_labels_that_are_there_are_not_overwritten_and_others_are_left_alone(box
     (labels / "sub").mkdir(parents=True)
     (labels / "sub" / "b.txt").write_text("1 0.5 0.5 0.2 0.2\n")
     with pytest.raises(ConfigError, match=r"output=labels: labels/sub/b\.txt is there already; name a new folder"):
-        predict(box_run, "album", "labels", pictures="drawn")
+        predict(box_run, "album", "labels", drawings="drawn")
     assert content(album.parent).keys() == {*(f"album/{name}" for name in content(album)), "labels/sub/b.txt"}
     (labels / "sub" / "b.txt").rename(labels / "other.txt")
     assert predict(box_run, "album", "labels") == []
@@ -120,12 +120,12 @@ def test_labels_that_are_there_are_not_overwritten_and_others_are_left_alone(box
 def test_what_predict_wrote_itself_is_written_anew(class_run, box_run, album):
     for _ in range(2):
         predict(class_run, "album", "classes.csv")
-        predict(box_run, "album", "found.json", pictures="drawn")
+        predict(box_run, "album", "found.json", drawings="drawn")
     assert set(content(Path("drawn"))) == {"a.jpg.jpg", "a.png.jpg", "b.jpg", "sub/b.jpg"}
 
 
 def test_drawn_pictures_of_one_name_are_two(box_run, album):
-    predict(box_run, "album", "found.csv", pictures="drawn")
+    predict(box_run, "album", "found.csv", drawings="drawn")
     with Image.open("drawn/a.jpg.jpg") as wide, Image.open("drawn/a.png.jpg") as tall:
         assert (wide.size, tall.size) == ((90, 30), (30, 90))
 
@@ -163,8 +163,8 @@ def test_both_kinds_write_the_path_as_it_was_typed_and_coco_the_name_in_the_fold
         ({"output": "there.csv"}, r"output=there\.csv: is a folder; name a file"),
         ({"output": "album/b.jpg/f.csv"}, r"output=album/b\.jpg/f\.csv: cannot write to \S+/album/b\.jpg \(Not a dir"),
         ({"output": "plain"}, "output=plain: is a file; name a folder"),
-        ({"pictures": "plain"}, "pictures=plain: is a file; name a folder"),
-        ({"pictures": "album/b.jpg/drawn"}, r"pictures=album/b\.jpg/drawn: cannot write to \S+/album/b\.jpg"),
+        ({"drawings": "plain"}, "drawings=plain: is a file; name a folder"),
+        ({"drawings": "album/b.jpg/drawn"}, r"drawings=album/b\.jpg/drawn: cannot write to \S+/album/b\.jpg"),
         ({"output": "f.v2"}, r"output=f\.v2: must end in \.csv or \.json or \.parquet, or be a folder"),
     ],
 )
@@ -217,7 +217,7 @@ def test_ctrl_c_in_predict_is_one_line_and_what_was_drawn_stays(box_run, album, 
         return real(*args, **kwargs)
 
     monkeypatch.setattr(vpt.predict.writers, "run_model", stopped_in_the_second_batch)
-    options = [f"run={box_run}", "input=album", "output=f.csv", "pictures=drawn", "batch_size=2", "device=cpu"]
+    options = [f"run={box_run}", "input=album", "output=f.csv", "drawings=drawn", "batch_size=2", "device=cpu"]
     assert command(monkeypatch, predict_command, *options) == INTERRUPTED == 130
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("predict: ")]
     assert len(errors) == 1

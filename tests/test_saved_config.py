@@ -53,10 +53,10 @@ def test_text_of_the_environment_is_shown_as_the_expression_that_asks_for_it(mon
 def test_numbers_and_choices_of_the_environment_are_no_secrets_and_decide_the_result(monkeypatch):
     monkeypatch.setenv("CANARY", "7")
     monkeypatch.setenv("KIND", "shallow")
-    overrides = ["seed='${oc.env:CANARY}'", "train.epochs='${seed}'", "prompt.kind='${oc.env:KIND}'"]
+    overrides = ["seed='${oc.env:CANARY}'", "train.epochs='${seed}'", "prompt.variant='${oc.env:KIND}'"]
     composed = compose_config(overrides)
     shown = to_plain(conceal(to_config(composed), composed))
-    assert (shown["seed"], shown["train"]["epochs"], shown["prompt"]["kind"]) == (7, 7, "shallow")
+    assert (shown["seed"], shown["train"]["epochs"], shown["prompt"]["variant"]) == (7, 7, "shallow")
 
 
 def test_a_recipe_has_what_decides_the_result_and_tells_nothing_of_the_disk():

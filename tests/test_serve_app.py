@@ -361,7 +361,7 @@ def test_a_wrong_request_is_refused_in_one_line(client, query, request_, status,
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not a"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a"),
         (png_bytes()[:400], "broken"),
-        (png_bytes(0, (3000, 2)), "are a line"),
+        (png_bytes(0, (3000, 2)), "narrow"),
     ],
 )
 def test_an_unusable_image_is_named_with_the_reason(client, data, why):

@@ -1,4 +1,4 @@
-"""From a config to objects: the only file that knows both."""
+"""Objects built from a config."""
 
 import os
 import random
@@ -14,10 +14,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from vpt.config.errors import ConfigError, first_line
+from vpt.config.errors import ConfigError, config_keys, first_line
 from vpt.config.saved import load_config
 from vpt.config.schema import (
     Config,
+    DatasetConfig,
     Dtype,
     Mode,
     Precision,
@@ -47,23 +48,40 @@ from vpt.models.vit import ViT, load_vit
 from vpt.models.whitening import whiten_from_patches
 
 DRY_BATCHES = 2
-STATISTICS_PICTURES = 256  # of train, that groups, means and whitening are computed of
+STATISTICS_IMAGES = 256  # of train, from which groups, means and whitening are computed
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
+BACKBONE_KEYS = {"name": "backbone.name", "checkpoint": "backbone.checkpoint", "img_size": "backbone.img_size"}
+PROMPT_KEYS = {
+    **{name: f"prompt.{name}" for name in ("variant", "num_tokens", "blocks", "dropout", "init", "impl")},
+    **{name: f"prompt.{name}" for name in ("rank", "whiten", "fraction", "form")},
+    "start": "prompt.init",
+}
+TUNING_KEYS = {
+    "num_blocks": "tuning.num_blocks",
+    "method": "tuning.adapters",
+    "options": "tuning.options",
+    "dtype": "backbone.dtype",
+}
+HEAD_KEYS = {
+    **{name: f"head.{name}" for name in ("out_indices", "channels", "strides", "num_convs")},
+    "head": "head.name",
+    "head_init": "head.init",
+}
 
 
 @dataclass(frozen=True)
 class Data:
-    """The data of a run: samples, data sets and loaders by split, and how pictures are prepared."""
+    """The data of a run: samples, data sets and loaders by split, and the preprocessing of images."""
 
-    samples: dict[str, Any]  # of the kind of task, as the data sets
+    samples: dict[str, Any]  # of the type of task, as the data sets
     datasets: dict[str, Any]
     loaders: dict[str, Loader]
     preprocessing: Preprocessing
-    is_augmented: bool  # at random, so that a train picture may look different in each epoch
+    is_augmented: bool  # at random, so that a train image may differ from epoch to epoch
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, as train has them."""
+        """Names of the classes, in the order of train."""
         return tuple(next(iter(self.samples.values())).classes)
 
 
@@ -79,10 +97,10 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is CUDA where there is one, then Apple's GPU, then the CPU.
+    """The device of this name; "auto" is CUDA, else Apple's GPU, else the CPU.
 
     Raises:
-        ConfigError: torch does not know it, or it is not there.
+        ConfigError: torch does not know the device, or this machine has none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -94,10 +112,23 @@ def pick_device(name: str) -> torch.device:
 
 
 def build_preprocessing(of_backbone: Mapping[str, Any], **overrides: Any) -> Preprocessing:
-    """How the backbone wants its pictures; overrides that are not None win."""
-    return Preprocessing.from_dict(
-        {**of_backbone, **{name: value for name, value in overrides.items() if value is not None}}
-    )
+    """The preprocessing of the backbone, with the overrides that are not None."""
+    with config_keys(crop_mode="augment.crop_mode", crop_pct="augment.crop_pct"):
+        return Preprocessing.from_dict(
+            {**of_backbone, **{name: value for name, value in overrides.items() if value is not None}}
+        )
+
+
+def needed(dataset: DatasetConfig, key: str) -> str:
+    """The value of a key that the reader cannot do without.
+
+    Raises:
+        ConfigError: It is null.
+    """
+    value = getattr(dataset, key)
+    if value is None:
+        raise ConfigError(f"dataset.{key} is needed: type dataset.{key}=...")
+    return str(value)
 
 
 def spread(num: int, wanted: int) -> list[int]:
@@ -109,7 +140,7 @@ def spread(num: int, wanted: int) -> list[int]:
 def build_loaders(
     config: Config, datasets: Mapping[str, Any], collate: Callable[[Any], Any] | None = None
 ) -> dict[str, Loader]:
-    """A loader for the data set of each split; train is shuffled."""
+    """A loader for each split; train is shuffled."""
     num_workers = choose_num_workers(config.num_workers)
     return {
         split: build_loader(
@@ -133,22 +164,28 @@ def build_model(config: Config, task_type: str, classes: Sequence[str], head_opt
         task_type: Name of the model's type.
         classes: Names of the classes, by label.
         head_options: Further keyword arguments of the model's class.
+
+    Raises:
+        ConfigError: A value cannot be used.
+        FileNotFoundError: `backbone.checkpoint` does not exist.
     """
     prompt, tuning = config.prompt, config.tuning
-    is_prompted = prompt.kind is not PromptName.none and (tuning.kind is TuningName.prompt or tuning.with_prompt)
-    backbone = PromptedViT(
-        build_backbone(config),
-        prompt.kind.value if is_prompted else None,
-        num_tokens=prompt.num_tokens,
-        blocks=prompt.blocks,
-        dropout=prompt.dropout,
-        init="normal" if prompt.init is PromptInitName.normal else "uniform",
-        form=build_form(prompt),
-        impl=prompt.impl.value,
-    )
-    model = model_named(task_type)(backbone, len(classes), classes=classes, **head_options)
-    tune(model, tuning.kind.value, num_blocks=tuning.num_blocks, adapters=build_adapters(tuning))
-    backbone.vit.set_grad_checkpointing(config.grad_checkpointing)
+    is_prompted = prompt.variant is not PromptName.none and (tuning.method is TuningName.prompt or tuning.with_prompt)
+    vit = build_backbone(config)
+    with config_keys(**PROMPT_KEYS, **TUNING_KEYS, **HEAD_KEYS):
+        backbone = PromptedViT(
+            vit,
+            prompt.variant.value if is_prompted else None,
+            num_tokens=prompt.num_tokens,
+            blocks=prompt.blocks,
+            dropout=prompt.dropout,
+            init="normal" if prompt.init is PromptInitName.normal else "uniform",
+            form=build_form(prompt),
+            impl=prompt.impl.value,
+        )
+        model = model_named(task_type)(backbone, len(classes), classes=classes, **head_options)
+        tune(model, tuning.method.value, num_blocks=tuning.num_blocks, adapters=build_adapters(tuning))
+    vit.set_grad_checkpointing(config.grad_checkpointing)
     return model
 
 
@@ -158,33 +195,39 @@ def build_backbone(config: Config, checkpoint: str | None = None) -> ViT:
     Args:
         config: Of the run.
         checkpoint: Weights of the backbone, if they are not those that the config names.
+
+    Raises:
+        ConfigError, FileNotFoundError: A value of `backbone` cannot be used.
     """
     backbone = config.backbone
-    return load_vit(
-        backbone.name,
-        pretrained=backbone.pretrained,
-        checkpoint=checkpoint or backbone.checkpoint,
-        img_size=backbone.img_size,
-        dtype=DTYPES[backbone.dtype],
-    )
+    keys = {name: key for name, key in BACKBONE_KEYS.items() if name != "checkpoint" or checkpoint is None}
+    with config_keys(**keys):
+        return load_vit(
+            backbone.name,
+            pretrained=backbone.pretrained,
+            checkpoint=checkpoint or backbone.checkpoint,
+            img_size=backbone.img_size,
+            dtype=DTYPES[backbone.dtype],
+        )
 
 
 def build_adapters(tuning: TuningConfig) -> Adapters | None:
-    """What is put into the backbone; None where nothing is.
+    """The adapters of the backbone; None without.
 
     Raises:
-        ConfigError: The method or an option is none.
+        ConfigError: The method or an option is unknown.
     """
-    if tuning.kind is not TuningName.adapters:
+    if tuning.method is not TuningName.adapters:
         return None
-    try:
-        return Adapters(tuning.adapters, tuning.options or {})
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"tuning.adapters={tuning.adapters}, tuning.options={tuning.options}: {error}") from error
+    options = {} if tuning.options is None else tuning.options
+    if not isinstance(options, dict):
+        raise ConfigError(f"tuning.options={options}: must be keys and values, such as {{r: 4}}")
+    with config_keys(**TUNING_KEYS):
+        return Adapters(tuning.adapters, options)
 
 
 def build_form(prompt: PromptConfig) -> nn.Module | None:
-    """What computes the prompt tokens; None where they themselves are learned."""
+    """The parametrization of the prompt; None where its tokens are learned themselves."""
     match prompt.form:
         case PromptFormName.shared:
             return Shared()
@@ -196,10 +239,10 @@ def build_form(prompt: PromptConfig) -> nn.Module | None:
 
 
 def start_prompt(config: Config, model: TaskModel, data: Data) -> None:
-    """Let the prompt of a new run start at patch tokens of train pictures, or at another task, if the config says so.
+    """Initialise the prompt of a new run from patch tokens of train images, or from another task, as the config states.
 
     Raises:
-        FileNotFoundError, ValueError: The task file or the pictures cannot start this prompt.
+        FileNotFoundError, ValueError: The task file or the images cannot initialise this prompt.
     """
     prompt, backbone = config.prompt, model.backbone
     if backbone.prompt is None:
@@ -207,26 +250,28 @@ def start_prompt(config: Config, model: TaskModel, data: Data) -> None:
     if prompt.init_from is not None:
         start_from_task(backbone, Path(prompt.init_from).expanduser())
     elif prompt.init.value in get_args(PatchStart):
-        num_pictures = prompt.num_tokens if prompt.init is PromptInitName.patch else STATISTICS_PICTURES
-        pictures = _start_pictures(config, data, num_pictures)
-        start_from_patches(backbone, pictures, prompt.init.value, seed=config.seed)  # type: ignore[arg-type]
+        num_images = prompt.num_tokens if prompt.init is PromptInitName.patch else STATISTICS_IMAGES
+        images = _train_images(config, data, num_images)
+        with config_keys(**PROMPT_KEYS):
+            start_from_patches(backbone, images, prompt.init.value, seed=config.seed)  # type: ignore[arg-type]
 
 
 def whiten_prompt(config: Config, model: TaskModel, data: Data) -> None:
-    """Fix the coordinates that the prompt is learned in, if the config says so; of a run that goes on, too.
+    """Compute the coordinates that the prompt is learned in, if the config has `prompt.whiten`; also of a resumed run.
 
     Raises:
-        ValueError: A block of the backbone is not understood.
+        ValueError: The queries of a block cannot be computed.
     """
     if config.prompt.whiten and model.backbone.prompt is not None:
-        whiten_from_patches(model.backbone, _start_pictures(config, data, STATISTICS_PICTURES), seed=config.seed)
+        with config_keys(**PROMPT_KEYS):
+            whiten_from_patches(model.backbone, _train_images(config, data, STATISTICS_IMAGES), seed=config.seed)
 
 
-def _start_pictures(config: Config, data: Data, num_pictures: int) -> Iterator[torch.Tensor]:
-    """Batches of at least so many train pictures, or of all, the same ones in each call."""
-    size = min(config.train.batch_size, num_pictures)
+def _train_images(config: Config, data: Data, num_images: int) -> Iterator[torch.Tensor]:
+    """Batches of at least so many train images, or of all, the same ones in each call."""
+    size = min(config.train.batch_size, num_images)
     loader = build_loader(data.datasets["train"], size, shuffle=True, seed=config.seed, collate_fn=_stack_images)
-    return islice(loader, -(-num_pictures // size))
+    return islice(loader, -(-num_images // size))
 
 
 def _stack_images(items: Sequence[tuple[torch.Tensor, Any]]) -> torch.Tensor:
@@ -234,20 +279,20 @@ def _stack_images(items: Sequence[tuple[torch.Tensor, Any]]) -> torch.Tensor:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Make sure that torch can compile here, and let it forget what it compiled for an earlier run of a sweep.
+    """Check that torch can compile on this machine, and clear what it compiled for an earlier run of a sweep.
 
     Raises:
-        ConfigError: It cannot, for lack of a C++ compiler, say.
+        ConfigError: It cannot, for example without a C++ compiler.
     """
     torch.compiler.reset()
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # the compiler's backends raise kinds of their own
+    except Exception as error:  # the compiler's backends raise classes of their own
         raise ConfigError(f"compile=true: {first_line(error)}; install a C++ compiler, or use compile=false") from error
 
 
 def build_optimizer(config: Config, model: TaskModel) -> Optimizer:
-    """The optimiser, with a group for each part that trains: prompt, neck, head, backbone."""
+    """The optimiser, with a parameter group for each part that trains: prompt, neck, head, backbone."""
     optim = config.optim
     scale = config.train.batch_size * config.train.accumulation / 256 if optim.scale_lr else 1.0
     rates = {"prompt": optim.prompt_lr, "backbone": config.tuning.lr}
@@ -275,19 +320,19 @@ def build_state(config: Config, model: TaskModel, num_batches: int) -> RunState:
 
 
 def names_in(loader: Loader, names: Sequence[str]) -> NamesOf:
-    """A function from epoch, first batch and the one behind the last to the names of the pictures in between."""
+    """A function from epoch, first batch and end batch to the names of the images in between."""
     sampler: Any = loader.sampler
     size = loader.batch_size or 1
     return lambda epoch, first, behind: [names[index] for index in sampler.order(epoch)[first * size : behind * size]]
 
 
 def build_average(config: Config, model: nn.Module) -> MovingAverage | None:
-    """The moving average of the tuned parameters, when the config asks for one."""
+    """The moving average of the tuned parameters, or None."""
     return None if config.train.ema is None else MovingAverage(tuned_parameters(model), config.train.ema)
 
 
 def build_watches(model: TaskModel) -> list[RowWatch]:
-    """What to log of what is learned of the prompt: a row for each prompted block, or one where they share it."""
+    """The learned parameters of the prompt to log: a row for each prompted block, or one where the blocks share it."""
     prompt = model.backbone.prompt
     if prompt is None:
         return []
@@ -300,7 +345,7 @@ def build_watches(model: TaskModel) -> list[RowWatch]:
 
 
 def build_settings(config: Config, device: torch.device, select: str) -> FitSettings:
-    """The numbers of the loop; `select` is the metric that chooses."""
+    """The settings of the loop; `select` is the metric that selects the best epoch."""
     train = config.train
     return FitSettings(
         epochs=1 if config.mode is Mode.dry else train.epochs,
@@ -318,7 +363,7 @@ def build_settings(config: Config, device: torch.device, select: str) -> FitSett
 
 
 def choose_precision(config: Config, device: torch.device) -> Literal["fp32", "bf16"]:
-    """The arithmetic of the forward pass: as asked, or bf16 on a GPU of CUDA and fp32 elsewhere."""
+    """The arithmetic of the forward pass; auto is bf16 on CUDA and fp32 elsewhere."""
     if config.train.precision is Precision.auto:
         return "bf16" if device.type == "cuda" else "fp32"
     return "bf16" if config.train.precision is Precision.bf16 else "fp32"
@@ -331,7 +376,7 @@ def open_bank(
 
     Args:
         tasks: Task files, by the names that they will have; at least one.
-        backbone: timm name of the backbone; by default that of the first file, as is its input size.
+        backbone: timm name of the backbone; by default that of the first file, which also sets the input size.
         checkpoint: Load the backbone's weights from this file.
         device: "auto", "cpu", "cuda", ...
 
@@ -340,7 +385,8 @@ def open_bank(
     """
     metadata = read_task(next(iter(tasks.values())))
     height, width = metadata.preprocessing["size"]
-    vit = load_vit(backbone or metadata.backbone, checkpoint=checkpoint, img_size=(height, width))
+    with config_keys(name="backbone"):
+        vit = load_vit(backbone or metadata.backbone, checkpoint=checkpoint, img_size=(height, width))
     bank = TaskBank(vit, device=pick_device(device))
     for name, path in tasks.items():
         bank.load(path, name)
@@ -348,14 +394,14 @@ def open_bank(
 
 
 def choose_num_workers(wanted: int | None) -> int:
-    """Loader processes: as asked, or one less than the cores of this process, at most 4."""
+    """The number of loader processes; by default one less than the cores of this process, at most 4."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(4, cores - 1) if wanted is None else wanted
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished run, ready to use: its config, its model in eval mode and how pictures are prepared."""
+    """A finished run, ready to use: its config, its model in eval mode, and the preprocessing of images."""
 
     config: Config
     model: TaskModel
@@ -363,7 +409,7 @@ class TrainedRun:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How pictures are prepared, as the task file says."""
+        """The preprocessing of images, from the task file."""
         return Preprocessing.from_dict(self.metadata.preprocessing)
 
 
@@ -372,7 +418,7 @@ def load_run(run_dir: Path, *, checkpoint: str | None = None, device: str = "aut
 
     Args:
         run_dir: The run folder.
-        checkpoint: Weights of the backbone, when they no longer lie where the config says.
+        checkpoint: Weights of the backbone, if they are no longer at the path in the config.
         device: "auto", "cpu", "cuda", ...
 
     Raises:

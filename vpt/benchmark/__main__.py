@@ -2,13 +2,12 @@
 
 import importlib.util
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vpt.config.command_line import INTERRUPTED, fail, parse_options, tell
-from vpt.config.errors import ConfigError, did_you_mean
-from vpt.config.schema import number
+from vpt.config.errors import ConfigError
+from vpt.config.schema import option
 
 SUBJECTS = {
     "bare": "the ViT in timm's own code, training a linear head; always measured",
@@ -25,20 +24,6 @@ SUBJECTS = {
 
 USAGE = f"""python -m vpt.benchmark: FLOPs, time and memory of prompts against the bare ViT, in one interleaved run.
 
-  backbone=vit_base_patch16_224   any timm name; weights are random, which costs the same
-  img_size=0                      pixels; 0: the model's own
-  batch_size=32                   of inference and of training
-  num_tokens=1,10,50,100,200      P, prompt tokens
-  num_classes=100                 of the head
-  only=all                        subjects to measure, such as only=deep,deep_concat
-  rounds=5                        passes over all subjects; times are medians over them
-  precision=fp32                  or bf16: backbones in bf16 without autocast, also for full and lora, whose usual
-                                  float32 weights under autocast are slower; prompt and head stay in float32
-  compile=false                   true: times and saved bytes are those under torch.compile, FLOPs those without
-  device=auto  threads=0          0: the default of torch
-  peak_tflops=0                   peak TFLOP/s of the device in this precision, to print the fraction reached
-  output=benchmark                folder of benchmark.csv, .json and .png
-
 Subjects:
 {chr(10).join(f"  {name:<15} {text}" for name, text in SUBJECTS.items())}
 
@@ -49,39 +34,37 @@ Example: python -m vpt.benchmark backbone=vit_small_patch16_224 batch_size=8 num
 class BenchmarkOptions:
     """Options of `python -m vpt.benchmark`."""
 
-    backbone: str = "vit_base_patch16_224"
-    img_size: int = number(0, low=0)
-    batch_size: int = number(32, low=1)
-    num_tokens: str = "1,10,50,100,200"
-    num_classes: int = number(100, low=1)
-    only: str = "all"
-    rounds: int = number(5, low=1)
-    precision: str = "fp32"
-    compile: str = "false"
-    device: str = "auto"
-    threads: int = number(0, low=0)
-    peak_tflops: int = number(0, low=0)
-    output: str = "benchmark"
-
-    def __post_init__(self) -> None:
-        """Check the choices."""
-        _check_choice("precision", self.precision, ("fp32", "bf16"))
-        _check_choice("compile", self.compile, ("true", "false"))
-        for name in self.only.split(","):
-            _check_choice("only", name, ("all", *SUBJECTS))
-        if not all(text.isdecimal() and int(text) > 0 for text in self.num_tokens.split(",")):
-            raise ConfigError(f"num_tokens={self.num_tokens}: must be whole numbers from 1, such as 10,50")
+    backbone: str = option("vit_base_patch16_224", "any name of timm; its weights are random, which costs the same")
+    img_size: int = option(0, "pixels; 0: the model's own", low=0)
+    batch_size: int = option(32, "of inference and of training", low=1)
+    num_tokens: tuple[int, ...] = option((1, 10, 50, 100, 200), "P, prompt tokens", low=1)
+    num_classes: int = option(100, "of the head", low=1)
+    only: tuple[str, ...] = option(
+        ("all",), "some of the subjects below, such as only=deep,deep_concat", choices=("all", *SUBJECTS), shown="all"
+    )
+    rounds: int = option(5, "passes over all subjects; times are medians over them", low=1)
+    precision: str = option(
+        "fp32",
+        "bf16: every backbone is held in bf16, without autocast; also for full and lora, whose usual float32 weights "
+        "under autocast are slower; prompt and head stay float32",
+        choices=("fp32", "bf16"),
+    )
+    compile: bool = option(False, "true: times and saved bytes are those under torch.compile, FLOPs those without")
+    device: str = option("auto", "auto, cpu, cuda, ...")
+    threads: int = option(0, "0: the choice of torch", low=0)
+    peak_tflops: int = option(0, "peak of the device in this precision, to print the fraction reached", low=0)
+    output: str = option("benchmark", "a folder for benchmark.csv, .json and .png")
 
     @property
     def subjects(self) -> list[str]:
-        """Names of the chosen subjects, always with the bare ViT."""
-        chosen = {"bare", *self.only.split(",")}
+        """Names of the chosen subjects; the bare model is always one."""
+        chosen = {"bare", *self.only}
         return [name for name in SUBJECTS if name in chosen or "all" in chosen]
 
     @property
     def all_num_tokens(self) -> list[int]:
         """P, ascending."""
-        return sorted({int(text) for text in self.num_tokens.split(",")})
+        return sorted(set(self.num_tokens))
 
 
 def main() -> None:
@@ -110,7 +93,7 @@ def benchmark(options: BenchmarkOptions) -> bool:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = build.pick_device(options.device)
-    if options.compile == "true":
+    if options.compile:
         build.check_compiler(device)
         # Models of one class share a cache of compiled code, whose default limit is small.
         torch._dynamo.config.recompile_limit = 1000
@@ -127,7 +110,7 @@ def benchmark(options: BenchmarkOptions) -> bool:
             f"batch_size={options.batch_size}: out of memory; make it or num_tokens smaller, or use only=..."
         ) from error
     machine = describe_machine(device)
-    compiled = ", compiled" if options.compile == "true" else ""
+    compiled = ", compiled" if options.compile else ""
     where = machine["gpu"] or f"{machine['cpu']}, threads={machine['threads']}"
     title = f"{options.backbone}, batch {options.batch_size}, {options.precision}{compiled}, {where}"
     rows = tables.make_rows(subjects, options)
@@ -141,11 +124,6 @@ def benchmark(options: BenchmarkOptions) -> bool:
     names = tables.write_files(Path(options.output).expanduser(), rows, record, title)
     print(f"{options.output} contains {', '.join(names)}")
     return is_complete
-
-
-def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{key}={value}: not a choice{did_you_mean(value, choices)}")
 
 
 if __name__ == "__main__":

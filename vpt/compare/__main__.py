@@ -1,5 +1,6 @@
 """python -m vpt.compare methods=[...] seeds=3: train several methods on the same data and compare them."""
 
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -8,39 +9,26 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from typing import TYPE_CHECKING
 
 from vpt.compare.methods import METHODS, choose_methods
-from vpt.compare.plan import Plan, listed, read_rates, read_seeds, read_shots, split_words
-from vpt.config.command_line import check_folder, fail, is_for_user, quote_paths
-from vpt.config.errors import ConfigError, first_line
-from vpt.config.schema import Config
+from vpt.compare.plan import Plan
+from vpt.config.command_line import check_folder, fail, is_for_user, parse_options, quote_paths, split_options
+from vpt.config.errors import ConfigError
+from vpt.config.schema import Config, option
 from vpt.engine.signals import STOPPED, Stopped, StopSignal
 
 if TYPE_CHECKING:
     from vpt.compare.report import Comparison
     from vpt.compare.runs import Train
 
-LISTS = ("methods", "seeds", "rates", "shots")
 MARK = "comparison.json"  # marks the folder of a comparison
 
 USAGE = f"""python -m vpt.compare: train several methods on the same data; a table, CSV and an offline HTML report.
 
-  methods=[NAME,NAME]  default: all that need no other package
-  define.NAME="prompt=deep prompt.num_tokens=50"   a method of your own: overrides as typed to vpt.train
-  seeds=3              runs of each method: seeds 0, 1, 2; or a list, seeds=[7,8]
-  rates=[0.3,1,3]      learning rate search: factors of the learning rate of each method, selected on val with the
-                       first seed; default: [1], no search
-  shots=[1,5,20,all]   repeat the comparison for each number of train images per class
-  output=FOLDER        for report.html, table.csv, runs.csv and the runs; default: runs/compare_...
-
-Lists may be typed without brackets: methods=linear,bias.
-All other options go to every run, as in `python -m vpt.train`: +experiment=NAME dataset=... train.epochs=...
-The same command resumes: finished runs are not repeated, also with other methods, seeds, rates or shots.
+Lists are typed with brackets or without, methods=linear,bias.
+All other options go to every run, as if typed to `python -m vpt.train`: +experiment=NAME dataset=... train.epochs=...
+The same command again resumes: a finished run is not repeated, also with other methods, seeds, rates or shots.
 
 Methods:
 {chr(10).join(f"  {name:<18} {method.title:<22} {' '.join(method.overrides)}" for name, method in METHODS.items())}
@@ -49,13 +37,43 @@ Exit codes: 0 done, 1 a method has no finished run, 2 the command cannot be used
 Example: python -m vpt.compare +experiment=quickstart methods=[linear,prompt_deep,bias] seeds=3 shots=[1,5]"""
 
 
-@dataclass(frozen=True)
+@dataclass
 class CompareOptions:
-    """Options of `python -m vpt.compare`.
+    """Options of `python -m vpt.compare` beside those of `vpt.train`."""
+
+    methods: tuple[str, ...] = option(
+        (), "some of the methods below; by default all that need no other package", shown="[NAME,NAME]"
+    )
+    define: dict[str, str] = option({}, "a method of your own: overrides of vpt.train", shown='"prompt=deep ..."')
+    seeds: int | tuple[int, ...] = option(
+        3, "runs of each method: seeds 0, 1, 2; or a list, such as seeds=[7,8]", low=0
+    )
+    rates: tuple[float, ...] = option(
+        (1.0,),
+        "a search: val of the first seed chooses the factor of the method's learning rates; as many tries for every "
+        "method; [1] is no search",
+        above=0,
+        shown="[0.3,1,3]",
+    )
+    shots: tuple[int | str, ...] = option(
+        (),
+        "the whole comparison for each number of train images per class",
+        low=1,
+        choices=("all",),
+        shown="[1,5,20,all]",
+    )
+    output: Path | None = option(
+        None, "report.html, table.csv, runs.csv and the runs; by default runs/compare_...", shown="FOLDER"
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """A comparison to make.
 
     Args:
         plan: The runs.
-        output: Folder of all files; None for the default.
+        output: The folder of the results; None to choose one.
         command: The command as typed.
     """
 
@@ -66,13 +84,9 @@ class CompareOptions:
 
 def main() -> None:
     """Read the options, compare, print the table."""
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return
     try:
         with StopSignal() as stop:
-            comparison = compare(read_options(arguments), stop)
+            comparison = compare(read_options(sys.argv[1:]), stop)
     except Stopped as error:
         fail(RuntimeError(f"stopped by {error}; the same command resumes where it stopped"), STOPPED)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
@@ -83,37 +97,29 @@ def main() -> None:
         sys.exit(1)
 
 
-def read_options(arguments: Sequence[str]) -> CompareOptions:
-    """Read and check all options, before anything is loaded.
+def read_options(arguments: Sequence[str]) -> Request:
+    """The options, checked before anything is loaded.
 
     Raises:
         ConfigError: One cannot be used.
     """
-    own, words = split_words(arguments)
-    values: dict[str, Any] = {}
-    for word in own:
-        values |= _read_word(word, values)
-    defined = values.pop("define", {})
-    if not isinstance(defined, dict) or not all(isinstance(text, str) for text in defined.values()):
-        raise ConfigError('define: type define.NAME="prompt=deep prompt.num_tokens=50"')
+    own, words = split_options(CompareOptions, arguments)
+    options = parse_options(CompareOptions, own, USAGE)
+    shots = sorted(options.shots, key=lambda shots: math.inf if isinstance(shots, str) else shots)
     plan = Plan(
         words=tuple(quote_paths(words)),
-        methods=choose_methods(_read_names(values.get("methods", [])), defined),
-        seeds=read_seeds(values.get("seeds", 3)),
-        rates=read_rates(values.get("rates", 1)),
-        shots=read_shots(values.get("shots")),
+        methods=choose_methods(options.methods, options.define),
+        seeds=tuple(range(options.seeds)) if isinstance(options.seeds, int) else options.seeds,
+        rates=tuple(sorted(options.rates)),
+        shots=tuple(shots) or (None,),
     )
-    output = values.get("output")
-    if "output" in values and (not isinstance(output, str | int) or not str(output)):
-        raise ConfigError(f"output={output or ''}: name a folder")
-    command = shlex.join(["python", "-m", "vpt.compare", *arguments])
-    return CompareOptions(plan, None if output is None else Path(str(output)).expanduser(), command)
+    return Request(plan, options.output, shlex.join(["python", "-m", "vpt.compare", *arguments]))
 
 
-def compare(options: CompareOptions, stop: StopSignal | None = None) -> "Comparison":
-    """Do the runs that are not finished, print the table, write the files."""
+def compare(options: Request, stop: StopSignal | None = None) -> "Comparison":
+    """Train what is not trained yet, print the table, write the files."""
     stop = stop or StopSignal()
-    with stop.patient():  # an exception in the middle of an import of C++ ends the process
+    with stop.deferred():  # an exception in the middle of an import of C++ ends the process
         from vpt.compare.report import Comparison, write_report
         from vpt.compare.runs import Runs, choose_output
         from vpt.compare.table import describe_table, write_tables
@@ -125,9 +131,7 @@ def compare(options: CompareOptions, stop: StopSignal | None = None) -> "Compari
     if output.is_dir() and not (output / MARK).is_file() and any(output.iterdir()):
         raise ConfigError(f"output={output}: holds other files; name a new folder, or that of a comparison")
     if output.is_dir():
-        with locked(
-            output / ".lock", output
-        ):  # refuse a folder in use now: the first write comes after minutes of measuring
+        with locked(output / ".lock", output):  # a folder in use is refused now, not after minutes of measuring
             pass
     print(f"{options.plan.num_runs} runs, into {output}", flush=True)
     runs = Runs(options.plan, output, partial(print, flush=True))
@@ -150,34 +154,6 @@ def _trainer(log: Path, stop: StopSignal) -> "Train":
             run(config, shown, stop=stop)
 
     return train
-
-
-def _read_word(word: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The value of an option, as YAML reads it; a definition joins those before it."""
-    key, equals, text = word.partition("=")
-    if not equals:
-        raise ConfigError(f"{word}: not an option of the form key=value")
-    is_list = key in LISTS and "," in text and not text.startswith("[")  # some shells want quotes around brackets
-    try:
-        read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}=[{text}]" if is_list else word]))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{word}: cannot be read ({first_line(error)})") from error
-    option, _, rest = key.partition(".")
-    if (option == "define") != bool(rest):
-        raise ConfigError(f'{word}: type define.NAME="prompt=deep prompt.num_tokens=50" for a method of your own')
-    if option == "define":
-        return {"define": values.get("define", {}) | read["define"]}
-    if option in values:
-        raise ConfigError(f"{word}: {option} stands twice")
-    return dict(read)
-
-
-def _read_names(value: Any) -> list[str]:
-    """Names of methods."""
-    names = listed(value)
-    if not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"methods={value or ''}: must be names, such as methods=[linear,prompt_deep]")
-    return names
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""The methods that can be compared: each is a set of overrides of the training config, and nothing else.
-
-A new method is a new row.
-"""
+"""Methods to compare, each a set of overrides of the training config; a new method is a new row."""
 
 import importlib.util
 import shlex
@@ -20,9 +17,9 @@ class Method:
     """One way to adapt a backbone.
 
     Args:
-        title: What a person calls it.
-        overrides: What is typed to `python -m vpt.train` for it.
-        needs: A module of another package that it needs; empty for none.
+        title: Name in tables.
+        overrides: Arguments of `python -m vpt.train`.
+        needs: A module of another package; empty for none.
     """
 
     title: str
@@ -58,14 +55,14 @@ METHODS: Mapping[str, Method] = {
 
 
 def choose_methods(names: Sequence[str], defined: Mapping[str, str]) -> dict[str, Method]:
-    """The methods of these names and those that were defined, in this order; without names all that need nothing.
+    """The methods of these names, then those that were defined.
 
     Args:
         names: Of `METHODS`, or of defined ones; empty for all of `METHODS` that need no other package.
         defined: Names of a user's own methods, and the overrides of each as one text.
 
     Raises:
-        ConfigError: An unknown name or one that stands twice, a definition that cannot be used, or a missing package.
+        ConfigError: An unknown or repeated name, a definition that cannot be used, or a missing package.
     """
     known = {**METHODS, **{name: _define(name, text) for name, text in defined.items()}}
     chosen = [*names] or [name for name, method in METHODS.items() if not method.needs]
@@ -73,7 +70,7 @@ def choose_methods(names: Sequence[str], defined: Mapping[str, str]) -> dict[str
         if name not in known:
             raise ConfigError(f"methods: there is no method {name}{did_you_mean(name, list(known))}")
         if chosen.count(name) > 1:
-            raise ConfigError(f"methods: {name} stands twice")
+            raise ConfigError(f"methods: {name} is named twice")
         needs = known[name].needs
         if needs and importlib.util.find_spec(needs) is None:
             raise ConfigError(f"methods: {name} needs the package {needs}, which is not installed")
@@ -81,7 +78,7 @@ def choose_methods(names: Sequence[str], defined: Mapping[str, str]) -> dict[str
 
 
 def key_of(word: str) -> str:
-    """The key, or the group, of an override.
+    """The key or group of an override.
 
     Example:
         >>> key_of("+experiment=quickstart"), key_of("prompt.num_tokens=5")
@@ -93,9 +90,9 @@ def key_of(word: str) -> str:
 def _define(name: str, text: str) -> Method:
     where = f"define.{name}"
     if name in METHODS:
-        raise ConfigError(f"{where}: {name} is a method already; choose another name")
+        raise ConfigError(f"{where}: {name} is a method of vpt; choose another name")
     if not RUN_NAME.fullmatch(name) or len(name) > MAX_NAME:
-        raise ConfigError(f"{where}: a name has 1 to {MAX_NAME} of A-Z a-z 0-9 . _ - and no dot in front")
+        raise ConfigError(f"{where}: must be 1 to {MAX_NAME} of A-Z a-z 0-9 . _ - without a dot in front")
     try:
         words = tuple(shlex.split(text))
     except ValueError as error:
@@ -105,7 +102,7 @@ def _define(name: str, text: str) -> Method:
     for word in words:
         key = key_of(word)
         if "=" not in word:
-            raise ConfigError(f"{where}: {word} is no override of the form key=value")
+            raise ConfigError(f"{where}: {word} is not an override of the form key=value")
         if key.split(".")[0] in SAME_FOR_ALL:
             raise ConfigError(f"{where}: {key} is the same for all methods; leave it out, or type it for all")
     return Method(name, words)

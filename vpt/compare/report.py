@@ -61,7 +61,7 @@ class Comparison:
         disputed = {index for setting in settings for index in setting["disputed"]}
         content = {
             "title": config.dataset.title,
-            "task": config.task.value,
+            "task": config.task,
             "metric": runs.task_type.main_metric,
             "split": runs.split,
             "backbone": config.backbone.name,

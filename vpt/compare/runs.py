@@ -210,10 +210,8 @@ class Runs:
             return failed
         curve = _read_curve(folder.path, self.task_type.main_metric)
         outcome = Outcome(trial, folder.path, folder.task.stat().st_size, folder.result(), curve)
-        seconds = outcome.result["seconds"]
-        self.log(
-            f"    val {self.task_type.main_metric} {percent(outcome.metric('val', self.task_type.main_metric))}, {seconds:.0f} s"
-        )
+        metric, seconds = self.task_type.main_metric, outcome.result["seconds"]
+        self.log(f"    val {metric} {percent(outcome.metric('val', metric))}, {seconds:.0f} s")
         return outcome
 
 

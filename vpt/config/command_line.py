@@ -1,115 +1,187 @@
-"""The command line: what was typed is checked before anything is loaded, and refused in one line."""
+"""The command line: `key=value` options of all commands, checked before anything is loaded, refused in one line."""
 
+import contextlib
+import difflib
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import MISSING, fields
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast, get_args
+from types import NoneType, UnionType
+from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 
 from vpt.config.composition import compose_config, config_folder, group_choices
-from vpt.config.errors import ConfigError, did_you_mean, first_line, no_such_choice
+from vpt.config.errors import ConfigError, did_you_mean, first_line, no_such_choice, unknown_key
 from vpt.config.saved import conceal
 from vpt.config.schema import Config, schema_keys
-from vpt.config.validation import check_ranges, to_config
+from vpt.config.validation import check_ranges, describe_range, to_config
 
-INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
+INTERRUPTED = 130  # the exit code after Ctrl-C, as in shells
+HELP = {"-h", "--help"}
+DIR_OPTION = re.compile("(-cd|--config-dir)(=.*)?")
+WIDTH = 120  # of a line of help
 OptionsT = TypeVar("OptionsT")
 PATH_KEYS = (
     *("dataset.root", "dataset.path", "backbone.checkpoint", "prompt.init_from", "run.root", "run.name", "cache_dir"),
 )
 
 
-def check_command_line(arguments: Sequence[str]) -> None:
-    """Refuse what Hydra would refuse, in one line, before Hydra starts.
+@dataclass(frozen=True)
+class CommandLine:
+    """Arguments of a command that takes overrides of the config.
+
+    Args:
+        words: The overrides.
+        config_dir: The folder of `--config-dir`.
+        needs_hydra: Whether Hydra's own application must run: a sweep, one of its options, or a `hydra.` override.
+    """
+
+    words: tuple[str, ...]
+    config_dir: Path | None
+    needs_hydra: bool
+
+    def compose(self) -> DictConfig:
+        """Compose the config.
+
+        Raises:
+            ConfigError: An override cannot be used.
+        """
+        return compose_config(self.words, self.config_dir)
+
+
+def check_command_line(arguments: Sequence[str]) -> CommandLine:
+    """Check the arguments of `python -m vpt.train`, as far as one by one.
 
     Raises:
-        ConfigError: An override has a syntax error, an unknown key, group or value, or a wrong type.
+        ConfigError: An override has a syntax error, an unknown key or group, or a sweep lacks `-m`. Of a sweep each
+            value is also composed, which refuses wrong types and ranges before the first run.
     """
     words, config_dir = _split_arguments(arguments)
     try:
         overrides = OverridesParser.create().parse_overrides(words)
     except HydraException as error:
         raise ConfigError(f"cannot read the command line ({first_line(error)}); options are key=value") from error
-    overrides = [override for override in overrides if not override.is_hydra_override()]
+    own = [override for override in overrides if not override.is_hydra_override()]
     is_sweep = bool({"-m", "--multirun"} & set(arguments))
-    for override in overrides:
+    for override in own:
         _check_key(override, config_dir)
         if override.is_sweep_override() and not is_sweep:
             raise ConfigError(f"{override.input_line} is a sweep over several values: add -m, or put quotes around it")
-    choices = [_choices(override) for override in overrides]
-    for number in range(max(map(len, choices), default=1)):  # of a sweep every value is tried, not every combination
-        to_config(compose_config([values[min(number, len(values) - 1)] for values in choices], config_dir))
-
-
-def read_config(arguments: Sequence[str]) -> Config:
-    """The config of one run, as `python -m vpt.train` would have it of these arguments, outside of a Hydra application.
-
-    Raises:
-        ConfigError: As `check_command_line`; or an option of Hydra's own, such as the sweep `-m`.
-    """
-    rest = iter(arguments)
-    for word in rest:
-        if word in ("--config-dir", "-cd"):
-            next(rest, None)
-        elif word.startswith("-") and not word.startswith("--config-dir="):
-            raise ConfigError(f"{word}: not an option of this command; options are key=value, and --config-dir FOLDER")
-    check_command_line(arguments)
-    words, config_dir = _split_arguments(arguments)
-    return to_config(compose_config(words, config_dir))
+    needs_hydra = len(own) < len(overrides) or any(
+        word.startswith("-") and not DIR_OPTION.fullmatch(word) for word in arguments
+    )
+    if needs_hydra:
+        choices = [_choices(override) for override in own]
+        for number in range(max(map(len, choices), default=1)):  # every value, not every combination
+            to_config(compose_config([values[min(number, len(values) - 1)] for values in choices], config_dir))
+    return CommandLine(tuple(words), config_dir, needs_hydra)
 
 
 def compose_run(arguments: Sequence[str]) -> tuple[Config, Config]:
-    """The config of one run and what of it may be written down, see `conceal`, of arguments that were checked.
+    """The config of one run, composed without a Hydra application.
+
+    Args:
+        arguments: As typed to `python -m vpt.train`.
+
+    Returns:
+        The config, and the same as it may be saved, see `conceal`.
 
     Raises:
-        ConfigError: They cannot be used together.
+        ConfigError: The arguments cannot be used, or have an option of Hydra's own, such as the sweep `-m`.
     """
-    words, config_dir = _split_arguments(arguments)
-    composed = compose_config(words, config_dir)
+    for word in arguments:
+        if word.startswith("-") and not DIR_OPTION.fullmatch(word):
+            raise ConfigError(f"{word}: not an option of this command; options are key=value, and --config-dir FOLDER")
+    composed = check_command_line(arguments).compose()
     config = to_config(composed)
     return config, conceal(config, composed)
 
 
-def parse_options(schema: type[OptionsT], arguments: Sequence[str], usage: str) -> OptionsT:
-    """Read `key=value` arguments of a small command into its dataclass; `--help` prints the usage.
+def parse_options(schema: type[OptionsT], arguments: Sequence[str], about: str) -> OptionsT:
+    """Read `key=value` arguments into the dataclass of a command; `--help` prints its help.
+
+    Fields are of the types str, Path, int, float and bool, of tuples of these for lists such as `8,5` or `[8,5]`, of
+    unions of these, or dict[str, str] for `key.NAME=text`. `option` describes a field.
+
+    Args:
+        schema: The dataclass.
+        arguments: As typed.
+        about: Help around the list of options, which follows the first paragraph.
 
     Raises:
-        ConfigError: A key is unknown or missing, or a value has the wrong type.
+        ConfigError: A key is unknown, missing or typed twice, or a value has the wrong type or is out of range.
     """
-    if any(word in ("-h", "--help") for word in arguments):
-        print(usage)  # noqa: T201  # it is what was asked for
-        sys.exit(0)
-    types = {entry.name: entry.type for entry in fields(cast(Any, schema))}
+    if HELP & set(arguments):
+        print_help(describe_options(schema), about)
+    entries = {entry.name: entry for entry in fields(cast(Any, schema))}
     values: dict[str, Any] = {}
     for word in arguments:
         key, equals, text = word.partition("=")
-        if not equals or key not in types:
-            raise ConfigError(f"{word}: not an option of the form key=value{did_you_mean(key, list(types))}")
-        values[key] = _parse(key, text, types[key])
-    for entry in fields(cast(Any, schema)):
-        if entry.default is MISSING and entry.name not in values:
+        name, dot, part = key.partition(".")
+        entry = entries.get(name if dot else key)
+        is_table = entry is not None and get_origin(entry.type) is dict
+        if not equals or entry is None or is_table != bool(part):
+            example = f"; type {name}.NAME=..." if is_table else did_you_mean(key, list(entries))
+            raise ConfigError(f"{word}: not an option of the form key=value{example}")
+        if is_table:
+            values.setdefault(name, {})[part] = text
+        elif key in values:
+            raise ConfigError(f"{word}: {key} is typed twice; type it once")
+        else:
+            values[key] = _parse(key, text, entry)
+    for entry in entries.values():
+        if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in values:
             raise ConfigError(f"{entry.name} is needed: type {entry.name}=...")
     options = schema(**values)
     check_ranges(options)
     return options
 
 
+def split_options(schema: type[Any], arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that are options of a command's dataclass, and the others, which are for the config."""
+    names = {entry.name for entry in fields(schema)}
+    own = [word for word in arguments if re.split(r"[.=]", word, maxsplit=1)[0] in names or word in HELP]
+    return own, [word for word in arguments if word not in own]
+
+
+def print_help(options: str, about: str) -> NoReturn:
+    """Print the help of a command with its options after the first paragraph, and exit."""
+    first, _, rest = about.strip().partition("\n\n")
+    print("\n\n".join(part for part in (first, options, rest) if part))  # noqa: T201
+    sys.exit(0)
+
+
+def describe_options(schema: type[Any], indent: str = "  ") -> str:
+    """A line or more for each option: key, default or sort of value, meaning, and the values allowed."""
+    entries = [entry for entry in fields(schema) if "about" in entry.metadata]
+    heads = [f"{entry.name}{'.NAME' if get_origin(entry.type) is dict else ''}={_shown(entry)}" for entry in entries]
+    width = min(28, max(map(len, heads), default=0)) + 2
+    lines: list[str] = []
+    for head, entry in zip(heads, entries, strict=True):
+        first = f"{indent}{head:<{width}}" if len(head) < width else f"{indent}{head}  "
+        text = _about(entry)
+        wrapped = textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * (len(indent) + width))
+        lines += wrapped or [first.rstrip()]
+    return "\n".join(lines)
+
+
 def check_file(option: str, path: Path, endings: Sequence[str]) -> None:
-    """Make sure, before the work, that its result can be written to the file of an option.
+    """Check, before the work, that its result can be written to the file of an option.
 
     Args:
-        option: Its name.
+        option: The name of the option.
         path: Its value.
-        endings: What a file may end in, as ".csv"; capitals are as good.
+        endings: Endings allowed, such as ".csv", in any case.
 
     Raises:
-        ConfigError: The ending is another one, there is a folder of this name, or its folder cannot be written to.
+        ConfigError: The ending is another one, the path is a folder, or its folder cannot be written to.
     """
     if path.suffix.lower() not in endings:
         raise ConfigError(f"{option}={path}: must end in {' or '.join(endings)}")
@@ -119,10 +191,10 @@ def check_file(option: str, path: Path, endings: Sequence[str]) -> None:
 
 
 def check_folder(option: str, path: Path) -> None:
-    """Make sure, before the work, that files can be written to the folder of an option, which need not be there yet.
+    """Check, before the work, that files can be written to the folder of an option, which need not exist yet.
 
     Raises:
-        ConfigError: There is a file of this name, or the folder cannot be written to.
+        ConfigError: The path is a file, or the folder cannot be written to.
     """
     if path.is_file():
         raise ConfigError(f"{option}={path}: is a file; name a folder")
@@ -130,14 +202,14 @@ def check_folder(option: str, path: Path) -> None:
 
 
 def name_task_files(option: str, text: str) -> dict[str, Path]:
-    """Task files by what their tasks are called: as the file, or a `task.safetensors`, which is a run's, as its folder.
+    """Task files by the names of their tasks: that of the file, or of its folder for the `task.safetensors` of a run.
 
     Args:
         option: The name of the option.
         text: Its value: one file, or several with commas between them.
 
     Raises:
-        ConfigError: It names no file, one that is not there, or two of one name.
+        ConfigError: It names no file, one that does not exist, or two of one name.
     """
     is_one = Path(text).expanduser().is_file()
     words = [word.strip() for word in ([text] if is_one else text.split(",")) if word.strip()]
@@ -155,7 +227,7 @@ def name_task_files(option: str, text: str) -> dict[str, Path]:
         name = (path.absolute().parent.name if path.stem == "task" else "") or path.stem
         if name in paths:
             raise ConfigError(
-                f"{option}={text}: {paths[name]} and {path} are both called {name}; "
+                f"{option}={text}: {paths[name]} and {path} are both named {name}; "
                 "copy one of them to a file of another name"
             )
         paths[name] = path
@@ -163,18 +235,18 @@ def name_task_files(option: str, text: str) -> dict[str, Path]:
 
 
 def quote_paths(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with quotes around paths that Hydra's grammar would stumble over (spaces are fine, `~` is not)."""
+    """The arguments, with quotes around paths that are not words of Hydra's grammar (spaces are fine, `~` is not)."""
     return [_quote_path(word) for word in arguments]
 
 
 def tell(error: BaseException, code: int = 2) -> int:
     """Print one error as a user should see it; return the exit code."""
-    print(f"error: {error}", file=sys.stderr)  # noqa: T201  # the last word of a command
+    print(f"error: {error}", file=sys.stderr)  # noqa: T201  # printed for the user
     return code
 
 
 def is_for_user(error: Exception) -> bool:
-    """Whether an error was made to be read: one of bad input, of the system, or of our own kinds of RuntimeError."""
+    """Whether the message of an error is for the user; of a RuntimeError only if its class is one of vpt."""
     return not isinstance(error, RuntimeError) or type(error).__module__.startswith("vpt.")
 
 
@@ -184,13 +256,14 @@ def fail(error: Exception, code: int = 2) -> NoReturn:
 
 
 def _check_writable(option: str, path: Path, folder: Path) -> None:
-    """Try to write to a folder, or to that in which it would be made."""
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    """Try to write to a folder, or to the first of its parents that exists."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ConfigError(f"{option}={path}: cannot write to {there} ({error.strerror}); name another place") from error
+        why = f"cannot write to {existing} ({error.strerror})"
+        raise ConfigError(f"{option}={path}: {why}; name another place") from error
 
 
 def _quote_path(word: str) -> str:
@@ -202,14 +275,68 @@ def _quote_path(word: str) -> str:
     return f"{key}='{escaped}'"
 
 
-def _parse(key: str, text: str, type_: Any) -> Any:
-    """The value of an option, whose type is str, int or float, or one of these and None."""
-    allowed = get_args(type_) or (type_,)
-    try:
-        return int(text) if int in allowed else float(text) if float in allowed else text
-    except ValueError as error:
-        what = "a whole number" if int in allowed else "a number"
-        raise ConfigError(f"{key}={text}: must be {what}") from error
+def _types(entry: "Field[Any]") -> tuple[list[Any], list[Any]]:
+    """Types of an option's single value, and of the elements of a list."""
+
+    def members(type_: Any) -> list[Any]:
+        return [*get_args(type_)] if get_origin(type_) in (Union, UnionType) else [type_]
+
+    lists = [inner for type_ in members(entry.type) if get_origin(type_) is tuple for inner in get_args(type_)[:1]]
+    single = [type_ for type_ in members(entry.type) if type_ is not NoneType and get_origin(type_) is not tuple]
+    return single, [type_ for inner in lists for type_ in members(inner)]
+
+
+def _parse(key: str, text: str, entry: "Field[Any]") -> Any:
+    """The value of an option; of several types the first that it fits."""
+    single, of_list = _types(entry)
+    is_list = bool(of_list) and (not single or "," in text or text.startswith("["))
+    choices = entry.metadata.get("choices", ())
+    readers: dict[Any, Callable[[str], Any]] = {
+        bool: {"true": True, "false": False}.__getitem__,
+        int: int,
+        float: float,
+        Path: _path,
+        str: {choice: choice for choice in choices}.__getitem__ if choices else str,
+    }
+
+    def read(word: str) -> Any:
+        for type_ in of_list if is_list else single:
+            with contextlib.suppress(KeyError, ValueError):
+                return readers[type_](word)
+        names = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
+        names[str] = f"one of {', '.join(choices)}"
+        allowed = " or ".join(names[type_] for type_ in (of_list if is_list else single))
+        near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+        raise ConfigError(f"{key}={text}: must be {allowed}{f'; did you mean {near[0]}?' if near else ''}")
+
+    words = text.removeprefix("[").removesuffix("]").split(",")
+    return tuple(read(word.strip()) for word in words) if is_list else read(text)
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise ValueError(text)
+    return Path(text).expanduser()
+
+
+def _shown(entry: "Field[Any]") -> str:
+    """What stands for the value of an option in the help."""
+    single, of_list = _types(entry)
+    default = entry.default
+    if entry.metadata["shown"] or default in (MISSING, None, ()):
+        return str(entry.metadata["shown"]) or {int: "N", float: "X", Path: "PATH"}.get((single + of_list)[0], "TEXT")
+    text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return text.lower() if isinstance(default, bool) else text
+
+
+def _about(entry: "Field[Any]") -> str:
+    """Meaning, choices and range of an option."""
+    is_required = entry.default is MISSING and entry.default_factory is MISSING
+    choices = "" if entry.metadata["shown"] else ", ".join(entry.metadata["choices"])
+    is_obvious = entry.metadata["low"] in (0, 1) and entry.metadata["high"] is None
+    limits = "" if is_obvious else describe_range(entry)
+    parts = (entry.metadata["about"], choices, limits, "required" if is_required else "")
+    return "; ".join(part for part in parts if part)
 
 
 def _check_key(override: Override, config_dir: Path | None) -> None:
@@ -227,11 +354,11 @@ def _check_key(override: Override, config_dir: Path | None) -> None:
         raise ConfigError(f"an experiment is added: type +experiment={values[0]}")
     keys = [*schema_keys(), *(folder.name for folder in config_folder().iterdir() if folder.is_dir())]
     if not choices and key not in keys and not key.startswith("tuning.options."):
-        raise ConfigError(f"unknown key {key}{did_you_mean(key, keys)}")
+        raise ConfigError(unknown_key(key, keys, str(override.input_line).partition("=")[2]))
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-    """Overrides, and the folder of `--config-dir`, out of a Hydra command line."""
+    """Overrides, and the folder of `--config-dir`, of a Hydra command line."""
     words, folder, rest = [], None, iter(arguments)
     for word in rest:
         if word in ("--config-dir", "-cd"):

@@ -1,4 +1,4 @@
-"""The typed schema of `conf/`, its ranges, and messages that name the nearest valid choice."""
+"""Composition of the config from `conf/`, the schema and overrides."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from vpt.config.errors import ConfigError, did_you_mean, first_line, no_such_choice
+from vpt.config.errors import ConfigError, first_line, no_such_choice, unknown_key
 from vpt.config.schema import Config, schema_keys
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -53,13 +53,13 @@ def explain(error: Exception) -> str:
     while isinstance(error, ConfigCompositionException) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     message = str(error)
-    unknown_key = re.search(r"Key '([^']*)' (?:not in|is not in struct)", message)
+    unknown = re.search(r"Key '([^']*)' (?:not in|is not in struct)", message)
     full_key = re.search(r"full_key: (\S+)", message)
-    if unknown_key:
-        key = full_key[1] if full_key else unknown_key[1]
+    if unknown:
+        key = full_key[1] if full_key else unknown[1]
         if key.startswith("tuning.options."):
-            return f"{key} is none of the options that are there; to add it, type +{key}=..."
-        return f"unknown key {key}{did_you_mean(key, list(schema_keys()))}"
+            return f"{key} is not among the present options; to add it, type +{key}=..."
+        return unknown_key(key, list(schema_keys()))
     missing = re.search(
         r"Missing mandatory value: (\S+)|Structured config of type .* has missing mandatory value: (\S+)", message
     )
@@ -70,7 +70,7 @@ def explain(error: Exception) -> str:
     if option:
         return no_such_choice(option[1], option[2], group_choices(option[1]))
     line = first_line(error)
-    if line.endswith(":"):  # a heading, and what it is about stands below it
+    if line.endswith(":"):  # a heading of the next line
         line = " ".join(part.strip() for part in message.splitlines()[:2])
     return f"{full_key[1]}: {line}" if full_key and full_key[1] not in line else line
 

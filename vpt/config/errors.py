@@ -1,11 +1,49 @@
-"""The typed schema of `conf/`, its ranges, and messages that name the nearest valid choice."""
+"""Errors of the config, with hints at the nearest valid choice."""
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+RENAMED = {  # keys of version 0.1
+    "prompt.kind": "prompt.variant",
+    "tuning.kind": "tuning.method",
+    "dataset.kind": "dataset.reader",
+    "dataset.form": "dataset.format",
+    "head.taps": "head.out_indices",
+}
 
 
 class ConfigError(ValueError):
-    """Something that the user typed cannot be used; the message is one line that says what to type."""
+    """A value that the user typed cannot be used; the message is one line that states what to type."""
+
+
+@contextmanager
+def config_keys(**keys: str) -> Iterator[None]:
+    """Name config keys in the errors of the library calls inside.
+
+    Args:
+        keys: By parameter of the library, the key of the config.
+
+    Raises:
+        ConfigError: A ValueError or TypeError inside named one of the parameters, as in `num_tokens=0: ...`. An OSError
+            keeps its type; all other errors pass as they are.
+
+    Example:
+        >>> with config_keys(num_tokens="prompt.num_tokens"):
+        ...     raise ValueError("num_tokens=0: must be at least 1")
+        Traceback (most recent call last):
+        vpt.config.errors.ConfigError: prompt.num_tokens=0: must be at least 1
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        before = str(error)
+        names = "|".join(keys)
+        message = re.sub(rf"(?<![\w./-])(?:{names})(?==)|^(?:{names})(?=: )", lambda found: keys[found[0]], before)
+        if message == before:
+            raise
+        raise (type(error) if isinstance(error, OSError) else ConfigError)(message) from error
 
 
 def no_such_choice(group: str, name: str, choices: Sequence[str]) -> str:
@@ -24,6 +62,13 @@ def did_you_mean(word: str, choices: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else f"; valid: {', '.join(choices[:20])}"
 
 
+def unknown_key(key: str, keys: Sequence[str], value: str = "...") -> str:
+    """One line for a key that the config does not have."""
+    if key in RENAMED:
+        return f"{key} was renamed: type {RENAMED[key]}={value}"
+    return f"unknown key {key}{did_you_mean(key, keys)}"
+
+
 def first_line(error: Exception) -> str:
-    """The first line of a message that says something."""
+    """The first line of a message that is not empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

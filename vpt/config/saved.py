@@ -1,8 +1,11 @@
-"""The config in the files of a run: what of it decides the result, written without secrets, read without trust."""
+"""Saved configs: written without secrets, read as untrusted input, also those of version 0.1."""
 
 import copy
+import functools
+import operator
 import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from vpt.config.composition import explain
-from vpt.config.errors import ConfigError
+from vpt.config.errors import RENAMED, ConfigError
 from vpt.config.schema import Config, schema_keys
 from vpt.config.validation import to_config
 
@@ -22,35 +25,33 @@ WITHOUT_EFFECT = (  # on the result of a run that ends
     *("run", "fresh", "num_workers", "timeout_s", "cache", "cache_gb", "cache_dir"),
     *("log_every", "auto_batch", "skip_nonfinite"),
 )
-ROUNDING = ("device", "deterministic", "compile", "grad_checkpointing")  # keys that change last digits only
-PLACES = ("root", "path", "annotations", "checkpoint", "init_from")  # keys that say where something lies on a disk
-MAX_CONFIG_BYTES = 1_000_000  # of the file that a run leaves
-MAX_CONFIG_DEPTH = 20  # of mappings and lists in each other
+ROUNDING = ("device", "deterministic", "compile", "grad_checkpointing")  # they change last digits only
+PLACES = ("root", "path", "annotations", "checkpoint", "init_from")  # paths on this machine
+MAX_CONFIG_BYTES = 1_000_000
+MAX_CONFIG_DEPTH = 20  # of nested mappings and lists
 
 
 def conceal(config: Config, composed: DictConfig) -> Config:
-    """The config as it may be written down: text out of the environment is the expression that asks for it.
+    """The config as it may be saved: text from the environment is replaced by the expression that reads it.
 
-    A secret such as `dataset.root=${oc.env:BUCKET_WITH_KEY}` is used, and in no file. Numbers are no secrets.
+    A secret such as `dataset.root=${oc.env:BUCKET_WITH_KEY}` is used, but saved in no file. Numbers are not secrets.
     """
     shown, hidden = copy.deepcopy(config), f"hidden-{secrets.token_hex(16)}"
-    written = OmegaConf.to_container(composed, resolve=False)
+    written: Any = OmegaConf.to_container(composed, resolve=False)
     OmegaConf.register_new_resolver("oc.env", lambda *_: hidden, replace=True)
     try:
         for key in schema_keys():
-            *sections, name = key.split(".")
-            holder: Any = shown
-            for section in sections:
-                holder = getattr(holder, section)
+            section, _, name = key.rpartition(".")
+            holder: Any = operator.attrgetter(section)(shown) if section else shown
             if type(getattr(holder, name)) in (str, list, dict) and hidden in _resolved(composed, key, hidden):
-                setattr(holder, name, _at(written, key))
+                setattr(holder, name, functools.reduce(operator.getitem, key.split("."), written))
     finally:
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
     return shown
 
 
 def _resolved(composed: DictConfig, key: str, otherwise: str) -> str:
-    """The text of a value, all expressions in it resolved; or what stands for it if they cannot be."""
+    """The text of a value with all expressions resolved, or `otherwise` if that fails."""
     try:
         value = OmegaConf.select(composed, key)
         return str(OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value)
@@ -58,15 +59,8 @@ def _resolved(composed: DictConfig, key: str, otherwise: str) -> str:
         return otherwise
 
 
-def _at(values: Any, key: str) -> Any:
-    """What stands at a key such as "run.title"."""
-    for part in key.split("."):
-        values = values[part]
-    return values
-
-
 def to_plain(config: Any) -> dict[str, Any]:
-    """A config as plain values, as YAML and JSON have them."""
+    """A config as the plain values of YAML and JSON."""
     return {key: _plain(value) for key, value in asdict(config).items()}
 
 
@@ -82,7 +76,7 @@ def _plain(value: Any) -> Any:
 
 
 def recipe(config: Any) -> dict[str, Any]:
-    """What of a config decides the result, as plain values that may be given away: paths are cut to their last part."""
+    """The part of a config that decides the result, for publication: of paths the last part only."""
     values: dict[str, Any] = {}
     for entry in fields(config):
         value = getattr(config, entry.name)
@@ -98,17 +92,42 @@ def recipe(config: Any) -> dict[str, Any]:
     return values
 
 
-def load_config(path: Path) -> Config:
-    """The config that a run left in its folder.
+def rename_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a saved config with the keys of this version; those of version 0.1 had other names.
 
-    Nothing in it is resolved: an expression such as `${oc.env:TOKEN}` stays this text, or a stranger's file would read
-    the environment. Aliases, of which a few bytes can stand for gigabytes, and tags are refused; no run writes them.
+    Version 0.1 also had no `dataset.task` and `head.task`, which follow from the reader and the head.
+    """
+    new = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    dataset, head = new.get("dataset", {}), new.get("head", {})
+    if "kind" in dataset:
+        dataset.setdefault("task", "detection" if dataset["kind"] in ("boxes", "trees") else "classification")
+        if head.get("name") is not None:
+            head.setdefault("task", "classification" if head["name"] == "linear" else "detection")
+    for before, after in RENAMED.items():
+        section, _, name = before.partition(".")
+        if name in new.get(section, ()):
+            new[section].setdefault(after.partition(".")[2], new[section].pop(name))
+    return new
+
+
+def first_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `rename_keys` for keys such as "prompt.variant", so that digests in run names stay the same."""
+    before = {new: old for old, new in RENAMED.items()}
+    return {before.get(key, key): value for key, value in values.items() if key not in ("dataset.task", "head.task")}
+
+
+def load_config(path: Path) -> Config:
+    """Load the config from a run folder.
+
+    Nothing in it is resolved: an expression such as `${oc.env:TOKEN}` stays this text, or a downloaded file could read
+    the environment. Aliases, which expand a few bytes to gigabytes, and tags are refused; no run writes them.
 
     Raises:
-        ConfigError: It is missing, is not YAML, holds what no run writes, or is of another version of the schema.
+        ConfigError: The file is missing, not YAML, has what no run writes, or keys that the schema does not know.
     """
     try:
-        loaded = OmegaConf.create(_escape(OmegaConf.to_container(OmegaConf.create(_plain_text(path)), resolve=False)))
+        values: Any = OmegaConf.to_container(OmegaConf.create(_plain_text(path)), resolve=False)
+        loaded = OmegaConf.create(_escape(rename_keys(values) if isinstance(values, dict) else values))
         merged = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), loaded))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
@@ -137,14 +156,14 @@ def _plain_text(path: Path) -> str:
             "a tag": bool(getattr(event, "tag", None)),
             f"more than {MAX_CONFIG_DEPTH} levels": depth > MAX_CONFIG_DEPTH,
         }
-        for what in (name for name, is_there in odd.items() if is_there):
+        for what in (name for name, is_present in odd.items() if is_present):
             line = event.start_mark.line + 1
             raise ConfigError(f"{path}, line {line}: has {what}, which no run writes; open runs that you trust only")
     return text
 
 
 def _escape(value: Any) -> Any:
-    """The same values, in which an expression stands for its own text."""
+    """The same values with expressions escaped, so that they stay text."""
     match value:
         case str():
             return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", value)

@@ -1,17 +1,49 @@
-"""The typed schema of `conf/`, its ranges, and messages that name the nearest valid choice."""
+"""Typed schema of the config: keys, types, ranges and defaults.
 
-from collections.abc import Iterator
+A default is stated here, and a file of `conf/` states what differs from it. `???` is a value that is still missing.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import MISSING
 
-ConfigT = TypeVar("ConfigT")
+
+def option(
+    default: Any = dataclasses.MISSING,
+    about: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: Sequence[str] = (),
+    shown: str = "",
+    task: str = "",
+) -> Any:
+    """A field of a config or of the options of a command.
+
+    Args:
+        default: The value that applies when none is typed; required without it.
+        about: A line for `--help`.
+        low: The least number allowed, also for each number of a list.
+        high: The largest.
+        above: A bound that a number must exceed.
+        choices: Texts allowed, where the type does not name them.
+        shown: What `--help` shows for the value, such as "FOLDER"; by default the default, or a word for the type.
+        task: The only type of task that takes the key; empty for all.
+    """
+    metadata: dict[str, Any] = {"about": about, "low": low, "high": high, "above": above}
+    metadata |= {"choices": tuple(choices), "shown": shown, "task": task}
+    if isinstance(default, dict | list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 class PromptName(StrEnum):
-    """Kinds of prompt, and none."""
+    """How prompt tokens enter."""
 
     none = "none"
     shallow = "shallow"
@@ -20,14 +52,14 @@ class PromptName(StrEnum):
 
 
 class PromptImplName(StrEnum):
-    """How prompts are computed: as keys and values where that is exact, or always as tokens."""
+    """Computation of prompts: as keys and values where that is exact (auto), or always as tokens (concat)."""
 
     auto = "auto"
     concat = "concat"
 
 
 class PromptFormName(StrEnum):
-    """What is learned of a prompt: its tokens, or what they are computed of."""
+    """What is learned: the tokens (plain), or what they are computed from."""
 
     plain = "plain"
     shared = "shared"
@@ -36,7 +68,7 @@ class PromptFormName(StrEnum):
 
 
 class PromptInitName(StrEnum):
-    """Where prompt tokens start: at random, or at patch tokens of train pictures in one of three ways."""
+    """Initialisation of prompt tokens: at random (the first two), or from patch tokens of train images."""
 
     uniform = "uniform"
     normal = "normal"
@@ -46,7 +78,7 @@ class PromptInitName(StrEnum):
 
 
 class TuningName(StrEnum):
-    """What trains of the backbone and its prompt, beside the head."""
+    """What trains beside the head."""
 
     prompt = "prompt"
     linear = "linear"
@@ -58,44 +90,13 @@ class TuningName(StrEnum):
     adapters = "adapters"
 
 
-class TaskName(StrEnum):
-    """Kinds of task."""
-
-    classification = "classification"
-    detection = "detection"
-
-
-class HeadName(StrEnum):
-    """Heads; the first is for classification, the others are for detection."""
-
-    linear = "linear"
-    dense = "dense"
-    retinanet = "retinanet"
-    fasterrcnn = "fasterrcnn"
-
-
-class DatasetKind(StrEnum):
-    """Readers of data; the last two read boxes."""
-
-    fruit = "fruit"
-    folder = "folder"
-    list = "list"
-    csv = "csv"
-    torchvision = "torchvision"
-    boxes = "boxes"
-    trees = "trees"
-
-
-class BoxForm(StrEnum):
-    """Forms of files with boxes; auto looks which of them is there."""
+class BoxFormat(StrEnum):
+    """Formats of files with boxes; auto detects which one the folder has."""
 
     auto = "auto"
     coco = "coco"
     yolo = "yolo"
     voc = "voc"
-
-
-TASK_OF = {DatasetKind.boxes: TaskName.detection, DatasetKind.trees: TaskName.detection}  # all others: classification
 
 
 class OptimName(StrEnum):
@@ -106,7 +107,7 @@ class OptimName(StrEnum):
 
 
 class Mode(StrEnum):
-    """train; two steps of everything (dry); one batch until it is learned (overfit)."""
+    """Train; two steps of everything (dry); one batch until it is learned (overfit)."""
 
     train = "train"
     dry = "dry"
@@ -114,14 +115,14 @@ class Mode(StrEnum):
 
 
 class ClassWeights(StrEnum):
-    """Weights of the classes in the loss."""
+    """Weights of the classes in the loss; balanced is inverse class frequency."""
 
     none = "none"
     balanced = "balanced"
 
 
 class Precision(StrEnum):
-    """Arithmetic of the model: auto is bf16 autocast on CUDA and fp32 elsewhere."""
+    """Arithmetic of the model; auto is bf16 autocast on CUDA and fp32 elsewhere."""
 
     auto = "auto"
     fp32 = "fp32"
@@ -129,14 +130,14 @@ class Precision(StrEnum):
 
 
 class Dtype(StrEnum):
-    """How the weights of a backbone are held."""
+    """Number format of the weights of a backbone."""
 
     fp32 = "fp32"
     bf16 = "bf16"
 
 
 class CacheName(StrEnum):
-    """What is kept for later epochs: what fits; nothing; tokens behind the frozen blocks, in memory or on disk."""
+    """What is cached for later epochs."""
 
     auto = "auto"
     off = "off"
@@ -145,97 +146,89 @@ class CacheName(StrEnum):
 
 
 class OnError(StrEnum):
-    """What becomes of a train picture that cannot be read."""
+    """What to do about a train image that cannot be read."""
 
     stop = "stop"
     skip = "skip"
 
 
 class HeadInitName(StrEnum):
-    """How the head starts."""
+    """Initialisation of a linear head: zeros, or Kaiming fan-out weights and biases of -log(99) (paper)."""
 
     zero = "zero"
     paper = "paper"
 
 
-def number(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
-    """A field with a range: low <= value <= high, or value > above."""
-    return field(default=default, metadata={"low": low, "high": high, "above": above})
-
-
 @dataclass
 class BackboneConfig:
-    """Which ViT, and where its weights come from."""
+    """A timm ViT and the source of its weights."""
 
     name: str = MISSING
     pretrained: bool = True
-    checkpoint: str | None = None
-    img_size: int | None = number(None, low=1)
+    checkpoint: str | None = None  # file of weights
+    img_size: int | None = option(None, low=1)  # pixels; null: the model's own
     dtype: Dtype = Dtype.fp32
 
 
 @dataclass
 class PromptConfig:
-    """The prompt tokens and the blocks that they enter; `rank`, `whiten` are of form bilinear, `fraction` of fourier.
+    """Prompt tokens and the blocks that they enter."""
 
-    `title` is its name in that of a run. Tokens start as those of the task file `init_from`, or else as `init` says.
-    """
-
-    kind: PromptName = PromptName.deep
-    title: str = "deep"
-    num_tokens: int = number(20, low=1, high=10_000)
-    blocks: Any = "all"
-    dropout: float = number(0.0, low=0, high=0.99)
+    variant: PromptName = MISSING
+    title: str = MISSING  # in the name of a run
+    num_tokens: int = option(20, low=1, high=10_000)  # per prompted block
+    blocks: Any = "all"  # all, first:k, last:k, or a list of indices
+    dropout: float = option(0.0, low=0, high=0.99)
     form: PromptFormName = PromptFormName.plain
-    rank: int = number(8, low=1)
-    whiten: bool = False
-    fraction: float = number(0.3, above=0, high=1)
+    rank: int = option(8, low=1)  # bilinear: a block learns rank * (num_tokens + embed_dim) numbers
+    whiten: bool = False  # bilinear: times a fixed matrix, in whose coordinates patches of train images are white
+    fraction: float = option(0.3, above=0, high=1)  # fourier: of the tokens
     init: PromptInitName = PromptInitName.uniform
-    init_from: str | None = None
+    init_from: str | None = None  # a task file whose prompt replaces `init`
     impl: PromptImplName = PromptImplName.auto
 
 
 @dataclass
 class HeadConfig:
-    """From features to logits (linear: `init`), or from feature maps to boxes (the others: all other keys).
+    """The layers from features to outputs; without a name, linear for classes and dense for boxes."""
 
-    Without a name it is linear for classes and dense for boxes.
-    """
-
-    name: HeadName | None = None
-    title: str = ""
+    name: str | None = None
+    task: str | None = None  # the type of task that the head is for
+    title: str = ""  # in the name of a run
     init: HeadInitName = HeadInitName.zero
-    taps: Any = "quarters"
-    channels: int = number(128, low=8, high=4096)
-    strides: list[int] | None = None
-    num_convs: int | None = number(None, low=1, high=16)
+    # blocks that the pyramid reads: the last of each quarter; last: only the last; or a list
+    out_indices: Any = option("quarters", task="detection")
+    # width of pyramid and head; dense: 1.2 M parameters, with 64 0.3 M
+    channels: int = option(128, low=8, high=4096, task="detection")
+    # pixels of a cell in each level; null: 8, 16, 32 or the nearest possible for the patch size
+    strides: list[int] | None = option(None, task="detection")
+    # in each of the two towers; null: 2, or 4 for retinanet, which takes at most 4
+    num_convs: int | None = option(None, low=1, high=16, task="detection")
 
 
 @dataclass
 class TuningConfig:
-    """What trains, beside the head and, where `with_prompt` says so, the prompt; `title` is its name in that of a run.
+    """What trains beside the head."""
 
-    `adapters` is the method of adapters, and `options` are what the method takes.
-    """
-
-    kind: TuningName = TuningName.prompt
-    with_prompt: bool = False
-    num_blocks: int = number(1, low=1)
+    method: TuningName = MISSING
+    with_prompt: bool = False  # also the prompt; for all methods but linear
+    num_blocks: int = option(1, low=1)  # partial
     adapters: str = "sequential"
-    options: Any = None
-    lr: float = number(1e-4, above=0)
-    title: str = MISSING
+    options: Any = None  # of adapters; for those of PEFT its own keys: numbers, true, false, lists of module names
+    lr: float = option(1e-4, above=0)  # of what trains in the backbone
+    title: str = MISSING  # in the name of a run
 
 
 @dataclass
 class DatasetConfig:
-    """Where pictures and labels come from."""
+    """The source of images and labels."""
 
-    kind: DatasetKind = MISSING
-    title: str = MISSING
-    form: BoxForm = BoxForm.auto
-    annotations: Any = None  # split -> file
-    strict: bool = False
+    reader: str = MISSING
+    task: str = MISSING  # the type of task
+    title: str = MISSING  # in the name of a run
+    format: BoxFormat = option(BoxFormat.auto, task="detection")
+    annotations: Any = option(None, task="detection")  # split -> COCO file: {train:a.json,val:b.json}
+    strict: bool = option(False, task="detection")  # refuse data with errors instead of repairing and counting them
     root: str | None = None
     path: str | None = None
     name: str | None = None
@@ -243,76 +236,76 @@ class DatasetConfig:
     train: str = "train800.txt"
     val: str | None = "val200.txt"
     test: str | None = "test.txt"
-    val_fraction: float = number(0.2, low=0.01, high=0.9)
-    test_fraction: float | None = number(None, low=0, high=0.9)
-    num_per_class: int | None = number(None, low=1)
-    split_seed: int = number(0, low=0)
+    val_fraction: float = option(0.2, low=0.01, high=0.9)
+    test_fraction: float | None = option(None, low=0, high=0.9)
+    num_per_class: int | None = option(None, low=1, task="classification")
+    split_seed: int = option(0, low=0)
 
 
 @dataclass
 class DataConfig:
-    """How picture files are read: which are refused, and what becomes of train when some cannot be read."""
+    """How image files are read."""
 
-    max_pixels: int = number(50_000_000, low=1, high=178_956_970)  # as much as Pillow decodes
-    background: str = "white"
-    on_error: OnError = OnError.stop
-    max_skipped: float = number(0.01, low=0, high=1)
-    timeout_s: float = number(120.0, above=0)
+    max_pixels: int = option(50_000_000, low=1, high=178_956_970)  # checked before decoding; Pillow's limit
+    background: str = "white"  # behind transparent images; also "#RRGGBB"
+    on_error: OnError = OnError.stop  # skip: train images are left out, counted and listed; val and test never
+    max_skipped: float = option(0.01, low=0, high=1)  # of the train images; more stop the run
+    timeout_s: float = option(120.0, above=0)  # for a batch of a loader process
 
 
 @dataclass
 class AugmentConfig:
-    """albumentations transforms of the train pictures, by name, and how pictures are brought to size."""
+    """albumentations transforms of the train images, by name, and how images are resized."""
 
     transforms: list[Any] = field(default_factory=list)
-    crop_mode: str | None = None
-    crop_pct: float | None = number(None, above=0, high=1)
-    min_visibility: float = number(0.2, low=0, high=0.99)
+    crop_mode: str | None = option(None, task="classification")
+    crop_pct: float | None = option(None, above=0, high=1, task="classification")
+    min_visibility: float = option(0.2, low=0, high=0.99)  # part of a box that must be left of it
 
 
 @dataclass
 class OptimConfig:
     """The optimiser, its learning rates and their schedule."""
 
-    name: OptimName = OptimName.adamw
-    prompt_lr: float = number(1e-2, above=0)
-    head_lr: float = number(1e-3, above=0)
-    scale_lr: bool = False
-    weight_decay: float = number(1e-4, low=0)
-    momentum: float = number(0.9, low=0, high=0.999)
-    warmup_epochs: float = number(1.0, low=0)
+    name: OptimName = MISSING
+    prompt_lr: float = option(1e-2, above=0)
+    head_lr: float = option(1e-3, above=0)
+    scale_lr: bool = False  # multiply all rates by effective batch size / 256
+    weight_decay: float = option(1e-4, low=0)  # with 50 prompt tokens 1e-3 was better
+    momentum: float = option(0.9, low=0, high=0.999)  # sgd
+    warmup_epochs: float = option(1.0, low=0)
 
 
 @dataclass
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
-    epochs: int = number(20, low=1)
-    batch_size: int = number(64, low=1)
-    accumulation: int = number(1, low=1)
-    clip_norm: float | None = number(1.0, above=0)
-    label_smoothing: float = number(0.0, low=0, high=0.99)
-    class_weights: ClassWeights = ClassWeights.none
-    patience: int | None = number(None, low=1)
-    ema: float | None = number(None, above=0, high=0.99999)
+    epochs: int = option(20, low=1)
+    batch_size: int = option(64, low=1)
+    accumulation: int = option(1, low=1)  # batches per optimiser step
+    clip_norm: float | None = option(1.0, above=0)  # null: no clipping
+    label_smoothing: float = option(0.0, low=0, high=0.99, task="classification")
+    class_weights: ClassWeights = option(ClassWeights.none, task="classification")
+    patience: int | None = option(None, low=1)  # epochs without a better val top1 (map) before stopping
+    ema: float | None = option(None, above=0, high=0.99999)  # decay of a moving average of the tuned parameters
     precision: Precision = Precision.auto
-    skip_nonfinite: int = number(0, low=0)
-    log_every: int = number(10, low=1)
+    skip_nonfinite: int = option(0, low=0)  # steps skipped for a loss or gradient that is not finite; one more stops
+    log_every: int = option(10, low=1)  # optimiser steps
 
 
 @dataclass
 class RunConfig:
-    """The run folder: its name, or else a title that a digest of the config is added to."""
+    """The run folder."""
 
     root: str = "runs"
-    name: str | None = None
-    title: str = MISSING
-    save_minutes: float = number(5.0, above=0)
+    name: str | None = None  # of the folder; null: the title and a digest of the config
+    title: str = "${dataset.title}_${tuning.title}${head.title}"
+    save_minutes: float = option(5.0, above=0)  # between two checkpoints inside an epoch; one follows each epoch
 
 
 @dataclass
 class Config:
-    """Everything that `python -m vpt.train` can be told."""
+    """All keys of `python -m vpt.train`."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
@@ -325,22 +318,24 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
     mode: Mode = Mode.train
-    fresh: bool = False
-    auto_batch: bool = False
-    seed: int = number(0, low=0, high=2**32 - 1)
+    fresh: bool = False  # move an earlier run of this folder aside and start anew; without it the run resumes
+    auto_batch: bool = False  # out of memory: compute each batch in parts, with the same result
+    seed: int = option(0, low=0, high=2**32 - 1)
     deterministic: bool = False
     device: str = "auto"
-    num_workers: int | None = number(None, low=0)
-    compile: bool = False
-    grad_checkpointing: bool = False
+    num_workers: int | None = option(None, low=0)  # null: the spare cores, at most 4
+    compile: bool = False  # torch.compile: a minute at the start, faster steps after it
+    grad_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+    # ram, disk: tokens behind the frozen blocks, computed once; auto: in ram, or else decoded images, if they fit;
+    # "off" (in a file with quotes): neither
     cache: CacheName = CacheName.auto
-    cache_gb: float = number(4.0, above=0)
-    cache_dir: str | None = None
+    cache_gb: float = option(4.0, above=0)  # of a cache, and of all files in cache_dir; auto: or half the free memory
+    cache_dir: str | None = None  # of cache=disk; null: run.root/cache
 
     @property
-    def task(self) -> TaskName:
-        """The kind of task, as the data have it."""
-        return TASK_OF.get(self.dataset.kind, TaskName.classification)
+    def task(self) -> str:
+        """The type of task."""
+        return self.dataset.task
 
 
 def schema_keys(config: Any = Config, prefix: str = "") -> Iterator[str]:

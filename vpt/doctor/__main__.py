@@ -2,42 +2,55 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from vpt.config.command_line import INTERRUPTED, check_file, fail, is_for_user, quote_paths, read_config
-from vpt.config.errors import ConfigError
-from vpt.config.schema import Config
+from vpt.config.command_line import (
+    INTERRUPTED,
+    check_file,
+    compose_run,
+    fail,
+    is_for_user,
+    parse_options,
+    quote_paths,
+    split_options,
+)
+from vpt.config.schema import Config, option
 
 FOUND = 1
 
 USAGE = """python -m vpt.doctor: read every image once, report problems and what training would do with the data.
 
-Options are those of vpt.train; no data are changed:
-
+All other options are those of vpt.train, and change nothing:
   dataset=NAME         and its keys: dataset.root=PATH, dataset.path=FILE, dataset.val_fraction=0.2, ...
-  +experiment=NAME     an experiment, as in training
+  +experiment=NAME     or an experiment, as in training
   backbone=NAME        image sizes are compared with its input; also backbone.img_size=448; no weights are loaded
   num_workers=N        loader processes, as in training
-  json=FILE.json       write all findings, with all files, as JSON
+`python -m vpt.train --help` lists all keys.
 
-`python -m vpt.train --help` lists all keys. Reported are images that cannot be read, are too large or unusual;
-duplicates within a split, across splits (leakage) and under different labels; classes with few images or none,
-imbalance; sizes that do not fit the backbone; wrong boxes, and boxes too small to be detected.
+Reported are images that cannot be read, are too large or unusual; duplicates within a split, across splits (leakage)
+and under different labels; classes with few images or none, imbalance; sizes that do not fit the backbone; wrong boxes,
+and boxes too small to be detected.
 
 Exit codes: 0 training would run; 1 it would stop, or images are in two splits; 2 the command cannot be used.
 Example: python -m vpt.doctor dataset=folder dataset.root=photos backbone=vit_tiny json=found.json"""
 
 
+@dataclass
+class DoctorOptions:
+    """Options of `python -m vpt.doctor` beside those of `vpt.train`."""
+
+    json: Path | None = option(None, "a file for everything found, with all file names", shown="FILE.json")
+
+
 def main() -> None:
     """Check the command line and the data, and report."""
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        return
     try:
-        output, words = _take_json(arguments)
-        config = read_config(quote_paths(words))
+        own, words = split_options(DoctorOptions, sys.argv[1:])
+        output = parse_options(DoctorOptions, own, USAGE).json
+        if output is not None:
+            check_file("json", output, (".json",))
+        config, _ = compose_run(quote_paths(words))
         is_fine = examine(config, output, shlex.join(["python", "-m", "vpt.train", *words]))
     except KeyboardInterrupt:
         fail(RuntimeError("interrupted before every image was read; nothing was written"), INTERRUPTED)
@@ -66,22 +79,6 @@ def examine(config: Config, output: Path | None, command: str) -> bool:
         write_json(output, report.to_dict())
         print(f"json      {output}")
     return report.is_fine
-
-
-def _take_json(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The doctor's own key out of the arguments, which are for Hydra; and the others."""
-    own = [word for word in arguments if word.partition("=")[0] == "json"]
-    others = [word for word in arguments if word not in own]
-    if not own:
-        return None, others
-    if len(own) > 1:
-        raise ConfigError(f"{' '.join(own)}: name one file")
-    _, equals, value = own[0].partition("=")
-    if not equals or not value:
-        raise ConfigError(f"{own[0]}: name a file, such as json=found.json")
-    path = Path(value).expanduser()
-    check_file("json", path, (".json",))
-    return path, others
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vpt.config.errors import ConfigError
-from vpt.config.schema import Config, DatasetKind
+from vpt.config.schema import Config
 from vpt.data.images import find_images
 from vpt.data.readers.box_checks import DataReport
 from vpt.data.samples import ClassificationSamples, FileReader
@@ -55,7 +55,7 @@ def read_data(config: Config) -> Reading:
         loose = {} if root is None else _read_loosely(root)
         if not any(map(len, loose.values())):
             raise ConfigError(str(error)) from error
-        has_labels = config.dataset.kind is DatasetKind.folder
+        has_labels = config.dataset.reader == "folder"
         return Reading(loose, task_type.report, refusal=str(error), has_labels=has_labels, root=root)
     whole = replace(dataset, val_fraction=0.0, test_fraction=0.0)
     given = task_type_of(replace(config, dataset=whole)).read_all()
@@ -66,7 +66,7 @@ def read_data(config: Config) -> Reading:
 def _root_of(config: Config) -> Path | None:
     """The folder of the image files, or None."""
     dataset = config.dataset
-    if dataset.kind is DatasetKind.torchvision or not (dataset.root or dataset.path):
+    if dataset.reader == "torchvision" or not (dataset.root or dataset.path):
         return None
     given = Path(dataset.root or dataset.path or "").expanduser()
     root = unpacked(given, config.cache_dir) if dataset.root else given.parent

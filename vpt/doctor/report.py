@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vpt.config.schema import Config, DatasetKind
+from vpt.config.schema import Config
 from vpt.doctor.classes import Counts, find_class_problems
 from vpt.doctor.copies import find_copies
 from vpt.doctor.images import find_ignored, find_size_problems, find_unreadable, find_unusual
@@ -65,7 +65,7 @@ class DoctorReport:
         content = {
             "version": VERSION,
             "dataset": self.config.dataset.title,
-            "task": self.config.task.value,
+            "task": self.config.task,
             "classes": list(self.classes),
             "input": None if self.input is None else self.input.to_dict(),
             "splits": {split: self._split_dict(split) for split in self.reading.splits},
@@ -204,7 +204,7 @@ def _find(
     yield from task_type.check_data(splits, readable, preprocessing, expected.strides if expected else ())
     yield from find_size_problems(splits, scans, preprocessing)
     yield from find_unusual(config, splits, scans)
-    if reading.root is not None and config.dataset.kind is DatasetKind.folder:
+    if reading.root is not None and config.dataset.reader == "folder":
         yield from find_ignored(reading.root)
     if expected is None:
         message = f"the input size of {config.backbone.name} is known on the hub only; image sizes were not compared"

@@ -5,17 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vpt.config.command_line import INTERRUPTED, check_file, fail, is_for_user, parse_options
-from vpt.config.schema import OnError, number
+from vpt.config.schema import OnError, option
 
 USAGE = """python -m vpt.evaluate: metrics of a trained run on one split of its data.
-
-  run=FOLDER         a run folder, such as runs/quickstart
-  split=test         train, val or test
-  root=PATH          the data set, if it has moved
-  checkpoint=FILE    the weights of the backbone, if they have moved
-  output=FILE.json   also write the metrics to this file
-  batch_size=N       images in a batch; by default as in training, since losses of boxes are means over a batch
-  num_workers=0  device=auto
 
 Example: python -m vpt.evaluate run=runs/quickstart split=val"""
 
@@ -24,14 +16,16 @@ Example: python -m vpt.evaluate run=runs/quickstart split=val"""
 class EvaluateOptions:
     """Options of `python -m vpt.evaluate`."""
 
-    run: str
-    split: str = "test"
-    root: str | None = None
-    checkpoint: str | None = None
-    output: str | None = None
-    batch_size: int | None = number(None, low=1)
-    num_workers: int = number(0, low=0)
-    device: str = "auto"
+    run: str = option(about="a run folder, such as runs/quickstart", shown="FOLDER")
+    split: str = option("test", "train, val or test")
+    root: str | None = option(None, "the data, if they have moved", shown="PATH")
+    checkpoint: str | None = option(None, "weights of the backbone, if they have moved", shown="FILE")
+    output: str | None = option(None, "a file for the metrics", shown="FILE.json")
+    batch_size: int | None = option(
+        None, "images per batch; by default as in training, since losses of boxes are means over a batch", low=1
+    )
+    num_workers: int = option(0, "loader processes", low=0)
+    device: str = option("auto", "auto, cpu, cuda, ...")
 
 
 def main() -> None:

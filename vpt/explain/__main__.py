@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vpt.config.command_line import INTERRUPTED, check_folder, fail, name_task_files, parse_options, tell
 from vpt.config.errors import ConfigError
-from vpt.config.schema import number
+from vpt.config.schema import option
 
 if TYPE_CHECKING:
     from vpt.build import Model
@@ -16,44 +16,39 @@ if TYPE_CHECKING:
 
 UNREADABLE = 1
 
-USAGE = """python -m vpt.explain: what a task looks at in pictures, and what its prompt has become.
-
-  run=FOLDER           a run folder, such as runs/quickstart
-  task=FILE            or a task file
-  input=PATH           a picture, a folder that is searched for pictures, below it too, or a pattern in quotes such as
-                       'photos/**/*.jpg'
-  output=FOLDER        a new folder, or one that this command wrote, for what is below
-  max_pictures=8       of more pictures as many are taken, evenly spread; at most 64
-  blocks=all           blocks that pages show apart: all, first:k, last:k or 0,5,11; by default four
-  checkpoint=FILE      weights of the backbone, if they are not those that timm knows, or have moved
-  device=auto
+USAGE = """python -m vpt.explain: what a task attends to in images, and what its prompt has become.
 
 It writes
-  picture_00.png, ...        what CLS looks at in a picture, without and with the prompt, and how much each patch looks
-                             at the prompt
-  prompt.png                 attention that goes to the prompt, and how many of its tokens count, over the blocks
-  similarity.png             how alike the tokens are
-  nearest_block_00.png, ...  the patches of these pictures that are most like them
+  image_00.png, ...          what CLS attends to in an image, without and with the prompt, and how much each patch
+                             attends to the prompt
+  prompt.png                 attention to the prompt, and how many of its tokens count, over the blocks
+  similarity.png             similarity of the tokens
+  nearest_block_00.png, ...  the patches of these images that are most similar to the tokens
   explain.json               all numbers, of all blocks
-and the same for TensorBoard, with the block as the step. docs/explain.md says how to read it.
+and the same for TensorBoard, with the block as the step. docs/explain.md describes how to read it.
 
-Without a prompt there are attention maps only. Pictures that cannot be read are listed and skipped; the exit code is
+Without a prompt there are attention maps only. Images that cannot be read are listed and skipped; the exit code is
 then 1.
-Example: python -m vpt.explain run=runs/quickstart input=photos output=looked"""
+Example: python -m vpt.explain run=runs/quickstart input=photos output=explained"""
 
 
 @dataclass
 class ExplainOptions:
     """Options of `python -m vpt.explain`."""
 
-    input: str
-    output: str
-    run: str | None = None
-    task: str | None = None
-    max_pictures: int = number(8, low=1, high=64)
-    blocks: str | None = None
-    checkpoint: str | None = None
-    device: str = "auto"
+    input: str = option(
+        about="an image, a folder with its sub-folders, or a pattern in quotes such as 'photos/**/*.jpg'",
+        shown="PATH",
+    )
+    output: str = option(about="a new folder, or one that this command wrote", shown="FOLDER")
+    run: str | None = option(None, "a run folder, such as runs/quickstart", shown="FOLDER")
+    task: str | None = option(None, "instead of run: a task file", shown="FILE")
+    max_images: int = option(8, "of more images as many are taken, evenly spread", low=1, high=64)
+    blocks: str | None = option(
+        None, "blocks with pages of their own: all, first:k, last:k or 0,5,11; by default four", shown="all"
+    )
+    checkpoint: str | None = option(None, "weights of the backbone, if not those of timm, or moved", shown="FILE")
+    device: str = option("auto", "auto, cpu, cuda, ...")
 
 
 def main() -> None:
@@ -106,7 +101,7 @@ def _find(options: ExplainOptions) -> tuple[list[Path], int]:
     found = find_images(path)
     if not found:
         raise ConfigError(f"input={options.input}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
-    return [found[index] for index in spread(len(found), options.max_pictures)], len(found)
+    return [found[index] for index in spread(len(found), options.max_images)], len(found)
 
 
 def _check_output(output: Path) -> None:

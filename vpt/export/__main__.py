@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vpt.config.command_line import INTERRUPTED, check_file, fail, parse_options
-from vpt.config.errors import ConfigError, did_you_mean
+from vpt.config.errors import ConfigError, config_keys
+from vpt.config.schema import option
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,20 +28,11 @@ BATCH_SIZES = (1, 3)  # that the file is checked with
 TOLERANCE = 1e-3
 CHUNK = 16 * 1024**2  # bytes
 
-USAGE = f"""python -m vpt.export: a task as a file for other runtimes, checked against torch on real pictures.
-
-  task=FILE            a task file
-  output=FILE          .onnx; .pt2 for torch_export
-  format=onnx          or torch_export
-  shared=false         true: the backbone alone, with prompts and heads as inputs, so that one file serves every task of
-                       this backbone, mixed in a batch; it is checked with the task, or with several, task=FILE,FILE
-  input=PATH           a picture, or a folder of pictures, to check on; pictures that ship in the package by default
-  backbone=NAME        timm name of the backbone, by default that in the task file
-  checkpoint=FILE      weights of the backbone, if they are not those that timm knows, or have moved
+USAGE = f"""python -m vpt.export: a task as a file for other runtimes, checked against torch on real images.
 
 Inputs are normalised images, batches of any size; outputs are logits, or boxes and scores before non-maximum
 suppression. The file is loaded again and compared; where it differs from torch by more than 0.001 nothing is written.
-docs/export.md says how to use the files. format=onnx needs the extra "export":
+docs/export.md describes how to use the files. format=onnx needs the extra "export":
   {INSTALL}
 Example: python -m vpt.export task=pets.safetensors output=pets.onnx"""
 
@@ -49,18 +41,19 @@ Example: python -m vpt.export task=pets.safetensors output=pets.onnx"""
 class ExportOptions:
     """Options of `python -m vpt.export`."""
 
-    task: str
-    output: str
-    format: str = "onnx"
-    shared: str = "false"
-    input: str | None = None
-    backbone: str | None = None
-    checkpoint: str | None = None
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether the file is to serve every task."""
-        return self.shared == "true"
+    task: str = option(about="a task file", shown="FILE")
+    output: str = option(about=".onnx, or .pt2 for torch_export", shown="FILE")
+    format: str = option("onnx", choices=tuple(FORMATS))
+    shared: bool = option(
+        False,
+        "true: the backbone alone, with prompts and heads as inputs, so that one file serves every task of this "
+        "backbone, mixed in a batch; it is checked with the task, or with several, task=FILE,FILE",
+    )
+    input: str | None = option(
+        None, "an image, or a folder of images, to check on; by default images of the package", shown="PATH"
+    )
+    backbone: str | None = option(None, "timm name of the backbone, by default that of the task file", shown="NAME")
+    checkpoint: str | None = option(None, "weights of the backbone, if not those of timm, or moved", shown="FILE")
 
 
 def main() -> None:
@@ -91,8 +84,8 @@ def export(options: ExportOptions) -> None:
     print(f"exporting {paths[0]} as {output}, which takes up to some minutes", file=sys.stderr)
     models = _load(options, paths, tasks)
     model = _make_traceable(options, models)
-    packed = pack_tasks(paths, models[0].backbone.depth) if options.is_shared else None
-    described = describe_backbone(tasks[0]) if options.is_shared else describe_task(tasks[0])
+    packed = pack_tasks(paths, models[0].backbone.depth) if options.shared else None
+    described = describe_backbone(tasks[0]) if options.shared else describe_task(tasks[0])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, f"model{output.suffix.lower()}")
         write_model(model, file, described)
@@ -111,11 +104,6 @@ def export(options: ExportOptions) -> None:
 
 def _check_options(options: ExportOptions, output: Path) -> None:
     """Refuse, before anything is loaded, what cannot be written."""
-    if options.format not in FORMATS:
-        hint = did_you_mean(options.format, list(FORMATS))
-        raise ConfigError(f"format={options.format}: must be {' or '.join(FORMATS)}{hint}")
-    if options.shared not in ("true", "false"):
-        raise ConfigError(f"shared={options.shared}: must be true or false")
     check_file("output", output, [FORMATS[options.format]])
     missing = [name for name in PACKAGES[options.format] if importlib.util.find_spec(name) is None]
     if missing:
@@ -124,11 +112,11 @@ def _check_options(options: ExportOptions, output: Path) -> None:
 
 def _task_files(options: ExportOptions) -> list[Path]:
     """The task files that are named; several only to check a shared model with."""
-    is_one = not options.is_shared or Path(options.task).expanduser().is_file()
+    is_one = not options.shared or Path(options.task).expanduser().is_file()
     paths = [Path(word).expanduser() for word in ([options.task] if is_one else options.task.split(","))]
     for path in paths:
         if not path.is_file():
-            hint = "" if options.is_shared or "," not in options.task else "; several are for shared=true"
+            hint = "" if options.shared or "," not in options.task else "; several are for shared=true"
             raise ConfigError(f"task={path}: no such file{hint}")
     return paths
 
@@ -139,9 +127,9 @@ def _check_tasks(options: ExportOptions, paths: Sequence[Path], tasks: Sequence[
     from vpt.models.task_model import model_named
 
     for path, task in zip(paths, tasks, strict=True):
-        if options.is_shared:
+        if options.shared:
             check_shareable(path, task, tasks[0])
-        reason = None if options.is_shared else model_named(task.task_type).why_not_exported(task.head)
+        reason = None if options.shared else model_named(task.task_type).why_not_exported(task.head)
         if reason is not None:
             raise ConfigError(f"task={path}: {reason}")
         size, first = task.preprocessing["size"], tasks[0].preprocessing["size"]
@@ -169,7 +157,8 @@ def _load(options: ExportOptions, paths: Sequence[Path], tasks: Sequence["TaskMe
     from vpt.models.vit import load_vit
 
     height, width = tasks[0].preprocessing["size"]
-    vit = load_vit(options.backbone or tasks[0].backbone, checkpoint=options.checkpoint, img_size=(height, width))
+    with config_keys(name="backbone"):
+        vit = load_vit(options.backbone or tasks[0].backbone, checkpoint=options.checkpoint, img_size=(height, width))
     models = [load_task(path, vit) for path in paths]
     for model in models:
         fold_adapters(model.backbone.vit)
@@ -179,7 +168,7 @@ def _load(options: ExportOptions, paths: Sequence[Path], tasks: Sequence["TaskMe
 def _make_traceable(options: ExportOptions, models: Sequence["TaskModel"]) -> "Traceable":
     from vpt.export.traced import ExportedModel, SharedModel
 
-    return SharedModel(models[0].backbone.vit) if options.is_shared else ExportedModel(models[0])
+    return SharedModel(models[0].backbone.vit) if options.shared else ExportedModel(models[0])
 
 
 def _table(model: "Traceable") -> str:

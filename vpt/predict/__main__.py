@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vpt.config.command_line import INTERRUPTED, fail, parse_options, tell
 from vpt.config.errors import ConfigError
-from vpt.config.schema import number
+from vpt.config.schema import option
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,58 +24,55 @@ if TYPE_CHECKING:
 
 UNREADABLE = 1
 
-USAGE = """python -m vpt.predict: classes of pictures, or boxes in them, by task files or the task of a run.
+USAGE = """python -m vpt.predict: classes of images, or boxes in them, by task files or the task of a run.
 
-  task=FILE,FILE       one task file or more, of one backbone and one kind; each is called as its file, and a
-                       task.safetensors as its folder
-  run=FOLDER           or a run folder, such as runs/quickstart
-  input=PATH           a picture, a folder that is searched for pictures, below it too, a pattern in quotes such as
-                       'photos/**/*.jpg', or a video
-  every=1              of a video every n-th frame, as the picture VIDEO/000012.jpg
-  output=FILE          .csv, .parquet or .json; for boxes .json is COCO results, and a folder gets YOLO text files
-  checkpoint=FILE      weights of the backbone, if they are not those that timm knows, or have moved
-  batch_size=32  device=auto
+With several tasks, tables have a column task, and JSON the key task; COCO results, YOLO text files and drawings are for
+one task.
+The image_id of COCO results is the number in the file name, as in 000139.jpg, if all names are numbers; else images are
+counted 1, 2, ... Each result also has the file_name, relative to the folder of the input.
+No image of the input and no existing YOLO text file is overwritten; other files are.
+Images that cannot be read are listed and skipped; the exit code is then 1.
 
-Classification:
-  top_k=5              classes for each picture, most probable first
-Detection:
-  drawings=FOLDER      also write the images with their boxes drawn on them there, as .jpg
-  min_score=0.25       least score of a box
-  max_overlap=0.6      two boxes of a class that overlap more (IoU) are one
-  max_detections=100   most boxes in a picture
-  classes=NAME,NAME    only these; all without; a name with a comma stands in quotes: classes='"NAME, TOO",NAME'
-
-With several tasks, tables have a column task, and JSON the key task; COCO results, YOLO text files and drawn pictures
-are for one task.
-The image_id of COCO results is the number that a picture's file is called by, as 000139.jpg is, if all are; else
-pictures are counted 1, 2, ... Beside it stands the file_name, below the folder of the input.
-No picture of the input and no YOLO text file that is there already is overwritten; other files are.
-Pictures that cannot be read are listed and skipped; the exit code is then 1.
-
-What is done is kept in OUTPUT.partial until all is. If the command was stopped, type it again: it goes on behind that,
-and predicts anew only what has changed meanwhile; batch_size, device and checkpoint may be others. Another command is
-refused until OUTPUT.partial is deleted. Drawn pictures are written as they come, all else when all is done.
+Results are stored in OUTPUT.partial until all are done. If the command was stopped, type it again: it resumes after
+them, and predicts again only what has changed meanwhile; batch_size, device and checkpoint may be others. Another
+command is refused until OUTPUT.partial is deleted. Drawings are written at once, all other files at the end.
 Example: python -m vpt.predict task=pets.safetensors,flowers.safetensors input=photos output=found.csv"""
 
 
 @dataclass
 class PredictOptions:
-    """Options of `python -m vpt.predict`; what is None is for the other kind of task, or has its default there."""
+    """Options of `python -m vpt.predict`; None is for the other type of task, or the default of this one."""
 
-    input: str
-    output: str
-    task: str | None = None
-    run: str | None = None
-    every: int | None = number(None, low=1)
-    top_k: int | None = number(None, low=1)
-    drawings: str | None = None
-    min_score: float | None = number(None, low=0, high=0.999)  # no score is above 1
-    max_overlap: float | None = number(None, above=0, high=1)
-    max_detections: int | None = number(None, low=1)
-    classes: str | None = None
-    checkpoint: str | None = None
-    batch_size: int = number(32, low=1)
-    device: str = "auto"
+    input: str = option(
+        about="an image, a folder with its sub-folders, a pattern in quotes such as 'photos/**/*.jpg', or a video",
+        shown="PATH",
+    )
+    output: str = option(
+        about=".csv, .parquet or .json; for boxes .json is COCO results, and a folder is YOLO text files", shown="FILE"
+    )
+    task: str | None = option(
+        None,
+        "task files of one backbone and one type of task; each is named as its file, a task.safetensors as its folder",
+        shown="FILE,FILE",
+    )
+    run: str | None = option(None, "instead of task: a run folder, such as runs/quickstart", shown="FOLDER")
+    every: int | None = option(None, "of a video every n-th frame, as the image VIDEO/000012.jpg", low=1, shown="1")
+    top_k: int | None = option(None, "classification: classes per image, most probable first", low=1, shown="5")
+    drawings: str | None = option(None, "detection: a folder for the images with their boxes, as .jpg", shown="FOLDER")
+    # no score is above 1
+    min_score: float | None = option(None, "detection: least score of a box", low=0, high=0.999, shown="0.25")
+    max_overlap: float | None = option(
+        None, "detection: of two boxes of a class that overlap more (IoU) one is dropped", above=0, high=1, shown="0.6"
+    )
+    max_detections: int | None = option(None, "detection: most boxes per image", low=1, shown="100")
+    classes: str | None = option(
+        None,
+        "detection: only these classes; a name with a comma in quotes: classes='\"NAME, TOO\",NAME'",
+        shown="NAME,NAME",
+    )
+    checkpoint: str | None = option(None, "weights of the backbone, if not those of timm, or moved", shown="FILE")
+    batch_size: int = option(32, "images per batch", low=1)
+    device: str = option("auto", "auto, cpu, cuda, ...")
 
 
 def main() -> None:

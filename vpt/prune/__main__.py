@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vpt.config.command_line import INTERRUPTED, check_folder, fail, is_for_user, parse_options
 from vpt.config.errors import ConfigError
-from vpt.config.schema import number
+from vpt.config.schema import option
 
 if TYPE_CHECKING:
     from vpt.build import Data, TrainedRun
@@ -19,18 +19,9 @@ if TYPE_CHECKING:
 SCORED_PICTURES = 1024  # of train, at most
 USAGE = f"""python -m vpt.prune: the prompt of a trained run with fewer tokens, and the accuracy that it costs.
 
-  run=FOLDER         a run folder, such as runs/quickstart
-  keep=8,5,2         tokens that each prompted block keeps, one number or several
-  output=FOLDER      gets a task file for each, prompt_8.safetensors say, and prune.json with metrics and scores
-  root=PATH          where the data lie now, when they have moved
-  checkpoint=FILE    weights of the backbone, when they have moved
-  batch_size=N       pictures at a time; as in training when left out
-  num_workers=0  device=auto
-
-Tokens are scored on {SCORED_PICTURES:,} train pictures at most, by what the loss changes with the attention to them.
+Tokens are scored on at most {SCORED_PICTURES:,} train images, by the change of the loss with the attention to them.
 Each block keeps those with the largest scores; nothing is trained. Choose by val: test is read last, and once.
 Train a pruned prompt further: python -m vpt.train prompt.num_tokens=5 prompt.init_from=FOLDER/prompt_5.safetensors ...
-
 Example: python -m vpt.prune run=runs/quickstart keep=8,5,2 output=pruned"""
 
 
@@ -38,14 +29,17 @@ Example: python -m vpt.prune run=runs/quickstart keep=8,5,2 output=pruned"""
 class PruneOptions:
     """Options of `python -m vpt.prune`."""
 
-    run: str
-    keep: str
-    output: str
-    root: str | None = None
-    checkpoint: str | None = None
-    batch_size: int | None = number(None, low=1)
-    num_workers: int = number(0, low=0)
-    device: str = "auto"
+    run: str = option(about="a run folder, such as runs/quickstart", shown="FOLDER")
+    keep: tuple[int, ...] = option(about="tokens left in a prompted block, one number or several", low=1, shown="8,5,2")
+    output: str = option(
+        about="a folder for a task file each, such as prompt_8.safetensors, and prune.json with metrics and scores",
+        shown="FOLDER",
+    )
+    root: str | None = option(None, "the data, if they have moved", shown="PATH")
+    checkpoint: str | None = option(None, "weights of the backbone, if they have moved", shown="FILE")
+    batch_size: int | None = option(None, "images per batch; by default as in training", low=1)
+    num_workers: int = option(0, "loader processes", low=0)
+    device: str = option("auto", "auto, cpu, cuda, ...")
 
 
 def main() -> None:
@@ -62,7 +56,7 @@ def main() -> None:
 
 def prune_run(options: PruneOptions) -> dict[int, dict[str, dict[str, float]]]:
     """Prune a run's prompt, write task files and a table; return the metrics by number of tokens and split."""
-    keep, output = _parse_keep(options.keep), Path(options.output).expanduser()
+    keep, output = sorted(set(options.keep), reverse=True), Path(options.output).expanduser()
     check_folder("output", output)
     run_dir = Path(options.run).expanduser()
 
@@ -83,17 +77,6 @@ def prune_run(options: PruneOptions) -> dict[int, dict[str, dict[str, float]]]:
     return metrics
 
 
-def _parse_keep(text: str) -> list[int]:
-    """Numbers such as 8,5,2 or [8,5,2], the largest first."""
-    try:
-        numbers = [int(word) for word in text.removeprefix("[").removesuffix("]").split(",")]
-    except ValueError as error:
-        raise ConfigError(f"keep={text}: must be numbers of tokens, such as keep=8,5,2") from error
-    if min(numbers) < 1:
-        raise ConfigError(f"keep={text}: a block keeps at least 1 token; for none train with prompt=none")
-    return sorted(set(numbers), reverse=True)
-
-
 def _prompt_of(options: PruneOptions, run: "TrainedRun", keep: list[int]) -> "VisualPrompt":
     """The prompt of the run, which must have more tokens than are to be kept."""
     prompt = run.model.backbone.prompt
@@ -101,7 +84,7 @@ def _prompt_of(options: PruneOptions, run: "TrainedRun", keep: list[int]) -> "Vi
         raise ConfigError(f"run={options.run}: has no prompt that could be pruned; name a run with one")
     if keep[0] >= prompt.num_tokens:
         raise ConfigError(
-            f"keep={options.keep}: the prompt of {options.run} has {prompt.num_tokens} tokens in a block, so keep less"
+            f"keep={keep[0]}: the prompt of {options.run} has {prompt.num_tokens} tokens in a block, so keep less"
         )
     return prompt
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 import yaml
 
 from vpt.config.errors import ConfigError, first_line
-from vpt.config.saved import PLACES, ROUNDING, WITHOUT_EFFECT, to_plain
+from vpt.config.saved import PLACES, ROUNDING, WITHOUT_EFFECT, first_names, rename_keys, to_plain
 from vpt.config.schema import Config, Mode
 from vpt.engine.checkpoint import NAMES, NEW
 from vpt.engine.console import warn
@@ -138,7 +138,7 @@ class RunFolder:
             raise ConfigError(f"{self.path / CONFIG}: {why}") from error
         if not isinstance(found, dict):
             raise ConfigError(f"{self.path / CONFIG}: is no config; {another}, or rename the folder with fresh=true")
-        return found
+        return rename_keys(found)
 
     def _refuse_changes(self) -> dict[str, Any]:
         """Refuse a config that would change the result of the run; return the saved config.
@@ -191,7 +191,7 @@ def _digest(values: Mapping[str, Any], is_sweep: bool) -> str:
         for key, value in _places(values)
     }
     found = {key: value for key, value in _flat(values) if not set(key.split(".")) & set(ignored)}
-    return hashlib.sha256(json.dumps({**found, **absolute}, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(first_names({**found, **absolute}), sort_keys=True).encode()).hexdigest()
 
 
 def _decisive(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -34,7 +34,7 @@ def summarise(model: TaskModel, data: Data, config: Config, described: Sequence[
     parts = {"prompt": count.prompt, "neck": count.neck, "head": count.head}
     parts["adapters" if count.adapters else "backbone"] = count.backbone_tuned
     tuned = " + ".join(f"{name} {num:,}" for name, num in parts.items() if num)
-    frozen = "frozen" if not count.backbone_tuned else f"{config.tuning.kind.value} tuned"
+    frozen = "frozen" if not count.backbone_tuned else f"{config.tuning.method.value} tuned"
     frozen = f"frozen, with {config.tuning.adapters} adapters" if count.adapters else frozen
     no_prompt = "none" if count.backbone_tuned else "none (linear probe)" if not count.neck else "none (head only)"
     # Where features are pooled, the last block computes only the tokens that are read.

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vpt.config.command_line import check_folder, fail, name_task_files, parse_options
-from vpt.config.errors import ConfigError, first_line
-from vpt.config.schema import number
+from vpt.config.errors import ConfigError, config_keys, first_line
+from vpt.config.schema import option
 
 if TYPE_CHECKING:
     from vpt.models.bank import TaskBank
@@ -21,27 +21,9 @@ ENDING = ".safetensors"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 INSTALL = 'uv pip install -p .venv -e ".[serve]" -c constraints.txt'
 
-USAGE = """python -m vpt.serve: predictions over HTTP, many tasks on one backbone.
+USAGE = """python -m vpt.serve: predictions for images over HTTP, many tasks on one backbone.
 
-  tasks=FOLDER         all task files (.safetensors) of a folder, named by file; unusable ones are skipped
-  tasks=FILE[,FILE]    or these, which must all be valid; a file task.safetensors is named by its folder
-  backbone=NAME        timm name of the backbone; that of the first task file by default
-  checkpoint=FILE      weights of the backbone, if they are not those of timm
-  port=8000            0 for a free one
-  host=127.0.0.1       this machine only; host=0.0.0.0 for everybody who can reach it
-  device=auto
-
-Batches:
-  max_batch=32         most images in a batch, of any tasks
-  max_wait_ms=5        longest wait of an image for others
-Limits:
-  max_queue=256        waiting predictions (an image and a task); more are refused with 429
-  max_body_mb=20       size of a request; more is refused with 413
-  timeout_s=30         time of a request; 504 after it
-  uploads=false        true: task files may be uploaded, replaced and deleted by PUT and DELETE /tasks/NAME; the folder
-                       may be empty then, with backbone=
-
-The page is at /, the API at /docs. Ctrl-C ends it, after all accepted requests are answered.
+The page is at /, the API at /docs. Ctrl-C ends it after all accepted requests are answered.
 Example: python -m vpt.serve tasks=runs/pets/task.safetensors,runs/flowers/task.safetensors"""
 
 
@@ -49,18 +31,26 @@ Example: python -m vpt.serve tasks=runs/pets/task.safetensors,runs/flowers/task.
 class ServeOptions:
     """Options of `python -m vpt.serve`."""
 
-    tasks: str
-    backbone: str | None = None
-    checkpoint: str | None = None
-    port: int = number(8000, low=0, high=65535)
-    host: str = "127.0.0.1"
-    device: str = "auto"
-    max_batch: int = number(32, low=1)
-    max_wait_ms: float = number(5.0, low=0, high=10_000)
-    max_queue: int = number(256, low=1)
-    max_body_mb: float = number(20.0, above=0, high=2000)
-    timeout_s: float = number(30.0, above=0)
-    uploads: str = "false"
+    tasks: str = option(
+        about="task files, each named as its file, a task.safetensors as its folder, which must all be usable; or a "
+        "folder, whose unusable files are skipped",
+        shown="FILE,FILE",
+    )
+    backbone: str | None = option(None, "timm name of the backbone; by default that of the first task", shown="NAME")
+    checkpoint: str | None = option(None, "weights of the backbone, if not those of timm, or moved", shown="FILE")
+    port: int = option(8000, "0 takes a free one", low=0, high=65535)
+    host: str = option("127.0.0.1", "this machine only; host=0.0.0.0 admits everybody who can reach it")
+    device: str = option("auto", "auto, cpu, cuda, ...")
+    max_batch: int = option(32, "most images in a batch, of any tasks", low=1)
+    max_wait_ms: float = option(5.0, "how long an image may wait for others", low=0, high=10_000)
+    max_queue: int = option(256, "predictions (an image and a task) that wait; more are refused with 429", low=1)
+    max_body_mb: float = option(20.0, "size of a request; more is refused with 413", above=0, high=2000)
+    timeout_s: float = option(30.0, "time of a request, then 504", above=0)
+    uploads: bool = option(
+        False,
+        "true: task files may be uploaded, replaced and deleted: PUT and DELETE /tasks/NAME; with backbone= the folder "
+        "may be empty",
+    )
 
 
 def main() -> None:
@@ -108,9 +98,7 @@ def serve(options: ServeOptions) -> None:
 
 def _find_tasks(options: ServeOptions) -> tuple[dict[str, Path], Path | None]:
     """Task files by name, and the folder for uploads if they are allowed."""
-    if options.uploads not in ("true", "false"):
-        raise ConfigError(f"uploads={options.uploads}: must be true or false")
-    may_change = options.uploads == "true"
+    may_change = options.uploads
     root = Path(options.tasks).expanduser()
     if not root.is_dir():
         if may_change:
@@ -143,12 +131,13 @@ def _open_bank(options: ServeOptions, paths: dict[str, Path]) -> "TaskBank":
     if paths and not valid:
         raise unusable
     first = next(iter(valid.values()), None)
-    bank = TaskBank(
-        options.backbone or (first.backbone if first is not None else ""),
-        checkpoint=options.checkpoint,
-        img_size=None if first is None else tuple(first.preprocessing["size"]),
-        device=build.pick_device(options.device),
-    )
+    with config_keys(name="backbone"):
+        bank = TaskBank(
+            options.backbone or (first.backbone if first is not None else ""),
+            checkpoint=options.checkpoint,
+            img_size=None if first is None else tuple(first.preprocessing["size"]),
+            device=build.pick_device(options.device),
+        )
     for name in valid:
         with _skip_errors():
             bank.load(paths[name], name)
@@ -184,7 +173,7 @@ def _greeting(options: ServeOptions, listener: socket.socket, names: tuple[str, 
     what = f"{what} ({listed})" if names else "no task yet"
     lines = [f"{what} at http://{shown}:{listener.getsockname()[1]}; Ctrl-C ends"]
     if options.host not in LOCAL:
-        what = "use it, and change its tasks" if options.uploads == "true" else "use it"
+        what = "use it, and change its tasks" if options.uploads else "use it"
         lines.append(f"host={options.host}: everybody who can reach this machine can {what}; there is no password")
     return lines
 

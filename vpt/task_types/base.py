@@ -66,6 +66,7 @@ class TaskType(ABC):
     overfit_goal: ClassVar[float]  # of the main metric on one batch, for mode=overfit
     charts: ClassVar[Mapping[str, Sequence[str]]] = {}  # in TensorBoard's overview: title -> regular expressions
     readers: ClassVar[Sequence[str]]  # allowed values of `dataset.reader`
+    heads: ClassVar[Sequence[str]] = ()  # allowed values of `head.name`, beside null
     counted: ClassVar[str] = "images"  # what `class_counts` of the samples counts
     dataset: ClassVar[Callable[..., Dataset[Any]]]  # (samples, transform, seed=) -> a `SampleDataset`
     collate_fn: ClassVar[Callable[[Any], Any] | None] = None
@@ -254,11 +255,17 @@ def task_type_of(config: Config) -> TaskType:
     """The type of task of a config.
 
     Raises:
-        ConfigError: `dataset.task` is not registered, or has no such reader.
+        ConfigError: `dataset.task` is not registered, or does not have this reader or head.
     """
-    name, reader, found = config.dataset.task, config.dataset.reader, task_types()
+    name, found = config.dataset.task, task_types()
     if name not in found:
         raise ConfigError(f"dataset.task={name}: no such type of task{did_you_mean(name, list(found))}")
-    if reader not in found[name].readers:
-        raise ConfigError(f"dataset.reader={reader}: must be one of {', '.join(found[name].readers)}, for {name}")
-    return found[name](config)
+    task_type, head = found[name], config.head.name
+    for key, value, allowed in (
+        ("dataset.reader", config.dataset.reader, task_type.readers),
+        ("head.name", head, (None, *task_type.heads)),
+    ):
+        if value not in allowed:
+            names = ", ".join(str(choice) for choice in allowed if choice is not None)
+            raise ConfigError(f"{key}={value}: must be one of {names}, for {name}")
+    return task_type(config)

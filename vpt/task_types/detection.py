@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from vpt.build import Data, build_preprocessing, spread
+from vpt.build import Data, build_preprocessing, needed, spread
 from vpt.config.schema import Config
 from vpt.data.readers.boxes import read_detection, trees_root
 from vpt.data.readers.coco import read_coco
@@ -22,6 +22,7 @@ from vpt.engine.metrics.detection import DetectionMetrics
 from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
+from vpt.models.detector import HEADS
 from vpt.models.heads.pyramid import default_strides
 from vpt.models.task_schema import TaskMetadata
 from vpt.plots.boxes import draw_boxes, precision_recall_picture, truth_and_found_page
@@ -139,6 +140,7 @@ class Detection(TaskType):
         "mean average precision": ["^val/map$", "^val/map50$", "^val/map75$"],
     }
     readers = ("boxes", "trees")
+    heads = tuple(HEADS)
     counted = "boxes"
     dataset = DetectionDataset
     collate_fn = staticmethod(collate_detection)
@@ -177,7 +179,7 @@ class Detection(TaskType):
         }
         if config.reader == "trees":
             return read_coco(trees_root(), **reading)
-        root = unpacked(Path(config.root or ".").expanduser(), self.config.cache_dir)
+        root = unpacked(Path(needed(config, "root")).expanduser(), self.config.cache_dir)
         if config.annotations is not None:
             return read_coco(root, config.annotations, **reading)
         return read_detection(root, config.format.value, **reading)

@@ -1,14 +1,24 @@
 """python -m vpt.tasks list|show|verify|convert PATH: list, show, check and convert task files."""
 
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpt.config.command_line import INTERRUPTED, check_file, check_folder, fail, parse_options
-from vpt.config.errors import ConfigError, did_you_mean
-from vpt.config.schema import number
+from vpt.config.command_line import (
+    HELP,
+    INTERRUPTED,
+    check_file,
+    check_folder,
+    describe_options,
+    fail,
+    parse_options,
+    print_help,
+)
+from vpt.config.errors import ConfigError, config_keys, did_you_mean
+from vpt.config.schema import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,20 +29,6 @@ if TYPE_CHECKING:
 REFUSED = 1
 
 USAGE = """python -m vpt.tasks: list, show, check and convert task files.
-
-  list DIR             table of the task files in a folder and its sub-folders
-  show FILE            metadata and tensors of a task file
-  verify FILE|DIR      all checks, a line for each file: ok, or refused with the reason
-      backbone=NAME        also load it onto this backbone, a timm name
-      checkpoint=FILE      weights of the backbone
-  convert IN OUT       IN: a task file, a PEFT-style folder, or a .pth of the original VPT code
-                       OUT: a new task file (.safetensors), or a new PEFT-style folder
-      dtype=fp32           fp32, fp16 or bf16; that of IN by default
-      format=task|peft     format of OUT, if its name is ambiguous
-    for a .pth, which has prompts only:
-      backbone=NAME        the backbone that they were trained on; checkpoint=FILE: its weights
-      num_classes=K        if it has no head; the head of OUT is then zero
-      crop_mode=center     as for FGVC; squash: as for VTAB
 
 The task file of a run is task.safetensors in the run's folder; its checkpoints are not task files, and are ignored.
 FILE may also be adapter_model.safetensors of a PEFT-style folder. Existing files are never overwritten.
@@ -49,20 +45,20 @@ class NoOptions:
 class VerifyOptions:
     """Options of `python -m vpt.tasks verify`."""
 
-    backbone: str | None = None
-    checkpoint: str | None = None
+    backbone: str | None = option(None, "also load it onto this backbone, a timm name", shown="NAME")
+    checkpoint: str | None = option(None, "weights of the backbone", shown="FILE")
 
 
 @dataclass
 class ConvertOptions:
     """Options of `python -m vpt.tasks convert`; the last four are for a .pth only."""
 
-    dtype: str | None = None
-    format: str | None = None
-    backbone: str | None = None
-    checkpoint: str | None = None
-    num_classes: int | None = number(None, low=1)
-    crop_mode: str | None = None
+    dtype: str | None = option(None, "that of IN by default", choices=("fp32", "fp16", "bf16"))
+    format: str | None = option(None, "of OUT, if its name is ambiguous", choices=("task", "peft"))
+    backbone: str | None = option(None, "of a .pth: the backbone that it was trained on", shown="NAME")
+    checkpoint: str | None = option(None, "of a .pth: weights of the backbone", shown="FILE")
+    num_classes: int | None = option(None, "of a .pth without a head; the head of OUT is then zero", low=1, shown="K")
+    crop_mode: str | None = option(None, "of a .pth: center as for FGVC, squash as for VTAB")
 
 
 def main() -> None:
@@ -72,7 +68,7 @@ def main() -> None:
     except KeyboardInterrupt:
         fail(RuntimeError("interrupted; nothing was written"), INTERRUPTED)
     except (ValueError, TypeError, OSError) as error:
-        fail(ConfigError(_printable(_own_keys(str(error)))))
+        fail(ConfigError(_printable(str(error))))
     if not is_ok:
         sys.exit(REFUSED)
 
@@ -80,8 +76,8 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> bool:
     """Run a subcommand; False if a file was refused."""
     name, *words = arguments or [""]
-    if not name or {"-h", "--help"} & set(arguments):
-        parse_options(NoOptions, ["--help"], USAGE)
+    if not name or HELP & set(arguments):
+        print_help(_overview(), USAGE)
     if name not in COMMANDS:
         raise ConfigError(f"{name}: not a command of vpt.tasks{did_you_mean(name, list(COMMANDS))}")
     places, schema, command = COMMANDS[name]
@@ -150,7 +146,7 @@ def verify_tasks(path: Path, options: VerifyOptions) -> bool:
             _print(f"ok       {_line(_name(file, path))}")
         except (ValueError, TypeError, OSError) as error:
             is_ok = False
-            _print(f"refused  {_line(_own_keys(_without_path(file, path, error)))}")
+            _print(f"refused  {_line(_without_path(file, path, error))}")
     return is_ok
 
 
@@ -160,8 +156,6 @@ def convert_task(source: Path, target: Path, options: ConvertOptions) -> bool:
     from vpt.tasks.conversion import DTYPES, write_folder
     from vpt.tasks.peft_folder import why_no_peft_folder, write_peft_folder
 
-    if options.dtype not in (None, *DTYPES):
-        raise ConfigError(f"dtype={options.dtype}: must be one of {', '.join(DTYPES)}")
     is_file = _check_target(target, options)
     is_original = _check_source(source, options)
     metadata, tensors = _read_original(source, options) if is_original else _open(source)
@@ -187,6 +181,23 @@ COMMANDS: dict[str, tuple[tuple[str, ...], type[Any], Callable[..., bool]]] = {
     "verify": (("FILE|DIR",), VerifyOptions, verify_tasks),
     "convert": (("IN", "OUT"), ConvertOptions, convert_task),
 }
+ABOUT = {
+    "list": "a table of the task files in a folder and its sub-folders",
+    "show": "metadata and tensors of a task file",
+    "verify": "all checks, a line for each file: ok, or refused with the reason",
+    "convert": "IN: a task file, a PEFT-style folder, or a .pth of the original VPT code; OUT: a new task file "
+    "(.safetensors), or a new PEFT-style folder",
+}
+
+
+def _overview() -> str:
+    """The commands and their options."""
+    lines = []
+    for name, (places, schema, _) in COMMANDS.items():
+        head = f"  {' '.join([name, *places]):<19}  "
+        lines += textwrap.wrap(ABOUT[name], 120, initial_indent=head, subsequent_indent=" " * len(head))
+        lines += [describe_options(schema, indent=" " * 6)] if schema is not NoOptions else []
+    return "\n".join(lines)
 
 
 def _find(path: Path) -> list[Path]:
@@ -229,7 +240,8 @@ def _loader(backbone: str, checkpoint: str | None) -> "Callable[[tuple[int, int]
 
     from vpt.models.vit import load_vit, preprocessing_of
 
-    first = load_vit(backbone, checkpoint=checkpoint)
+    with config_keys(name="backbone"):
+        first = load_vit(backbone, checkpoint=checkpoint)
 
     @cache
     def load(size: tuple[int, int]) -> "ViT":
@@ -254,8 +266,6 @@ def _check_source(source: Path, options: ConvertOptions) -> bool:
 
 def _check_target(target: Path, options: ConvertOptions) -> bool:
     """Whether the target of a conversion is a file and not a folder; refuse one that exists or cannot be written."""
-    if options.format not in (None, "task", "peft"):
-        raise ConfigError(f"format={options.format}: must be task or peft")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ConfigError(f"{target}: exists already; name another output")
     if options.format is None and target.suffix.lower() not in ("", ".safetensors"):
@@ -279,7 +289,8 @@ def _read_original(path: Path, options: ConvertOptions) -> "tuple[TaskMetadata, 
     original = read_original(path)
     if original.head is None and options.num_classes is None:
         raise ConfigError(f"{path}: has prompts but no head; add num_classes=K, for a head of zeros")
-    vit = load_vit(options.backbone, checkpoint=options.checkpoint)
+    with config_keys(name="backbone"):
+        vit = load_vit(options.backbone, checkpoint=options.checkpoint)
     crop: dict[str, Any] = {} if options.crop_mode is None else {"crop_mode": options.crop_mode}
     return task_of(original, vit, num_classes=options.num_classes, **crop)
 
@@ -340,11 +351,6 @@ def _name(file: Path, root: Path) -> str:
 def _without_path(file: Path, root: Path, error: Exception) -> str:
     """An error with the name of the file relative to the folder."""
     return f"{_name(file, root)}: {str(error).removeprefix(f'{file}: ')}"
-
-
-def _own_keys(message: str) -> str:
-    """A message with the keys of this command, where it comes from one that `python -m vpt.train` shares."""
-    return message.replace("name=", "backbone=", 1) if message.startswith("name=") else message
 
 
 def _line(text: str) -> str:

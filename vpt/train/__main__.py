@@ -2,10 +2,8 @@
 
 import os
 import sys
+from collections.abc import Callable
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from vpt.config.command_line import check_command_line, fail, is_for_user, quote_paths, tell
@@ -23,37 +21,46 @@ RESUME = "type the same command again, and it resumes where it stopped"
 
 
 def main() -> None:
-    """Check the command line, then let Hydra compose the config and run the job, or each job of a sweep."""
-    register_schema()
+    """Check the command line, then run the job; Hydra composes and runs the jobs of a sweep, and prints its help."""
     sys.argv[1:] = quote_paths(sys.argv[1:])
+    is_help = bool({"-h", "--help", "--hydra-help", "--version"} & set(sys.argv))
+    codes: list[int] = []
     try:
-        folder = str(config_folder())
-        if not {"-h", "--help", "--hydra-help", "--version"} & set(sys.argv):
-            check_command_line(sys.argv[1:])
+        line = None if is_help else check_command_line(sys.argv[1:])
+        with StopSignal() as stop:
+            if line is not None and not line.needs_hydra:
+                codes.append(_run_or_explain(line.compose(), stop, is_sweep=False))
+            else:
+                _run_hydra(lambda composed, is_sweep: codes.append(_run_or_explain(composed, stop, is_sweep=is_sweep)))
     except ConfigError as error:
         fail(error)
-    codes: list[int] = []
-
-    def job(composed: DictConfig) -> None:
-        codes.append(_run_or_explain(composed, stop))  # a failed run of a sweep does not stop the others
-
-    try:
-        with StopSignal() as stop:
-            hydra.main(version_base="1.3", config_path=folder, config_name="train")(job)()
     except Stopped as error:
         fail(RuntimeError(f"stopped by {error}; {RESUME}"), STOPPED)
     sys.exit(max(codes, default=0))
 
 
-def _run_or_explain(composed: DictConfig, stop: StopSignal) -> int:
-    """Run one job; print an error as a user should see it, and return the exit code."""
+def _run_hydra(job: Callable[[DictConfig, bool], None]) -> None:
+    """Run the job in Hydra's application, which calls it for each config of a sweep."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    def run_job(composed: DictConfig) -> None:
+        job(composed, HydraConfig.get().mode is RunMode.MULTIRUN)
+
+    register_schema()
+    hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="train")(run_job)()
+
+
+def _run_or_explain(composed: DictConfig, stop: StopSignal, *, is_sweep: bool) -> int:
+    """Run one job; print an error as a user should see it, and return the exit code, so that a sweep continues."""
     try:
         config = to_config(composed)
         shown = conceal(config, composed)
         with stop.deferred():  # an exception in the middle of an import of C++ ends the process
             from vpt.train.training import run
         stop.check()
-        run(config, shown, is_sweep=HydraConfig.get().mode is RunMode.MULTIRUN, stop=stop)
+        run(config, shown, is_sweep=is_sweep, stop=stop)
     except FloatingPointError as error:
         return tell(error, NOT_FINITE)
     except NotLearnedError as error:
