@@ -39,14 +39,17 @@ def fed(logits: Tensor, targets: Tensor, batch_size: int, **settings: int) -> Cl
     return metrics
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_metrics_equal_a_plain_loop(seed):
-    logits, targets = random_split(83, 9, seed)
-    assert fed(logits, targets, batch_size=16).compute() == pytest.approx(by_hand(logits, targets), abs=1e-12)
+def test_metrics_of_random_splits_in_any_batches_equal_a_plain_loop():
+    chance = random.Random(0)
+    for seed in range(25):
+        logits, targets = random_split(chance.randint(1, 83), chance.randint(6, 12), seed)
+        for rounded in (logits, logits.bfloat16()):
+            metrics = fed(rounded, targets, batch_size=chance.randint(1, 20))
+            assert metrics.compute() == pytest.approx(by_hand(rounded, targets), abs=1e-12)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 83])
-def test_cutting_a_split_into_other_batches_changes_nothing(batch_size):
+def test_the_size_of_batches_changes_nothing(batch_size):
     logits, targets = random_split(83, 9)
     whole, parts = fed(logits, targets, 1000), fed(logits, targets, batch_size)
     assert parts.compute() == pytest.approx(whole.compute(), abs=1e-14)
@@ -72,13 +75,14 @@ def test_classes_without_targets_are_nan_and_left_out_of_the_mean():
 
 
 @pytest.mark.parametrize(("num_classes", "present"), [(2, False), (5, False), (6, True)])
-def test_top5_is_present_only_where_it_says_something(num_classes, present):
+def test_top5_is_present_only_with_more_than_five_classes(num_classes, present):
     assert ("top5" in fed(*random_split(20, num_classes), batch_size=8).compute()) is present
 
 
-def test_equal_logits_do_not_count_as_hits_of_every_class():
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_equal_logits_and_nan_do_not_count_as_hits_of_every_class(value):
     metrics = ClassificationMetrics(10)
-    metrics.update(torch.zeros(10, 10), torch.arange(10))
+    metrics.update(torch.full((10, 10), value), torch.arange(10))
     assert metrics.compute()["top1"] == pytest.approx(0.1)
     assert metrics.compute()["top5"] == pytest.approx(0.5)
 
@@ -88,13 +92,6 @@ def test_the_lower_of_equal_classes_ranks_first_as_in_argmax():
     assert target_ranks(logits, torch.arange(4)).tolist() == [3, 0, 2, 1]
     coarse = random_split(200, 30)[0].round()
     assert target_ranks(coarse, coarse.argmax(dim=1)).max() == 0
-
-
-def test_logits_that_are_nan_do_not_count_as_hits():
-    metrics = ClassificationMetrics(10)
-    metrics.update(torch.full((10, 10), math.nan), torch.arange(10))
-    assert metrics.compute()["top1"] == pytest.approx(0.1)
-    assert metrics.compute()["top5"] == pytest.approx(0.5)
 
 
 def test_a_given_loss_is_weighted_by_the_size_of_its_batch():
@@ -124,15 +121,12 @@ def test_a_sample_whose_loss_is_nan_is_the_worst():
     assert math.isnan(metrics.compute()["loss"])
 
 
-def test_worst_gives_fewer_when_fewer_were_evaluated_and_refuses_more_than_it_keeps():
+def test_worst_returns_fewer_when_fewer_were_evaluated_and_refuses_more_than_are_stored():
     metrics = fed(*random_split(3, 4), batch_size=2, num_worst=5)
     assert len(metrics.worst()) == 3
     assert metrics.worst(0) == []
     with pytest.raises(ValueError, match="num=6"):
         metrics.worst(6)
-
-
-def test_no_sample_is_remembered_when_none_is_asked_for():
     assert fed(*random_split(9, 3), batch_size=4, num_worst=0).worst() == []
 
 
@@ -150,26 +144,16 @@ def test_logits_on_a_gpu_are_accepted():
     assert on_gpu.compute() == pytest.approx(by_hand(logits, targets), abs=1e-12)
 
 
-def test_reset_forgets_everything():
+def test_reset_clears_everything_and_an_empty_batch_changes_nothing():
     logits, targets = random_split(30, 4)
     metrics = fed(logits, targets, batch_size=8)
+    metrics.confusion.zero_()  # a copy
+    assert metrics.confusion.sum() == 30
     metrics.reset()
     metrics.update(logits[:5], targets[:5])
+    metrics.update(torch.empty(0, 4), torch.empty(0, dtype=torch.int64), loss=math.nan)
     assert metrics.compute() == fed(logits[:5], targets[:5], batch_size=5).compute()
     assert max(sample.position for sample in metrics.worst()) == 4
-
-
-def test_the_confusion_that_is_given_out_is_a_copy():
-    metrics = fed(*random_split(10, 3), batch_size=10)
-    metrics.confusion.zero_()
-    assert metrics.confusion.sum() == 10
-
-
-def test_an_empty_batch_changes_nothing():
-    metrics = fed(*random_split(10, 3), batch_size=10)
-    before = metrics.compute()
-    metrics.update(torch.empty(0, 3), torch.empty(0, dtype=torch.int64), loss=math.nan)
-    assert metrics.compute() == before
 
 
 def test_computing_without_samples_is_an_error():
@@ -197,11 +181,3 @@ def test_batches_that_do_not_fit_are_refused(logits, targets, message):
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match="must be at least"):
         ClassificationMetrics(**settings)
-
-
-def test_random_cases_of_any_size_equal_a_plain_loop():
-    chance = random.Random(0)
-    for seed in range(20):
-        logits, targets = random_split(chance.randint(1, 40), chance.randint(6, 12), seed)
-        metrics = fed(logits.bfloat16(), targets, batch_size=chance.randint(1, 20))
-        assert metrics.compute() == pytest.approx(by_hand(logits.bfloat16(), targets), abs=1e-12)
