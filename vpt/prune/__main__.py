@@ -1,4 +1,4 @@
-"""python -m vpt.prune run=RUN keep=8,5 output=FOLDER: a trained prompt with fewer tokens, and the accuracy it costs."""
+"""python -m vpt.prune run=RUN keep=8,5 output=FOLDER: remove tokens from a trained prompt and measure the effect."""
 
 import sys
 from collections.abc import Iterator
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from vpt.models.prompts import VisualPrompt
     from vpt.task_types.base import Kind
 
-SCORED_PICTURES = 1024  # of train, at most
-USAGE = f"""python -m vpt.prune: the prompt of a trained run with fewer tokens, and the accuracy that it costs.
+SCORED_IMAGES = 1024  # of train, at most
+USAGE = f"""python -m vpt.prune: remove tokens from the prompt of a trained run and measure the effect on its metrics.
 
   run=FOLDER         a run folder, such as runs/quickstart
-  keep=8,5,2         tokens that each prompted block keeps, one number or several
-  output=FOLDER      gets a task file for each, prompt_8.safetensors say, and prune.json with metrics and scores
-  root=PATH          where the data lie now, when they have moved
-  checkpoint=FILE    weights of the backbone, when they have moved
-  batch_size=N       pictures at a time; as in training when left out
+  keep=8,5,2         tokens to keep in each prompted block, one number or several
+  output=FOLDER      for a task file of each, such as prompt_8.safetensors, and prune.json with metrics and scores
+  root=PATH          the data, if they have moved
+  checkpoint=FILE    weights of the backbone, if they have moved
+  batch_size=N       images per batch; default: as in training
   num_workers=0  device=auto
 
-Tokens are scored on {SCORED_PICTURES:,} train pictures at most, by what the loss changes with the attention to them.
-Each block keeps those with the largest scores; nothing is trained. Choose by val: test is read last, and once.
+Tokens are scored on {SCORED_IMAGES:,} train images at most, by the change of the loss with the attention to them.
+Each block keeps those with the largest scores; nothing is trained. Choose by val; test is read last, once.
 Train a pruned prompt further: python -m vpt.train prompt.num_tokens=5 prompt.init_from=FOLDER/prompt_5.safetensors ...
 
 Example: python -m vpt.prune run=runs/quickstart keep=8,5,2 output=pruned"""
@@ -49,11 +49,11 @@ class PruneOptions:
 
 
 def main() -> None:
-    """Read the options, prune, print a table."""
+    """Read the options and prune."""
     try:
         prune_run(parse_options(PruneOptions, sys.argv[1:], USAGE))
     except KeyboardInterrupt:
-        fail(RuntimeError("interrupted before all was known; nothing was written"), INTERRUPTED)
+        fail(RuntimeError("interrupted before the end; nothing was written"), INTERRUPTED)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if not is_for_user(error):
             raise
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def prune_run(options: PruneOptions) -> dict[int, dict[str, dict[str, float]]]:
-    """Prune a run's prompt, write task files and a table; return the metrics by number of tokens and split."""
+    """Prune the prompt of a run, write task files; returns the metrics by number of tokens and split."""
     keep, output = _parse_keep(options.keep), Path(options.output).expanduser()
     check_folder("output", output)
     run_dir = Path(options.run).expanduser()
@@ -72,19 +72,19 @@ def prune_run(options: PruneOptions) -> dict[int, dict[str, dict[str, float]]]:
 
     run = build.load_run(run_dir, checkpoint=options.checkpoint, device=options.device)
     prompt = _prompt_of(options, run, keep)
-    kind, data = read_run(
+    task_type, data = read_run(
         run, ["train", "val"], root=options.root, batch_size=options.batch_size, num_workers=options.num_workers
     )
-    importance = token_importance(run.model, _train_batches(run, data), kind.losses(data)).cpu()
+    importance = token_importance(run.model, _train_batches(run, data), task_type.losses(data)).cpu()
     prompts = {prompt.num_tokens: prompt, **{num: keep_tokens(prompt, importance, num) for num in keep}}
-    metrics = _evaluate(run, kind, data, prompts)
-    print(_table(kind.select, metrics))
+    metrics = _evaluate(run, task_type, data, prompts)
+    print(_table(task_type.select, metrics))
     _write(options, run, output, prompts, metrics, importance.tolist())
     return metrics
 
 
 def _parse_keep(text: str) -> list[int]:
-    """Numbers such as 8,5,2 or [8,5,2], the largest first."""
+    """Numbers such as 8,5,2 or [8,5,2], in descending order."""
     try:
         numbers = [int(word) for word in text.removeprefix("[").removesuffix("]").split(",")]
     except ValueError as error:
@@ -95,13 +95,13 @@ def _parse_keep(text: str) -> list[int]:
 
 
 def _prompt_of(options: PruneOptions, run: "TrainedRun", keep: list[int]) -> "VisualPrompt":
-    """The prompt of the run, which must have more tokens than are to be kept."""
+    """The prompt of the run, which must have more tokens than `keep`."""
     prompt = run.model.backbone.prompt
     if prompt is None:
-        raise ConfigError(f"run={options.run}: has no prompt that could be pruned; name a run with one")
+        raise ConfigError(f"run={options.run}: has no prompt to prune; name a run with one")
     if keep[0] >= prompt.num_tokens:
         raise ConfigError(
-            f"keep={options.keep}: the prompt of {options.run} has {prompt.num_tokens} tokens in a block, so keep less"
+            f"keep={options.keep}: the prompt of {options.run} has {prompt.num_tokens} tokens in each block; keep fewer"
         )
     return prompt
 
@@ -111,14 +111,14 @@ def _train_batches(run: "TrainedRun", data: "Data") -> Iterator[Any]:
     from vpt.engine.steps import move
 
     loader, device = data.loaders["train"], next(run.model.parameters()).device
-    num_batches = -(-SCORED_PICTURES // run.config.train.batch_size)
+    num_batches = -(-SCORED_IMAGES // run.config.train.batch_size)
     return (move(batch, device) for batch in islice(loader, num_batches))
 
 
 def _evaluate(
-    run: "TrainedRun", kind: "Kind", data: "Data", prompts: "dict[int, VisualPrompt]"
+    run: "TrainedRun", task_type: "Kind", data: "Data", prompts: "dict[int, VisualPrompt]"
 ) -> dict[int, dict[str, dict[str, float]]]:
-    """Metrics by number of tokens and split; test after all else."""
+    """Metrics by number of tokens and split; test last."""
     from vpt import build
     from vpt.engine.trainer import evaluate
 
@@ -130,7 +130,7 @@ def _evaluate(
             metrics[num][split] = evaluate(
                 run.model,
                 data.loaders[split],
-                kind.evaluator(data, split),
+                task_type.evaluator(data, split),
                 precision=precision,
                 description=f"{split}, {num} tokens",
             )
@@ -138,7 +138,7 @@ def _evaluate(
 
 
 def _table(select: str, metrics: dict[int, dict[str, dict[str, float]]]) -> str:
-    """A line for each number of tokens, with what it costs against all tokens."""
+    """A line for each number of tokens, with the change from all tokens."""
     from vpt.engine.console import format_table, percent
 
     whole, *_ = metrics.values()
@@ -161,7 +161,7 @@ def _write(
     metrics: dict[int, dict[str, dict[str, float]]],
     scores: list[list[float]],
 ) -> None:
-    """A task file for each smaller prompt, and a JSON file on all of them."""
+    """Write a task file for each smaller prompt, and a JSON file about all of them."""
     from vpt.models.task_file import save_task
     from vpt.storage.files import write_json
 

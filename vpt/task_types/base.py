@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from vpt.build import Data
 from vpt.config.schema import Config, TaskName
-from vpt.data.readers.box_checks import DataReport
 from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
@@ -29,7 +28,7 @@ class Kind(Protocol):
     charts: ClassVar[Mapping[str, Sequence[str]]]  # TensorBoard's overview: title -> regular expressions of tags
 
     counted: ClassVar[str]  # what is counted of each class: "images" or "boxes"
-    report: DataReport  # filled by `read_all`: problems of the labels
+    report: Any  # a DataReport, filled by `read_all`: problems of the labels
 
     def __init__(self, config: Config) -> None: ...
 
