@@ -410,15 +410,15 @@ def test_letterbox_and_squash_cut_nothing_off():
 
 
 def test_digests_depend_on_pixels_and_size_but_not_on_the_format(tmp_path):
-    picture = noise(0)
+    image = noise(0)
     for name in ("a.png", "a.bmp", "a.tif"):
-        picture.save(tmp_path / name)
-        assert pixel_digest(Image.open(tmp_path / name)) == pixel_digest(picture)
+        image.save(tmp_path / name)
+        assert pixel_digest(Image.open(tmp_path / name)) == pixel_digest(image)
     flat = Image.new("RGB", (4, 6))
     assert pixel_digest(flat) != pixel_digest(flat.resize((6, 4)))
-    other = picture.copy()
+    other = image.copy()
     other.putpixel((3, 3), (1, 2, 3))
-    assert pixel_digest(other) != pixel_digest(picture)
+    assert pixel_digest(other) != pixel_digest(image)
 
 
 def test_a_photo_with_a_preview_is_not_animated(tmp_path):

@@ -1,3 +1,5 @@
+"""python -m vpt.prune: smaller task files, their metrics, and refusals."""
+
 import json
 import re
 
@@ -5,9 +7,10 @@ import pytest
 import torch
 
 import vpt
-from tests.helpers import SMALL_RUN, call, train_with
+from tests.helpers import SMALL_RUN, exit_code_of, train_with
 from vpt.config.errors import ConfigError
 from vpt.models.task_file import open_task
+from vpt.prune import __main__ as command
 from vpt.prune.__main__ import PruneOptions, prune_run
 
 OPTIONS = [*SMALL_RUN, "train.batch_size=4", "num_workers=0", "prompt.num_tokens=4", "optim.prompt_lr=0.1"]
@@ -15,7 +18,7 @@ OPTIONS = [*SMALL_RUN, "train.batch_size=4", "num_workers=0", "prompt.num_tokens
 
 @pytest.fixture(scope="module")
 def runs(photos, boxes, tmp_path_factory):
-    """A run of each kind of task, and one without a prompt."""
+    """A run of each type of task, and one without a prompt."""
     root = tmp_path_factory.mktemp("runs")
     classes = ["dataset=folder", f"dataset.root={photos}", *OPTIONS]
     find = ["dataset=coco", f"dataset.root={boxes}", "head.channels=16", "backbone.img_size=96", *OPTIONS]
@@ -26,22 +29,18 @@ def runs(photos, boxes, tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize(("kind", "select"), [("classification", "top1"), ("detection", "map")])
-def test_smaller_task_files_are_written_with_what_they_cost(runs, kind, select, tmp_path, capsys):
+@pytest.mark.parametrize(("task_type", "select"), [("classification", "top1"), ("detection", "map")])
+def test_pruning_writes_smaller_task_files_with_their_metrics(runs, task_type, select, tmp_path, capsys):
     output = tmp_path / "pruned"
-    metrics = prune_run(PruneOptions(str(runs[kind]), "[1,3]", str(output)))
-    assert {path.name for path in output.iterdir()} == {
-        "prompt_3.safetensors",
-        "prompt_1.safetensors",
-        "prune.json",
-    }
-    result = json.loads((runs[kind] / "result.json").read_text())["metrics"]
+    metrics = prune_run(PruneOptions(str(runs[task_type]), "[1,3]", str(output)))
+    assert {path.name for path in output.iterdir()} == {"prompt_3.safetensors", "prompt_1.safetensors", "prune.json"}
+    result = json.loads((runs[task_type] / "result.json").read_text())["metrics"]
     assert list(metrics) == [4, 3, 1]
     for split, values in result.items():
-        assert metrics[4][split][select] == pytest.approx(values[select], abs=1e-6)  # all tokens: as the run ended
+        assert metrics[4][split][select] == pytest.approx(values[select], abs=1e-6)  # all tokens: as in training
     written = json.loads((output / "prune.json").read_text())
     assert [entry["num_tokens"] for entry in written["pruned"]] == [4, 3, 1]
-    scores, (_, whole) = torch.tensor(written["scores"]), open_task(runs[kind] / "task.safetensors")
+    scores, (_, whole) = torch.tensor(written["scores"]), open_task(runs[task_type] / "task.safetensors")
     assert scores.shape == whole["prompt.tokens"].shape[:2]
     assert len(written["blocks"]) == len(scores)
     for keep in (3, 1):
@@ -52,9 +51,9 @@ def test_smaller_task_files_are_written_with_what_they_cost(runs, kind, select, 
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in whole.items() if name != "prompt.tokens")
         assert metadata.metrics["val"][select] == pytest.approx(metrics[keep]["val"][select])
         assert metadata.note == f"Pruned from 4 to {keep} tokens in a block."
-    said = capsys.readouterr().out
-    assert re.search(rf"tokens +val {select} +change +test {select} +change", said)
-    assert "prompt_1.safetensors (" in said
+    text = capsys.readouterr().out
+    assert re.search(rf"tokens +val {select} +change +test {select} +change", text)
+    assert "prompt_1.safetensors (" in text
 
 
 def test_a_pruned_prompt_trains_further(runs, photos, tmp_path):
@@ -66,7 +65,7 @@ def test_a_pruned_prompt_trains_further(runs, photos, tmp_path):
     torch.testing.assert_close(*tokens, rtol=1e-3, atol=1e-6)
 
 
-def test_test_pictures_are_read_last_and_never_to_score(runs, tmp_path, monkeypatch):
+def test_test_is_read_last_and_never_scored(runs, tmp_path, monkeypatch):
     from vpt.engine import trainer
     from vpt.prune import token_importance as pruning
 
@@ -81,40 +80,40 @@ def test_test_pictures_are_read_last_and_never_to_score(runs, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("kind", "keep", "message"),
+    ("name", "keep", "message"),
     [
-        ("no prompt", "2", "has no prompt that could be pruned; name a run with one"),
-        ("classification", "4,2", "keep=4,2: the prompt of .* has 4 tokens in a block, so keep less"),
-        ("classification", "0", "keep=0: a block keeps at least 1 token; for none train with prompt=none"),
-        ("classification", "2;3", "keep=2;3: must be numbers of tokens, such as keep=8,5,2"),
-        ("classification", "", "keep=: must be numbers of tokens"),
+        ("no prompt", "2", "has no prompt"),
+        ("classification", "4,2", "keep=4,2: .* 4 tokens"),
+        ("classification", "0", "keep=0: .* at least 1"),
+        ("classification", "2;3", "keep=2;3"),
+        ("classification", "", "keep=:"),
     ],
 )
-def test_what_cannot_be_pruned_is_refused_and_nothing_is_written(runs, kind, keep, message, tmp_path):
+def test_a_wrong_keep_is_refused_and_nothing_is_written(runs, name, keep, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        prune_run(PruneOptions(str(runs[kind]), keep, str(tmp_path / "pruned")))
+        prune_run(PruneOptions(str(runs[name]), keep, str(tmp_path / "pruned")))
     assert not (tmp_path / "pruned").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
-        (
-            ["run=nowhere", "keep=2", "output=pruned"],
-            "error: run=nowhere: not a run folder, it has no task.safetensors",
-        ),
-        (["run=nowhere", "keep=2", "output=file.txt"], "error: output=file.txt: is a file; name a folder"),
-        (["run=nowhere", "kep=2"], "error: kep=2: not an option of the form key=value; did you mean keep?"),
-        (["run=nowhere", "keep=2"], "error: output is needed: type output=..."),
+        (["run=nowhere", "keep=2", "output=pruned"], "run=nowhere"),
+        (["run=nowhere", "keep=2", "output=file.txt"], "output=file.txt: is a file"),
+        (["run=nowhere", "kep=2"], "did you mean keep"),
+        (["run=nowhere", "keep=2"], "output"),
     ],
 )
-def test_an_error_of_the_command_is_one_line(arguments, message, tmp_path):
+def test_a_wrong_command_is_one_line_and_exit_code_2(monkeypatch, capsys, words, message, tmp_path):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file.txt").touch()
-    done = call(*arguments, cwd=tmp_path, module="vpt.prune")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{message}\n")
+    assert exit_code_of(command, monkeypatch, *words) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert message in printed.err
 
 
-def test_a_bank_serves_prompts_of_all_sizes_side_by_side(runs, tmp_path):
+def test_a_bank_serves_prompts_of_different_sizes(runs, tmp_path):
     prune_run(PruneOptions(str(runs["classification"]), "3,1", str(tmp_path)))
     bank = vpt.TaskBank("vit_nano_patch8_64")
     names = [bank.load(tmp_path / f"prompt_{keep}.safetensors") for keep in (3, 1)]

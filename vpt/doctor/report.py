@@ -192,7 +192,7 @@ def _find(
     counts: Counts,
     expected: Input | None,
 ) -> Iterator[Finding]:
-    splits, preprocessing = reading.splits, expected and expected.preprocessing
+    splits, preprocessing = reading.splits, expected.preprocessing if expected else None
     if reading.refusal is not None:
         note = "" if reading.has_labels else "; the images were checked without their labels"
         yield Finding(Level.error, "refused", reading.refusal + note)

@@ -1,4 +1,4 @@
-"""python -m vpt.prune run=RUN keep=8,5 output=FOLDER: a trained prompt with fewer tokens, and the accuracy it costs."""
+"""python -m vpt.prune run=RUN keep=8,5 output=FOLDER: remove tokens from a trained prompt and measure the effect."""
 
 import sys
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from vpt.models.prompts import VisualPrompt
     from vpt.task_types.base import TaskType
 
-SCORED_PICTURES = 1024  # of train, at most
-USAGE = f"""python -m vpt.prune: the prompt of a trained run with fewer tokens, and the accuracy that it costs.
+SCORED_IMAGES = 1024  # of train, at most
+USAGE = f"""python -m vpt.prune: remove tokens from the prompt of a trained run and measure the effect on its metrics.
 
-Tokens are scored on at most {SCORED_PICTURES:,} train images, by the change of the loss with the attention to them.
-Each block keeps those with the largest scores; nothing is trained. Choose by val: test is read last, and once.
+Tokens are scored on at most {SCORED_IMAGES:,} train images, by the change of the loss with the attention to them.
+Each block keeps those with the largest scores; nothing is trained. Choose by val; test is read last, once.
 Train a pruned prompt further: python -m vpt.train prompt.num_tokens=5 prompt.init_from=FOLDER/prompt_5.safetensors ...
 Example: python -m vpt.prune run=runs/quickstart keep=8,5,2 output=pruned"""
 
@@ -43,11 +43,11 @@ class PruneOptions:
 
 
 def main() -> None:
-    """Read the options, prune, print a table."""
+    """Read the options and prune."""
     try:
         prune_run(parse_options(PruneOptions, sys.argv[1:], USAGE))
     except KeyboardInterrupt:
-        fail(RuntimeError("interrupted before all was known; nothing was written"), INTERRUPTED)
+        fail(RuntimeError("interrupted before the end; nothing was written"), INTERRUPTED)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if not is_for_user(error):
             raise
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def prune_run(options: PruneOptions) -> dict[int, dict[str, dict[str, float]]]:
-    """Prune a run's prompt, write task files and a table; return the metrics by number of tokens and split."""
+    """Prune the prompt of a run, write task files; returns the metrics by number of tokens and split."""
     keep, output = sorted(set(options.keep), reverse=True), Path(options.output).expanduser()
     check_folder("output", output)
     run_dir = Path(options.run).expanduser()
@@ -78,13 +78,13 @@ def prune_run(options: PruneOptions) -> dict[int, dict[str, dict[str, float]]]:
 
 
 def _prompt_of(options: PruneOptions, run: "TrainedRun", keep: list[int]) -> "VisualPrompt":
-    """The prompt of the run, which must have more tokens than are to be kept."""
+    """The prompt of the run, which must have more tokens than `keep`."""
     prompt = run.model.backbone.prompt
     if prompt is None:
-        raise ConfigError(f"run={options.run}: has no prompt that could be pruned; name a run with one")
+        raise ConfigError(f"run={options.run}: has no prompt to prune; name a run with one")
     if keep[0] >= prompt.num_tokens:
         raise ConfigError(
-            f"keep={keep[0]}: the prompt of {options.run} has {prompt.num_tokens} tokens in a block, so keep less"
+            f"keep={keep[0]}: the prompt of {options.run} has {prompt.num_tokens} tokens in each block; keep fewer"
         )
     return prompt
 
@@ -94,14 +94,14 @@ def _train_batches(run: "TrainedRun", data: "Data") -> Iterator[Any]:
     from vpt.engine.steps import move
 
     loader, device = data.loaders["train"], next(run.model.parameters()).device
-    num_batches = -(-SCORED_PICTURES // run.config.train.batch_size)
+    num_batches = -(-SCORED_IMAGES // run.config.train.batch_size)
     return (move(batch, device) for batch in islice(loader, num_batches))
 
 
 def _evaluate(
     run: "TrainedRun", task_type: "TaskType", data: "Data", prompts: "dict[int, VisualPrompt]"
 ) -> dict[int, dict[str, dict[str, float]]]:
-    """Metrics by number of tokens and split; test after all else."""
+    """Metrics by number of tokens and split; test last."""
     from vpt import build
     from vpt.engine.trainer import evaluate
 
@@ -121,7 +121,7 @@ def _evaluate(
 
 
 def _table(select: str, metrics: dict[int, dict[str, dict[str, float]]]) -> str:
-    """A line for each number of tokens, with what it costs against all tokens."""
+    """A line for each number of tokens, with the change from all tokens."""
     from vpt.engine.console import format_table, percent
 
     whole, *_ = metrics.values()
@@ -144,7 +144,7 @@ def _write(
     metrics: dict[int, dict[str, dict[str, float]]],
     scores: list[list[float]],
 ) -> None:
-    """A task file for each smaller prompt, and a JSON file on all of them."""
+    """Write a task file for each smaller prompt, and a JSON file about all of them."""
     from vpt.models.task_file import save_task
     from vpt.storage.files import write_json
 
