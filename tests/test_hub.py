@@ -365,23 +365,19 @@ def test_pushes_are_commits_of_which_each_can_be_read(hub, task, tmp_path, image
     assert '"ann/pets"' in hub.files("ann/pets")["README.md"].decode()
 
 
-def test_every_request_has_the_token_and_the_user_agent(hub, task):
+def test_every_request_has_the_user_agent_and_the_token_if_there_is_one(hub, task, monkeypatch):
     push_to_hub(task, "ann/pets", token=TOKEN, private=True)
-    download("ann/pets", token=TOKEN)
     assert hub.repositories["ann/pets"].private
-    assert {method for method, _, _ in hub.requests} == {"HEAD", "GET", "POST"}
-    for _, _, headers in hub.requests:
-        assert headers["authorization"] == f"Bearer {TOKEN}"
-        assert headers["user-agent"].startswith(f"vpt/{vpt.__version__}; ")
-
-
-def test_the_token_of_the_environment_is_used_and_none_is_sent_without_one(hub, task, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    push_to_hub(task, "ann/pets")
+    download("ann/pets")
+    assert {method for method, _, _ in hub.requests} == {"HEAD", "GET", "POST"}
+    assert all(headers["authorization"] == f"Bearer {TOKEN}" for _, _, headers in hub.requests)
+    assert all(headers["user-agent"].startswith(f"vpt/{vpt.__version__}; ") for _, _, headers in hub.requests)
     monkeypatch.delenv("HF_TOKEN")
+    hub.repositories["ann/pets"].private = False
     hub.requests.clear()
     download("ann/pets")
-    assert len(hub.requests) == 3
+    assert hub.requests
     assert not any("authorization" in headers for _, _, headers in hub.requests)
 
 
@@ -533,13 +529,28 @@ def flip_a_bit(body):
     return body[:-9] + bytes([body[-9] ^ 1]) + body[-8:]
 
 
-def test_a_flipped_bit_is_refused_and_not_cached(hub, task, images):
+@pytest.mark.parametrize(
+    ("harm", "declared", "error", "message"),
+    [
+        (flip_a_bit, None, ValueError, r"its task\.safetensors is refused \(.*sha256"),
+        (lambda body: body[:100], None, ConnectionError, r"the transfer with .* failed \(.*\); check the network"),
+        (lambda body: body, 3 * 1024**3, ValueError, r"its task\.safetensors has 3,221,225,472 bytes, more than"),
+    ],
+    ids=["flipped bit", "truncated", "too large"],
+)
+def test_a_damaged_or_too_large_download_is_refused_and_not_cached(hub, task, home, harm, declared, error, message):
     push_to_hub(task, "ann/pets", token=TOKEN)
-    hub.harm = flip_a_bit
-    with pytest.raises(ValueError, match=r"^ann/pets: its task\.safetensors is refused \(.*sha256"):
-        from_pretrained("ann/pets", make_tiny_vit())
-    hub.harm = lambda body: body
-    assert torch.equal(from_pretrained("ann/pets", make_tiny_vit())(images), make_model()(images))
+    hub.requests.clear()
+    hub.harm, hub.declared = harm, declared
+    with pytest.raises(error, match=f"^ann/pets: {message}"):
+        download("ann/pets")
+    if declared:  # refused before the download
+        assert {method for method, _, _ in hub.requests} == {"HEAD"}
+        assert not list(home.rglob("blobs/*"))
+    if harm is not flip_a_bit:
+        assert not list(home.rglob("snapshots/*/*"))
+    hub.harm, hub.declared = (lambda body: body), None
+    assert download("ann/pets").read_bytes() == task.read_bytes()
 
 
 def test_a_copy_that_is_damaged_in_the_cache_is_replaced_or_refused_offline(hub, task, monkeypatch):
@@ -551,26 +562,6 @@ def test_a_copy_that_is_damaged_in_the_cache_is_replaced_or_refused_offline(hub,
         download("ann/pets")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert download("ann/pets").read_bytes() == task.read_bytes()
-
-
-def test_a_download_that_breaks_off_is_refused_and_leaves_nothing(hub, task, home):
-    push_to_hub(task, "ann/pets", token=TOKEN)
-    hub.harm = lambda body: body[:100]
-    with pytest.raises(ConnectionError, match=r"^ann/pets: the transfer with .* failed \(.*\); check the network"):
-        download("ann/pets")
-    assert list((home / "hub" / "models--ann--pets").glob("snapshots/*/*")) == []
-    hub.harm = lambda body: body
-    assert download("ann/pets").read_bytes() == task.read_bytes()
-
-
-def test_a_file_that_is_too_large_is_refused_before_the_download(hub, task, home):
-    push_to_hub(task, "ann/pets", token=TOKEN)
-    hub.requests.clear()
-    hub.declared = 3 * 1024**3
-    with pytest.raises(ValueError, match=r"^ann/pets: its task\.safetensors has 3,221,225,472 bytes, more than"):
-        download("ann/pets")
-    assert {method for method, _, _ in hub.requests} == {"HEAD"}
-    assert not list(home.rglob("blobs/*"))
 
 
 # Weights of backbones.

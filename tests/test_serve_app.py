@@ -235,6 +235,12 @@ def test_requests_for_different_tasks_go_through_the_bank_in_one_call():
         assert best["class"] == {"a": "0", "b": "1"}[name]  # classes that nobody named are numbers
 
 
+def test_answers_are_strict_json(client):
+    text = ask(client, ["shallow", "boxes"], png_bytes()).text
+    assert json.loads(text, parse_constant=pytest.fail)["images"]
+    assert "日本" in text
+
+
 def test_an_image_may_be_the_whole_body(client):
     by_form = ask(client, "deep", png_bytes(3)).json()["images"][0]
     response = client.post(
@@ -246,16 +252,12 @@ def test_an_image_may_be_the_whole_body(client):
     assert ask(client, "deep", png_bytes(3), field="file").json()["images"][0] == by_form
 
 
-def test_an_image_is_upright_before_it_is_measured(client):
+def test_an_image_is_upright_before_it_is_measured_and_a_repeated_task_predicted_once(client):
     exif = Image.Exif()
     exif[0x0112] = 6
-    (answer,) = ask(client, "deep", png_bytes(0, (90, 60), "JPEG", exif=exif)).json()["images"]
+    (answer,) = ask(client, ["deep", "deep"], png_bytes(0, (90, 60), "JPEG", exif=exif)).json()["images"]
     assert (answer["width"], answer["height"]) == (60, 90)
-
-
-def test_a_repeated_task_is_predicted_once(client):
-    answer = ask(client, ["deep", "deep"], png_bytes()).json()
-    assert list(answer["images"][0]["tasks"]) == ["deep"]
+    assert list(answer["tasks"]) == ["deep"]
 
 
 def test_many_clients_at_once_get_the_answers_of_single_ones(client):
@@ -466,25 +468,18 @@ def test_a_client_that_disconnects_does_no_harm(caplog):
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
-def test_a_model_error_fails_one_batch_only(caplog):
+def test_a_model_error_fails_its_batch_and_its_task_only(caplog):
     bank = FakeBank()
-    with served(bank) as client:
+    with served(bank, max_wait_ms=2000, max_batch=2) as client, ThreadPoolExecutor() as pool:
         bank.error = RuntimeError("out of memory\nlong story")
         assert detail(ask(client, "a", png_bytes()), 500) == "the model could not run this batch (out of memory)"
-        bank.error = None
-        assert ask(client, "a", png_bytes()).status_code == 200
-        assert client.get("/health").json()["failed_batches"] == 1
-    assert "a batch of a failed" in caplog.text
-
-
-def test_a_failing_task_does_not_fail_the_others_of_its_batch(caplog):
-    bank = FakeBank()
-    bank.failing = "b"
-    with served(bank, max_wait_ms=2000, max_batch=2) as client, ThreadPoolExecutor() as pool:
+        bank.error, bank.failing = None, "b"
         answers = {task: pool.submit(ask, client, task, png_bytes()) for task in ("a", "b")}
         assert answers["a"].result().status_code == 200
         assert detail(answers["b"].result(), 500) == "the model could not run this batch (this task fails)"
-    assert sorted(bank.batches[0]) == ["a", "b"]
+        assert sorted(bank.batches[1]) == ["a", "b"]
+        assert client.get("/health").json()["failed_batches"] == 1
+    assert "a batch of a failed" in caplog.text
 
 
 def test_numbers_that_are_not_finite_are_an_error(files, tmp_path):
@@ -631,38 +626,31 @@ def test_a_web_page_cannot_change_tasks_under_its_host_name(changing, files):
     assert client.delete("/tasks/deep", headers={"Host": "localhost:8000"}).status_code == 204
 
 
-def test_a_task_removed_while_an_image_waits_is_a_404_for_that_image_only():
+@pytest.mark.parametrize(
+    ("change", "status", "message"), [("delete", 404, "no task b"), ("replace", 409, "task b was replaced")]
+)
+def test_an_image_of_a_task_that_changes_while_it_waits_is_refused_and_no_other(change, status, message):
     bank = FakeBank("a", "b")
-    with served(bank, folder=Path("/nowhere"), max_batch=1) as client, ThreadPoolExecutor(3) as pool:
-        bank.hold()
-        running = pool.submit(ask, client, "a", png_bytes())
-        assert bank.began.wait(SLOW)
-        waiting = [pool.submit(ask, client, name, png_bytes()) for name in "ab"]
-        wait_for(client, 3)
-        with ThreadPoolExecutor(1) as other:
-            deleted = other.submit(client.delete, "/tasks/b")
-            time.sleep(0.2)
-            bank.may_go_on.set()
-            assert deleted.result().status_code == 204
-        assert [running.result().status_code, waiting[0].result().status_code] == [200, 200]
-        assert "no task b" in detail(waiting[1].result(), 404)
-
-
-def test_an_image_prepared_for_a_replaced_task_is_not_run_by_the_new_one():
-    bank = FakeBank("a", "b")
-    with served(bank, max_batch=1) as client, ThreadPoolExecutor(3) as pool:
+    with served(bank, folder=Path("/nowhere"), max_batch=1) as client, ThreadPoolExecutor(4) as pool:
         bank.hold()
         running = pool.submit(ask, client, "a", png_bytes())
         assert bank.began.wait(SLOW)
         waiting = [pool.submit(ask, client, name, png_bytes()) for name in "ab"]
         wait_for(client, 3)
         time.sleep(0.2)  # they are prepared
-        old = bank.held["b"]
-        bank.held["b"] = replace(old, preprocessing=old.preprocessing | {"crop_mode": "squash"})
+        if change == "delete":
+            deleted = pool.submit(client.delete, "/tasks/b")
+            time.sleep(0.2)
+        else:
+            old = bank.held["b"]
+            bank.held["b"] = replace(old, preprocessing=old.preprocessing | {"crop_mode": "squash"})
         bank.may_go_on.set()
         assert [running.result().status_code, waiting[0].result().status_code] == [200, 200]
-        assert "task b was replaced" in detail(waiting[1].result(), 409)
-        assert ask(client, "b", png_bytes()).status_code == 200
+        assert message in detail(waiting[1].result(), status)
+        if change == "delete":
+            assert deleted.result().status_code == 204
+        else:
+            assert ask(client, "b", png_bytes()).status_code == 200
 
 
 def test_concurrent_uploads_and_predictions_use_one_task_or_the_other(changing, files, tmp_path):
@@ -691,9 +679,3 @@ def test_concurrent_uploads_and_predictions_use_one_task_or_the_other(changing, 
         for future in running:
             future.result()
     assert set(seen) == {0, 1}
-
-
-def test_answers_are_strict_json(client):
-    text = ask(client, ["shallow", "boxes"], png_bytes()).text
-    assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["images"]
-    assert "日本" in text
