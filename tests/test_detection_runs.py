@@ -217,7 +217,7 @@ def test_the_summary_describes_what_trains_and_the_checks_of_the_boxes(tmp_path,
     out = capsys.readouterr().out
     assert "data       boxes: 2 classes; pictures (boxes): train 16 (23), val 4 (6), test 5 (8)\n" in out
     assert "boxes with a side below 1 px: 1, dropped; first " in out
-    assert "boxes of crowds or difficult objects: 1, kept" in out
+    assert "boxes of crowds or difficult objects: 1, ignored" in out
     assert "prompt 2,925 + neck " in out
     with pytest.raises(ValueError, match=r"_annotations\.coco\.json.*boxes with a side below 1 px \(1\)"):
         train(tmp_path / "runs", copy, "mode=dry", "dataset.strict=true")
