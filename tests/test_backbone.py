@@ -85,7 +85,7 @@ def test_keys_and_values_are_refused_where_a_block_cannot_be_given_them(images):
     with pytest.raises(ValueError, match="block 2 cannot be given keys and values: the block has hooks"):
         backbone(images)
     with pytest.raises(ValueError, match="its tokens, of width 60, do not fit this ViT"):
-        PromptedViT(make_tiny_vit(), VisualPrompt(3, 32, kind="kv", blocks=range(3), width=60))
+        PromptedViT(make_tiny_vit(), VisualPrompt(3, 32, variant="kv", blocks=range(3), width=60))
 
 
 def test_keys_and_values_start_as_those_of_a_deep_prompt(tiny_vit, images):
@@ -129,7 +129,7 @@ def test_a_prompt_can_be_put_in_the_place_of_another(images, impl):
     vit = make_tiny_vit()
     backbone = PromptedViT(vit, "deep", num_tokens=2, blocks=[0], impl=impl)
     kinds = [("shallow", None), ("deep", range(3)), ("deep", [2]), ("deep", [0])]
-    for prompt in [*(VisualPrompt(3, 32, kind=kind, blocks=blocks) for kind, blocks in kinds), None]:
+    for prompt in [*(VisualPrompt(3, 32, variant=kind, blocks=blocks) for kind, blocks in kinds), None]:
         backbone.prompt = prompt
         fresh = PromptedViT(vit, prompt, impl=impl)
         assert backbone.paths == fresh.paths

@@ -34,7 +34,7 @@ def test_a_ready_backbone_keeps_its_prompt():
 )
 def test_only_tuning_prompt_brings_a_prompt_unasked(task, tuning, parts):
     model = build_model(make_tiny_vit(img_size=64), num_classes=2, task=task, tuning=tuning)
-    kind = model.backbone.prompt and model.backbone.prompt.kind
+    kind = model.backbone.prompt and model.backbone.prompt.variant
     assert kind == ("deep" if tuning == "prompt" else None)
     assert set(tuned_parts(model)) == parts | {"head"} | ({"neck"} if task == "detection" else set())
 

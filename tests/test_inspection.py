@@ -42,7 +42,7 @@ def plain_weights(backbone, prompted=True):
         held = torch.arange(prefix, prefix + num_held)
         others = torch.tensor([i for i in range(tokens.shape[1]) if i not in held])
         yield weights[:, :, others][..., torch.cat([held, others])]
-        if num_held and prompt.kind == "deep":
+        if num_held and prompt.variant == "deep":
             tokens, num_held = tokens[:, others], 0
 
 
@@ -270,6 +270,6 @@ def test_a_backbone_without_prompt_tokens_is_refused_in_words():
     prompted = PromptedViT(make_tiny_vit(), "deep", num_tokens=2)
     with pytest.raises(ValueError, match="num must be at least 1, got 0"):
         next(nearest_patches(prompted, IMAGES.float(), 0))
-    prompted.prompt.kind = "kv"
+    prompted.prompt.variant = "kv"
     with pytest.raises(ValueError, match=r"VisualPrompt.*has no tokens that could be looked at"):
         compare_tokens(prompted)

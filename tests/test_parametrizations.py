@@ -189,7 +189,7 @@ def test_copies_states_moves_and_the_removal_of_the_parametrization_keep_the_log
 
 
 def test_the_repr_of_a_prompt_ends_with_its_form():
-    start = "VisualPrompt(kind=deep, num_tokens=4, embed_dim=32, blocks=0-2, dropout=0.0"
+    start = "VisualPrompt(variant=deep, num_tokens=4, embed_dim=32, blocks=0-2, dropout=0.0"
     forms = {"deep": "", "shared": "Shared()", "bilinear": "Bilinear(rank=2)", "fourier": "Fourier(fraction=0.5)"}
     for name, form in forms.items():
         assert repr(make(name).backbone.prompt) == f"{start}, form={form})".replace(", form=)", ")")
@@ -338,7 +338,7 @@ def test_a_prompt_with_a_form_can_be_created_on_the_meta_device(form):
 
 def test_one_form_can_be_passed_to_several_prompts():
     form = Shared()
-    deep, shallow = VisualPrompt(2, 4, blocks=range(3), form=form), VisualPrompt(2, 4, kind="shallow", form=form)
+    deep, shallow = VisualPrompt(2, 4, blocks=range(3), form=form), VisualPrompt(2, 4, variant="shallow", form=form)
     assert (len(deep.tokens), len(shallow.tokens)) == (3, 1)
 
 

@@ -201,9 +201,9 @@ def test_a_prompt_is_initialised_from_a_task_file(task, form):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_tokens": 5}, "num_tokens=4, blocks=0,2, but the new prompt has kind=deep, num_tokens=5, blocks=0,2"),
-        ({"blocks": "all"}, "blocks=0,2, but the new prompt has kind=deep, num_tokens=4, blocks=0-2"),
-        ({"prompt": "shallow", "blocks": "all"}, "kind=deep, .* but the new prompt has kind=shallow"),
+        ({"num_tokens": 5}, "num_tokens=4, blocks=0,2, but the new prompt has variant=deep, num_tokens=5, blocks=0,2"),
+        ({"blocks": "all"}, "blocks=0,2, but the new prompt has variant=deep, num_tokens=4, blocks=0-2"),
+        ({"prompt": "shallow", "blocks": "all"}, "variant=deep, .* but the new prompt has kind=shallow"),
         ({"prompt": None}, "no prompt to initialise"),
     ],
 )

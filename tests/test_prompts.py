@@ -87,4 +87,4 @@ def test_a_prompt_survives_saving_and_its_repr_describes_it():
     other.load_state_dict(prompt.state_dict())
     assert list(prompt.state_dict()) == ["tokens"]
     assert torch.equal(prompt.tokens, other.tokens)
-    assert repr(prompt) == "VisualPrompt(kind=deep, num_tokens=3, embed_dim=8, blocks=0,2,3, dropout=0.1)"
+    assert repr(prompt) == "VisualPrompt(variant=deep, num_tokens=3, embed_dim=8, blocks=0,2,3, dropout=0.1)"

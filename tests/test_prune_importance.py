@@ -44,7 +44,7 @@ def test_a_mask_of_zero_is_the_model_without_the_token_one_changes_nothing_two_d
     torch.testing.assert_close(loss_of(model, images, masks), plain, rtol=1e-9, atol=1e-9)
     for factor, rows in ((0.0, [0, 1, 3]), (2.0, [0, 1, 2, 2, 3])):
         masks[:, :, 2] = factor
-        other = VisualPrompt(len(rows), own.embed_dim, kind=own.kind, blocks=blocks, width=own.width).double()
+        other = VisualPrompt(len(rows), own.embed_dim, variant=own.variant, blocks=blocks, width=own.width).double()
         other.tokens.data = own.tokens.detach()[:, rows]
         changed = make(tiny_vit, prompt=prompt)
         changed.backbone.prompt = other

@@ -162,7 +162,7 @@ def test_verify_loads_each_file_onto_the_given_backbone(typed, copied):
     [
         (
             ["backbone=vit_nno_patch8_64"],
-            "backbone=vit_nno_patch8_64 is not a model that timm knows; did you mean",
+            "backbone=vit_nno_patch8_64: not a timm model; did you mean",
         ),
         ([f"backbone={NANO}", "checkpoint=nowhere.pth"], "checkpoint=nowhere.pth: no such file"),
     ],

@@ -179,7 +179,7 @@ def test_a_converted_state_dict_returns_the_logits_of_the_paper(tmp_path, images
     with torch.no_grad():
         wanted = plain_logits(vit, images, make_prompts(deep), weight, bias)
         torch.testing.assert_close(model(images), wanted, rtol=1e-5, atol=1e-5)
-    assert model.backbone.prompt.kind == ("deep" if deep else "shallow")
+    assert model.backbone.prompt.variant == ("deep" if deep else "shallow")
     assert "untrained" not in vpt.read_task(path).note
 
 

@@ -61,7 +61,7 @@ def test_exactly_the_prompt_and_the_head_train(prompt, num_prompt, images):
 def test_counts_of_the_paper_for_vit_base_with_fifty_tokens():
     with torch.device("meta"):
         vit = timm.create_model("vit_base_patch16_224", num_classes=0)
-        shallow = build_model(vit, prompt=vpt.VisualPrompt(50, 768, kind="shallow"), num_classes=100)
+        shallow = build_model(vit, prompt=vpt.VisualPrompt(50, 768, variant="shallow"), num_classes=100)
         deep = build_model(vit, prompt=vpt.VisualPrompt(50, 768, blocks=range(12)), num_classes=100)
         assert vpt.count_parameters(shallow).tuned == 115_300
         assert vpt.count_parameters(deep).tuned == 537_700

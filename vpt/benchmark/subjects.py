@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vpt.engine import measure as measuring
 from vpt.engine.console import Progress
-from vpt.models.classifier import TunedPart
+from vpt.models.task_model import TunedPart
 from vpt.models.create import create_model
 from vpt.models.vit import load_vit, preprocessing_of
 

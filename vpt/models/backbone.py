@@ -27,7 +27,7 @@ from vpt.models.block_loop import (
     run_blocks,
     run_images,
 )
-from vpt.models.prompts import Blocks, PromptInit, PromptKind, VisualPrompt, format_blocks, resolve_blocks
+from vpt.models.prompts import Blocks, PromptInit, PromptVariant, VisualPrompt, format_blocks, resolve_blocks
 from vpt.models.tensor_cache import TensorCache
 from vpt.models.vit import ViT, check_supported, name_of, pools_prefix_only
 
@@ -51,7 +51,7 @@ class LivePrompt:
         # Without gradients keys and values come from the cache, so that the tokens of a form are rarely needed.
         self.prompt = prompt.computed() if torch.is_grad_enabled() else prompt
         self.vit, self.impl, self.cache = vit, impl, cache
-        self.num_carried = prompt.num_tokens if prompt.kind == "shallow" else 0
+        self.num_carried = prompt.num_tokens if prompt.variant == "shallow" else 0
 
     def enter(self, index: int, tokens: Tensor, num_read: int | None) -> BlockInput:
         """Keys and values of the block, or the tokens with those of the prompt inserted."""
@@ -61,7 +61,7 @@ class LivePrompt:
         if prompt_path(self.vit, prompt, self.impl, index) == "kv":
             return BlockInput(tokens, keys_values=self.keys_values(index, tokens, num_read))
         tokens = insert_prompt(self.vit, tokens, prompt(index, tokens.shape[0]))
-        return BlockInput(tokens, prompt.num_tokens, drops_prompt=prompt.kind == "deep")
+        return BlockInput(tokens, prompt.num_tokens, drops_prompt=prompt.variant == "deep")
 
     def keys_values(self, index: int, tokens: Tensor, num_read: int | None) -> KeysValues:
         """Keys and values of the prompt in a block, from the cache where nothing trains and dropout is off."""
@@ -84,7 +84,7 @@ def prompt_path(vit: ViT, prompt: VisualPrompt, impl: PromptImpl, index: int) ->
     """
     if impl == "concat":
         return "concat (impl=concat)"
-    if prompt.kind == "shallow":
+    if prompt.variant == "shallow":
         return "concat (a shallow prompt is carried in the sequence)"
     reason = why_not_fast(vit.blocks[index])
     return "kv" if reason is None else f"concat ({reason})"
@@ -130,7 +130,7 @@ class PromptedViT(nn.Module):
     def __init__(
         self,
         vit: ViT,
-        prompt: PromptKind | VisualPrompt | None = "deep",
+        prompt: PromptVariant | VisualPrompt | None = "deep",
         *,
         num_tokens: int = 20,
         blocks: Blocks = "all",
@@ -151,7 +151,7 @@ class PromptedViT(nn.Module):
             prompt = VisualPrompt(
                 num_tokens,
                 self.embed_dim,
-                kind=prompt,
+                variant=prompt,
                 blocks=entered,
                 dropout=dropout,
                 patch_size=vit.patch_embed.patch_size,
@@ -161,7 +161,7 @@ class PromptedViT(nn.Module):
             )
         self.prompt = prompt
         self.check_prompt()
-        if is_new and prompt is not None and prompt.kind == "kv" and not next(prompt.parameters()).is_meta:
+        if is_new and prompt is not None and prompt.variant == "kv" and not next(prompt.parameters()).is_meta:
             like = VisualPrompt(
                 num_tokens, self.embed_dim, blocks=prompt.blocks, patch_size=vit.patch_embed.patch_size, init=init
             )
@@ -307,7 +307,7 @@ class PromptedViT(nn.Module):
         """
         if self.prompt is None:
             raise ValueError("there is no prompt that could start; give the backbone one")
-        if self.prompt.kind == "kv":
+        if self.prompt.variant == "kv":
             tokens = self._keys_values_of(tokens)
         self.prompt.start_from(tokens)
 
@@ -335,16 +335,16 @@ class PromptedViT(nn.Module):
         prompt = self.prompt
         if prompt is not None and (prompt.embed_dim != self.embed_dim or prompt.blocks[-1] >= self.depth):
             raise ValueError(f"{prompt} does not fit a ViT of embed_dim {self.embed_dim} and {self.depth} blocks")
-        if prompt is not None and prompt.width != self._width(prompt.kind, prompt.blocks):
+        if prompt is not None and prompt.width != self._width(prompt.variant, prompt.blocks):
             raise ValueError(f"{prompt}: its tokens, of width {prompt.width}, do not fit this ViT")
 
-    def _width(self, kind: PromptKind, blocks: Sequence[int]) -> int:
-        """Numbers of a prompt token: D, or of kind kv those of keys and values in these blocks.
+    def _width(self, variant: PromptVariant, blocks: Sequence[int]) -> int:
+        """Numbers of a prompt token: D, or of variant kv those of keys and values in these blocks.
 
         Raises:
             ValueError: The blocks cannot be given keys and values of one width.
         """
-        if kind != "kv":
+        if variant != "kv":
             return self.embed_dim
         if self.impl == "concat":
             raise ValueError("prompt.impl=concat inserts tokens, and a kv prompt has none; use prompt.impl=auto")

@@ -6,13 +6,13 @@ from typing import Any, Literal, overload
 from vpt.models.backbone import PromptedViT
 from vpt.models.classifier import Classifier
 from vpt.models.detector import Detector
-from vpt.models.prompts import PromptKind, VisualPrompt
+from vpt.models.prompts import PromptVariant, VisualPrompt
 from vpt.models.task_model import TaskModel, model_named
 from vpt.models.tuning import Tuning, tune
 from vpt.models.vit import ViT, load_vit
 
 Backbone = str | ViT | PromptedViT
-PromptChoice = PromptKind | VisualPrompt | Literal["auto"] | None
+PromptChoice = PromptVariant | VisualPrompt | Literal["auto"] | None
 
 
 @overload

@@ -164,7 +164,7 @@ def compare_tokens(backbone: PromptedViT) -> list[TokenSimilarity]:
 
 def has_tokens(backbone: PromptedViT) -> bool:
     """Whether there is a prompt of tokens, and not of keys and values that are learned themselves."""
-    return backbone.prompt is not None and backbone.prompt.kind in ("shallow", "deep")
+    return backbone.prompt is not None and backbone.prompt.variant in ("shallow", "deep")
 
 
 def has_cls(backbone: PromptedViT) -> bool:

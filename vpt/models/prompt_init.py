@@ -73,7 +73,7 @@ def start_from_task(backbone: PromptedViT, path: str | Path) -> None:
     """Initialise the prompt from the prompt of a task file; the file's head is not used.
 
     Args:
-        backbone: The backbone of the task, with a prompt of the same kind, number of tokens and blocks.
+        backbone: The backbone of the task, with a prompt of the same variant, number of tokens and blocks.
         path: The task file.
 
     Raises:
@@ -88,9 +88,9 @@ def start_from_task(backbone: PromptedViT, path: str | Path) -> None:
     if prompt is None or metadata.prompt is None:
         raise ValueError(f"{path}: {'the backbone has no prompt to initialise' if prompt is None else 'has no prompt'}")
     new, saved = (
-        f"kind={kind}, num_tokens={num_tokens}, blocks={format_blocks(blocks)}"
-        for kind, num_tokens, blocks in (
-            (prompt.kind, prompt.num_tokens, prompt.blocks),
+        f"variant={variant}, num_tokens={num_tokens}, blocks={format_blocks(blocks)}"
+        for variant, num_tokens, blocks in (
+            (prompt.variant, prompt.num_tokens, prompt.blocks),
             [metadata.prompt[name] for name in ("kind", "num_tokens", "blocks")],
         )
     )
@@ -175,7 +175,7 @@ def _match(
 def _rescale(backbone: PromptedViT, prompt: VisualPrompt, tokens: Tensor) -> Tensor:
     """Rescale tokens (L, P, D) to the length of uniformly initialised ones, if their length has no effect."""
     vit: Any = backbone.vit
-    if prompt.kind == "shallow" or not all(isinstance(vit.blocks[index], PRE_NORM) for index in prompt.blocks):
+    if prompt.variant == "shallow" or not all(isinstance(vit.blocks[index], PRE_NORM) for index in prompt.blocks):
         return tokens
     scale = uniform_bound(backbone.embed_dim, vit.patch_embed.patch_size) / math.sqrt(
         3

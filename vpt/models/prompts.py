@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from vpt.models.attention import KeysValues, prompt_keys_values, split_keys_values
 
-PromptKind = Literal["shallow", "deep", "kv"]
+PromptVariant = Literal["shallow", "deep", "kv"]
 PromptInit = Literal["uniform", "normal"]
 Blocks = str | Sequence[int]
 
@@ -27,33 +27,33 @@ Blocks = str | Sequence[int]
 class VisualPrompt(nn.Module):
     """Prompt tokens and the blocks that they enter.
 
-    `tokens` is one parameter of shape (L, P, D), or (L, P, 2 h d) for kind "kv". With `form`, `tokens` is computed from
+    `tokens` is one parameter of shape (L, P, D), or (L, P, 2 h d) for variant "kv". With `form`, `tokens` is computed from
     other parameters at each access; `torch.nn.utils.parametrize.remove_parametrizations(prompt, "tokens")` turns it
     back into a parameter. Prompt tokens have no position embedding.
 
     Args:
         num_tokens: P, prompt tokens per prompted block.
         embed_dim: D, token width of the backbone.
-        kind: "shallow", "deep" or "kv".
+        variant: "shallow", "deep" or "kv".
         blocks: Ascending indices of the prompted blocks. A shallow prompt enters block 0; the others need this.
         dropout: Dropout probability of prompt token elements, with a separate mask for each sample.
         patch_size: Patch height and width in pixels; used by `init="uniform"` only.
         init: "uniform" draws from +-sqrt(6 / (3 * ph * pw + D)) for patches of ph x pw pixels, Xavier's bound for the
             patch embedding. "normal" has standard deviation 0.02. See also `start_from`.
         form: Parametrization of the tokens, such as `parametrizations.Bilinear(rank=8)`; None learns them directly.
-        width: Size of the last dimension of `tokens`. None: D, or 2 D for kind "kv". Pass 2 h d if the width of the
+        width: Size of the last dimension of `tokens`. None: D, or 2 D for variant "kv". Pass 2 h d if the width of the
             attention heads is not D / h.
 
     Raises:
-        ValueError: A value is out of range, or `blocks` does not suit `kind`.
+        ValueError: A value is out of range, or `blocks` does not suit `variant`.
 
     References:
         Visual Prompt Tuning (Jia et al., 2022), https://arxiv.org/abs/2203.12119, section 3.2. Kind "kv": Prefix-Tuning
         (Li and Liang, 2021), https://arxiv.org/abs/2101.00190, section 4, without its reparametrisation.
 
     Example:
-        >>> VisualPrompt(num_tokens=10, embed_dim=192, kind="deep", blocks=range(12))
-        VisualPrompt(kind=deep, num_tokens=10, embed_dim=192, blocks=0-11, dropout=0.0)
+        >>> VisualPrompt(num_tokens=10, embed_dim=192, variant="deep", blocks=range(12))
+        VisualPrompt(variant=deep, num_tokens=10, embed_dim=192, blocks=0-11, dropout=0.0)
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class VisualPrompt(nn.Module):
         num_tokens: int,
         embed_dim: int,
         *,
-        kind: PromptKind = "deep",
+        variant: PromptVariant = "deep",
         blocks: Sequence[int] | None = None,
         dropout: float = 0.0,
         patch_size: tuple[int, int] = (16, 16),
@@ -70,26 +70,26 @@ class VisualPrompt(nn.Module):
         width: int | None = None,
     ) -> None:
         super().__init__()
-        if kind not in get_args(PromptKind):
-            raise ValueError(f"kind={kind!r}: must be one of {', '.join(get_args(PromptKind))}")
+        if variant not in get_args(PromptVariant):
+            raise ValueError(f"variant={variant!r}: must be one of {', '.join(get_args(PromptVariant))}")
         if num_tokens < 1:
             raise ValueError(f"num_tokens={num_tokens}: must be at least 1; use prompt=None for no prompt")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}: must be in [0, 1)")
         if init not in get_args(PromptInit):
             raise ValueError(f"init={init!r}: must be one of {', '.join(get_args(PromptInit))}")
-        if blocks is None and kind != "shallow":
-            raise ValueError(f"blocks=None: a {kind} prompt needs block indices, such as range(12)")
+        if blocks is None and variant != "shallow":
+            raise ValueError(f"blocks=None: a {variant} prompt needs block indices, such as range(12)")
         blocks = (0,) if blocks is None else tuple(blocks)
         if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0:
             raise ValueError(f"blocks={list(blocks)}: must be ascending block indices, at least one")
-        if kind == "shallow" and blocks != (0,):
+        if variant == "shallow" and blocks != (0,):
             raise ValueError(f"blocks={list(blocks)}: a shallow prompt enters block 0 only; use a deep prompt")
-        self.kind: PromptKind = kind
+        self.variant: PromptVariant = variant
         self.blocks = blocks
         self.dropout = nn.Dropout(dropout)
         self.num_tokens, self.embed_dim = num_tokens, embed_dim
-        self.width = width or (2 if kind == "kv" else 1) * embed_dim
+        self.width = width or (2 if variant == "kv" else 1) * embed_dim
         self.tokens = nn.Parameter(torch.empty(len(self.blocks), num_tokens, self.width))
         if init == "normal":
             nn.init.normal_(self.tokens, std=0.02)
@@ -142,7 +142,7 @@ class VisualPrompt(nn.Module):
             return self
         prompt = VisualPrompt.__new__(VisualPrompt)
         nn.Module.__init__(prompt)
-        for name in ("kind", "blocks", "num_tokens", "embed_dim", "width", "dropout", "tokens", "training"):
+        for name in ("variant", "blocks", "num_tokens", "embed_dim", "width", "dropout", "tokens", "training"):
             setattr(prompt, name, getattr(self, name))
         return prompt
 
@@ -158,14 +158,14 @@ class VisualPrompt(nn.Module):
     ) -> KeysValues:
         """Keys and values of the prompt in `block`, for `attention.run_block` with the same `num_queries`."""
         learned = self(index, batch_size).to(dtype)
-        if self.kind == "kv":
+        if self.variant == "kv":
             return split_keys_values(block, learned)
         return prompt_keys_values(block, learned, num_queries)
 
     def extra_repr(self) -> str:
         """Kind, sizes and blocks on one line."""
         return (
-            f"kind={self.kind}, num_tokens={self.num_tokens}, embed_dim={self.embed_dim}, "
+            f"variant={self.variant}, num_tokens={self.num_tokens}, embed_dim={self.embed_dim}, "
             f"blocks={format_blocks(self.blocks)}, dropout={self.dropout.p}"
         ) + ("" if self.form is None else f", form={self.form}")
 

@@ -53,13 +53,13 @@ class LoadedTask:
     def carried(self) -> Tensor | None:
         """Tokens (P, D) of a shallow prompt."""
         prompt = self.model.backbone.prompt
-        return prompt.tokens[0] if prompt is not None and prompt.kind == "shallow" else None
+        return prompt.tokens[0] if prompt is not None and prompt.variant == "shallow" else None
 
 
 def keys_values_of(model: TaskModel) -> dict[tuple[int, int | None], KeysValues]:
     """Keys and values of a prompt in each of its blocks, for both ways in which the last block may be read."""
     vit, prompt = model.backbone.vit, model.backbone.prompt
-    if prompt is None or prompt.kind == "shallow":
+    if prompt is None or prompt.variant == "shallow":
         return {}
     dtype = next(vit.parameters()).dtype
     readings: dict[int, list[int | None]] = {index: [None] for index in prompt.blocks}

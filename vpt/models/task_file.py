@@ -328,7 +328,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[
 
 def _make_model(path: Path, metadata: TaskMetadata, vit: ViT) -> TaskModel:
     try:
-        prompt = None if metadata.prompt is None else VisualPrompt(**metadata.prompt)
+        prompt = None if metadata.prompt is None else _make_prompt(metadata.prompt)
         backbone = PromptedViT(vit, prompt)
         return model_named(metadata.task_type).from_layout(
             backbone,
@@ -341,9 +341,14 @@ def _make_model(path: Path, metadata: TaskMetadata, vit: ViT) -> TaskModel:
         raise ValueError(f"{path}: its prompt or head cannot be used ({error})") from error
 
 
+def _make_prompt(values: Mapping[str, Any]) -> VisualPrompt:
+    """The prompt that `_describe_prompt` described."""
+    return VisualPrompt(**{"variant" if name == "kind" else name: value for name, value in values.items()})
+
+
 def _describe_prompt(prompt: VisualPrompt) -> dict[str, Any]:
     return {
-        "kind": prompt.kind,
+        "kind": prompt.variant,
         "num_tokens": prompt.num_tokens,
         "embed_dim": prompt.embed_dim,
         "width": prompt.width,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from vpt.models.adapters import METHODS, Adapters
-from vpt.models.prompts import PromptKind
+from vpt.models.prompts import PromptVariant
 
 FORMAT_VERSION = 2
 MAX_CLASSES = 100_000
@@ -252,7 +252,7 @@ PREPROCESSING_RULES: dict[str, Rule] = {
     "crop_mode": one_of(CROP_MODES),
 }
 PROMPT_RULES: dict[str, Rule] = {
-    "kind": one_of(get_args(PromptKind)),
+    "kind": one_of(get_args(PromptVariant)),
     "num_tokens": integer(1, MAX_TOKENS),
     "embed_dim": integer(1, MAX_WIDTH),
     "width": integer(1, 2 * MAX_WIDTH),

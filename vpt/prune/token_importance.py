@@ -48,7 +48,7 @@ def token_importance(model: TaskModel, batches: Iterable[tuple[Tensor, Any]], lo
     backbone, prompt = model.backbone, model.backbone.prompt
     if prompt is None:
         raise ValueError("the backbone has no prompt whose tokens could be scored")
-    for index in range(backbone.depth) if prompt.kind == "shallow" else prompt.blocks:
+    for index in range(backbone.depth) if prompt.variant == "shallow" else prompt.blocks:
         reason = why_not_fast(backbone.vit.blocks[index])
         if reason is not None:
             raise ValueError(f"tokens cannot be scored: in block {index} {reason}")
@@ -88,7 +88,7 @@ def keep_tokens(prompt: VisualPrompt, importance: Tensor, num_tokens: int) -> Vi
     Example:
         >>> prompt = VisualPrompt(num_tokens=3, embed_dim=192, blocks=range(2))
         >>> keep_tokens(prompt, torch.tensor([[0.1, 0.3, 0.2], [0.5, 0.0, 0.7]]), 2)
-        VisualPrompt(kind=deep, num_tokens=2, embed_dim=192, blocks=0-1, dropout=0.0)
+        VisualPrompt(variant=deep, num_tokens=2, embed_dim=192, blocks=0-1, dropout=0.0)
     """
     if not 1 <= num_tokens < prompt.num_tokens:
         raise ValueError(f"num_tokens={num_tokens}: must be from 1 to {prompt.num_tokens - 1}")
