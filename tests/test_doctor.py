@@ -120,9 +120,9 @@ def test_what_is_to_be_typed_next_can_be_typed(monkeypatch, capsys, broken):
         (["dataset=fruits"], "did you mean fruit?"),
         (["jsn=a.json"], "unknown key jsn"),
         (["json=a.txt"], "json=a.txt: must end in .json"),
-        (["json="], "name a file, such as json=found.json"),
-        (["json"], "name a file, such as json=found.json"),
-        (["json=a.json", "json=b.json"], "name one file"),
+        (["json="], "json=: must be a path"),
+        (["json"], "json: not an option of the form key=value"),
+        (["json=a.json", "json=b.json"], "json is typed twice"),
         (["json=no/such/../"], "must end in .json"),
         (["-m", "seed=0,1"], "-m: not an option"),
         (["seed=0,1"], "is a sweep over several values"),
@@ -138,14 +138,6 @@ def test_a_command_that_cannot_be_used_is_one_line_and_exit_code_2(monkeypatch, 
     assert message in told.err
     assert (told.err.count("\n"), told.out) == (1, "")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_help_loads_nothing_heavy():
-    code = "import sys; sys.argv = ['x', '--help']; import vpt.doctor.__main__; vpt.doctor.__main__.main(); "
-    code += "print(sorted({'torch', 'timm', 'albumentations', 'PIL'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("python -m vpt.doctor: ")
-    assert done.stdout.endswith("[]\n")
 
 
 @pytest.mark.slow

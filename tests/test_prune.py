@@ -29,7 +29,7 @@ def runs(photos, boxes, tmp_path_factory):
 @pytest.mark.parametrize(("kind", "select"), [("classification", "top1"), ("detection", "map")])
 def test_smaller_task_files_are_written_with_what_they_cost(runs, kind, select, tmp_path, capsys):
     output = tmp_path / "pruned"
-    metrics = prune_run(PruneOptions(str(runs[kind]), "[1,3]", str(output)))
+    metrics = prune_run(PruneOptions(str(runs[kind]), (1, 3), str(output)))
     assert {path.name for path in output.iterdir()} == {
         "prompt_3.safetensors",
         "prompt_1.safetensors",
@@ -58,7 +58,7 @@ def test_smaller_task_files_are_written_with_what_they_cost(runs, kind, select, 
 
 
 def test_a_pruned_prompt_trains_further(runs, photos, tmp_path):
-    prune_run(PruneOptions(str(runs["classification"]), "2", str(tmp_path)))
+    prune_run(PruneOptions(str(runs["classification"]), (2,), str(tmp_path)))
     start = tmp_path / "prompt_2.safetensors"
     options = [*OPTIONS, "prompt.num_tokens=2", f"prompt.init_from={start}", "optim.prompt_lr=1e-9", "train.epochs=1"]
     folder = train_with("dataset=folder", f"dataset.root={photos}", *options, f"run.root={tmp_path}/runs")
@@ -75,7 +75,7 @@ def test_test_pictures_are_read_last_and_never_to_score(runs, tmp_path, monkeypa
         trainer, "evaluate", lambda *a, **options: order.append(options["description"]) or evaluate(*a, **options)
     )
     monkeypatch.setattr(pruning, "token_importance", lambda *a: order.append("scores") or score(*a))
-    prune_run(PruneOptions(str(runs["classification"]), "3,1", str(tmp_path)))
+    prune_run(PruneOptions(str(runs["classification"]), (3, 1), str(tmp_path)))
     numbers = ("4 tokens", "3 tokens", "1 tokens")
     assert order == ["scores", *(f"{split}, {number}" for split in ("val", "test") for number in numbers)]
 
@@ -83,11 +83,8 @@ def test_test_pictures_are_read_last_and_never_to_score(runs, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("kind", "keep", "message"),
     [
-        ("no prompt", "2", "has no prompt that could be pruned; name a run with one"),
-        ("classification", "4,2", "keep=4,2: the prompt of .* has 4 tokens in a block, so keep less"),
-        ("classification", "0", "keep=0: a block keeps at least 1 token; for none train with prompt=none"),
-        ("classification", "2;3", "keep=2;3: must be numbers of tokens, such as keep=8,5,2"),
-        ("classification", "", "keep=: must be numbers of tokens"),
+        ("no prompt", (2,), "has no prompt that could be pruned; name a run with one"),
+        ("classification", (4, 2), "keep=4: the prompt of .* has 4 tokens in a block, so keep less"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_and_nothing_is_written(runs, kind, keep, message, tmp_path):
@@ -115,7 +112,7 @@ def test_an_error_of_the_command_is_one_line(arguments, message, tmp_path):
 
 
 def test_a_bank_serves_prompts_of_all_sizes_side_by_side(runs, tmp_path):
-    prune_run(PruneOptions(str(runs["classification"]), "3,1", str(tmp_path)))
+    prune_run(PruneOptions(str(runs["classification"]), (3, 1), str(tmp_path)))
     bank = vpt.TaskBank("vit_nano_patch8_64")
     names = [bank.load(tmp_path / f"prompt_{keep}.safetensors") for keep in (3, 1)]
     images = torch.randn(2, 3, 64, 64)

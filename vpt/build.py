@@ -124,18 +124,6 @@ def build_preprocessing(of_backbone: Mapping[str, Any], **overrides: Any) -> Pre
         )
 
 
-def needed(dataset: DatasetConfig, key: str) -> str:
-    """The value of a key that the reader cannot do without.
-
-    Raises:
-        ConfigError: It is null.
-    """
-    value = getattr(dataset, key)
-    if value is None:
-        raise ConfigError(f"dataset.{key} is needed: type dataset.{key}=...")
-    return str(value)
-
-
 def unknown_reader(config: DatasetConfig, readers: Sequence[str]) -> ConfigError:
     """The error for a reader that the type of task does not have."""
     allowed = ", ".join(readers)

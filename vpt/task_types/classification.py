@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vpt.build import Data, build_loaders, build_preprocessing, needed, spread, unknown_reader
+from vpt.build import Data, build_loaders, build_preprocessing, spread, unknown_reader
 from vpt.config.schema import ClassWeights, Config, OnError
+from vpt.config.validation import required
 from vpt.data.images import Decoding
 from vpt.data.readers.folder import fruit_root, read_folder
 from vpt.data.readers.tables import read_csv, read_list
@@ -70,7 +71,7 @@ class Classification:
         """Read which pictures there are, by split; none is looked at."""
         config = self.config.dataset
         if config.reader in ("folder", "list"):
-            needed(config, "root")
+            required(config, "root")
         root = unpacked(Path(config.root or ".").expanduser(), self.config.cache_dir)
         split: dict[str, Any] = {
             "val_fraction": config.val_fraction,
@@ -84,13 +85,13 @@ class Classification:
                 lists: dict[str, Any] = {"train": config.train, "val": config.val, "test": config.test}
                 return read_list(root, **lists, test_fraction=config.test_fraction or 0.0, **split)
             case "csv":
-                path = Path(needed(config, "path")).expanduser()
+                path = Path(required(config, "path")).expanduser()
                 pictures_root = None if config.root is None else root
                 return read_csv(path, pictures_root, test_fraction=config.test_fraction or 0.0, **split)
             case "torchvision":
                 if config.test_fraction is not None:
                     split["test_fraction"] = config.test_fraction
-                return read_torchvision(needed(config, "name"), root, download=config.download, **split)
+                return read_torchvision(required(config, "name"), root, download=config.download, **split)
             case "fruit":
                 return read_folder(fruit_root(), **split)
         raise unknown_reader(config, ("folder", "list", "csv", "torchvision", "fruit"))

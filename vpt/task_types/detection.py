@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vpt.build import Data, build_loaders, build_preprocessing, needed, spread, unknown_reader
+from vpt.build import Data, build_loaders, build_preprocessing, spread, unknown_reader
 from vpt.config.schema import Config
+from vpt.config.validation import required
 from vpt.data.images import Decoding
 from vpt.data.readers.box_checks import DataReport
 from vpt.data.readers.boxes import read_detection, trees_root
@@ -131,7 +132,7 @@ class Detection:
             return read_coco(trees_root(), **reading)
         if config.reader != "boxes":
             raise unknown_reader(config, ("boxes", "trees"))
-        root = unpacked(Path(needed(config, "root")).expanduser(), self.config.cache_dir)
+        root = unpacked(Path(required(config, "root")).expanduser(), self.config.cache_dir)
         if config.annotations is not None:
             return read_coco(root, config.annotations, **reading)
         return read_detection(root, config.format.value, **reading)
