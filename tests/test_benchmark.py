@@ -127,9 +127,9 @@ def test_empty_columns_and_plots_are_left_out(tmp_path, capsys):
     ("argument", "message"),
     [
         ("bakbone=a", "did you mean backbone"),
-        ("only=deep,dep_concat", "only=dep_concat"),
-        ("precision=fp8", "did you mean fp32"),
-        ("num_tokens=1,0", "num_tokens=1,0"),
+        ("only=deep,dep_concat", "dep_concat"),
+        ("precision=fp8", "must be one of fp32, bf16"),
+        ("num_tokens=1,0", "num_tokens=0"),
         ("rounds=0", "rounds=0"),
         ("backbone=vit_tiny_patch16_225", "vit_tiny_patch16_224"),
         ("device=abacus", "device=abacus"),

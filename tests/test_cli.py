@@ -28,15 +28,42 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path, module, arguments, messa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_lists_groups_and_keys_and_loads_nothing_heavy(tmp_path):
-    done = call("--help", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "backbone: " in done.stdout
-    assert "num_tokens: 20" in done.stdout
-    heavy = "{'torch', 'timm', 'albumentations'}"
-    code = f"import sys, vpt.train, vpt.evaluate, vpt.predict; print(sorted({heavy} & set(sys.modules)))"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert loaded.stdout == "[]\n"
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("train", ["backbone: ", "num_tokens: 20", "cache_gb: 4.0"]),
+        ("evaluate", ["split=test"]),
+        ("predict", ["top_k=5"]),
+        ("compare", ["seeds=3", "prompt_bilinear"]),
+        ("doctor", ["json=FILE.json", "dataset.root"]),
+        ("explain", ["max_images=8"]),
+        ("serve", ["uploads=false"]),
+        ("export", ["shared=false", "onnx, torch_export"]),
+        ("tasks", ["verify FILE|DIR", "dtype="]),
+        ("prune", ["keep=8,5,2"]),
+        ("benchmark", ["num_tokens=1,10,50,100,200", "last_cached"]),
+    ],
+)
+def test_help_lists_keys_and_loads_nothing_heavy(module, words):
+    code = "import atexit, runpy, sys; sys.argv = ['x', '--help']; "
+    code += "atexit.register(lambda: print(sorted({'torch', 'timm', 'albumentations', 'PIL'} & set(sys.modules)))); "
+    code += f"runpy.run_module('vpt.{module}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"python -m vpt.{module}: ")
+    assert done.stdout.endswith("[]\n")
+    assert all(word in done.stdout for word in words)
+
+
+def test_one_job_is_shown_by_hydra_and_a_full_traceback_by_request(tmp_path, monkeypatch):
+    done = call("--cfg", "job", "prompt=deep", "dataset.root=${oc.env:HOME}", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "variant: deep" in done.stdout
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    done = call("dataset=folder", "dataset.root=nowhere", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_data_that_is_not_there_is_an_error_that_names_the_key(tmp_path):

@@ -276,15 +276,6 @@ def test_a_folder_in_use_is_refused_before_anything_is_measured(monkeypatch, cap
     assert f"{tmp_path} is in use by process {holder.pid}" in capsys.readouterr().err
 
 
-def test_lists_may_have_brackets():
-    words = ["methods=linear,bias", "seeds=7,8", "rates=0.3,1", "shots=1,all", "+experiment=quickstart"]
-    plan = vpt.compare.__main__.read_options(words).plan
-    assert [*plan.methods] == ["linear", "bias"]
-    assert (plan.seeds, plan.rates, plan.shots) == ((7, 8), (0.3, 1.0), (1, "all"))
-    brackets = [*(f"{word.replace('=', '=[')}]" for word in words[:4]), words[4]]
-    assert vpt.compare.__main__.read_options(brackets).plan == plan
-
-
 def test_a_folder_with_other_files_is_refused(monkeypatch, capsys, tmp_path, photos):
     (tmp_path / "table.csv").write_text("mine")
     assert compare(monkeypatch, *words_of(photos, tmp_path)) == 2

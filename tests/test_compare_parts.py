@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from vpt.compare.__main__ import read_options
 from vpt.compare.costs import Cost
 from vpt.compare.methods import METHODS, Method, choose_methods
-from vpt.compare.plan import Plan, Trial, read_rates, read_seeds, read_shots
+from vpt.compare.plan import Plan, Trial
 from vpt.compare.report import TEMPLATE, disagreement, most_disputed, to_html
 from vpt.compare.runs import Outcome, Row, _choose
 from vpt.compare.table import Spread, describe_table, table_columns, to_csv
@@ -101,16 +102,17 @@ def test_environment_variables_are_not_saved(monkeypatch, tmp_path):
     assert (config.dataset.root, shown.dataset.root) == ("key", "${oc.env:SECRET}")
 
 
-def test_lists_are_sorted_and_checked():
-    assert read_seeds(3) == (0, 1, 2)
-    assert read_seeds([4, 2]) == (4, 2)
-    assert read_rates([3, 0.3]) == (0.3, 3.0)
-    assert read_rates(1) == (1.0,)
-    assert read_shots(["all", 5, 1]) == (1, 5, "all")
-    assert read_shots(None) == (None,)
-    for wrong in (True, "x", [], [0.5], [-1]):
-        with pytest.raises(ConfigError, match="seeds="):
-            read_seeds(wrong)
+@pytest.mark.parametrize(
+    ("words", "seeds", "rates", "shots"),
+    [
+        ([], (0, 1, 2), (1.0,), (None,)),
+        (["seeds=2", "rates=3", "shots=5"], (0, 1), (3.0,), (5,)),
+        (["seeds=[4,2]", "rates=3,0.3", "shots=[all,5,1]"], (4, 2), (0.3, 3.0), (1, 5, "all")),
+    ],
+)
+def test_lists_are_typed_with_brackets_or_without(words, seeds, rates, shots):
+    plan = read_options(["+experiment=quickstart", "methods=linear", *words]).plan
+    assert (plan.seeds, plan.rates, plan.shots) == (seeds, rates, shots)
 
 
 def outcome(rate=1.0, val=0.5, test=0.5, loss=1.0, seed=0, error=""):

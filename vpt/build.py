@@ -18,7 +18,6 @@ from vpt.config.errors import ConfigError, config_keys, first_line
 from vpt.config.saved import load_config
 from vpt.config.schema import (
     Config,
-    DatasetConfig,
     Dtype,
     Mode,
     Precision,
@@ -119,16 +118,6 @@ def build_preprocessing(of_backbone: Mapping[str, Any], **overrides: Any) -> Pre
         )
 
 
-def needed(dataset: DatasetConfig, key: str) -> str:
-    """The value of a key that the reader cannot do without.
-
-    Raises:
-        ConfigError: It is null.
-    """
-    value = getattr(dataset, key)
-    if value is None:
-        raise ConfigError(f"dataset.{key} is needed: type dataset.{key}=...")
-    return str(value)
 
 
 def spread(num: int, wanted: int) -> list[int]:

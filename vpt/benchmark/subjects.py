@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from vpt.engine import measure as measuring
 from vpt.engine.console import Progress
-from vpt.models.task_model import TunedPart
 from vpt.models.create import create_model
+from vpt.models.task_model import TunedPart
 from vpt.models.vit import load_vit, preprocessing_of
 
 if TYPE_CHECKING:

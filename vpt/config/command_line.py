@@ -7,10 +7,10 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, NamedTuple, NoReturn, TypeVar, Union, cast, get_args, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -25,7 +25,6 @@ from vpt.config.validation import check_ranges, describe_range, to_config
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, as in shells
 HELP = {"-h", "--help"}
-DIR_OPTION = re.compile("(-cd|--config-dir)(=.*)?")
 WIDTH = 120  # of a line of help
 OptionsT = TypeVar("OptionsT")
 PATH_KEYS = (
@@ -33,35 +32,25 @@ PATH_KEYS = (
 )
 
 
-@dataclass(frozen=True)
-class CommandLine:
-    """Arguments of a command that takes overrides of the config.
+class CommandLine(NamedTuple):
+    """A checked command line of overrides.
 
     Args:
-        words: The overrides.
-        config_dir: The folder of `--config-dir`.
-        needs_hydra: Whether Hydra's own application must run: a sweep, one of its options, or a `hydra.` override.
+        config: The config; of a sweep that of its last values.
+        composed: The same as Hydra has it, with expressions.
+        needs_hydra: Whether Hydra's own application must run: for a sweep, one of its options, or a `hydra.` override.
     """
 
-    words: tuple[str, ...]
-    config_dir: Path | None
+    config: Config
+    composed: DictConfig
     needs_hydra: bool
-
-    def compose(self) -> DictConfig:
-        """Compose the config.
-
-        Raises:
-            ConfigError: An override cannot be used.
-        """
-        return compose_config(self.words, self.config_dir)
 
 
 def check_command_line(arguments: Sequence[str]) -> CommandLine:
-    """Check the arguments of `python -m vpt.train`, as far as one by one.
+    """Check the arguments of `python -m vpt.train` and compose its config; of a sweep each value, not each combination.
 
     Raises:
-        ConfigError: An override has a syntax error, an unknown key or group, or a sweep lacks `-m`. Of a sweep each
-            value is also composed, which refuses wrong types and ranges before the first run.
+        ConfigError: An override has a syntax error, an unknown key, group or value, or a wrong type.
     """
     words, config_dir = _split_arguments(arguments)
     try:
@@ -74,14 +63,12 @@ def check_command_line(arguments: Sequence[str]) -> CommandLine:
         _check_key(override, config_dir)
         if override.is_sweep_override() and not is_sweep:
             raise ConfigError(f"{override.input_line} is a sweep over several values: add -m, or put quotes around it")
-    needs_hydra = len(own) < len(overrides) or any(
-        word.startswith("-") and not DIR_OPTION.fullmatch(word) for word in arguments
-    )
-    if needs_hydra:
-        choices = [_choices(override) for override in own]
-        for number in range(max(map(len, choices), default=1)):  # every value, not every combination
-            to_config(compose_config([values[min(number, len(values) - 1)] for values in choices], config_dir))
-    return CommandLine(tuple(words), config_dir, needs_hydra)
+    choices = [_choices(override) for override in own]
+    for number in range(max(map(len, choices), default=1)):
+        composed = compose_config([values[min(number, len(values) - 1)] for values in choices], config_dir)
+        config = to_config(composed)
+    needs_hydra = len(own) < len(overrides) or any(_is_of_hydra(word) for word in arguments)
+    return CommandLine(config, composed, needs_hydra)
 
 
 def compose_run(arguments: Sequence[str]) -> tuple[Config, Config]:
@@ -96,12 +83,10 @@ def compose_run(arguments: Sequence[str]) -> tuple[Config, Config]:
     Raises:
         ConfigError: The arguments cannot be used, or have an option of Hydra's own, such as the sweep `-m`.
     """
-    for word in arguments:
-        if word.startswith("-") and not DIR_OPTION.fullmatch(word):
-            raise ConfigError(f"{word}: not an option of this command; options are key=value, and --config-dir FOLDER")
-    composed = check_command_line(arguments).compose()
-    config = to_config(composed)
-    return config, conceal(config, composed)
+    for word in filter(_is_of_hydra, arguments):
+        raise ConfigError(f"{word}: not an option of this command; options are key=value, and --config-dir FOLDER")
+    line = check_command_line(arguments)
+    return line.config, conceal(line.config, line.composed)
 
 
 def parse_options(schema: type[OptionsT], arguments: Sequence[str], about: str) -> OptionsT:
@@ -128,7 +113,7 @@ def parse_options(schema: type[OptionsT], arguments: Sequence[str], about: str) 
         entry = entries.get(name if dot else key)
         is_table = entry is not None and get_origin(entry.type) is dict
         if not equals or entry is None or is_table != bool(part):
-            example = f"; type {name}.NAME=..." if is_table else did_you_mean(key, list(entries))
+            example = f"; type {name}.NAME=..." if is_table else "" if entry else did_you_mean(key, list(entries))
             raise ConfigError(f"{word}: not an option of the form key=value{example}")
         if is_table:
             values.setdefault(name, {})[part] = text
@@ -290,7 +275,7 @@ def _parse(key: str, text: str, entry: "Field[Any]") -> Any:
     """The value of an option; of several types the first that it fits."""
     single, of_list = _types(entry)
     is_list = bool(of_list) and (not single or "," in text or text.startswith("["))
-    choices = entry.metadata.get("choices", ())
+    types, choices = of_list if is_list else single, entry.metadata.get("choices", ())
     readers: dict[Any, Callable[[str], Any]] = {
         bool: {"true": True, "false": False}.__getitem__,
         int: int,
@@ -300,16 +285,16 @@ def _parse(key: str, text: str, entry: "Field[Any]") -> Any:
     }
 
     def read(word: str) -> Any:
-        for type_ in of_list if is_list else single:
+        for type_ in types if word or not is_list else ():
             with contextlib.suppress(KeyError, ValueError):
                 return readers[type_](word)
         names = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
-        names[str] = f"one of {', '.join(choices)}"
-        allowed = " or ".join(names[type_] for type_ in (of_list if is_list else single))
+        names[str] = f"one of {', '.join(choices)}" if choices else "a name"
+        allowed = " or ".join(names[type_] for type_ in types)
         near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
         raise ConfigError(f"{key}={text}: must be {allowed}{f'; did you mean {near[0]}?' if near else ''}")
 
-    words = text.removeprefix("[").removesuffix("]").split(",")
+    words = (text[1:-1] if text.startswith("[") and text.endswith("]") else text).split(",")
     return tuple(read(word.strip()) for word in words) if is_list else read(text)
 
 
@@ -355,6 +340,11 @@ def _check_key(override: Override, config_dir: Path | None) -> None:
     keys = [*schema_keys(), *(folder.name for folder in config_folder().iterdir() if folder.is_dir())]
     if not choices and key not in keys and not key.startswith("tuning.options."):
         raise ConfigError(unknown_key(key, keys, str(override.input_line).partition("=")[2]))
+
+
+def _is_of_hydra(word: str) -> bool:
+    """Whether an argument is an option of Hydra's application."""
+    return word.startswith("-") and word.partition("=")[0] not in ("-cd", "--config-dir")
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:

@@ -23,7 +23,7 @@ from vpt.config.validation import to_config
 
 WITHOUT_EFFECT = (  # on the result of a run that ends
     *("run", "fresh", "num_workers", "timeout_s", "cache", "cache_gb", "cache_dir"),
-    *("log_every", "auto_batch", "skip_nonfinite"),
+    *("log_every", "auto_batch", "skip_nonfinite", "required"),
 )
 ROUNDING = ("device", "deterministic", "compile", "grad_checkpointing")  # they change last digits only
 PLACES = ("root", "path", "annotations", "checkpoint", "init_from")  # paths on this machine
@@ -113,7 +113,8 @@ def rename_keys(values: Mapping[str, Any]) -> dict[str, Any]:
 def first_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `rename_keys` for keys such as "prompt.variant", so that digests in run names stay the same."""
     before = {new: old for old, new in RENAMED.items()}
-    return {before.get(key, key): value for key, value in values.items() if key not in ("dataset.task", "head.task")}
+    new = ("dataset.task", "dataset.required", "head.task")
+    return {before.get(key, key): value for key, value in values.items() if key not in new}
 
 
 def load_config(path: Path) -> Config:

@@ -1,6 +1,6 @@
 """Typed schema of the config: keys, types, ranges and defaults.
 
-A default is stated here, and a file of `conf/` states what differs from it. `???` is a value that is still missing.
+A default is stated here, and a file of `conf/` states what differs from it.
 """
 
 import dataclasses
@@ -226,6 +226,7 @@ class DatasetConfig:
     reader: str = MISSING
     task: str = MISSING  # the type of task
     title: str = MISSING  # in the name of a run
+    required: list[str] = field(default_factory=list)  # keys that must be typed
     format: BoxFormat = option(BoxFormat.auto, task="detection")
     annotations: Any = option(None, task="detection")  # split -> COCO file: {train:a.json,val:b.json}
     strict: bool = option(False, task="detection")  # refuse data with errors instead of repairing and counting them

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vpt.config.composition import explain
 from vpt.config.errors import ConfigError
-from vpt.config.schema import Config, PromptFormName, PromptName, TuningName
+from vpt.config.schema import Config, DatasetConfig, PromptFormName, PromptName, TuningName
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
@@ -27,6 +27,8 @@ def to_config(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     check_ranges(config)
+    for key in config.dataset.required:
+        required(config.dataset, key)
     _check_task(config)
     prompt, tuning = config.prompt, config.tuning
     if prompt.whiten and prompt.form is not PromptFormName.bilinear:
@@ -61,6 +63,18 @@ def check_ranges(config: Any) -> None:
                 and (above is None or number > above)
             ):
                 raise ConfigError(f"{key}={number} is out of range: it must be {describe_range(entry)}")
+
+
+def required(dataset: DatasetConfig, key: str) -> str:
+    """The value of a key that the reader requires.
+
+    Raises:
+        ConfigError: It is null.
+    """
+    value = getattr(dataset, key)
+    if value is None:
+        raise ConfigError(f"dataset.{key} is needed: type dataset.{key}=...")
+    return str(value)
 
 
 def describe_range(entry: "Field[Any]") -> str:

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from vpt.build import Data, needed, spread
+from vpt.build import Data, spread
 from vpt.config.schema import ClassWeights, OnError
+from vpt.config.validation import required
 from vpt.data.readers.folder import fruit_root, read_folder
 from vpt.data.readers.tables import read_csv, read_list
 from vpt.data.readers.torchvision import read_torchvision
@@ -135,7 +136,7 @@ class Classification(TaskType):
         """Samples by split; no image is opened."""
         config = self.config.dataset
         if config.reader in ("folder", "list"):
-            needed(config, "root")
+            required(config, "root")
         root = unpacked(Path(config.root or ".").expanduser(), self.config.cache_dir)
         split: dict[str, Any] = {
             "val_fraction": config.val_fraction,
@@ -149,13 +150,13 @@ class Classification(TaskType):
                 lists: dict[str, Any] = {"train": config.train, "val": config.val, "test": config.test}
                 return read_list(root, **lists, test_fraction=config.test_fraction or 0.0, **split)
             case "csv":
-                path = Path(needed(config, "path")).expanduser()
+                path = Path(required(config, "path")).expanduser()
                 images_root = None if config.root is None else root
                 return read_csv(path, images_root, test_fraction=config.test_fraction or 0.0, **split)
             case "torchvision":
                 if config.test_fraction is not None:
                     split["test_fraction"] = config.test_fraction
-                return read_torchvision(needed(config, "name"), root, download=config.download, **split)
+                return read_torchvision(required(config, "name"), root, download=config.download, **split)
         return read_folder(fruit_root(), **split)
 
     def transforms(self, preprocessing: Preprocessing) -> tuple[TrainTransform, EvalTransform]:

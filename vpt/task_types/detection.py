@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from vpt.build import Data, build_preprocessing, needed, spread
+from vpt.build import Data, build_preprocessing, spread
 from vpt.config.schema import Config
+from vpt.config.validation import required
 from vpt.data.readers.boxes import read_detection, trees_root
 from vpt.data.readers.coco import read_coco
 from vpt.data.samples import DetectionDataset, DetectionSamples, Size, collate_detection
@@ -179,7 +180,7 @@ class Detection(TaskType):
         }
         if config.reader == "trees":
             return read_coco(trees_root(), **reading)
-        root = unpacked(Path(needed(config, "root")).expanduser(), self.config.cache_dir)
+        root = unpacked(Path(required(config, "root")).expanduser(), self.config.cache_dir)
         if config.annotations is not None:
             return read_coco(root, config.annotations, **reading)
         return read_detection(root, config.format.value, **reading)

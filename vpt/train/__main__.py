@@ -29,7 +29,7 @@ def main() -> None:
         line = None if is_help else check_command_line(sys.argv[1:])
         with StopSignal() as stop:
             if line is not None and not line.needs_hydra:
-                codes.append(_run_or_explain(line.compose(), stop, is_sweep=False))
+                codes.append(_run_or_explain(line.composed, stop, is_sweep=False))
             else:
                 _run_hydra(lambda composed, is_sweep: codes.append(_run_or_explain(composed, stop, is_sweep=is_sweep)))
     except ConfigError as error:
