@@ -15,7 +15,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
-from vpt.engine.monitor import CHARTS, Monitor
+from vpt.engine.monitor import CHARTS, Monitor, overview
 from vpt.task_types.classification import Classification
 from vpt.task_types.detection import Detection
 
@@ -117,7 +117,7 @@ def test_hyperparameters_and_their_results_stay_in_the_same_run(tmp_path):
     ],
 )
 def test_the_overview_page_shows_every_tag_that_training_writes_once(tmp_path, task_type, metrics):
-    Monitor(tmp_path, charts=task_type.charts).close()
+    Monitor(tmp_path, layout=overview(task_type.charts)).close()
     (page,) = layout_of(tmp_path).category
     assert page.title == "overview"
     patterns = [tag for chart in page.chart for tag in chart.multiline.tag]

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 MEASURED = ("perf/", "memory/")
 
-CHARTS: Mapping[str, Sequence[str]] = {
+Charts = Mapping[str, Sequence[str]]  # title -> regular expressions of tags
+
+CHARTS: Charts = {
     "learning rate": ["^lr/"],
     "prompt gradient norm": [r"^prompt(_factor\d)?_grad_norm/"],
     "prompt norm": [r"^prompt(_factor\d)?_norm/"],
@@ -31,7 +33,12 @@ CHARTS: Mapping[str, Sequence[str]] = {
     "data wait fraction": ["^perf/data_wait_fraction$"],
     "peak memory, MiB": ["^memory/peak_mib$"],
 }
-"""Charts of every run on the page "overview" under Custom Scalars: title -> regular expressions of tags."""
+"""Charts of every run on the page "overview" under Custom Scalars, after those of its task type."""
+
+
+def overview(charts: Charts) -> Charts:
+    """The charts of a run: its loss, those of its task type, and `CHARTS`."""
+    return {"loss": ["^train/loss$", "^val/loss$"], **charts, **CHARTS}
 
 
 class Monitor:
@@ -44,7 +51,7 @@ class Monitor:
 
     Args:
         run_dir: The run's folder; created if it is missing.
-        charts: Charts of the overview page between the loss and `CHARTS`, title -> regular expressions of tags.
+        layout: Charts of the overview page, see `overview`.
         resume_at: Of a run that resumes: the bytes of `metrics.jsonl`, as `sync` returned them, and the step; what was
             written after that is removed.
 
@@ -60,7 +67,7 @@ class Monitor:
         self,
         run_dir: Path,
         *,
-        charts: Mapping[str, Sequence[str]] | None = None,
+        layout: Charts | None = None,
         resume_at: tuple[int, int] | None = None,
     ) -> None:
         self._metrics_file = run_dir / "metrics.jsonl"
@@ -72,8 +79,8 @@ class Monitor:
         self._attempt("metrics.jsonl", lambda: self._truncate(num_bytes))
         self._attempt("TensorBoard events", lambda: self._open_events(run_dir, resume_at))
         if resume_at is None:
-            overview = {"loss": ["^train/loss$", "^val/loss$"], **(charts or {}), **CHARTS}
-            multiline = {title: ["Multiline", list(tags)] for title, tags in overview.items()}
+            charts = overview({}) if layout is None else layout
+            multiline = {title: ["Multiline", list(tags)] for title, tags in charts.items()}
             self._write_events(lambda writer: writer.add_custom_scalars({"overview": multiline}))
 
     def __enter__(self) -> Self:
@@ -118,8 +125,10 @@ class Monitor:
         Raises:
             ValueError: An image has another shape or type.
         """
-        is_one = not isinstance(images, Sequence) and images.ndim != 4
-        tagged = {tag: images} if is_one else {f"{tag}_{i:02d}": image for i, image in enumerate(images)}
+        if isinstance(images, Sequence) or images.ndim == 4:
+            tagged = {f"{tag}_{i:02d}": image for i, image in enumerate(images)}
+        else:
+            tagged = {tag: images}
         for name, image in tagged.items():
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != "uint8":
                 raise ValueError(f"{name}: an image must be (H, W, 3) uint8, not {image.shape} {image.dtype}")

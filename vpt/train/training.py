@@ -15,7 +15,7 @@ from vpt.config.schema import Config, Mode
 from vpt.data.samples import data_digest
 from vpt.engine.checkpoint import Checkpoints, Saved
 from vpt.engine.console import warn
-from vpt.engine.monitor import Monitor
+from vpt.engine.monitor import Monitor, overview
 from vpt.engine.signals import StopSignal
 from vpt.engine.state import FitResult, RunState
 from vpt.engine.steps import Callbacks, FitData, OutOfMemoryError
@@ -86,7 +86,7 @@ class _Training:
         print(f"{'run':<10} {self.folder.path} (tensorboard --logdir {config.run.root})", flush=True)
         state = build.build_state(config, self.model, len(self.data.loaders["train"]))
         resume_at = None if saved is None else _restore(saved, state)
-        with Monitor(self.folder.path, charts=task_type.charts, resume_at=resume_at) as monitor:
+        with Monitor(self.folder.path, layout=overview(task_type.charts), resume_at=resume_at) as monitor:
             if resume_at is None:
                 report.log_start(monitor, self.folder.config_text, summary)
                 task_type.log_start(monitor, self.data)
