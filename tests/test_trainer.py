@@ -1,4 +1,5 @@
 import math
+import signal
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from tests.helpers import Evaluator, Separable, cross_entropy, fit_small, make_loader, metric_lines
+from vpt.engine.signals import Stopped, StopSignal
 from vpt.engine.trainer import evaluate, overfit
 
 NUM_TRAIN, BATCH = 22, 5
@@ -121,6 +123,10 @@ def test_one_batch_is_learned_or_the_result_is_none():
     assert torch.equal(model(batch[0]).argmax(1), batch[1])
     stuck = torch.optim.Adam(fresh.parameters(), lr=0.0)
     assert overfit(fresh, batch, optimizer=stuck, max_steps=5, **options) is None
+    stop = StopSignal()
+    stop.received = signal.SIGTERM  # as after an exception that was dropped
+    with pytest.raises(Stopped):
+        overfit(fresh, batch, optimizer=stuck, stop=stop, **options)
 
 
 def test_several_losses_train_by_their_sum_and_are_logged_apart(tmp_path):

@@ -143,6 +143,7 @@ def overfit(
     goal: float,
     optimizer: Optimizer,
     max_steps: int = 300,
+    stop: StopSignal | None = None,
 ) -> int | None:
     """Train on one batch until the metric `select` of it reaches `goal`; return the steps, None if it never does.
 
@@ -157,7 +158,8 @@ def overfit(
         loss.backward()
         optimizer.step()
         if step % OVERFIT_EVERY == 0 or step == max_steps:
-            reached = evaluate(model, [batch], evaluator)[select]  # type: ignore[arg-type]  # a list is a loader, too
+            values = evaluate(model, [batch], evaluator, stop=stop)  # type: ignore[arg-type]  # a list is a loader, too
+            reached = values[select]
             print(f"step {step}: loss {loss.item():.4f}, {select} {percent(reached)}", flush=True)
             if reached >= goal:
                 return step

@@ -48,7 +48,7 @@ def run(
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("vpt trains in one process: type torchrun --nproc_per_node=1, or python -m vpt.train")
     if config.mode is Mode.overfit:
-        _overfit(config)
+        _overfit(config, stop or StopSignal())
         return None
     with RunFolder(config, shown or config, is_sweep=is_sweep) as folder:
         if folder.is_finished:
@@ -141,7 +141,8 @@ class _Training:
     def _evaluate(self, monitor: Monitor, result: FitResult) -> Metrics:
         """Metrics of the best epoch on val, and on test if there is one."""
         settings = build.build_settings(self.config, next(self.model.parameters()).device, self.task_type.main_metric)
-        reading: dict[str, Any] = {"precision": settings.precision, "max_batches": settings.max_batches}
+        limits = {"precision": settings.precision, "max_batches": settings.max_batches}
+        reading: dict[str, Any] = {**limits, "stop": self.stop}
         evaluator = self.task_type.evaluator(self.data, "val")
         metrics = {"val": evaluate(self.model, self.data.loaders["val"], evaluator, **reading)}
         if "test" in self.data.loaders:
@@ -200,7 +201,7 @@ def _restore(saved: Saved, state: RunState) -> tuple[int, int]:
     return int(saved.numbers["metrics_bytes"]), state.result.steps
 
 
-def _overfit(config: Config) -> None:
+def _overfit(config: Config, stop: StopSignal) -> None:
     """Check that one batch can be learned."""
     task_type, model, samples, data = _prepare(config)
     build.start_prompt(config, model, data)
@@ -217,6 +218,7 @@ def _overfit(config: Config) -> None:
         select=task_type.main_metric,
         goal=task_type.overfit_goal,
         optimizer=build.build_optimizer(config, model),
+        stop=stop,  # Python drops an exception that a signal raises while loader processes are forked
     )
     if steps is None:
         raise NotLearnedError("one batch was not learned: raise optim.prompt_lr or optim.head_lr, or check the data")
