@@ -72,7 +72,7 @@ def test_tasks_must_be_task_files_with_names_of_their_own(folder, tmp_path):
     assert "must be true or false" in refused(f"tasks={folder}", "uploads=yes")
     file = folder / "colours.safetensors"
     assert "needs a folder" in refused(f"tasks={file}", "uploads=true")
-    assert "are both called colours" in refused(f"tasks={file},{file}")
+    assert "are both named colours" in refused(f"tasks={file},{file}")
     assert "tasks=nowhere.safetensors: no such file" in refused(f"tasks={file},nowhere.safetensors")
     assert "tasks=,: names no task file" in refused("tasks=,")
 

@@ -130,7 +130,7 @@ class BoxPredictions:
         self.tasks, self.root = tasks, root
         self._select(options)
         self.output = Path(options.output).expanduser()
-        self.pictures = None if options.drawings is None else Path(options.pictures).expanduser()
+        self.pictures = None if options.drawings is None else Path(options.drawings).expanduser()
         self._check_single(options)
         self.drawings = {} if self.pictures is None else self._files("drawings", self.pictures, ".jpg", paths)
         self.texts = self._texts(paths)
