@@ -208,7 +208,7 @@ def test_a_pattern_chooses_pictures_and_names_start_from_its_folder(tasks, album
         (("boxes", "trees"), {"classes": "trees 1"}, r"classes=trees 1: is for one task, and task=\S+ names several"),
         (("deep", "late"), {"min_score": 0.5}, "min_score: is not for a task of classification, as task=.* is one"),
         (("gone",), {}, r"task=\S+/gone\.safetensors: no such file"),
-        (("deep", "deep"), {}, r"are both called deep; copy one of them to a file of another name"),
+        (("deep", "deep"), {}, r"are both named deep; copy one of them to a file of another name"),
         (("deep",), {"given": "album/bad\udcff.png"}, "is not UTF-8; rename that picture"),
     ],
 )

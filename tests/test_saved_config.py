@@ -64,6 +64,7 @@ def test_a_run_of_version_0_1_is_read_and_resumed(tmp_path, monkeypatch):
     assert folder.path.name == "coco_bilinear_64587ab5"  # the digest is that of version 0.1
     folder.path.mkdir(parents=True)
     (folder.path / "config.yaml").write_text(FIRST_CONFIG)
+    config.dataset.required = []
     assert load_config(folder.path / "config.yaml") == config
     with folder:
         assert not folder.is_finished

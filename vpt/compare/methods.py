@@ -94,7 +94,9 @@ def _define(name: str, text: str) -> Method:
     if not RUN_NAME.fullmatch(name) or len(name) > MAX_NAME:
         raise ConfigError(f"{where}: must be 1 to {MAX_NAME} of A-Z a-z 0-9 . _ - without a dot in front")
     try:
-        words = tuple(shlex.split(text))
+        words = shlex.split(text)
+        if len(words) == 1:  # quoted once more
+            words = shlex.split(words[0])
     except ValueError as error:
         raise ConfigError(f"{where}={text}: cannot be read ({error})") from error
     if not words:
@@ -105,4 +107,4 @@ def _define(name: str, text: str) -> Method:
             raise ConfigError(f"{where}: {word} is not an override of the form key=value")
         if key.split(".")[0] in SAME_FOR_ALL:
             raise ConfigError(f"{where}: {key} is the same for all methods; leave it out, or type it for all")
-    return Method(name, words)
+    return Method(name, tuple(words))

@@ -101,7 +101,7 @@ def parse_options(schema: type[OptionsT], arguments: Sequence[str], about: str) 
         about: Help around the list of options, which follows the first paragraph.
 
     Raises:
-        ConfigError: A key is unknown, missing or typed twice, or a value has the wrong type or is out of range.
+        ConfigError: A key is unknown or missing, or a value has the wrong type or is out of range.
     """
     if HELP & set(arguments):
         print_help(describe_options(schema), about)
@@ -117,8 +117,6 @@ def parse_options(schema: type[OptionsT], arguments: Sequence[str], about: str) 
             raise ConfigError(f"{word}: not an option of the form key=value{example}")
         if is_table:
             values.setdefault(name, {})[part] = text
-        elif key in values:
-            raise ConfigError(f"{word}: {key} is typed twice; type it once")
         else:
             values[key] = _parse(key, text, entry)
     for entry in entries.values():
@@ -130,9 +128,17 @@ def parse_options(schema: type[OptionsT], arguments: Sequence[str], about: str) 
 
 
 def split_options(schema: type[Any], arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments that are options of a command's dataclass, and the others, which are for the config."""
+    """The arguments that are options of a command's dataclass, and the others, which are for the config.
+
+    Raises:
+        ConfigError: An option is typed twice.
+    """
     names = {entry.name for entry in fields(schema)}
     own = [word for word in arguments if re.split(r"[.=]", word, maxsplit=1)[0] in names or word in HELP]
+    keys = [word.partition("=")[0] for word in own]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"{key} is typed twice; type it once")
     return own, [word for word in arguments if word not in own]
 
 

@@ -174,8 +174,8 @@ class BackboneConfig:
 class PromptConfig:
     """Prompt tokens and the blocks that they enter."""
 
-    variant: PromptName = MISSING
-    title: str = MISSING  # in the name of a run
+    variant: PromptName = PromptName.deep
+    title: str = "deep"  # in the name of a run
     num_tokens: int = option(20, low=1, high=10_000)  # per prompted block
     blocks: Any = "all"  # all, first:k, last:k, or a list of indices
     dropout: float = option(0.0, low=0, high=0.99)
@@ -210,7 +210,7 @@ class HeadConfig:
 class TuningConfig:
     """What trains beside the head."""
 
-    method: TuningName = MISSING
+    method: TuningName = TuningName.prompt
     with_prompt: bool = False  # also the prompt; for all methods but linear
     num_blocks: int = option(1, low=1)  # partial
     adapters: str = "sequential"
@@ -268,7 +268,7 @@ class AugmentConfig:
 class OptimConfig:
     """The optimiser, its learning rates and their schedule."""
 
-    name: OptimName = MISSING
+    name: OptimName = OptimName.adamw
     prompt_lr: float = option(1e-2, above=0)
     head_lr: float = option(1e-3, above=0)
     scale_lr: bool = False  # multiply all rates by effective batch size / 256
