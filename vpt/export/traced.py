@@ -162,7 +162,7 @@ class SharedModel(Traceable):
         """
         vit, source = self.vit, InputPrompts(self.vit, task, prompts, num_tokens, shallow, num_shallow)
         num_read = vit.num_prefix_tokens if pools_prefix_only(vit) else None
-        (tokens,), _ = run_images(vit, images, [len(vit.blocks)], source, num_read)
+        ((tokens, _),) = run_images(vit, images, [len(vit.blocks)], source, num_read)
         features = pool(vit, tokens, source.num_carried)
         return torch.einsum("bd,bkd->bk", features, head_weight[task]) + head_bias[task]
 

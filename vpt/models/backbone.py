@@ -258,7 +258,7 @@ class PromptedViT(nn.Module):
         """
         self.check_prompt()
         stop = self.depth if self.prompt is None else self.prompt.blocks[0]
-        (tokens,), position = run_images(self.vit, images, [stop])
+        ((tokens, position),) = run_images(self.vit, images, [stop])
         return (pool(self.vit, tokens), None) if self.prompt is None else (tokens, position)
 
     def forward_prompted(self, tokens: Tensor, position: Tensor | None = None) -> Tensor:
@@ -272,7 +272,7 @@ class PromptedViT(nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens (B, N, D) after the final norm, prefix tokens first, prompt tokens removed."""
         source = self.source
-        (tokens,), _ = run_images(self.vit, images, [self.depth], source)
+        ((tokens, _),) = run_images(self.vit, images, [self.depth], source)
         features: Tensor = self.vit.norm(remove_prompt(self.vit, tokens, source.num_carried))
         return features
 
@@ -295,8 +295,7 @@ class PromptedViT(nn.Module):
     def entering_patches(self, images: Tensor) -> list[Tensor]:
         """Patch tokens (B, M, D) that enter each prompted block of the bare ViT, computed without any prompt."""
         stops = () if self.prompt is None else self.prompt.blocks
-        found, _ = run_images(self.vit, images, stops)
-        return [tokens[:, self.num_prefix_tokens :] for tokens in found]
+        return [tokens[:, self.num_prefix_tokens :] for tokens, _ in run_images(self.vit, images, stops)]
 
     @torch.no_grad()
     def start_prompt(self, tokens: Tensor) -> None:

@@ -212,8 +212,8 @@ class TaskBank:
         wanted = {index for task in tasks.values() for index in task.model.out_indices}
         last = max(task.first for task in tasks.values())
         stops = sorted({task.first for task in tasks.values()} | {index + 1 for index in wanted if index < last})
-        found, position = run_images(self.vit, images, stops, num_read=self._num_read(depth - 1 in wanted))
-        trunk = dict(zip(stops, found, strict=True))
+        found = list(run_images(self.vit, images, stops, num_read=self._num_read(depth - 1 in wanted)))
+        trunk, position = dict(zip(stops, (tokens for tokens, _ in found), strict=True)), found[0][1]
         maps = {index: feature_map(self.vit, trunk[index + 1], grid) for index in wanted if index + 1 in trunk}
         results: dict[str, Any] = {}
         for name, task in tasks.items():
@@ -233,7 +233,7 @@ class TaskBank:
         """The result of each image, in one pass."""
         source, last = TaskBatch(self.vit, rows), max(task.last for task in rows)
         out_indices = {index for task in rows for index in task.model.out_indices}
-        (tokens,), position = run_images(self.vit, images, [0])
+        ((tokens, position),) = run_images(self.vit, images, [0])
         tokens, maps = self._run(tokens, position, source, (0, last), grid_size(self.vit, images), out_indices)
         pools = any(task.model.pools_features for task in rows)
         features = pool(self.vit, tokens, source.num_carried) if pools else tokens

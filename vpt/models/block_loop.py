@@ -8,7 +8,7 @@ keys and values of an exported model, the masked tokens of a prompt that is scor
 Legend: B batch, H, W pixels, P prompt tokens, N tokens in the sequence, D embed_dim, h heads, d width of a head.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -103,7 +103,7 @@ def run_blocks(
 
 def run_images(
     vit: ViT, images: Tensor, stops: Iterable[int], source: PromptSource = NO_PROMPT, num_read: int | None = None
-) -> tuple[list[Tensor], Tensor | None]:
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Embed images and run blocks up to each stop.
 
     Args:
@@ -113,17 +113,16 @@ def run_images(
         source: The prompt.
         num_read: As `run_blocks`.
 
-    Returns:
-        The tokens (B, N, D) that enter the block at each stop, carried prompt tokens among them; and the position
+    Yields:
+        At each stop the tokens (B, N, D) that enter the block, carried prompt tokens among them, and the position
         embedding that `run_blocks` needs to continue.
     """
     tokens, position = embed(vit, images)
-    reached, found = 0, []
+    reached = 0
     for stop in stops:
         tokens = run_blocks(vit, tokens, position, source, first=reached, last=stop, num_read=num_read)
         reached = stop
-        found.append(tokens)
-    return found, position
+        yield tokens, position
 
 
 def read_features(
@@ -135,10 +134,11 @@ def read_features(
 ) -> Tensor | list[Tensor]:
     """Input of a head: pooled features (B, D), or a map (B, D, rows, columns) after each of `out_indices`."""
     if not out_indices:
-        (tokens,), _ = run_images(vit, images, [len(vit.blocks)], source, num_read)
+        ((tokens, _),) = run_images(vit, images, [len(vit.blocks)], source, num_read)
         return pool(vit, tokens, source.num_carried)
-    found, _ = run_images(vit, images, [index + 1 for index in out_indices], source)
-    return [feature_map(vit, tokens, grid_size(vit, images), source.num_carried) for tokens in found]
+    stops, grid = [index + 1 for index in out_indices], grid_size(vit, images)
+    # Each map is made before the next block runs: the order in which autograd sums gradients depends on it.
+    return [feature_map(vit, tokens, grid, source.num_carried) for tokens, _ in run_images(vit, images, stops, source)]
 
 
 def pool(vit: ViT, tokens: Tensor, num_prompt_tokens: int = 0) -> Tensor:

@@ -108,7 +108,7 @@ def inspect_attention(
     """
     vit, prefix = backbone.vit, backbone.num_prefix_tokens
     source = backbone.source if prompted else NO_PROMPT
-    (tokens,), position = run_images(vit, images, [0])
+    ((tokens, position),) = run_images(vit, images, [0])
     num_tokens, reached = tokens.shape[1], 0
     for block in resolve_blocks(blocks, backbone.depth, key="blocks"):
         tokens = run_blocks(vit, tokens, position, source, first=reached, last=block)
