@@ -24,8 +24,9 @@ from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
 from vpt.models.heads.pyramid import default_strides
 from vpt.models.task_schema import TaskMetadata
-from vpt.plots.boxes import draw_boxes, precision_recall_picture, truth_and_found_page
-from vpt.plots.grid import confusion_picture, picture_grid
+from vpt.plots.boxes import boxes_page, draw_boxes
+from vpt.plots.grid import image_grid
+from vpt.plots.metrics import confusion_matrix, precision_recall_curves
 from vpt.predictions.boxes import to_original
 from vpt.storage.archives import unpacked
 from vpt.task_types.base import AnswerLimits, TaskType, register_task_type
@@ -261,7 +262,7 @@ class Detection(TaskType):
             pixels = denormalise(image[None], data.preprocessing)[0]
             images.append(draw_boxes(pixels, target["boxes"], target["labels"], data.classes))
         names = [Path(data.samples["train"].names[index]).name for index in indices]
-        monitor.images("train/augmented", picture_grid(np.stack(images), names, columns=4), 0)
+        monitor.images("train/augmented", image_grid(np.stack(images), names, columns=4), 0)
 
     def log_epoch(self, monitor: Monitor, data: Data, evaluator: BoxEvaluator, epoch: int, step: int) -> None:
         """Val images with true and detected boxes, in the first epoch and some later ones."""
@@ -273,9 +274,9 @@ class Detection(TaskType):
     def log_end(self, monitor: Monitor, data: Data, evaluator: BoxEvaluator, result: FitResult) -> None:
         """Precision-recall curves, the confusion matrix, images with most errors, and the precision of each class."""
         metrics, step = evaluator.metrics, result.best_step
-        monitor.images("val/precision_recall", precision_recall_picture(metrics.precision_curves(), data.classes), step)
+        monitor.images("val/precision_recall", precision_recall_curves(metrics.precision_curves(), data.classes), step)
         names = [*data.classes, "background"]
-        monitor.images("val/confusion", confusion_picture(metrics.confusion().numpy(), names), step)
+        monitor.images("val/confusion", confusion_matrix(metrics.confusion().numpy(), names), step)
         found = list(evaluator.found)
         worst = [found[position] for position in metrics.images_by_error(NUM_PAGE_IMAGES)]
         monitor.images("val/worst", self._page(data, evaluator, worst), step)
@@ -284,7 +285,7 @@ class Detection(TaskType):
 
     def _page(self, data: Data, evaluator: BoxEvaluator, indices: Sequence[int]) -> Any:
         samples: DetectionSamples = data.samples["val"]
-        return truth_and_found_page(
+        return boxes_page(
             [np.asarray(samples.read(index)) for index in indices],
             [true_boxes(samples, index) for index in indices],
             [evaluator.found[index] for index in indices],
