@@ -7,24 +7,22 @@ import colorsys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
+import torch
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 from torch import Tensor
 
 from vpt.engine.metrics.detection import MIN_SCORE
-from vpt.plots.figure import INK, Pixels, check_image, one_line, pixel_axes, place, render
+from vpt.plots.figure import Pixels, one_line, pixel_axes, render, show
+from vpt.plots.grid import image_grid
 
 MAX_IMAGES = 8
 
 _SAFE = ("#1845fb", "#ff5e02", "#c91f16", "#c849a9", "#adad7d", "#86c8dd", "#578dff", "#656364")
 _TURN = 0.5698403  # of the circle of hues; the colours of 80 classes stay distinct (9.4 in CIELAB)
-_GAP = 8
 _TILE = 480  # pixels of the longer side of an image on a page
-_HEADING = 20
-
-Labels = Sequence[int] | NDArray[np.int64] | Tensor
 
 
 def class_colour(label: int) -> str:
@@ -48,9 +46,9 @@ def class_colour(label: int) -> str:
 def draw_boxes(
     image: Pixels,
     boxes: ArrayLike | Tensor,
-    labels: Labels,
+    labels: Sequence[int] | NDArray[np.int64] | Tensor,
     classes: Sequence[str],
-    scores: ArrayLike | Tensor | None = None,
+    scores: Sequence[float] | NDArray[np.float32] | Tensor | None = None,
     crowd: Sequence[bool] | NDArray[np.bool_] | Tensor | None = None,
 ) -> Pixels:
     """Draw boxes on a copy of an image, each with the name of its class and its score.
@@ -77,12 +75,36 @@ def draw_boxes(
         >>> drawn.shape, drawn[40, 10].tolist()
         ((64, 96, 3), [24, 69, 251])
     """
-    check_image(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise ValueError(f"an image is (H, W, 3) uint8, not {image.shape} {image.dtype}")
     H, W, _ = image.shape
+    corners, n = torch.as_tensor(boxes).detach().cpu().double().reshape(-1, 4).numpy(), len(labels)
+    values = [None] * n if scores is None else [float(score) for score in scores]
+    dashed = [False] * n if crowd is None else [bool(value) for value in crowd]
+    if not len(corners) == len(values) == len(dashed) == n:
+        raise ValueError(f"{len(corners)} boxes came with {n} labels, {len(values)} scores, {len(dashed)} crowds")
+    line, font = max(1, round((H + W) * 0.002)), max(9, round((H + W) * 0.01))
     axes = pixel_axes(W, H)
-    place(axes, image, 0, 0, W, H)
-    _add_boxes(axes, (0, 0, W, H), 1, boxes, labels, classes, scores, crowd)
-    return render(axes)
+    show(axes, image, 0, 0, W, H)
+    for box, label, score, is_crowd in reversed(list(zip(corners, labels, values, dashed, strict=True))):
+        if not np.isfinite(box).all():
+            continue
+        (x1, x2), (y1, y2) = (np.sort(box[axis::2].round().clip(0, side)) for axis, side in enumerate((W, H)))
+        colour, sides = class_colour(int(label)), (max(0, x2 - x1 - line), max(0, y2 - y1 - line))
+        frame = Rectangle((x1 + line / 2, y1 + line / 2), *sides, fill=False, edgecolor=colour, linewidth=line)
+        frame.set_linestyle((0, (4, 3)) if is_crowd else "solid")
+        axes.add_patch(frame)
+        mark = ("" if score is None else f" {score:.2f}") + (", crowd" if is_crowd else "")
+        # A name has at least half of the image's width; a letter is about 0.6 of the font's size.
+        name = one_line(classes[int(label)], max(6, W / 1.2 / font - len(mark))) + mark
+        if name:
+            is_above = y1 >= 1.6 * font
+            y = y1 - 2 * line if is_above else min(y1 + 2 * line, H - 1.6 * font)
+            side, x = ("left", x1 + line) if x1 <= W / 2 else ("right", x2 - line)
+            text = axes.text(x, y, name, fontsize=font, ha=side, va="bottom" if is_above else "top")
+            text.set_color("black" if np.dot(to_rgb(colour), (0.3, 0.59, 0.11)) > 0.5 else "white")
+            text.set_bbox({"facecolor": colour, "edgecolor": "none", "boxstyle": "square", "pad": line / font})
+    return render(axes.figure)
 
 
 def boxes_page(
@@ -115,72 +137,17 @@ def boxes_page(
             f"{len(images)} images came with {len(targets)} targets, {len(detections)} detections and {len(names)} "
             "captions; pass as many of each, and at least one"
         )
-    scales = [_TILE / max(image.shape) for image in images[:MAX_IMAGES]]
-    steps = [round(image.shape[0] * scale) + _HEADING + _GAP for image, scale in zip(images, scales, strict=False)]
-    axes = pixel_axes(2 * _TILE + 3 * _GAP, sum(steps) + _GAP)
-    for i, scale in enumerate(scales):
-        found, target, top = detections[i], targets[i], _GAP + sum(steps[:i])
-        height, width = (round(side * scale) for side in images[i].shape[:2])
-        good = found["scores"] >= min_score
-        parts = (
-            ("true", target["boxes"], target["labels"], None, target.get("crowd")),
-            ("detected", found["boxes"][good], found["labels"][good], found["scores"][good], None),
-        )
-        for column, (title, *values) in enumerate(parts):
-            left, (boxes, labels, scores, crowd) = _GAP + column * (_TILE + _GAP), values
-            heading = one_line(f"{names[i]}: {title}" if names[i] else title, 64)
-            axes.text(left, top, heading, color=INK, fontsize=13, va="top")
-            area = (left, top + _HEADING, width, height)
-            place(axes, images[i], *area)
-            _add_boxes(axes, area, scale, boxes, labels, classes, scores, crowd)
-    return render(axes)
-
-
-def _add_boxes(
-    axes: Axes,
-    area: tuple[float, float, float, float],
-    scale: float,
-    boxes: ArrayLike | Tensor,
-    labels: Labels,
-    classes: Sequence[str],
-    scores: ArrayLike | Tensor | None,
-    crowd: Sequence[bool] | NDArray[np.bool_] | Tensor | None,
-) -> None:
-    """Draw boxes, scaled, in an area (left, top, width, height) of pixel axes."""
-    left, top, W, H = area
-    corners, n = _array(boxes).reshape(-1, 4), len(labels)
-    values = [None] * n if scores is None else _array(scores).tolist()
-    dashed = [False] * n if crowd is None else [bool(value) for value in crowd]
-    if not len(corners) == len(values) == len(dashed) == n:
-        raise ValueError(f"{len(corners)} boxes came with {n} labels, {len(values)} scores, {len(dashed)} crowds")
-    line, font = max(1, round((H + W) * 0.002)), max(9, round((H + W) * 0.01))
-    for box, label, score, is_crowd in reversed(list(zip(corners, labels, values, dashed, strict=True))):
-        if not np.isfinite(box).all():
-            continue
-        (x1, x2), (y1, y2) = (
-            np.sort(np.clip((box[axis::2] * scale).round(), 0, side)) for axis, side in enumerate((W, H))
-        )
-        colour = class_colour(int(label))
-        frame = Rectangle(
-            (left + x1 + line / 2, top + y1 + line / 2), max(0, x2 - x1 - line), max(0, y2 - y1 - line), fill=False
-        )
-        frame.set(edgecolor=colour, linewidth=line, linestyle=(0, (4, 3)) if is_crowd else "solid")
-        axes.add_patch(frame)
-        mark = ("" if score is None else f" {score:.2f}") + (", crowd" if is_crowd else "")
-        name = one_line(classes[int(label)], max(6, W / 2 / (0.6 * font) - len(mark))) + mark
-        red, green, blue = to_rgb(colour)
-        ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
-        side, x = ("left", x1 + line) if x1 <= W / 2 else ("right", x2 - line)
-        room = y1 >= 1.6 * font
-        y = y1 - 2 * line if room else min(y1 + 2 * line, H - 1.6 * font)
-        if not name:
-            continue
-        axes.text(left + x, top + y, name, color=ink, fontsize=font, ha=side, va="bottom" if room else "top").set_bbox(
-            {"facecolor": colour, "edgecolor": "none", "boxstyle": "square", "pad": line / font}
-        )
-
-
-def _array(values: ArrayLike | Tensor) -> NDArray[np.float64]:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().double().numpy()
-    return np.asarray(values, dtype=np.float64)
+    tiles, headings = [], []
+    for image, target, found, name in list(zip(images, targets, detections, names, strict=True))[:MAX_IMAGES]:
+        scale, good = _TILE / max(image.shape), found["scores"] >= min_score
+        size = round(image.shape[1] * scale), round(image.shape[0] * scale)
+        tile = np.asarray(Image.fromarray(image).resize(size))
+        true = draw_boxes(tile, target["boxes"] * scale, target["labels"], classes, crowd=target.get("crowd"))
+        boxes, labels, scores = (found[key][good] for key in ("boxes", "labels", "scores"))
+        tiles += [true, draw_boxes(tile, boxes * scale, labels, classes, scores)]
+        headings += [f"{name}: true" if name else "true", "detected"]
+    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
+    page = np.full((len(tiles), height, width, 3), 255, np.uint8)
+    for place, tile in zip(page, tiles, strict=True):
+        place[-tile.shape[0] :, : tile.shape[1]] = tile
+    return image_grid(page, headings, columns=2)

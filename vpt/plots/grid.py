@@ -3,37 +3,36 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from vpt.plots.figure import INK, Pixels, one_line, pixel_axes, place, render
+from vpt.plots.figure import INK, Pixels, one_line, pixel_axes, render, show
 
 RIGHT = "#188038"
 """Colour of the caption of a right prediction."""
 WRONG = "#c5221f"
 """Colour of the caption of a wrong prediction."""
 
-_MIN_TILE = 128  # pixels; room for a caption of 18 letters
 _GAP = 6
-_LINE = 15
+_LINE = 16
 
 
 def image_grid(
-    images: NDArray[np.uint8],
+    images: Pixels,
     captions: Sequence[str] | None = None,
     columns: int = 8,
     colours: Sequence[str] | None = None,
+    title: str = "",
+    min_width: int = 128,
 ) -> Pixels:
     """Put images side by side, each with its caption below.
 
-    Small images are enlarged by an integer factor. A caption may have several lines; a line that is too long for its
-    image is cut.
+    Captions and title may have several lines; a line that is too long is cut.
 
     Args:
         images: (B, H, W, 3) uint8.
         captions: B texts, or None.
         columns: Images in a row.
         colours: B colours of the captions, or None for dark grey.
+        title: Text above all images.
+        min_width: Smaller images are enlarged by an integer factor; a caption has about 18 letters in 128 pixels.
 
     Returns:
         (H', W', 3) uint8.
@@ -41,7 +40,7 @@ def image_grid(
     Raises:
         ValueError: If the images are not of this shape or type, there is none, or the lengths differ.
     """
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or 0 in images.shape:
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != "uint8" or 0 in images.shape:
         raise ValueError(f"images must be (B, H, W, 3) uint8 with B > 0, not {images.shape} {images.dtype}")
     if columns < 1:
         raise ValueError(f"columns={columns}: must be at least 1")
@@ -49,16 +48,18 @@ def image_grid(
     for name, values in (("captions", captions), ("colours", colours)):
         if values is not None and len(values) != B:
             raise ValueError(f"{B} images came with {len(values)} {name}")
-    scale = max(1, math.ceil(_MIN_TILE / W))
-    texts = [caption.split("\n") for caption in captions or ()]
+    scale, columns = max(1, math.ceil(min_width / W)), min(columns, B)
     height, width = H * scale, W * scale
-    step = height + _GAP + (4 + _LINE * max(map(len, texts)) if texts else 0)
-    columns = min(columns, B)
-    axes = pixel_axes(columns * (width + _GAP) + _GAP, math.ceil(B / columns) * step + _GAP)
+    texts, headings = [caption.split("\n") for caption in captions or [""] * B], title.splitlines()
+    step = height + _GAP + (4 + _LINE * max(map(len, texts)) if captions else 0)
+    start, total = _GAP + (_LINE * len(headings) + _GAP if headings else 0), columns * (width + _GAP) + _GAP
+    axes = pixel_axes(total, start + math.ceil(B / columns) * step)
+    for row, line in enumerate(headings):
+        axes.text(_GAP, 3 + row * _LINE, one_line(line, total / 6.5), color=INK, fontsize=12, va="top")
     for i, image in enumerate(images):
-        left, top = _GAP + i % columns * (width + _GAP), _GAP + i // columns * step
-        place(axes, image, left, top, width, height)
-        for row, line in enumerate(texts[i] if texts else ()):
+        left, top = _GAP + i % columns * (width + _GAP), start + i // columns * step
+        show(axes, image, left, top, width, height)
+        for row, line in enumerate(texts[i]):
             at, colour = top + height + 3 + row * _LINE, colours[i] if colours else INK
             axes.text(left, at, one_line(line, width / 7), color=colour, fontsize=12, va="top")
-    return render(axes)
+    return render(axes.figure)

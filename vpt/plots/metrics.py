@@ -6,14 +6,14 @@ Shapes: `K` classes, `R` points of recall.
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from numpy.typing import ArrayLike, NDArray
 
 from vpt.plots.boxes import class_colour
-from vpt.plots.figure import GREY, INK, PALE, Pixels, new_figure, one_line, render
+from vpt.plots.figure import INK, PALE, Pixels, new_figure, one_line, render
 
 _MAX_MATRIX = 960  # pixels
 _MAX_CELL = 64
-_MIN_NAMED = 11  # pixels of a cell; smaller names are not legible
 _MAX_COUNTED = 20  # classes up to which counts are written into the cells
 _MAX_CURVES = 10
 _MAX_NAME = 24  # letters
@@ -40,20 +40,19 @@ def confusion_matrix(confusion: ArrayLike, classes: Sequence[str]) -> Pixels:
         raise ValueError(f"a confusion matrix of {K} classes is ({K}, {K}), not {counts.shape}")
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     cell = min(_MAX_CELL, _MAX_MATRIX / K)
-    names = [one_line(name, _MAX_NAME) for name in classes] if cell >= _MIN_NAMED else []
+    names = [one_line(name, _MAX_NAME) for name in classes] if cell >= 11 else []  # pixels for a legible name
     font = min(13, cell - 1)
     side = round(K * cell + 60 + 0.65 * font * max(map(len, names), default=0))
     figure = new_figure(max(160, side), max(160, side), layout="constrained")
-    axes = figure.add_subplot(xlabel="prediction", ylabel="target")
+    axes = figure.add_subplot()
+    _label(axes, "prediction", "target")
     axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)
-    ticks = range(len(names))
-    axes.set_xticks(ticks, names, rotation=90, fontsize=font)
-    axes.set_yticks(ticks, names, fontsize=font)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=font)
+    axes.set_yticks(range(len(names)), names, fontsize=font)
     axes.tick_params(length=0)
     size = min(14.0, cell / (0.7 * len(str(counts.max()))))
     for row, column in np.argwhere(counts) if K <= _MAX_COUNTED else ():
-        ink = "white" if shares[row, column] > 0.35 else INK
-        text = str(counts[row, column])
+        text, ink = str(counts[row, column]), "white" if shares[row, column] > 0.35 else INK
         axes.text(column, row, text, color=ink, fontsize=size, ha="center", va="center_baseline")
     return render(figure)
 
@@ -79,24 +78,25 @@ def precision_recall_curves(curves: NDArray[np.float64], classes: Sequence[str])
     best = sorted(known, key=lambda label: -curves[label].mean())
     half = _MAX_CURVES // 2
     named = best if len(best) <= _MAX_CURVES else best[:half] + best[-half:]
-    figure = new_figure(860, 560, layout="constrained")
-    axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision", aspect="equal")
-    axes.grid(color=PALE, linewidth=0.5)
-
-    def draw(values: NDArray[np.float64], name: str, **style: object) -> None:
-        # A curve ends where it meets 0: recall beyond it is not reached.
-        end = int(np.argmax(values <= 0)) + 1 if (values <= 0).any() else len(values)
-        recall = np.linspace(0, 1, len(values))[:end]
-        # The number comes first: matplotlib hides labels that begin with an underscore.
-        axes.plot(recall, values[:end], label=f"{values.mean():.2f}  {name}" if name else None, **style)
-
-    for label in best:
-        if label not in named:
-            draw(curves[label], "", color=PALE, linewidth=1)
-    for label in named:
-        draw(curves[label], one_line(classes[label], _MAX_NAME), color=class_colour(label), linewidth=2)
+    lines = [(curves[label], None, PALE, 1) for label in best if label not in named]
+    lines += [(curves[label], one_line(classes[label], _MAX_NAME), class_colour(label), 2) for label in named]
     if known:
-        draw(curves[known].mean(axis=0), f"mean of {len(known)} classes", color=INK, linewidth=3)
-        legend = figure.legend(loc="outside right upper", frameon=False, title="AP at IoU 0.5", alignment="left")
-        legend.get_title().set_color(GREY)
+        lines.append((curves[known].mean(axis=0), f"mean of {len(known)} classes", INK, 3))
+    figure = new_figure(860, 560, layout="constrained")
+    axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    _label(axes, "recall", "precision")
+    axes.grid(color=PALE, linewidth=0.5)
+    for values, name, colour, width in lines:
+        # A curve ends where it meets 0: a higher recall is not reached.
+        end = int(np.argmax(values <= 0)) + 1 if (values <= 0).any() else len(values)
+        # The number comes first: matplotlib hides labels that begin with an underscore.
+        label = None if name is None else f"{values.mean():.2f}  {name}"
+        axes.plot(np.linspace(0, 1, len(values))[:end], values[:end], color=colour, linewidth=width, label=label)
+    if known:
+        figure.legend(loc="outside right upper", frameon=False, title="AP at IoU 0.5", alignment="left", fontsize=12)
     return render(figure)
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, fontsize=14)
+    axes.set_ylabel(y, fontsize=14)

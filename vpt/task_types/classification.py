@@ -261,3 +261,15 @@ class Classification(TaskType):
             "task_type": cls.name,
             "predictions": [{"class": classes[label], "probability": value} for label, value in pairs],
         }
+
+    @classmethod
+    def explain(cls, model: Any, image: Tensor, size: Size) -> dict[str, Any]:
+        """The most probable class."""
+        probability, label = model(image)[0].float().softmax(0).max(0)
+        name = model.classes[int(label)] if model.classes else str(int(label))
+        return {"class": name, "probability": float(probability)}
+
+    @classmethod
+    def caption(cls, found: Mapping[str, Any]) -> str:
+        """The class and its probability."""
+        return f"predicted: {found['class']}, {found['probability']:.0%}"

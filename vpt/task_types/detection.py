@@ -1,5 +1,6 @@
 """Detection: each image has boxes of classes."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -31,7 +32,7 @@ from vpt.predictions.boxes import to_original
 from vpt.storage.archives import unpacked
 from vpt.task_types.base import AnswerLimits, TaskType, register_task_type
 from vpt.task_types.box_findings import FullReport, find_box_problems, find_small_boxes
-from vpt.task_types.box_writer import BoxWriter
+from vpt.task_types.box_writer import MIN_SCORE, BoxWriter
 from vpt.task_types.findings import Finding, Level
 from vpt.task_types.unreadable import describe_left_out
 
@@ -306,6 +307,29 @@ class Detection(TaskType):
             if score >= limits.min_score
         ]
         return {"task_type": cls.name, "predictions": boxes[: limits.max_detections]}
+
+    @classmethod
+    def explain(cls, model: Any, image: Tensor, size: Size) -> dict[str, Any]:
+        """The boxes that a user is shown, in pixels of the input."""
+        (found,) = model(image, sizes=[size])
+        rows = zip(*(found[key].tolist() for key in ("labels", "scores", "boxes")), strict=True)
+        boxes = [
+            {"class": model.classes[label] if model.classes else str(label), "score": score, "box": box}
+            for label, score, box in rows
+            if score >= MIN_SCORE
+        ]
+        return {"boxes": boxes}
+
+    @classmethod
+    def caption(cls, found: Mapping[str, Any]) -> str:
+        """The number of boxes of each class."""
+        counts = Counter(box["class"] for box in found["boxes"])
+        return "detected: " + (", ".join(f"{counts[name]} {name}" for name in sorted(counts)) or "no boxes")
+
+    @classmethod
+    def frames(cls, found: Mapping[str, Any]) -> list[tuple[list[float], str]]:
+        """The boxes, each with its class."""
+        return [(box["box"], box["class"]) for box in found["boxes"]]
 
     @classmethod
     def sample_images(cls) -> Path:
