@@ -29,7 +29,7 @@ USAGE = """python -m vpt.explain: attention maps and prompt tokens of a task.
   device=auto
 
 It writes
-  image_00.png, ...          attention of CLS over an image, without and with the prompt, and of each patch to the prompt
+  image_00.png, ...          attention of CLS over an image, without and with the prompt, and of patches to the prompt
   prompt.png                 attention to the prompt, and the number of tokens in use, over the blocks
   similarity.png             cosines of the prompt tokens
   nearest_block_00.png, ...  the patches of these images that are most similar to them

@@ -20,6 +20,7 @@ from vpt.plots.grid import image_grid
 
 MAX_IMAGES = 8
 
+# Distinct with the common colour vision deficiencies: Accessible Color Sequences (Petroff, 2021), arXiv:2107.02270.
 _SAFE = ("#1845fb", "#ff5e02", "#c91f16", "#c849a9", "#adad7d", "#86c8dd", "#578dff", "#656364")
 _TURN = 0.5698403  # of the circle of hues; the colours of 80 classes stay distinct (9.4 in CIELAB)
 _TILE = 480  # pixels of the longer side of an image on a page
@@ -27,10 +28,6 @@ _TILE = 480  # pixels of the longer side of an image on a page
 
 def class_colour(label: int) -> str:
     """The colour of a class, which depends on its number only; no two of the first 500 are equal.
-
-    References:
-        Accessible Color Sequences for Data Visualization (Petroff, 2021), https://arxiv.org/abs/2107.02270: the first
-        8, which are distinct with any of the common colour vision deficiencies.
 
     Example:
         >>> class_colour(0), class_colour(1)
@@ -64,9 +61,6 @@ def draw_boxes(
         scores: (n,) in [0, 1], or None for true boxes.
         crowd: (n,) whether a box is a crowd, or None if none is.
 
-    Returns:
-        (H, W, 3) uint8.
-
     Raises:
         ValueError: If the image is not of this shape or type, or the lengths differ.
 
@@ -92,7 +86,8 @@ def draw_boxes(
         (x1, x2), (y1, y2) = (np.sort(box[axis::2].round().clip(0, side)) for axis, side in enumerate((W, H)))
         colour, sides = class_colour(int(label)), (max(0, x2 - x1 - line), max(0, y2 - y1 - line))
         frame = Rectangle((x1 + line / 2, y1 + line / 2), *sides, fill=False, edgecolor=colour, linewidth=line)
-        frame.set_linestyle((0, (4, 3)) if is_crowd else "solid")
+        # The edges are on whole pixels already; snapping would shift lines of odd width by one.
+        frame.set(snap=False, linestyle=(0, (4, 3)) if is_crowd else "solid")
         axes.add_patch(frame)
         mark = ("" if score is None else f" {score:.2f}") + (", crowd" if is_crowd else "")
         # A name has at least half of the image's width; a letter is about 0.6 of the font's size.
@@ -125,23 +120,18 @@ def boxes_page(
         captions: A heading for each row, such as the name of the file, or None.
         min_score: Lowest score of a detection that is drawn.
 
-    Returns:
-        (H', W', 3) uint8.
-
     Raises:
         ValueError: If there is no image, or the lengths differ.
     """
     names = [""] * len(images) if captions is None else captions
     if not images or not len(images) == len(targets) == len(detections) == len(names):
-        raise ValueError(
-            f"{len(images)} images came with {len(targets)} targets, {len(detections)} detections and {len(names)} "
-            "captions; pass as many of each, and at least one"
-        )
+        counts = f"{len(targets)} targets, {len(detections)} detections and {len(names)} captions"
+        raise ValueError(f"{len(images)} images came with {counts}; pass as many of each, and at least one")
     tiles, headings = [], []
     for image, target, found, name in list(zip(images, targets, detections, names, strict=True))[:MAX_IMAGES]:
         scale, good = _TILE / max(image.shape), found["scores"] >= min_score
-        size = round(image.shape[1] * scale), round(image.shape[0] * scale)
-        tile = np.asarray(Image.fromarray(image).resize(size))
+        height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+        tile = np.asarray(Image.fromarray(image).resize((width, height)))
         true = draw_boxes(tile, target["boxes"] * scale, target["labels"], classes, crowd=target.get("crowd"))
         boxes, labels, scores = (found[key][good] for key in ("boxes", "labels", "scores"))
         tiles += [true, draw_boxes(tile, boxes * scale, labels, classes, scores)]

@@ -2,12 +2,12 @@
 
 import threading
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.text import Text
 from numpy.typing import NDArray
 
@@ -45,11 +45,11 @@ def one_line(text: str, max_letters: float) -> str:
     return text if len(text) <= max_letters else text[: max(1, int(max_letters) - 1)].rstrip() + "…"
 
 
-def render(figure: Figure) -> Pixels:
+def render(figure: Figure | SubFigure) -> Pixels:
     """Draw a figure, (H, W, 3): dollar signs are not formulas, letters that the font does not have are boxes."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)
-    canvas: Any = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(cast(Figure, figure))
     with _lock, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
         canvas.draw()

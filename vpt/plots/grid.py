@@ -34,9 +34,6 @@ def image_grid(
         title: Text above all images.
         min_width: Smaller images are enlarged by an integer factor; a caption has about 18 letters in 128 pixels.
 
-    Returns:
-        (H', W', 3) uint8.
-
     Raises:
         ValueError: If the images are not of this shape or type, there is none, or the lengths differ.
     """

@@ -6,31 +6,23 @@ Shapes: `K` classes, `R` points of recall.
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from numpy.typing import ArrayLike, NDArray
 
 from vpt.plots.boxes import class_colour
 from vpt.plots.figure import INK, PALE, Pixels, new_figure, one_line, render
 
-_MAX_MATRIX = 960  # pixels
-_MAX_CELL = 64
-_MAX_COUNTED = 20  # classes up to which counts are written into the cells
-_MAX_CURVES = 10
 _MAX_NAME = 24  # letters
 
 
 def confusion_matrix(confusion: ArrayLike, classes: Sequence[str]) -> Pixels:
     """Draw a confusion matrix: rows are targets, columns are predictions, dark cells hold much of their row.
 
-    The colour follows the square root of a cell's share of its row, so that rare confusions stay visible. Counts are
-    written up to 20 classes, names as long as they are legible.
+    The colour is the square root of a cell's share of its row, so that rare confusions stay visible. Counts are written
+    up to 20 classes, names as long as they are legible; the figure has at most 1,250 pixels a side.
 
     Args:
         confusion: (K, K) counts.
         classes: K names.
-
-    Returns:
-        (H', W', 3) uint8, at most 1,200 pixels wide and high.
 
     Raises:
         ValueError: If the counts are not (K, K).
@@ -39,19 +31,20 @@ def confusion_matrix(confusion: ArrayLike, classes: Sequence[str]) -> Pixels:
     if K == 0 or counts.shape != (K, K):
         raise ValueError(f"a confusion matrix of {K} classes is ({K}, {K}), not {counts.shape}")
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    cell = min(_MAX_CELL, _MAX_MATRIX / K)
+    cell = min(64, 960 / K)  # pixels
     names = [one_line(name, _MAX_NAME) for name in classes] if cell >= 11 else []  # pixels for a legible name
     font = min(13, cell - 1)
     side = round(K * cell + 60 + 0.65 * font * max(map(len, names), default=0))
     figure = new_figure(max(160, side), max(160, side), layout="constrained")
     axes = figure.add_subplot()
-    _label(axes, "prediction", "target")
+    axes.set_xlabel("prediction", fontsize=14)
+    axes.set_ylabel("target", fontsize=14)
     axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=font)
     axes.set_yticks(range(len(names)), names, fontsize=font)
     axes.tick_params(length=0)
     size = min(14.0, cell / (0.7 * len(str(counts.max()))))
-    for row, column in np.argwhere(counts) if K <= _MAX_COUNTED else ():
+    for row, column in np.argwhere(counts) if K <= 20 else ():
         text, ink = str(counts[row, column]), "white" if shares[row, column] > 0.35 else INK
         axes.text(column, row, text, color=ink, fontsize=size, ha="center", va="center_baseline")
     return render(figure)
@@ -66,9 +59,6 @@ def precision_recall_curves(curves: NDArray[np.float64], classes: Sequence[str])
         curves: (K, R) precision at equal steps of recall from 0 to 1; a row with nan (no true boxes) has no line.
         classes: K names.
 
-    Returns:
-        (H', W', 3) uint8.
-
     Raises:
         ValueError: If there is not one curve for each class.
     """
@@ -76,27 +66,22 @@ def precision_recall_curves(curves: NDArray[np.float64], classes: Sequence[str])
         raise ValueError(f"curves of {len(classes)} classes are ({len(classes)}, R), not {curves.shape}")
     known = [label for label in range(len(classes)) if not np.isnan(curves[label]).any()]
     best = sorted(known, key=lambda label: -curves[label].mean())
-    half = _MAX_CURVES // 2
-    named = best if len(best) <= _MAX_CURVES else best[:half] + best[-half:]
-    lines = [(curves[label], None, PALE, 1) for label in best if label not in named]
+    named = best if len(best) <= 10 else best[:5] + best[-5:]
+    lines = [(curves[label], "", PALE, 1) for label in best if label not in named]
     lines += [(curves[label], one_line(classes[label], _MAX_NAME), class_colour(label), 2) for label in named]
     if known:
         lines.append((curves[known].mean(axis=0), f"mean of {len(known)} classes", INK, 3))
     figure = new_figure(860, 560, layout="constrained")
     axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    _label(axes, "recall", "precision")
+    axes.set_xlabel("recall", fontsize=14)
+    axes.set_ylabel("precision", fontsize=14)
     axes.grid(color=PALE, linewidth=0.5)
     for values, name, colour, width in lines:
         # A curve ends where it meets 0: a higher recall is not reached.
         end = int(np.argmax(values <= 0)) + 1 if (values <= 0).any() else len(values)
         # The number comes first: matplotlib hides labels that begin with an underscore.
-        label = None if name is None else f"{values.mean():.2f}  {name}"
+        label = f"{values.mean():.2f}  {name}" if name else None
         axes.plot(np.linspace(0, 1, len(values))[:end], values[:end], color=colour, linewidth=width, label=label)
     if known:
         figure.legend(loc="outside right upper", frameon=False, title="AP at IoU 0.5", alignment="left", fontsize=12)
     return render(figure)
-
-
-def _label(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x, fontsize=14)
-    axes.set_ylabel(y, fontsize=14)
