@@ -39,7 +39,7 @@ def tasks(tmp_path_factory):
         vpt.save_task(model, folder / f"{name}.safetensors", classes=[f"{name} {i}" for i in range(3)])
 
     save("deep", num_classes=3, prompt="deep", num_tokens=3)
-    save("late", num_classes=3, prompt="deep", num_tokens=14, blocks="last:2")
+    save("late", num_classes=3, prompt=vpt.VisualPrompt(14, vit.embed_dim, blocks=[3, 4], patch_size=(8, 8)))
     save("shallow", num_classes=3, prompt="shallow", num_tokens=2)
     save("single", num_classes=3, prompt="deep", num_tokens=1)
     save("kv", num_classes=3, prompt="kv", num_tokens=2)
@@ -80,18 +80,13 @@ def events_of(folder):
 
 def test_a_task_with_a_deep_prompt_is_explained_by_pages_numbers_and_events(tasks, album, monkeypatch, capsys):
     assert explain(monkeypatch, f"task={tasks}/deep.safetensors", "input=album", "output=out", "blocks=0,3") == 0
-    assert capsys.readouterr().out == "5 pictures explained, 9 pages and explain.json written to out\n"
-    pictures = [f"picture_{number:02d}.png" for number in range(5)]
-    assert pages_of("out") == [
-        "nearest_block_00.png",
-        "nearest_block_03.png",
-        *pictures,
-        "prompt.png",
-        "similarity.png",
-    ]
+    assert "5 images" in capsys.readouterr().out
+    images = [f"image_{number:02d}.png" for number in range(5)]
+    nearest = ["nearest_block_00.png", "nearest_block_03.png"]
+    assert pages_of("out") == [*images, *nearest, "prompt.png", "similarity.png"]
     numbers = numbers_of("out")
     paths = sorted(map(str, album.rglob("*.png")))
-    assert [picture["path"] for picture in numbers["pictures"]] == paths
+    assert [image["path"] for image in numbers["images"]] == paths
     assert [found["block"] for found in numbers["attention_to_prompt"]] == [0, 1, 2, 3, 4]
     assert [found["block"] for found in numbers["nearest_patches"]] == [0, 1, 2, 3, 4]
     events, scalars, images = events_of("out")
@@ -111,16 +106,16 @@ def test_the_numbers_are_those_of_the_functions_for_notebooks(tasks, album, monk
     model, metadata = vpt.load_task(path, NANO), read_task(path)
     transform = EvalTransform(Preprocessing.from_dict(metadata.preprocessing))
     numbers = numbers_of("out")
-    images = torch.stack([transform(read_image(picture["path"])) for picture in numbers["pictures"]])
+    images = torch.stack([transform(read_image(image["path"])) for image in numbers["images"]])
     with torch.no_grad():
         probabilities, labels = model(images).softmax(1).max(1)
-    for picture, probability, label in zip(numbers["pictures"], probabilities, labels, strict=True):
+    for picture, probability, label in zip(numbers["images"], probabilities, labels, strict=True):
         assert picture["class"] == metadata.classes[label]
         assert picture["probability"] == pytest.approx(probability.item(), abs=1e-5)
     for found, attention in zip(numbers["attention_to_prompt"], inspect_attention(model.backbone, images), strict=True):
         assert (found["num_tokens"], found["uniform"]) == (3, pytest.approx(3 / 68))
         weights = attention.weights[..., :3].mean(1)
-        assert found["cls_by_picture"] == pytest.approx(weights[:, 0].sum(1).tolist(), abs=1e-5)
+        assert found["cls_by_image"] == pytest.approx(weights[:, 0].sum(1).tolist(), abs=1e-5)
         assert found["cls"] == pytest.approx(weights[:, 0].sum(1).mean().item(), abs=1e-5)
         assert found["patches"] == pytest.approx(weights[:, 1:].sum(2).mean().item(), abs=1e-5)
         assert found["patches_over_uniform"] == pytest.approx(found["patches"] * 68 / 3)
@@ -136,7 +131,7 @@ def test_the_numbers_are_those_of_the_functions_for_notebooks(tasks, album, monk
             )
             image, patch = divmod(cosines[token].argmax().item(), 64)
             first = places[0]
-            assert first["picture"] == numbers["pictures"][image]["path"]
+            assert first["image"] == numbers["images"][image]["path"]
             assert (first["row"], first["column"]) == divmod(patch, 8)
 
 
@@ -166,19 +161,18 @@ def test_a_single_prompt_token_has_no_mean_cosine(tasks, album, monkeypatch):
 
 def test_a_task_without_a_prompt_has_attention_maps_and_says_so(tasks, album, monkeypatch, capsys):
     assert explain(monkeypatch, f"task={tasks}/linear.safetensors", "input=album", "output=out") == 0
-    printed = capsys.readouterr().out
-    assert "note: there is no prompt: attention maps are all that there is to see" in printed
-    assert pages_of("out") == [f"picture_{number:02d}.png" for number in range(5)]
+    assert "note: the task has no prompt" in capsys.readouterr().out
+    assert pages_of("out") == [f"image_{number:02d}.png" for number in range(5)]
     numbers = numbers_of("out")
     assert numbers["prompt"] is None
     assert numbers["attention_to_prompt"] == numbers["prompt_tokens"] == numbers["nearest_patches"] == []
-    assert "there is no prompt" in numbers["note"]
+    assert "no prompt" in numbers["note"]
 
 
 def test_a_prompt_of_keys_and_values_has_shares_but_no_tokens_to_compare(tasks, album, monkeypatch, capsys):
     assert explain(monkeypatch, f"task={tasks}/kv.safetensors", "input=album", "output=out") == 0
     assert "note: the prompt is learned as keys and values" in capsys.readouterr().out
-    assert pages_of("out") == [*(f"picture_{number:02d}.png" for number in range(5)), "prompt.png"]
+    assert pages_of("out") == [*(f"image_{number:02d}.png" for number in range(5)), "prompt.png"]
     assert all(0 < found["cls"] < 1 for found in numbers_of("out")["attention_to_prompt"])
 
 
@@ -187,11 +181,11 @@ def test_a_detector_is_shown_on_what_of_the_input_is_picture(tasks, album, monke
     numbers = numbers_of("out")
     heights = {f"{number:02d}.png": min(64, math.ceil(64 * (40 + 30 * number) / 90)) for number in range(5)}
     widths = {f"{number:02d}.png": min(64, math.ceil(64 * 90 / (40 + 30 * number))) for number in range(5)}
-    for picture in numbers["pictures"]:
+    for image in numbers["images"]:
         assert isinstance(picture["boxes"], list)
     for found in numbers["nearest_patches"]:
         for place in (place for places in found["tokens"] for place in places):
-            name = Path(place["picture"]).name
+            name = Path(place["image"]).name
             assert place["row"] * 8 < heights[name]
             assert place["column"] * 8 < widths[name]
 
@@ -205,7 +199,7 @@ def test_a_run_is_explained_as_its_task_file(photos, tmp_path, monkeypatch):
     of_run, of_task = numbers_of("of_run"), numbers_of("of_task")
     assert (of_run.pop("task"), of_task.pop("task")) == (f"run={run}", f"task={run}/task.safetensors")
     assert of_run == of_task
-    assert {picture["class"] for picture in of_run["pictures"]} <= {"blue sky", "grass", "rose"}
+    assert {picture["class"] for picture in of_run["images"]} <= {"blue sky", "grass", "rose"}
     metrics = (run / "metrics.jsonl").read_bytes()
     assert explain(monkeypatch, f"run={run}", f"input={photos}/test", f"output={run}") == 2  # it would be overwritten
     assert (run / "metrics.jsonl").read_bytes() == metrics
@@ -214,9 +208,9 @@ def test_a_run_is_explained_as_its_task_file(photos, tmp_path, monkeypatch):
 def test_of_many_pictures_some_are_taken_evenly_spread(tasks, album, monkeypatch, capsys):
     arguments = [f"task={tasks}/deep.safetensors", "input=album/**/*.png", "output=out", "max_images=3"]
     assert explain(monkeypatch, *arguments) == 0
-    assert "3 of 5 pictures explained" in capsys.readouterr().out
+    assert "3 of 5 images" in capsys.readouterr().out
     paths = sorted(map(str, album.rglob("*.png")))
-    assert [picture["path"] for picture in numbers_of("out")["pictures"]] == paths[::2]
+    assert [image["path"] for image in numbers_of("out")["images"]] == paths[::2]
 
 
 @pytest.mark.slow
@@ -224,10 +218,10 @@ def test_a_second_explanation_takes_the_place_of_the_first(tasks, album, monkeyp
     explain(monkeypatch, f"task={tasks}/deep.safetensors", "input=album", "output=out")
     Path("out/notes.txt").write_text("mine")
     assert explain(monkeypatch, f"task={tasks}/linear.safetensors", "input=album/00.png", "output=out") == 0
-    assert pages_of("out") == ["picture_00.png"]
+    assert pages_of("out") == ["image_00.png"]
     assert Path("out/notes.txt").read_text() == "mine"
     assert len(list(Path("out").glob("events.*"))) == 1
-    assert events_of("out")[1:] == (set(), {"explain/picture_00"})
+    assert events_of("out")[1:] == (set(), {"explain/image_00"})
 
 
 @pytest.mark.slow
@@ -237,10 +231,10 @@ def test_pictures_that_cannot_be_read_are_told_by_name_and_the_others_explained(
     printed = capsys.readouterr()
     assert printed.err.startswith("skipped: album/broken.jpg: broken image")
     assert printed.err.count("\n") == 1
-    assert "5 of 6 pictures explained" in printed.out
-    assert len(numbers_of("out")["pictures"]) == 5
+    assert "5 of 6 images" in printed.out
+    assert len(numbers_of("out")["images"]) == 5
     assert explain(monkeypatch, f"task={tasks}/deep.safetensors", "input=album/broken.jpg", "output=none") == 1
-    assert "none of its pictures can be read; nothing was written" in capsys.readouterr().err
+    assert "none of its images can be read" in capsys.readouterr().err
     assert not Path("none").exists()
 
 

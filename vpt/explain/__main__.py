@@ -1,4 +1,4 @@
-"""python -m vpt.explain run=FOLDER input=PATH output=FOLDER: what a task looks at, and what its prompt is."""
+"""python -m vpt.explain run=FOLDER input=PATH output=FOLDER: attention maps and prompt tokens of a task."""
 
 import sys
 from dataclasses import dataclass
@@ -10,22 +10,21 @@ from vpt.config.errors import ConfigError
 from vpt.config.schema import option
 
 if TYPE_CHECKING:
-    from vpt.build import Model
     from vpt.data.transforms.preprocessing import Preprocessing
-    from vpt.explain.numbers import Seen
+    from vpt.explain.numbers import ImageView
+    from vpt.models.task_model import TaskModel
 
 UNREADABLE = 1
 
-USAGE = """python -m vpt.explain: what a task attends to in images, and what its prompt has become.
+USAGE = """python -m vpt.explain: attention maps and prompt tokens of a task.
 
 It writes
-  image_00.png, ...          what CLS attends to in an image, without and with the prompt, and how much each patch
-                             attends to the prompt
-  prompt.png                 attention to the prompt, and how many of its tokens count, over the blocks
-  similarity.png             similarity of the tokens
-  nearest_block_00.png, ...  the patches of these images that are most similar to the tokens
+  image_00.png, ...          attention of CLS over an image, without and with the prompt, and of patches to the prompt
+  prompt.png                 attention to the prompt, and the number of tokens in use, over the blocks
+  similarity.png             cosines of the prompt tokens
+  nearest_block_00.png, ...  the patches of these images that are most similar to them
   explain.json               all numbers, of all blocks
-and the same for TensorBoard, with the block as the step. docs/explain.md describes how to read it.
+and the same for TensorBoard, with the block as the step. docs/explain.md describes the figures.
 
 Without a prompt there are attention maps only. Images that cannot be read are listed and skipped; the exit code is
 then 1.
@@ -52,11 +51,11 @@ class ExplainOptions:
 
 
 def main() -> None:
-    """Read the options, look, write the folder."""
+    """Read the options and write the folder."""
     try:
         unreadable = explain(parse_options(ExplainOptions, sys.argv[1:], USAGE))
     except KeyboardInterrupt:
-        fail(RuntimeError("interrupted; the output may lack pages"), INTERRUPTED)
+        fail(RuntimeError("interrupted; the output may lack figures"), INTERRUPTED)
     except (ValueError, TypeError, OSError) as error:
         fail(error)
     if unreadable:
@@ -64,57 +63,57 @@ def main() -> None:
 
 
 def explain(options: ExplainOptions) -> list[str]:
-    """Look at pictures, write what was seen; return a line for each picture that cannot be read."""
+    """Explain images and write the results; return a line for each image that cannot be read."""
     output = Path(options.output).expanduser()
     paths, num_found = _find(options)
     _check_output(output)
 
-    from vpt.explain.numbers import explain_pictures
+    from vpt.explain.numbers import explain_images
     from vpt.explain.pages import write_explanation
 
     model, preprocessing, origin = _open(options)
     blocks = _choose_blocks(options.blocks, model.backbone.depth)
-    pictures, unreadable = _read(paths, preprocessing)
+    images, unreadable = _read(paths, preprocessing)
     for line in unreadable:
         print(f"skipped: {line}", file=sys.stderr)
-    if not pictures:
-        tell(ConfigError(f"input={options.input}: none of its pictures can be read; nothing was written"))
+    if not images:
+        tell(ConfigError(f"input={options.input}: none of its images can be read; nothing was written"))
         return unreadable
-    explanation = explain_pictures(origin, model, pictures, blocks)
+    explanation = explain_images(origin, model, images, blocks)
     pages = write_explanation(explanation, output)
-    of = f"{len(pictures)} of {num_found} pictures" if num_found > len(pictures) else f"{len(pictures)} pictures"
-    print(f"{of} explained, {len(pages)} pages and explain.json written to {output}")
+    of = f"{len(images)} of {num_found}" if num_found > len(images) else f"{len(images)}"
+    print(f"{of} images explained, {len(pages)} figures and explain.json written to {output}")
     if explanation.note:
         print(f"note: {explanation.note}")
     return unreadable
 
 
 def _find(options: ExplainOptions) -> tuple[list[Path], int]:
-    """Pictures of the input, evenly spread, and the number of all."""
+    """Images of the input, evenly spread, and the number of all."""
     from vpt.build import spread
     from vpt.data.images import EXTENSIONS, find_images
     from vpt.predict.inputs import is_video
 
     path = Path(options.input).expanduser()
     if is_video(path):
-        raise ConfigError(f"input={options.input}: is a video; save the frames to look at as pictures")
+        raise ConfigError(f"input={options.input}: is a video; save its frames as images")
     found = find_images(path)
     if not found:
-        raise ConfigError(f"input={options.input}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
+        raise ConfigError(f"input={options.input}: has no images ({', '.join(sorted(EXTENSIONS))})")
     return [found[index] for index in spread(len(found), options.max_images)], len(found)
 
 
 def _check_output(output: Path) -> None:
-    """Never mix pages with a person's files, nor with those of a run."""
+    """Never mix figures with files of the user or of a run."""
     from vpt.explain.pages import is_own_folder
 
     check_folder("output", output)
     if not is_own_folder(output):
-        raise ConfigError(f"output={output}: holds other files; name a new folder, such as output={output / 'explain'}")
+        raise ConfigError(f"output={output}: has other files; name a new folder, such as output={output / 'explain'}")
 
 
-def _open(options: ExplainOptions) -> "tuple[Model, Preprocessing, str]":
-    """The task that is asked for, how its pictures are prepared, and what to call it."""
+def _open(options: ExplainOptions) -> "tuple[TaskModel, Preprocessing, str]":
+    """The task, its preprocessing, and the option that names it."""
     from vpt.build import load_run, pick_device
     from vpt.data.transforms.preprocessing import Preprocessing
     from vpt.models.task_file import load_task, read_task
@@ -149,18 +148,18 @@ def _choose_blocks(text: str | None, depth: int) -> tuple[int, ...]:
     return resolve_blocks([int(word) for word in words] if is_list else text, depth, key="blocks")
 
 
-def _read(paths: list[Path], preprocessing: "Preprocessing") -> "tuple[list[Seen], list[str]]":
-    """Pictures as the backbone sees them, and why others cannot be read."""
+def _read(paths: list[Path], preprocessing: "Preprocessing") -> "tuple[list[ImageView], list[str]]":
+    """Images as the backbone receives them, and why others cannot be read."""
     from vpt.data.images import ImageError, read_image
-    from vpt.explain.numbers import see
+    from vpt.explain.numbers import view_image
 
-    pictures, unreadable = [], []
+    images, unreadable = [], []
     for path in paths:
         try:
-            pictures.append(see(str(path), read_image(path), preprocessing))
+            images.append(view_image(str(path), read_image(path), preprocessing))
         except ImageError as error:
             unreadable.append(str(error))
-    return pictures, unreadable
+    return images, unreadable
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The pages that show what a task looks at, and the folder that they are written to, with all numbers."""
+"""Figures of an explanation, and the folder that they are written to with all numbers."""
 
 import io
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,55 +10,51 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vpt.engine.monitor import Monitor
-from vpt.explain.numbers import Explanation, Look
+from vpt.explain.numbers import Explanation, ImageAttention
 from vpt.models.inspection import NearestPatches
 from vpt.plots.attention import (
-    Chart,
     Curve,
-    MapRow,
-    charts_picture,
-    framed_patch,
-    maps_page,
-    matrices_page,
-    patches_page,
+    attention_page,
+    line_charts,
+    patch_with_surroundings,
+    similarity_matrices,
 )
-from vpt.plots.boxes import class_colour
-from vpt.plots.grid import INK, Colour
+from vpt.plots.boxes import class_colour, draw_boxes
+from vpt.plots.figure import INK, Pixels
+from vpt.plots.grid import image_grid
 from vpt.storage.files import write_bytes, write_json
-
-Picture = NDArray[np.uint8]
+from vpt.task_types.base import task_type_named
 
 NUMBERS = "explain.json"
-NUM_BESIDE = 4
 MAX_TOKENS = 12  # on a page of nearest patches
-BRIGHT = 0.95  # part of the values of a map that its colours tell apart: a few patches may draw many times the rest
+BRIGHT = 0.95  # quantile of a map with the brightest colour: a few patches may get many times the attention of the rest
 CHARTS: Mapping[str, Sequence[str]] = {  # of TensorBoard, where the step is the block
     "attention to the prompt, by block": ["^attention_to_prompt/(cls|patches|uniform)$"],
-    "prompt tokens that count, by block": ["^attention_to_prompt/tokens_in_use$", "^prompt_tokens/effective_rank$"],
+    "prompt tokens in use, by block": ["^attention_to_prompt/tokens_in_use$", "^prompt_tokens/effective_rank$"],
     "mean cosine of prompt tokens, by block": ["^prompt_tokens/mean_cosine$"],
 }
 OWN = re.compile(
-    rf"{NUMBERS}|(picture|nearest_block)_\d+\.png|(prompt|similarity)\.png|metrics\.jsonl|events\.out\.tfevents\..*"
+    rf"{NUMBERS}|(image|nearest_block)_\d+\.png|(prompt|similarity)\.png|metrics\.jsonl|events\.out\.tfevents\..*"
 )
 
 
 def is_own_folder(folder: Path) -> bool:
-    """Whether a folder may be written to: it is not there, or empty, or was written by `write_explanation`."""
+    """Whether a folder may be written to: it does not exist, is empty, or was written by `write_explanation`."""
     return not folder.exists() or not any(folder.iterdir()) or (folder / NUMBERS).is_file()
 
 
 def write_explanation(explanation: Explanation, folder: Path) -> list[Path]:
-    """Write numbers, pages and TensorBoard events, in the place of those of an earlier explanation.
+    """Write numbers, figures and TensorBoard events; those of an earlier explanation are replaced.
 
     Returns:
-        The pages.
+        The files of the figures.
     """
     for old in folder.iterdir() if folder.is_dir() else ():
         if OWN.fullmatch(old.name):
             old.unlink()
     write_json(folder / NUMBERS, explanation.to_dict())
     paths = []
-    with Monitor(folder, layout=CHARTS) as monitor:
+    with Monitor(folder, charts=CHARTS) as monitor:
         for block in explanation.prompted:
             monitor.scalars(_scalars(explanation, block), step=block)
         for name, page in make_pages(explanation):
@@ -71,10 +66,10 @@ def write_explanation(explanation: Explanation, folder: Path) -> list[Path]:
     return paths
 
 
-def make_pages(explanation: Explanation) -> Iterator[tuple[str, Picture]]:
-    """Names and pages: one for each picture, then those of the prompt, if there is one."""
-    for number in range(len(explanation.looks)):
-        yield f"picture_{number:02d}", picture_page(explanation, number)
+def make_pages(explanation: Explanation) -> Iterator[tuple[str, Pixels]]:
+    """Names and figures: one for each image, then those of the prompt, if the task has one."""
+    for number in range(len(explanation.images)):
+        yield f"image_{number:02d}", image_page(explanation, number)
     if explanation.prompted:
         yield "prompt", prompt_page(explanation)
     if explanation.similarities:
@@ -83,156 +78,114 @@ def make_pages(explanation: Explanation) -> Iterator[tuple[str, Picture]]:
         yield f"nearest_block_{found.block:02d}", nearest_page(explanation, found)
 
 
-def picture_page(explanation: Explanation, number: int) -> Picture:
-    """What is looked at in the picture of a number, in the chosen blocks."""
-    asker = "CLS" if "cls" in explanation.asking else "patches"
-    look = explanation.looks[number]
-    seen = look.seen
-    height, width, _ = seen.pixels.shape
-    lines = [
-        f"picture {number:02d}: {'/'.join(Path(seen.name).parts[-2:])}",
-        _describe(look),
-        f"as the backbone sees it, {width} x {height} px",
-        "dark patches are not looked at, bright ones most",
-    ]
+def image_page(explanation: Explanation, number: int) -> Pixels:
+    """Attention maps over one image, in the chosen blocks."""
+    source, result = "CLS" if "cls" in explanation.sources else "patches", explanation.images[number]
+    view, task_type = result.view, task_type_named(explanation.model.task_type)
+    height, width, _ = view.pixels.shape
+    title = [f"image {number:02d}: {'/'.join(Path(view.name).parts[-2:])}", task_type.caption(result.found)]
     if explanation.model.backbone.prompt is None:
-        headings = [f"{asker} to patches; 1 is even"]
-        rows = _bare_rows(look, explanation.blocks)
-        lines.append(explanation.note)
+        title.append(f"{source} to patches, 1 is uniform; no prompt")
     else:
-        headings = [f"{asker} to patches, no prompt", f"{asker} to patches, with prompt", "patches to prompt"]
-        rows = [_map_row(look, block) for block in explanation.blocks]
-    size = seen.image.shape[1], seen.image.shape[2]
-    return maps_page(seen.pixels, size, lines, headings, rows, _frames(look))
+        title.append(f"{source} to patches without and with the prompt, 1 is uniform; patches to prompt")
+    title.append(f"{width} x {height} pixels, as the backbone receives them; dark: 0, bright: upper end of the scale")
+    frames = task_type.frames(result.found)
+    names = sorted({text for _, text in frames})
+    labels = [names.index(text) for _, text in frames]
+    image = draw_boxes(view.pixels, [box for box, _ in frames], labels, [""] * len(names))
+    rows = [(f"block {block}", _maps(result, block)) for block in explanation.blocks]
+    return attention_page(image, (view.image.shape[1], view.image.shape[2]), "\n".join(filter(None, title)), rows)
 
 
-def prompt_page(explanation: Explanation) -> Picture:
-    """Attention that goes to the prompt, and how many of its tokens count, over the blocks."""
-    blocks, num_blocks = explanation.prompted, explanation.model.backbone.depth
-    names = {"cls": "CLS", "patches": "patches, mean"}
+def prompt_page(explanation: Explanation) -> Pixels:
+    """Attention to the prompt, and the number of prompt tokens in use, over the blocks."""
+    blocks, images = explanation.prompted, explanation.images
+    names = {
+        "uniform": "uniform attention",
+        "cls": "CLS (points: each image)",
+        "patches": "patches (points: each image)",
+    }
     shares = [
-        Curve("if all tokens were looked at alike", _by_block(explanation, "uniform"), INK, is_dashed=True),
-        *(
-            Curve(
-                f"{names[asking]} (points: each picture)",
-                _by_block(explanation, asking),
-                class_colour(number),
-                {block: [look.shares[block][asking] for look in explanation.looks] for block in blocks},
-            )
-            for number, asking in enumerate(explanation.asking)
-        ),
+        Curve(
+            names[source],
+            {block: 100 * explanation.share(block, source) for block in blocks},
+            INK if source == "uniform" else class_colour(number - 1),
+            {block: [100 * image.shares[block][source] for image in images] for block in blocks},
+            is_dashed=source == "uniform",
+        )
+        for number, source in enumerate(("uniform", *explanation.sources))
     ]
-    num_tokens = {block: float(len(explanation.looks[0].use[block])) for block in blocks}
+    num_tokens = {block: float(len(images[0].use[block])) for block in blocks}
     in_use = {block: explanation.tokens_in_use(block) for block in blocks}
-    ranks = {found.block: found.effective_rank for found in explanation.similarities}
     counts = [
         Curve("prompt tokens", num_tokens, INK, is_dashed=True),
-        Curve("that share the attention (exp of entropy)", in_use, class_colour(0)),
-        *([Curve("directions that they span (effective rank)", ranks, class_colour(1))] if ranks else []),
+        Curve("in use: exp of the entropy of their attention", in_use, class_colour(0)),
     ]
-    return charts_picture(
-        [
-            Chart("share of attention that goes to the prompt", shares, num_blocks, is_share=True),
-            Chart("prompt tokens that count", counts, num_blocks),
-        ]
-    )
+    if explanation.similarities:
+        ranks = {found.block: found.effective_rank for found in explanation.similarities}
+        counts.append(Curve("directions: effective rank", ranks, class_colour(1)))
+    charts = {"attention to the prompt in percent": shares, "prompt tokens": counts}
+    return line_charts(charts, explanation.model.backbone.depth)
 
 
-def similarity_page(explanation: Explanation) -> Picture:
-    """The cosine of each prompt token with each, for each prompted block."""
-    num_tokens = [len(found.cosines) for found in explanation.similarities]
+def similarity_page(explanation: Explanation) -> Pixels:
+    """The cosines of all pairs of prompt tokens, for each prompted block."""
     captions = [
-        f"block {found.block}: mean cosine {found.mean_cosine:.2f}\neffective rank {found.effective_rank:.1f} of {num}"
-        for found, num in zip(explanation.similarities, num_tokens, strict=True)
+        f"block {found.block}: mean cosine {found.mean_cosine:.2f}\n"
+        f"effective rank {found.effective_rank:.1f} of {len(found.cosines)}"
+        for found in explanation.similarities
     ]
-    return matrices_page([found.cosines.double().cpu().numpy() for found in explanation.similarities], captions)
+    cosines = [found.cosines.double().cpu().numpy() for found in explanation.similarities]
+    return similarity_matrices(cosines, captions, "cosines of prompt tokens\n1 is red, 0 white, -1 blue")
 
 
-def nearest_page(explanation: Explanation, found: NearestPatches) -> Picture:
-    """The patches that are most like the prompt tokens of a block, each with what is around it."""
+def nearest_page(explanation: Explanation, found: NearestPatches) -> Pixels:
+    """The patches that are most similar to the prompt tokens of a block, each with its surroundings."""
     num_tokens, num = found.cosines.shape
-    shown = min(num_tokens, MAX_TOKENS)
-    lines = [
-        f"block {found.block}: patches that are most like its prompt tokens",
-        f"{'the first ' if shown < num_tokens else ''}{shown} of {num_tokens} tokens, the nearest patch first; "
-        "patches enter the block without a prompt",
-        "below each patch: number of the picture, and the cosine",
+    shown, patches, captions = min(num_tokens, MAX_TOKENS), [], []
+    for token, k in np.ndindex(shown, num):
+        image, row, column = (int(part[token, k]) for part in (found.images, found.rows, found.columns))
+        view = explanation.images[image].view
+        size = view.image.shape[1], view.image.shape[2]
+        grid_size = explanation.model.backbone.vit.patch_embed.dynamic_feat_size(size)
+        height, width = size[0] // grid_size[0], size[1] // grid_size[1]
+        box = column * width, row * height, (column + 1) * width, (row + 1) * height
+        patches.append(patch_with_surroundings(view.pixels, box))
+        captions.append(f"token {token}\n{image:02d}: {found.cosines[token, k]:.2f}")
+    title = (
+        f"block {found.block}: patches most similar to {shown} of {num_tokens} prompt tokens, nearest first\n"
+        "below each patch: number of the image and cosine; patches enter the block without a prompt"
+    )
+    return image_grid(np.stack(patches), captions, num, title=title, min_width=72)
+
+
+def _maps(result: ImageAttention, block: int) -> list[tuple[NDArray[np.float64], str]]:
+    """Maps of a block without and with the prompt, on one scale, and the share that goes to the prompt on its own."""
+    inside = result.view.is_inside(result.maps[block].shape)
+    maps = [result.bare_maps[block], result.maps[block]] if result.bare_maps else [result.maps[block]]
+    top = float(np.quantile(np.stack(maps)[:, inside], BRIGHT)) or 1.0
+    names = ("no prompt", "prompt") if result.bare_maps else ("",)
+    cells = [
+        (values / top, f"{name}\n0 to {top:.1f}; maximum {values[inside].max():.1f}".strip())
+        for name, values in zip(names, maps, strict=True)
     ]
-    rows = []
-    for token in range(shown):
-        places = [(int(found.images[token, k]), float(found.cosines[token, k]), k) for k in range(num)]
-        crops = [(_crop(explanation, found, token, k), f"{image:02d}: {cosine:.2f}") for image, cosine, k in places]
-        rows.append((f"token {token}", crops))
-    return patches_page(lines, rows)
-
-
-def _crop(explanation: Explanation, found: NearestPatches, token: int, k: int) -> Picture:
-    """A found patch with its surroundings."""
-    seen = explanation.looks[int(found.images[token, k])].seen
-    size = seen.image.shape[1], seen.image.shape[2]
-    rows, columns = explanation.model.backbone.vit.patch_embed.dynamic_feat_size(size)
-    height, width = size[0] // rows, size[1] // columns
-    top, left = int(found.rows[token, k]) * height, int(found.columns[token, k]) * width
-    return framed_patch(seen.pixels, (left, top, left + width, top + height))
-
-
-def _map_row(look: Look, block: int) -> MapRow:
-    """Maps of a block: with and without the prompt in one scale, and the share that goes to the prompt in its own."""
-    inside = look.seen.is_picture(look.maps[block].shape)
-    pair = [look.bare_maps[block], look.maps[block]]
-    top = _upper_end(np.stack(pair)[:, inside])
-    to_prompt = look.prompt_maps.get(block, np.zeros_like(pair[0]))
-    highest = float(to_prompt[inside].max())
-    maps = [*(values / top for values in pair), to_prompt / (highest or 1)]
-    captions = [f"0 to {top:.1f} times even; most: {values[inside].max():.1f}" for values in pair]
-    shares = look.shares.get(block)
-    captions.append(f"0 to {highest:.0%}; even: {shares['uniform']:.0%}" if shares else "this block sees no prompt")
-    return MapRow(f"block {block}", maps, captions)
-
-
-def _bare_rows(look: Look, blocks: Sequence[int]) -> list[MapRow]:
-    """Maps of blocks side by side, where there is no prompt to compare with."""
-    rows = []
-    for start in range(0, len(blocks), NUM_BESIDE):
-        maps, captions = [], []
-        for block in blocks[start : start + NUM_BESIDE]:
-            inside = look.seen.is_picture(look.maps[block].shape)
-            top = _upper_end(look.maps[block][inside])
-            maps.append(look.maps[block] / top)
-            captions.append(f"block {block}: 0 to {top:.1f}; most: {look.maps[block][inside].max():.1f}")
-        rows.append(MapRow("", maps, captions))
-    return rows
-
-
-def _upper_end(values: NDArray[np.float64]) -> float:
-    """The value that has the brightest colour."""
-    return float(np.quantile(values, BRIGHT)) or 1.0
-
-
-def _frames(look: Look) -> list[tuple[list[float], Colour]]:
-    """What a detector finds, with the colour of each class."""
-    boxes = look.found.get("boxes", [])
-    names = sorted({box["class"] for box in boxes})
-    return [(box["box"], class_colour(names.index(box["class"]))) for box in boxes]
-
-
-def _describe(look: Look) -> str:
-    """What the task says of a picture."""
-    if "boxes" not in look.found:
-        return f"predicted: {look.found['class']}, {look.found['probability']:.0%}"
-    counts = Counter(box["class"] for box in look.found["boxes"])
-    return "found: " + (", ".join(f"{counts[name]} {name}" for name in sorted(counts)) or "no boxes")
-
-
-def _by_block(explanation: Explanation, asking: str) -> dict[int, float]:
-    return {block: explanation.share(block, asking) for block in explanation.prompted}
+    if result.bare_maps and block in result.prompt_maps:
+        to_prompt, uniform = result.prompt_maps[block], result.shares[block]["uniform"]
+        highest = float(to_prompt[inside].max())
+        caption = f"patches to prompt\n0 to {highest:.0%}; uniform: {uniform:.0%}"
+        cells.append((to_prompt / (highest or 1), caption))
+    elif result.bare_maps:
+        cells.append((np.zeros_like(maps[0]), "this block has no prompt"))
+    return cells
 
 
 def _scalars(explanation: Explanation, block: int) -> dict[str, float]:
     """Numbers of a block for TensorBoard."""
-    values = {asking: explanation.share(block, asking) for asking in (*explanation.asking, "uniform")}
-    values["tokens_in_use"] = explanation.tokens_in_use(block)
-    scalars = {f"attention_to_prompt/{name}": value for name, value in values.items()}
+    scalars = {
+        f"attention_to_prompt/{source}": explanation.share(block, source)
+        for source in (*explanation.sources, "uniform")
+    }
+    scalars["attention_to_prompt/tokens_in_use"] = explanation.tokens_in_use(block)
     for found in explanation.similarities:
         if found.block == block:
             scalars["prompt_tokens/effective_rank"] = found.effective_rank

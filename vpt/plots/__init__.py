@@ -1,1 +1,1 @@
-"""Figures and image grids."""
+"""Figures and image grids, drawn by matplotlib; every function returns an (H, W, 3) uint8 array."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from vpt.build import Data, build_loaders, build_model, build_preprocessing
@@ -208,6 +209,27 @@ class TaskType(ABC):
         Raises:
             ArithmeticError: The output has numbers that are not finite.
         """
+
+    @classmethod
+    def explain(cls, model: Any, image: Tensor, size: Size) -> dict[str, Any]:
+        """What the model predicts for one image, as JSON values; for `python -m vpt.explain`.
+
+        Args:
+            model: In eval mode.
+            image: (1, 3, H, W), normalised.
+            size: Height and width of the part of the input that shows the image.
+        """
+        return {}
+
+    @classmethod
+    def caption(cls, found: Mapping[str, Any]) -> str:
+        """The result of `explain` in a few words."""
+        return ""
+
+    @classmethod
+    def frames(cls, found: Mapping[str, Any]) -> list[tuple[list[float], str]]:
+        """Boxes in the result of `explain`, in pixels of the input, each with its text."""
+        return []
 
     @classmethod
     def sample_images(cls) -> Path:

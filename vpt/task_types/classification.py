@@ -27,7 +27,8 @@ from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
 from vpt.models.task_schema import TaskMetadata
-from vpt.plots.grid import RIGHT, WRONG, confusion_picture, picture_grid
+from vpt.plots.grid import RIGHT, WRONG, image_grid
+from vpt.plots.metrics import confusion_matrix
 from vpt.storage.archives import unpacked
 from vpt.task_types.base import AnswerLimits, TaskType, register_task_type
 from vpt.task_types.class_writer import ClassWriter
@@ -234,12 +235,12 @@ class Classification(TaskType):
         images, targets = zip(*(train[(1, index)] for index in spread(len(train), NUM_GRID_IMAGES)), strict=True)
         captions = [data.classes[target] for target in targets]
         pixels = denormalise(torch.stack(images), data.preprocessing)
-        monitor.images("train/augmented", picture_grid(pixels, captions), 0)
+        monitor.images("train/augmented", image_grid(pixels, captions), 0)
 
     def log_end(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, result: FitResult) -> None:
         """The confusion matrix, the worst images and the recall of each class."""
         metrics = evaluator.metrics
-        monitor.images("val/confusion", confusion_picture(metrics.confusion.numpy(), data.classes), result.best_step)
+        monitor.images("val/confusion", confusion_matrix(metrics.confusion.numpy(), data.classes), result.best_step)
         worst = metrics.worst()
         images = torch.stack([data.datasets["val"][sample.position][0] for sample in worst])
         captions = [
@@ -247,7 +248,7 @@ class Classification(TaskType):
             for sample in worst
         ]
         colours = [RIGHT if sample.target == sample.prediction else WRONG for sample in worst]
-        grid = picture_grid(denormalise(images, data.preprocessing), captions, columns=4, colours=colours)
+        grid = image_grid(denormalise(images, data.preprocessing), captions, columns=4, colours=colours)
         monitor.images("val/worst", grid, result.best_step)
         recall = {f"val_recall/{name}": value for name, value in zip(data.classes, metrics.per_class(), strict=True)}
         monitor.scalars(recall, result.best_step)
@@ -264,3 +265,15 @@ class Classification(TaskType):
             "task_type": cls.name,
             "predictions": [{"class": classes[label], "probability": value} for label, value in pairs],
         }
+
+    @classmethod
+    def explain(cls, model: Any, image: Tensor, size: Size) -> dict[str, Any]:
+        """The most probable class."""
+        probability, label = model(image)[0].float().softmax(0).max(0)
+        name = model.classes[int(label)] if model.classes else str(int(label))
+        return {"class": name, "probability": float(probability)}
+
+    @classmethod
+    def caption(cls, found: Mapping[str, Any]) -> str:
+        """The class and its probability."""
+        return f"predicted: {found['class']}, {found['probability']:.0%}"

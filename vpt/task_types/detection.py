@@ -1,5 +1,6 @@
 """Detection: each image has boxes of classes."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,13 +27,14 @@ from vpt.engine.steps import Losses
 from vpt.models.detector import HEADS
 from vpt.models.heads.pyramid import default_strides
 from vpt.models.task_schema import TaskMetadata
-from vpt.plots.boxes import draw_boxes, precision_recall_picture, truth_and_found_page
-from vpt.plots.grid import confusion_picture, picture_grid
+from vpt.plots.boxes import boxes_page, draw_boxes
+from vpt.plots.grid import image_grid
+from vpt.plots.metrics import confusion_matrix, precision_recall_curves
 from vpt.predictions.boxes import to_original
 from vpt.storage.archives import unpacked
 from vpt.task_types.base import AnswerLimits, TaskType, register_task_type
 from vpt.task_types.box_findings import FullReport, find_box_problems, find_small_boxes
-from vpt.task_types.box_writer import BoxWriter
+from vpt.task_types.box_writer import MIN_SCORE, BoxWriter
 from vpt.task_types.findings import Finding, Level
 from vpt.task_types.unreadable import describe_left_out
 
@@ -264,7 +266,7 @@ class Detection(TaskType):
             pixels = denormalise(image[None], data.preprocessing)[0]
             images.append(draw_boxes(pixels, target["boxes"], target["labels"], data.classes))
         names = [Path(data.samples["train"].names[index]).name for index in indices]
-        monitor.images("train/augmented", picture_grid(np.stack(images), names, columns=4), 0)
+        monitor.images("train/augmented", image_grid(np.stack(images), names, columns=4), 0)
 
     def log_epoch(self, monitor: Monitor, data: Data, evaluator: BoxEvaluator, epoch: int, step: int) -> None:
         """Val images with true and detected boxes, in the first epoch and some later ones."""
@@ -276,9 +278,9 @@ class Detection(TaskType):
     def log_end(self, monitor: Monitor, data: Data, evaluator: BoxEvaluator, result: FitResult) -> None:
         """Precision-recall curves, the confusion matrix, images with most errors, and the precision of each class."""
         metrics, step = evaluator.metrics, result.best_step
-        monitor.images("val/precision_recall", precision_recall_picture(metrics.precision_curves(), data.classes), step)
+        monitor.images("val/precision_recall", precision_recall_curves(metrics.precision_curves(), data.classes), step)
         names = [*data.classes, "background"]
-        monitor.images("val/confusion", confusion_picture(metrics.confusion().numpy(), names), step)
+        monitor.images("val/confusion", confusion_matrix(metrics.confusion().numpy(), names), step)
         found = list(evaluator.found)
         worst = [found[position] for position in metrics.images_by_error(NUM_PAGE_IMAGES)]
         monitor.images("val/worst", self._page(data, evaluator, worst), step)
@@ -287,7 +289,7 @@ class Detection(TaskType):
 
     def _page(self, data: Data, evaluator: BoxEvaluator, indices: Sequence[int]) -> Any:
         samples: DetectionSamples = data.samples["val"]
-        return truth_and_found_page(
+        return boxes_page(
             [np.asarray(samples.read(index)) for index in indices],
             [true_boxes(samples, index) for index in indices],
             [evaluator.found[index] for index in indices],
@@ -308,6 +310,29 @@ class Detection(TaskType):
             if score >= limits.min_score
         ]
         return {"task_type": cls.name, "predictions": boxes[: limits.max_detections]}
+
+    @classmethod
+    def explain(cls, model: Any, image: Tensor, size: Size) -> dict[str, Any]:
+        """The boxes that a user is shown, in pixels of the input."""
+        (found,) = model(image, sizes=[size])
+        rows = zip(*(found[key].tolist() for key in ("labels", "scores", "boxes")), strict=True)
+        boxes = [
+            {"class": model.classes[label] if model.classes else str(label), "score": score, "box": box}
+            for label, score, box in rows
+            if score >= MIN_SCORE
+        ]
+        return {"boxes": boxes}
+
+    @classmethod
+    def caption(cls, found: Mapping[str, Any]) -> str:
+        """The number of boxes of each class."""
+        counts = Counter(box["class"] for box in found["boxes"])
+        return "detected: " + (", ".join(f"{counts[name]} {name}" for name in sorted(counts)) or "no boxes")
+
+    @classmethod
+    def frames(cls, found: Mapping[str, Any]) -> list[tuple[list[float], str]]:
+        """The boxes, each with its class."""
+        return [(box["box"], box["class"]) for box in found["boxes"]]
 
     @classmethod
     def sample_images(cls) -> Path:
