@@ -46,8 +46,8 @@ class Outcome:
 
     @property
     def reason(self) -> str:
-        """Why it failed, without pictures and advice."""
-        return self.error.partition(";")[0].partition(", pictures ")[0]
+        """Why it failed, without images and advice."""
+        return self.error.partition(";")[0].partition(", images ")[0]
 
     def metric(self, split: str, name: str) -> float:
         """A metric of a split; nan if the run failed, or has no such split."""
