@@ -182,7 +182,7 @@ def test_a_detector_is_shown_on_what_of_the_input_is_picture(tasks, album, monke
     heights = {f"{number:02d}.png": min(64, math.ceil(64 * (40 + 30 * number) / 90)) for number in range(5)}
     widths = {f"{number:02d}.png": min(64, math.ceil(64 * 90 / (40 + 30 * number))) for number in range(5)}
     for image in numbers["images"]:
-        assert isinstance(picture["boxes"], list)
+        assert isinstance(image["boxes"], list)
     for found in numbers["nearest_patches"]:
         for place in (place for places in found["tokens"] for place in places):
             name = Path(place["image"]).name
