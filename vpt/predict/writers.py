@@ -219,7 +219,7 @@ class BoxPredictions:
         """A file for each picture, in the folder of an option that can be written to."""
         check_folder(option, folder)
         if folder.is_dir() and folder.samefile(self.root):
-            example = {"pictures": "drawn", "output": "found"}[option]
+            example = {"drawings": "drawn", "output": "found"}[option]
             raise ConfigError(
                 f"{option}={folder}: is the folder of the input; name another one, such as {option}={example}"
             )
