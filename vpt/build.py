@@ -27,6 +27,7 @@ from vpt.config.schema import (
     PromptName,
     TuningConfig,
     TuningName,
+    schema_keys,
 )
 from vpt.data.loaders import build_loader
 from vpt.data.transforms.preprocessing import Preprocessing
@@ -49,22 +50,14 @@ from vpt.models.whitening import whiten_from_patches
 DRY_BATCHES = 2
 STATISTICS_IMAGES = 256  # of train, from which groups, means and whitening are computed
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
-BACKBONE_KEYS = {"name": "backbone.name", "checkpoint": "backbone.checkpoint", "img_size": "backbone.img_size"}
-PROMPT_KEYS = {
-    **{name: f"prompt.{name}" for name in ("variant", "num_tokens", "blocks", "dropout", "init", "impl")},
-    **{name: f"prompt.{name}" for name in ("rank", "whiten", "fraction", "form")},
-    "start": "prompt.init",
-}
-TUNING_KEYS = {
-    "num_blocks": "tuning.num_blocks",
-    "method": "tuning.adapters",
-    "options": "tuning.options",
-    "dtype": "backbone.dtype",
-}
-HEAD_KEYS = {
-    **{name: f"head.{name}" for name in ("out_indices", "channels", "strides", "num_convs")},
-    "head": "head.name",
-    "head_init": "head.init",
+KEYS = {  # of the config, by parameter of the library
+    **{
+        key.rpartition(".")[2]: key
+        for key in schema_keys()
+        if key.startswith(("backbone.", "prompt.", "tuning.", "head"))
+    },
+    **{"name": "backbone.name", "init": "prompt.init", "start": "prompt.init", "method": "tuning.adapters"},
+    **{"head": "head.name", "head_init": "head.init", "task": "dataset.task"},
 }
 
 
@@ -159,7 +152,7 @@ def build_model(config: Config, task_type: str, classes: Sequence[str], head_opt
     prompt, tuning = config.prompt, config.tuning
     is_prompted = prompt.variant is not PromptName.none and (tuning.method is TuningName.prompt or tuning.with_prompt)
     vit = build_backbone(config)
-    with config_keys(**PROMPT_KEYS, **TUNING_KEYS, **HEAD_KEYS):
+    with config_keys(**KEYS):
         backbone = PromptedViT(
             vit,
             prompt.variant.value if is_prompted else None,
@@ -187,8 +180,7 @@ def build_backbone(config: Config, checkpoint: str | None = None) -> ViT:
         ConfigError, FileNotFoundError: A value of `backbone` cannot be used.
     """
     backbone = config.backbone
-    keys = {name: key for name, key in BACKBONE_KEYS.items() if name != "checkpoint" or checkpoint is None}
-    with config_keys(**keys):
+    with config_keys(**KEYS if checkpoint is None else {**KEYS, "checkpoint": "checkpoint"}):
         return load_vit(
             backbone.name,
             pretrained=backbone.pretrained,
@@ -209,7 +201,7 @@ def build_adapters(tuning: TuningConfig) -> Adapters | None:
     options = {} if tuning.options is None else tuning.options
     if not isinstance(options, dict):
         raise ConfigError(f"tuning.options={options}: must be keys and values, such as {{r: 4}}")
-    with config_keys(**TUNING_KEYS):
+    with config_keys(**KEYS):
         return Adapters(tuning.adapters, options)
 
 
@@ -239,7 +231,7 @@ def start_prompt(config: Config, model: TaskModel, data: Data) -> None:
     elif prompt.init.value in get_args(PatchStart):
         num_images = prompt.num_tokens if prompt.init is PromptInitName.patch else STATISTICS_IMAGES
         images = _train_images(config, data, num_images)
-        with config_keys(**PROMPT_KEYS):
+        with config_keys(**KEYS):
             start_from_patches(backbone, images, prompt.init.value, seed=config.seed)  # type: ignore[arg-type]
 
 
@@ -250,7 +242,7 @@ def whiten_prompt(config: Config, model: TaskModel, data: Data) -> None:
         ValueError: The queries of a block cannot be computed.
     """
     if config.prompt.whiten and model.backbone.prompt is not None:
-        with config_keys(**PROMPT_KEYS):
+        with config_keys(**KEYS):
             whiten_from_patches(model.backbone, _train_images(config, data, STATISTICS_IMAGES), seed=config.seed)
 
 
