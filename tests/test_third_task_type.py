@@ -178,7 +178,7 @@ def folder(tmp_path_factory):
 
 
 def config_of(folder, *overrides):
-    words = ["dataset=gray", f"dataset.root={folder}/images", "backbone=nano", f"run.root={folder}/runs"]
+    words = ["dataset=gray", f"dataset.root={folder}/images", "backbone=vit_nano", f"run.root={folder}/runs"]
     return to_config(compose_config([*words, "num_workers=0", *overrides], folder / "conf"))
 
 
@@ -225,7 +225,7 @@ def test_its_task_file_predicts_and_shares_a_bank_with_other_types(folder, train
 def test_its_methods_are_compared(folder, monkeypatch):
     monkeypatch.chdir(folder)
     words = ["methods=[deep,linear]", "dataset=folder", "dataset.task=brightness", "dataset.reader=gray"]
-    words += [f"dataset.root={folder}/images", "backbone=nano", "train.epochs=1", "train.batch_size=8", "num_workers=0"]
+    words += [f"dataset.root={folder}/images", "backbone=vit_nano", "train.epochs=1", "train.batch_size=8", "num_workers=0"]
     comparison = compare(read_options([*words, "output=compared"]))
     assert comparison is not None
     assert "close" in (folder / "compared" / "comparison.md").read_text()
