@@ -26,7 +26,7 @@ compare = partial(exit_code_of, vpt.compare.__main__)
 
 def words_of(photos, output, *words):
     """The words of a command; `words` replace the defaults."""
-    own = ["methods=[linear,bias]", 'define.few="prompt=deep prompt.num_tokens=3"', "seeds=2", "rates=[1,30]"]
+    own = ["methods=[linear,bias]", "define.few=prompt=deep prompt.num_tokens=3", "seeds=2", "rates=[1,30]"]
     given = {word.partition("=")[0] for word in words}
     rest = [f"output={output}", "dataset=folder", f"dataset.root={photos}", *SMALL_COMPARISON]
     return [*(word for word in [*own, *rest] if word.partition("=")[0] not in given), *words]
@@ -230,10 +230,10 @@ def test_a_method_without_a_finished_run_is_a_row_with_the_reason(tmp_path, monk
         (["shot=3"], "did you mean shots"),
         (["prompt.num_tokns=3"], "did you mean prompt.num_tokens"),
         (["seeds=0"], "seeds=0"),
-        (["seeds=[1,1]"], "seeds: 1"),
+        (["seeds=[1,1]"], "seeds=1,1"),
         (["seeds"], "key=value"),
-        (["rates=[1,-1]"], "rates=[1,-1]"),
-        (["shots=[0]"], "shots=[0]"),
+        (["rates=[1,-1]"], "rates=-1"),
+        (["shots=[0]"], "shots=0"),
         (["shots=[1"], "shots=[1"),
         (["shots=5", "dataset.num_per_class=3"], "dataset.num_per_class=3"),
         (["shots=99"], "num_per_class=99"),
@@ -242,7 +242,7 @@ def test_a_method_without_a_finished_run_is_a_row_with_the_reason(tmp_path, monk
         (["mode=dry"], "mode=dry"),
         (["-m"], "-m"),
         (["methods=prompt_deep", "prompt=shallow"], "prompt=shallow: method prompt_deep"),
-        (["define.few="], "define.NAME="),
+        (["define.few="], "define.few="),
         (["define=3"], "define.NAME="),
         (["define.linear=tuning=bias"], "define.linear"),
         (["define.few=tuning=bais"], "did you mean bias"),
