@@ -18,7 +18,7 @@ from vpt import build
 from vpt.compare import run_predictions, runs
 from vpt.models.task_file import read_task
 from vpt.models.tuning import count_parameters
-from vpt.train import __main__ as train
+from vpt.train import training as train
 
 METHODS = ["linear", "bias", "few"]
 compare = partial(exit_code_of, vpt.compare.__main__)

@@ -34,7 +34,7 @@ from vpt.train import __main__ as train
 from vpt.train.training import run
 
 CLOSE = 0.1
-RECIPE = ["run.name=gray", "prompt.num_tokens=2", "train.epochs=8", "train.batch_size=8", "optim.head_lr=0.03"]
+RECIPE = ["run.name=gray", "prompt.num_tokens=2", "train.epochs=12", "train.batch_size=8", "optim.head_lr=0.02"]
 CONFIG = """# @package dataset
 reader: gray
 task: brightness
@@ -132,7 +132,7 @@ class Answer(TypedDict):
 class Brightness(TaskType):
     name = "brightness"
     main_metric = "close"
-    overfit_goal = 1.0
+    overfit_goal = 0.75
     readers = ("gray",)
     dataset = GrayDataset
     writer = JSONWriter
@@ -231,7 +231,7 @@ def words_of(folder):
 def test_the_command_lines_accept_it_from_a_config_folder_of_the_user(folder, monkeypatch, capsys, trained):
     monkeypatch.chdir(folder)
     words = words_of(folder)
-    assert exit_code_of(train, monkeypatch, *words, "mode=overfit", "optim.head_lr=0.05") == 0
+    assert exit_code_of(train, monkeypatch, *words, "mode=overfit", "optim.head_lr=0.005", "tuning=linear") == 0
     assert "learned 8 images" in capsys.readouterr().out
     assert exit_code_of(doctor, monkeypatch, *words, "json=found.json") == 0
     assert json.loads((folder / "found.json").read_text())["task"] == "brightness"
