@@ -129,7 +129,7 @@ def test_empty_columns_and_plots_are_left_out(tmp_path, capsys):
         ("bakbone=a", "did you mean backbone"),
         ("only=deep,dep_concat", "dep_concat"),
         ("precision=fp8", "must be one of fp32, bf16"),
-        ("num_tokens=1,0", "num_tokens=0"),
+        ("num_tokens=0", "num_tokens=0"),
         ("rounds=0", "rounds=0"),
         ("backbone=vit_tiny_patch16_225", "vit_tiny_patch16_224"),
         ("device=abacus", "device=abacus"),
@@ -137,7 +137,8 @@ def test_empty_columns_and_plots_are_left_out(tmp_path, capsys):
 )
 def test_a_wrong_option_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, argument, message):
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, *TINY[1:], argument) == 2
+    words = [word for word in TINY[1:] if word.partition("=")[0] != argument.partition("=")[0]]
+    assert call(monkeypatch, *words, argument) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line

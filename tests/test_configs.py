@@ -3,14 +3,15 @@
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 
-from vpt import build
 from vpt.config.composition import compose_config, config_folder, group_choices
 from vpt.config.validation import to_config
+from vpt.task_types.base import task_type_of
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = group_choices("experiment")
@@ -47,7 +48,7 @@ def test_every_experiment_composes_and_its_model_is_built(name):
     import vpt.models.nano
 
     config = to_config(compose_config([f"+experiment={name}", "dataset.root=somewhere", "backbone.pretrained=false"]))
-    model = build.build_model(config, ("a", "b"))
+    model = task_type_of(config).build_model(SimpleNamespace(classes=("a", "b"), category_ids=(1, 2)))
     assert isinstance(model, vpt.Detector) == (config.task == "detection")
     assert vpt.count_parameters(model).tuned > 0
 

@@ -143,7 +143,7 @@ def test_what_cannot_be_pruned_is_refused(images):
             keep_tokens(prompt, torch.rand(2, 4), keep)
     with pytest.raises(ValueError, match=r"scores of shape \(2, 3\) do not fit VisualPrompt"):
         keep_tokens(prompt, torch.rand(2, 3), 1)
-    with pytest.raises(ValueError, match="no pictures to score"):
+    with pytest.raises(ValueError, match="no images"):
         token_importance(make(), [], losses)
     with pytest.raises(ValueError, match="no prompt whose tokens"):
         token_importance(build_model(make_tiny_vit(), num_classes=3, prompt=None), [], losses)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,13 +14,14 @@ from torch import nn
 from typing_extensions import TypedDict
 
 import vpt
-from tests.helpers import make_tiny_vit
-from vpt.compare.__main__ import compare, read_options
+from tests.helpers import exit_code_of, make_tiny_vit
+from vpt.compare import __main__ as compare
 from vpt.config.composition import compose_config
 from vpt.config.errors import ConfigError
 from vpt.config.validation import to_config
 from vpt.data.samples import FileReader, SampleDataset, Samples
 from vpt.data.transforms.images import EvalTransform, TrainTransform
+from vpt.doctor import __main__ as doctor
 from vpt.evaluate.__main__ import EvaluateOptions, evaluate_run
 from vpt.models.task_model import TaskModel, register_model
 from vpt.models.task_schema import TaskMetadata
@@ -27,9 +29,12 @@ from vpt.predict.__main__ import PredictOptions, predict_run
 from vpt.storage.files import write_json
 from vpt.task_types.base import TaskType, register_task_type, task_type_of
 from vpt.task_types.writer import PredictionWriter
+from vpt.tasks import __main__ as tasks
+from vpt.train import __main__ as train
 from vpt.train.training import run
 
 CLOSE = 0.1
+RECIPE = ["run.name=gray", "prompt.num_tokens=2", "train.epochs=12", "train.batch_size=8", "optim.head_lr=0.02"]
 CONFIG = """# @package dataset
 reader: gray
 task: brightness
@@ -127,7 +132,7 @@ class Answer(TypedDict):
 class Brightness(TaskType):
     name = "brightness"
     main_metric = "close"
-    overfit_goal = 1.0
+    overfit_goal = 0.75
     readers = ("gray",)
     dataset = GrayDataset
     writer = JSONWriter
@@ -136,8 +141,6 @@ class Brightness(TaskType):
     usage = "print({repo_id}, {backbone})"
 
     def read_all(self):
-        from pathlib import Path
-
         paths = sorted(Path(self.config.dataset.root).glob("*.png"))
         parts = {"train": paths[::2], "val": paths[1::4], "test": paths[3::4]}
         return {
@@ -178,14 +181,13 @@ def folder(tmp_path_factory):
 
 
 def config_of(folder, *overrides):
-    words = ["dataset=gray", f"dataset.root={folder}/images", "backbone=nano", f"run.root={folder}/runs"]
+    words = ["dataset=gray", f"dataset.root={folder}/images", "backbone=vit_nano", f"run.root={folder}/runs"]
     return to_config(compose_config([*words, "num_workers=0", *overrides], folder / "conf"))
 
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    overrides = ["run.name=gray", "prompt.num_tokens=2", "train.epochs=12", "train.batch_size=8", "optim.head_lr=0.02"]
-    return run(config_of(folder, *overrides))
+    return run(config_of(folder, *RECIPE))
 
 
 def test_a_third_type_of_task_is_trained_resumed_and_evaluated(folder, trained, capsys):
@@ -193,8 +195,7 @@ def test_a_third_type_of_task_is_trained_resumed_and_evaluated(folder, trained, 
     assert result["val"]["close"] > 0.7
     assert result["test"].keys() == {"loss", "close"}
     (trained / "result.json").unlink()  # as if the process had been killed at the end
-    words = [word for word in ("run.name=gray", "prompt.num_tokens=2", "train.epochs=12", "train.batch_size=8")]
-    run(config_of(folder, *words, "optim.head_lr=0.02"))
+    run(config_of(folder, *RECIPE))
     assert json.loads((trained / "result.json").read_text())["metrics"] == result
     assert evaluate_run(EvaluateOptions(str(trained), "test")) == pytest.approx(result["test"], rel=1e-4)
     assert "close" in capsys.readouterr().out
@@ -222,13 +223,23 @@ def test_its_task_file_predicts_and_shares_a_bank_with_other_types(folder, train
         torch.testing.assert_close(torch.stack(mixed[1::2]), other.eval()(images)[1::2])
 
 
-def test_its_methods_are_compared(folder, monkeypatch):
+def words_of(folder):
+    words = ["--config-dir", f"{folder}/conf", "dataset=gray", f"dataset.root={folder}/images", "backbone=vit_nano"]
+    return [*words, "train.epochs=1", "train.batch_size=8", "num_workers=0"]
+
+
+def test_the_command_lines_accept_it_from_a_config_folder_of_the_user(folder, monkeypatch, capsys, trained):
     monkeypatch.chdir(folder)
-    words = ["methods=[deep,linear]", "dataset=folder", "dataset.task=brightness", "dataset.reader=gray"]
-    words += [f"dataset.root={folder}/images", "backbone=nano", "train.epochs=1", "train.batch_size=8", "num_workers=0"]
-    comparison = compare(read_options([*words, "output=compared"]))
-    assert comparison is not None
-    assert "close" in (folder / "compared" / "comparison.md").read_text()
+    words = words_of(folder)
+    assert exit_code_of(train, monkeypatch, *words, "mode=overfit", "optim.head_lr=0.005", "tuning=linear") == 0
+    assert "learned 8 images" in capsys.readouterr().out
+    assert exit_code_of(doctor, monkeypatch, *words, "json=found.json") == 0
+    assert json.loads((folder / "found.json").read_text())["task"] == "brightness"
+    assert exit_code_of(tasks, monkeypatch, "list", str(trained)) == 0
+    assert "brightness" in capsys.readouterr().out
+    assert exit_code_of(compare, monkeypatch, *words, "methods=[prompt_deep,linear]", "seeds=1", "output=compared") == 0
+    assert "close" in (folder / "compared" / "table.csv").read_text()
+    assert (folder / "compared" / "report.html").is_file()
 
 
 def test_an_unknown_type_or_reader_is_refused_with_the_known_ones(folder):

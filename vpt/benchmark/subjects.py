@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from vpt.engine import measure as measuring
 from vpt.engine.console import Progress
+from vpt.models.backbone import PromptedViT
 from vpt.models.create import create_model
-from vpt.models.task_model import TunedPart
+from vpt.models.task_model import TaskModel, TunedPart
 from vpt.models.vit import load_vit, preprocessing_of
 
 if TYPE_CHECKING:
@@ -59,10 +60,10 @@ def build_subjects(options: "BenchmarkOptions", device: torch.device, log: Log) 
         if name in ("bare", "full", "lora"):
             yield from _build_plain(name, vit, images, options, log)
         elif name in ("linear", "last_concat", "last_cached"):
-            yield _build_prompted(name, None if name == "linear" else LAST_NUM_TOKENS, vit, images, options)
+            yield _build_prompted(name, None if name == "linear" else LAST_NUM_TOKENS, vit, images, options.num_classes)
         else:
             for num_tokens in options.all_num_tokens:
-                yield _build_prompted(name, num_tokens, vit, images, options)
+                yield _build_prompted(name, num_tokens, vit, images, options.num_classes)
 
 
 def _build_plain(name: str, vit: Any, images: Tensor, options: "BenchmarkOptions", log: Log) -> Iterator[Subject]:
@@ -78,23 +79,19 @@ def _build_plain(name: str, vit: Any, images: Tensor, options: "BenchmarkOptions
         yield Subject(name, None, inferring, nn.Sequential(held, head), images)
 
 
-def _build_prompted(
-    name: str, num_tokens: int | None, vit: Any, images: Tensor, options: "BenchmarkOptions"
-) -> Subject:
+def _build_prompted(name: str, num_tokens: int | None, vit: Any, images: Tensor, num_classes: int) -> Subject:
     """A model of vpt on the shared ViT."""
     variant, _, impl = name.partition("_")
-    prompt: dict[str, Any] = {
-        "prompt": variant,
-        "num_tokens": num_tokens,
-        "impl": "concat" if impl == "concat" else "auto",
-    }
-    if variant == "linear":
-        prompt = {"prompt": None}
-    elif variant == "last":
-        prompt |= {"prompt": "deep", "blocks": f"last:{max(1, len(vit.blocks) // 4)}"}
-    # With a head of zeros all gradients would be zero, which a GPU multiplies faster than others.
-    keys: dict[str, Any] = {"num_classes": options.num_classes, "head_init": "paper", **prompt}
-    inferring, training = (create_model(vit, **keys).to(images.device) for _ in range(2))
+    options = {"blocks": f"last:{max(1, len(vit.blocks) // 4)}"} if variant == "last" else {}
+
+    def build() -> TaskModel:
+        prompt = {"linear": None, "last": "deep"}.get(variant, variant)
+        implementation = "concat" if impl == "concat" else "auto"
+        backbone = PromptedViT(vit, prompt, num_tokens=num_tokens or 1, impl=implementation, **options)
+        # With a head of zeros all gradients would be zero, which a GPU multiplies faster than others.
+        return create_model(backbone, num_classes=num_classes, head_init="paper").to(images.device)
+
+    inferring, training = build(), build()
     # In inference torch cannot count FLOPs where a view of a tuned parameter enters a module, so nothing is tuned.
     inferring.requires_grad_(False).eval()
     training.train()
@@ -146,7 +143,7 @@ def _count(subject: Subject, options: "BenchmarkOptions", device: torch.device) 
     """Count FLOPs and memory; yields the name of each pass and the function to time, warmed up."""
 
     def fast(model: nn.Module) -> Any:
-        return torch.compile(model) if options.compile == "true" else model
+        return torch.compile(model) if options.compile else model
 
     if subject.inferring is not None:
         measuring.inference(

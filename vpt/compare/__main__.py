@@ -147,7 +147,7 @@ def compare(options: Request, stop: StopSignal | None = None) -> "Comparison":
 
 def _trainer(log: Path, stop: StopSignal) -> "Train":
     """Train as `python -m vpt.train`, with the output of runs in a file."""
-    from vpt.train.__main__ import run
+    from vpt.train.training import run
 
     def train(config: Config, shown: Config) -> None:
         with log.open("a") as file, redirect_stdout(file):

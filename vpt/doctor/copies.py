@@ -1,6 +1,6 @@
 """Duplicate images within a split, across splits, and under different labels."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,6 @@ import numpy as np
 
 from vpt.doctor.scan import SplitScan
 from vpt.task_types.findings import File, Finding, Level
-
-LabelText = Callable[[Any, int], str]  # (samples, index)
 
 
 @dataclass(frozen=True)
@@ -26,15 +24,13 @@ class _Member:
         return File(self.name, self.split, detail or how, same_as=other.name)
 
 
-def find_copies(
-    splits: Mapping[str, Any], scans: Mapping[str, SplitScan], label_text: LabelText | None
-) -> Iterator[Finding]:
+def find_copies(splits: Mapping[str, Any], scans: Mapping[str, SplitScan], *, has_labels: bool) -> Iterator[Finding]:
     """Images with equal pixels, as findings `leakage`, `duplicates` and `contradiction`.
 
     Args:
         splits: Samples by split.
         scans: Of each split.
-        label_text: The label of an image, to be compared; None where labels are not known.
+        has_labels: Whether the samples have labels to compare.
     """
     leaks: dict[str, list[File]] = {split: [] for split in splits}
     twins: dict[str, list[File]] = {split: [] for split in splits}
@@ -47,8 +43,8 @@ def find_copies(
             elif first_of_split:
                 leaks[member.split].append(member.duplicates(group[0]))
             first_of_split.setdefault(member.split, member)
-        if label_text is not None:
-            first, *others = [f"labelled {label_text(splits[one.split], one.index)}" for one in group]
+        if has_labels:
+            first, *others = [f"labelled {splits[one.split].label_text(one.index)}" for one in group]
             if any(label != first for label in others):
                 contradictions.append(File(group[0].name, group[0].split, first))
                 contradictions += [

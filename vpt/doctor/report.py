@@ -131,7 +131,7 @@ def check(config: Config, command: str) -> DoctorReport:
     task_type.report = reading.report
     scans = scan_images(config, reading.splits)
     splits = reading.splits.items()
-    counts = {split: task_type.class_counts(samples) for split, samples in splits} if reading.has_labels else {}
+    counts = {split: samples.class_counts() for split, samples in splits} if reading.has_labels else {}
     found = _find(config, task_type, reading, scans, counts, expected)
     findings = sorted(found, key=lambda finding: list(Level).index(finding.level))
     used = {split: len(samples) - len(scans[split].errors) for split, samples in splits}
@@ -197,7 +197,7 @@ def _find(
         note = "" if reading.has_labels else "; the images were checked without their labels"
         yield Finding(Level.error, "refused", reading.refusal + note)
     yield from find_unreadable(config, splits, scans, reading.report.left_out)
-    yield from find_copies(splits, scans, task_type.label_text if reading.has_labels else None)
+    yield from find_copies(splits, scans, has_labels=reading.has_labels)
     if counts:
         yield from find_class_problems(task_type, next(iter(splits.values())).classes, counts)
     readable = {split: scans[split].readable for split in counts}

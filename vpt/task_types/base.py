@@ -6,7 +6,7 @@ Commands ask a task type for what they need and never which type it is. A new ty
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from vpt.build import Data, build_loaders, build_model, build_preprocessing
 from vpt.config.errors import ConfigError, did_you_mean
-from vpt.config.schema import Config
+from vpt.config.schema import Config, DatasetConfig
 from vpt.data.images import Decoding
 from vpt.data.readers.box_checks import DataReport
 from vpt.data.readers.folder import fruit_root
@@ -31,6 +31,8 @@ from vpt.models.task_schema import TaskMetadata
 from vpt.task_types.findings import Finding
 from vpt.task_types.unreadable import LeftOut, describe_left_out, leave_out_unreadable
 from vpt.task_types.writer import PredictionWriter
+
+DATASET_KEYS = {entry.name: f"dataset.{entry.name}" for entry in fields(DatasetConfig)}  # for `config_keys`
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from vpt.build import Data, spread
+from vpt.config.errors import config_keys
 from vpt.config.schema import ClassWeights, OnError
 from vpt.config.validation import required
 from vpt.data.readers.folder import fruit_root, read_folder
@@ -30,7 +31,7 @@ from vpt.models.task_schema import TaskMetadata
 from vpt.plots.grid import RIGHT, WRONG, image_grid
 from vpt.plots.metrics import confusion_matrix
 from vpt.storage.archives import unpacked
-from vpt.task_types.base import AnswerLimits, TaskType, register_task_type
+from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, register_task_type
 from vpt.task_types.class_writer import ClassWriter
 from vpt.task_types.findings import Finding, Level, some
 from vpt.task_types.unreadable import leave_out_unreadable
@@ -133,6 +134,7 @@ class Classification(TaskType):
             samples["train"] = take_per_class(samples["train"], dataset.num_per_class, dataset.split_seed)
         return samples
 
+    @config_keys(**DATASET_KEYS)
     def read_all(self) -> dict[str, ClassificationSamples]:
         """Samples by split; no image is opened."""
         config = self.config.dataset

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from vpt.build import Data, build_preprocessing, spread
+from vpt.config.errors import config_keys
 from vpt.config.schema import Config
 from vpt.config.validation import required
 from vpt.data.readers.boxes import read_detection, trees_root
@@ -32,7 +33,7 @@ from vpt.plots.grid import image_grid
 from vpt.plots.metrics import confusion_matrix, precision_recall_curves
 from vpt.predictions.boxes import to_original
 from vpt.storage.archives import unpacked
-from vpt.task_types.base import AnswerLimits, TaskType, register_task_type
+from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, register_task_type
 from vpt.task_types.box_findings import FullReport, find_box_problems, find_small_boxes
 from vpt.task_types.box_writer import MIN_SCORE, BoxWriter
 from vpt.task_types.findings import Finding, Level
@@ -169,6 +170,7 @@ class Detection(TaskType):
             raise ValueError("val has no box, so no epoch could be selected; add boxes, or remove val to split it off")
         return samples
 
+    @config_keys(**DATASET_KEYS)
     def read_all(self) -> dict[str, DetectionSamples]:
         """Samples by split, from boxes and the headers of images."""
         config = self.config.dataset
