@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import vpt.predict.writers
 from pyarrow import parquet
 
 import vpt
@@ -105,7 +104,7 @@ def command(monkeypatch, *arguments):
 
 def stop_in_batch(monkeypatch, number):
     """Ctrl-C in the batch of this number, counted from 1; return what puts everything back."""
-    real, calls = vpt.predict.writers.run_model, []
+    real, calls = vpt.predict.open_tasks.run_model, []
 
     def stopped(*args):
         calls.append(args)
@@ -113,8 +112,8 @@ def stop_in_batch(monkeypatch, number):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(vpt.predict.writers, "run_model", stopped)
-    return lambda: monkeypatch.setattr(vpt.predict.writers, "run_model", real)
+    monkeypatch.setattr(vpt.predict.open_tasks, "run_model", stopped)
+    return lambda: monkeypatch.setattr(vpt.predict.open_tasks, "run_model", real)
 
 
 @pytest.mark.parametrize("name", ["deep", "other"])
@@ -213,7 +212,7 @@ def test_a_pattern_chooses_pictures_and_names_start_from_its_folder(tasks, album
     ],
 )
 def test_tasks_that_do_not_go_together_are_refused_before_the_work(tasks, album, monkeypatch, names, more, message):
-    monkeypatch.setattr(vpt.predict.writers, "run_model", None)
+    monkeypatch.setattr(vpt.predict.open_tasks, "run_model", None)
     if "given" in more:
         shutil.copy("album/00.png", more["given"])
     with pytest.raises(ConfigError, match=message):
@@ -445,7 +444,7 @@ def test_a_stop_while_the_output_is_written_loses_nothing(tasks, album, monkeypa
     more = {"min_score": 0.0}
     Path("whole").mkdir()
     predict(files(tasks, "boxes"), f"whole/{output}", **more)
-    real, written = vpt.predict.writers.write_bytes, []
+    real, written = vpt.task_types.box_writer.write_bytes, []
 
     def stopped(path, data):
         written.append(path)
@@ -453,10 +452,10 @@ def test_a_stop_while_the_output_is_written_loses_nothing(tasks, album, monkeypa
             raise KeyboardInterrupt
         real(path, data)
 
-    monkeypatch.setattr(vpt.predict.writers, "write_bytes", stopped)
+    monkeypatch.setattr(vpt.task_types.box_writer, "write_bytes", stopped)
     with pytest.raises(KeyboardInterrupt):
         predict(files(tasks, "boxes"), output, **more)
-    monkeypatch.setattr(vpt.predict.writers, "write_bytes", real)
+    monkeypatch.setattr(vpt.task_types.box_writer, "write_bytes", real)
     decoded.clear()
     predict(files(tasks, "boxes"), output, **more)
     assert decoded == []
@@ -474,13 +473,13 @@ def test_a_folder_of_broken_pictures_leaves_no_journal(tasks, album, monkeypatch
 
 
 def test_pictures_are_decoded_a_batch_ahead_and_no_more(tasks, album, monkeypatch, decoded):
-    ahead, real = [], vpt.predict.writers.run_model
+    ahead, real = [], vpt.predict.open_tasks.run_model
 
     def spy(opened, batch):
         ahead.append(len(decoded) - 3 * len(ahead))
         return real(opened, batch)
 
-    monkeypatch.setattr(vpt.predict.writers, "run_model", spy)
+    monkeypatch.setattr(vpt.predict.open_tasks, "run_model", spy)
     predict(files(tasks, "deep"), "f.csv")
     assert len(ahead) == 4
     assert max(ahead) <= 6
@@ -489,13 +488,13 @@ def test_pictures_are_decoded_a_batch_ahead_and_no_more(tasks, album, monkeypatc
 KILL = """
 import os, signal, sys
 import vpt.predict, vpt.predictions
-real, calls = vpt.predict.writers.run_model, []
+real, calls = vpt.predict.open_tasks.run_model, []
 def killed(*args):
     calls.append(args)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
-vpt.predict.writers.run_model = killed
+vpt.predict.open_tasks.run_model = killed
 vpt.predict.__main__.main()
 """
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import vpt.predict.writers
 from PIL import Image
-from vpt.predict.writers import BoxPredictions
+from vpt.predict.open_tasks import BoxPredictions
 
 import vpt.engine.trainer
 import vpt.evaluate.__main__ as evaluate_command
@@ -169,7 +168,7 @@ def test_both_kinds_write_the_path_as_it_was_typed_and_coco_the_name_in_the_fold
     ],
 )
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(box_run, album, monkeypatch, more, message):
-    monkeypatch.setattr(vpt.predict.writers, "run_model", None)
+    monkeypatch.setattr(vpt.predict.open_tasks, "run_model", None)
     Path("there.csv").mkdir()
     Path("plain").write_text("")
     before = content(album.parent)
@@ -180,7 +179,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(box_run, al
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to")
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(class_run, photos, monkeypatch):
-    monkeypatch.setattr(vpt.predict.writers, "run_model", None)
+    monkeypatch.setattr(vpt.predict.open_tasks, "run_model", None)
     with pytest.raises(ConfigError, match=r"output=/proc/new/f\.csv: cannot write to /proc \("):
         predict(class_run, photos / "test", "/proc/new/f.csv")
 
@@ -208,7 +207,7 @@ def test_evaluate_refuses_an_output_before_the_work(class_run, tmp_path, monkeyp
 
 
 def test_ctrl_c_in_predict_is_one_line_and_what_was_drawn_stays(box_run, album, monkeypatch, capsys):
-    real, calls = vpt.predict.writers.run_model, []
+    real, calls = vpt.predict.open_tasks.run_model, []
 
     def stopped_in_the_second_batch(*args, **kwargs):
         calls.append(args)
@@ -216,7 +215,7 @@ def test_ctrl_c_in_predict_is_one_line_and_what_was_drawn_stays(box_run, album, 
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(vpt.predict.writers, "run_model", stopped_in_the_second_batch)
+    monkeypatch.setattr(vpt.predict.open_tasks, "run_model", stopped_in_the_second_batch)
     options = [f"run={box_run}", "input=album", "output=f.csv", "drawings=drawn", "batch_size=2", "device=cpu"]
     assert command(monkeypatch, predict_command, *options) == INTERRUPTED == 130
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("predict: ")]
