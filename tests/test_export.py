@@ -116,7 +116,7 @@ def test_onnx_files_pass_the_check_and_replace_older_ones(tmp_path, tasks, monke
         (["task=pets", "output=a.onnx", "input=nowhere"], "nowhere: no such file or folder"),
         (["task=pets", "output=a.onnx", "input=empty"], "input=empty: contains no images"),
         (["task=pets", "output=a.onnx", "input=empty/text.txt"], "text.txt: not an image"),
-        (["task=pets", "output=a.onnx", "backbone=vit_nano"], "backbone=vit_nano is not a model"),
+        (["task=pets", "output=a.onnx", "backbone=vit_nano"], "backbone=vit_nano: not a timm model"),
         (["task=pets", "output=a.onnx", "checkpoint=none.pth"], "checkpoint=none.pth: no such file"),
         (["task=pets", "output=empty/text.txt/a.onnx"], "cannot write|Not a directory"),
     ],

@@ -96,7 +96,7 @@ def test_the_prompt_of_an_exported_model_is_fixed(images):
 def test_an_exported_detector_returns_all_boxes_and_scores(prompt):
     model = make_detector(prompt=prompt, channels=32).eval()
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
-    boxes, scores = make_program(model)(images)
+    boxes, scores = ExportedModel(model)(images)
     logits, raw = model.head(model.levels(images))
     torch.testing.assert_close(scores, logits.sigmoid())
     torch.testing.assert_close(boxes, raw.clamp(0, 64), rtol=0, atol=1e-4)
@@ -148,15 +148,15 @@ def test_an_onnx_file_is_small_and_has_metadata_but_no_paths(tmp_path, images):
     content = path.read_bytes()
     for place in (Path(__file__).parents[1], sys.prefix):
         assert str(place).encode() not in content
-    metadata_of_file = json.loads(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["vpt"])
-    assert (metadata_of_file["kind"], metadata_of_file["licence"], metadata_of_file["num_classes"]) == (
+    content = json.loads(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["vpt"])
+    assert (content["kind"], content["licence"], content["num_classes"]) == (
         "classification",
         "CC0-1.0",
         4,
     )
-    assert metadata_of_file["preprocessing"] == metadata.preprocessing
-    assert (metadata_of_file["inputs"], metadata_of_file["outputs"]) == (["images"], ["logits"])
-    assert not {"config", "prompt"} & set(metadata_of_file)
+    assert content["preprocessing"] == metadata.preprocessing
+    assert (content["inputs"], content["outputs"]) == (["images"], ["logits"])
+    assert not {"config", "prompt"} & set(content)
 
 
 @pytest.mark.slow

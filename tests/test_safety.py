@@ -197,9 +197,7 @@ def seal(path, text):
 
 
 def change(path, **changes):
-    from dataclasses import asdict
-
-    seal(path, json.dumps({"sha256": UNSEALED, **asdict(open_task(path)[0]), **changes}))
+    seal(path, json.dumps({"sha256": UNSEALED, **vpt.read_task(path).to_json(), **changes}))
 
 
 LURES = ["${oc.env:VPT_CANARY}", "${oc.decode:${oc.env:VPT_CANARY}}", "{{ VPT_CANARY }}", "$VPT_CANARY"]
@@ -257,7 +255,7 @@ def nested(depth, opening="[", closing="]"):
 @pytest.mark.parametrize("depth", [25, 300, 900, 5000, 100_000])
 @pytest.mark.parametrize("braces", [("[", "]"), ('{"a":', "}")])
 def test_deeply_nested_metadata_is_refused(pets, depth, braces):
-    text = json.dumps({"sha256": UNSEALED, **vars(vpt.read_task(pets)), "config": {"a": "HERE"}})
+    text = json.dumps({"sha256": UNSEALED, **vpt.read_task(pets).to_json(), "config": {"a": "HERE"}})
     config = {"a": [[[{"b": {"c": 1}}]]]}
     seal(pets, text.replace('{"a": "HERE"}', json.dumps(config)))
     assert vpt.read_task(pets).config == config
@@ -268,7 +266,7 @@ def test_deeply_nested_metadata_is_refused(pets, depth, braces):
 
 @pytest.mark.slow
 def test_metadata_of_a_million_keys_is_read_in_seconds(pets):
-    text = json.dumps({"sha256": UNSEALED, **vars(vpt.read_task(pets)), "config": {}})
+    text = json.dumps({"sha256": UNSEALED, **vpt.read_task(pets).to_json(), "config": {}})
     keys = ",".join(f'"{key}":0' for key in range(10**6))
     seal(pets, text.replace('"config": {}', f'"config": {{{keys}}}'))
     start = time.perf_counter()
@@ -292,7 +290,7 @@ PROMPT = {"kind": "deep", "num_tokens": 10, "embed_dim": 192, "width": 192, "blo
     ],
 )
 def test_impossible_sizes_are_refused_before_memory_is_allocated(pets, changes):
-    metadata = vars(vpt.read_task(pets))
+    metadata = vpt.read_task(pets).to_json()
     if "preprocessing" in changes:
         changes = {"preprocessing": {**metadata["preprocessing"], **changes["preprocessing"]}}
     seal(pets, json.dumps({"sha256": UNSEALED, **metadata, **changes}))
@@ -305,7 +303,8 @@ def test_impossible_sizes_are_refused_before_memory_is_allocated(pets, changes):
 
 GOOD_CONFIG = """\
 backbone: {name: vit_nano_patch8_64}
-dataset: {kind: fruit, title: fruit}
+dataset: {task: classification, reader: fruit, title: fruit}
+prompt: {variant: deep}
 tuning: {title: deep}
 run: {title: fruit_deep}
 """
@@ -318,13 +317,13 @@ run: {title: fruit_deep}
         ("compile: ${oc.env:VPT_CANARY}", "compile"),
         ("'${oc.env:VPT_CANARY}': 1", "unknown key"),
         ("device: '${oc.env:'", "device"),
-        ("device: !!python/object/apply:os.mkdir [ran]", "line 5: has a tag"),
-        ("device: !!python/name:os.system ''", "line 5: has a tag"),
-        ("device: !mine x", "line 5: has a tag"),
-        ("device: &a cpu\ncache_dir: *a", "line 6: has an alias"),
+        ("device: !!python/object/apply:os.mkdir [ran]", "line 6: has a tag"),
+        ("device: !!python/name:os.system ''", "line 6: has a tag"),
+        ("device: !mine x", "line 6: has a tag"),
+        ("device: &a cpu\ncache_dir: *a", "line 7: has an alias"),
         ("_target_: os.system", "unknown key _target_"),
         ("device: [", "while parsing"),
-        ("device: " + "[" * 20_000, "line 5: has more than 20 levels"),
+        ("device: " + "[" * 20_000, "line 6: has more than 20 levels"),
         ("seed: 1e400", "seed"),
         ("device: {a: b}", "device"),
         ("a" * 1_000_001, "larger than 1,000,000 bytes"),
@@ -354,9 +353,12 @@ def test_an_untrusted_config_is_plain_or_refused(tmp_path, monkeypatch, text, me
 )
 def test_an_expression_in_the_config_of_a_run_stays_text(tmp_path, monkeypatch, text):
     monkeypatch.setenv("VPT_CANARY", "canary-7f3a")
-    values = {"backbone": {"name": NANO}, "device": text, "dataset": {"kind": "fruit", "title": "a", "root": text}}
-    values |= {"tuning": {"title": "deep"}, "run": {"title": "a"}}
-    values["prompt"], values["augment"] = {"blocks": [text, {"a": text}]}, {"transforms": [{"Flip": {"p": text}}]}
+    values = {"backbone": {"name": NANO}, "device": text, "run": {"title": "a"}, "tuning": {"title": "deep"}}
+    values["dataset"] = {"task": "classification", "reader": "fruit", "title": "a", "root": text}
+    values["prompt"], values["augment"] = (
+        {"variant": "deep", "blocks": [text, {"a": text}]},
+        {"transforms": [{"Flip": {"p": text}}]},
+    )
     (tmp_path / "config.yaml").write_text(json.dumps(values))
     config = load_config(tmp_path / "config.yaml")
     assert (config.device, config.dataset.root) == (text, text)
@@ -373,7 +375,7 @@ def test_the_config_of_a_run_can_be_read(tmp_path, photos):
 def test_an_untrusted_run_does_not_read_the_environment(tmp_path, pets, monkeypatch):
     monkeypatch.setenv("VPT_CANARY", "canary-7f3a")
     run = in_run(pets)
-    content = GOOD_CONFIG.replace("kind: fruit", "kind: folder, root: '${oc.env:VPT_CANARY}'")
+    content = GOOD_CONFIG.replace("reader: fruit", "reader: folder, root: '${oc.env:VPT_CANARY}'")
     (run / "config.yaml").write_text(content)
     with pytest.raises(ValueError, match=r"dataset\.root=\$\{oc\.env:VPT_CANARY\} is no folder") as error:
         open_with(evaluate.EvaluateOptions, "", evaluate.evaluate_run)(run=run)

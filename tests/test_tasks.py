@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 
 import vpt
-from tests.helpers import make_tiny_vit
-from vpt.models import adapters, task_schema
+from tests.helpers import build_model, make_tiny_vit
+from vpt.models import adapters, detector, task_schema
 from vpt.models.task_file import open_task, read_task, to_dtype, write_task
 from vpt.models.task_schema import TaskMetadata
 from vpt.models.vit import fingerprint, load_vit
@@ -34,7 +34,7 @@ def make_task(path, prompt="deep", num_classes=3, backbone=NANO, **options):
     keys = ("metrics", "config", "licence", "note", "dtype", "classes")
     saved = {key: options.pop(key) for key in keys if key in options}
     options = {"num_tokens": 2, "prompt": prompt, "num_classes": num_classes, **options}
-    model = vpt.create_model(backbone, **options)
+    model = build_model(backbone, **options)
     for parameter in vpt.tuned_parameters(model).values():
         parameter.data.normal_()
     return vpt.save_task(model, path, **saved)
@@ -371,7 +371,7 @@ def test_the_page_names_every_field_and_every_limit():
     assert {entry.name for entry in fields(TaskMetadata)} <= described.keys()
     assert {f"prompt.{name}" for name in task_schema.PROMPT_RULES} <= described.keys()
     assert {f"adapters.{name}" for name in task_schema.ADAPTERS_RULES} <= described.keys()
-    assert task_schema.PREPROCESSING_RULES.keys() | task_schema.HEAD_RULES.keys() <= described.keys()
+    assert task_schema.PREPROCESSING_RULES.keys() | detector.HEAD_RULES.keys() <= described.keys()
     for name, limit in {
         "num_classes": task_schema.MAX_CLASSES,
         "prompt.num_tokens": task_schema.MAX_TOKENS,
