@@ -355,10 +355,8 @@ def test_an_expression_in_the_config_of_a_run_stays_text(tmp_path, monkeypatch, 
     monkeypatch.setenv("VPT_CANARY", "canary-7f3a")
     values = {"backbone": {"name": NANO}, "device": text, "run": {"title": "a"}, "tuning": {"title": "deep"}}
     values["dataset"] = {"task": "classification", "reader": "fruit", "title": "a", "root": text}
-    values["prompt"], values["augment"] = (
-        {"variant": "deep", "blocks": [text, {"a": text}]},
-        {"transforms": [{"Flip": {"p": text}}]},
-    )
+    values["prompt"] = {"variant": "deep", "blocks": [text, {"a": text}]}
+    values["augment"] = {"transforms": [{"Flip": {"p": text}}]}
     (tmp_path / "config.yaml").write_text(json.dumps(values))
     config = load_config(tmp_path / "config.yaml")
     assert (config.device, config.dataset.root) == (text, text)
