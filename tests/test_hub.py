@@ -643,7 +643,7 @@ def test_the_card_has_what_the_hub_and_its_readers_need(tmp_path):
     }
     for line in (
         "# pets",
-        "| kind | classification of pictures, 3 classes |",
+        "| type | classification, 3 classes |",
         f"| backbone | `{metadata.backbone}`, with the weights of fingerprint `{metadata.fingerprint}` |",
         "| prompt | deep, 4 tokens in blocks 0, 1, 2 |",
         "| head | linear |",
@@ -775,8 +775,8 @@ def snippet_of(hub, name):
 def image(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pixels = torch.randint(0, 256, (90, 120, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    Image.fromarray(pixels.numpy()).save("picture.jpg")
-    return read_image("picture.jpg")
+    Image.fromarray(pixels.numpy()).save("photo.jpg")
+    return read_image("photo.jpg")
 
 
 @pytest.fixture
@@ -811,7 +811,7 @@ def test_the_snippet_works_in_a_new_process_which_finds_hub_and_cache_by_the_env
 def test_the_snippet_of_a_detection_card_works(hub, image, tmp_path, capsys):
     torch.manual_seed(3)
     options = {"task": "detection", "num_classes": 2, "head": "dense", "channels": 16, "num_convs": 1, "num_tokens": 2}
-    model = vpt.create_model("vit_nano_patch8_64", img_size=64, **options).eval()
+    model = vpt.create_model("vit_nano_patch8_64", **options).eval()
     for parameter in model.head.parameters():
         parameter.data.normal_(std=0.1)
     path = vpt.save_task(model, tmp_path / "a.safetensors")

@@ -1,4 +1,4 @@
-"""`python -m vpt.predict` with task files: one backbone, several tasks, and going on after a stop."""
+"""`python -m vpt.predict` with task files: one backbone, several tasks, and resuming after a stop."""
 
 import csv
 import json
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import vpt.predict.writers
 from pyarrow import parquet
 
 import vpt
 import vpt.predict.__main__
 import vpt.predict.inputs
 import vpt.predict.open_tasks
-from tests.helpers import make_album
+import vpt.task_types.box_writer
+from tests.helpers import build_model, make_album
 from vpt.config.command_line import INTERRUPTED
 from vpt.config.errors import ConfigError
 from vpt.data.images import read_image
@@ -47,7 +47,7 @@ def tasks(tmp_path_factory):
             "preprocessing": options.pop("preprocessing", None),
             "classes": [f"{name} {i}" for i in range(num_classes)],
         }
-        model = vpt.create_model(vit, **options)
+        model = build_model(vit, **options)
         for parameter in vpt.tuned_parameters(model).values():
             torch.nn.init.normal_(parameter, std=0.2)
         vpt.save_task(model, folder / f"{name}.safetensors", **more)
@@ -69,7 +69,7 @@ def album(tmp_path, monkeypatch):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The names of the pictures that are decoded."""
+    """The names of the images that are decoded."""
     names = []
 
     def spy(path):
@@ -104,8 +104,8 @@ def command(monkeypatch, *arguments):
 
 
 def stop_in_batch(monkeypatch, number):
-    """Ctrl-C in the batch of this number, counted from 1; return what puts everything back."""
-    real, calls = vpt.predict.writers.run_model, []
+    """Press Ctrl-C in the batch of this number, counted from 1; return a function that restores the model."""
+    real, calls = vpt.predict.open_tasks.run_model, []
 
     def stopped(*args):
         calls.append(args)
@@ -113,12 +113,12 @@ def stop_in_batch(monkeypatch, number):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(vpt.predict.writers, "run_model", stopped)
-    return lambda: monkeypatch.setattr(vpt.predict.writers, "run_model", real)
+    monkeypatch.setattr(vpt.predict.open_tasks, "run_model", stopped)
+    return lambda: monkeypatch.setattr(vpt.predict.open_tasks, "run_model", real)
 
 
 @pytest.mark.parametrize("name", ["deep", "other"])
-def test_one_task_file_gives_what_its_model_says_of_each_picture(tasks, album, name):
+def test_one_task_file_has_the_predictions_of_its_model(tasks, album, name):
     assert predict(files(tasks, name), "f.json", top_k=2) == []
     path = tasks / f"{name}.safetensors"
     model, metadata = vpt.load_task(path, NANO), read_task(path)
@@ -168,7 +168,7 @@ def test_several_detection_tasks_equal_as_many_calls(tasks, album):
 
 
 @pytest.mark.parametrize("names", [("deep",), ("deep", "late"), ("boxes",), ("boxes", "trees")], ids=" ".join)
-def test_parquet_holds_what_csv_holds(tasks, album, names):
+def test_parquet_has_the_content_of_csv(tasks, album, names):
     more = {"min_score": 0.0, "max_detections": 2} if "boxes" in names else {}
     for output in ("f.csv", "f.parquet"):
         predict(files(tasks, *names), output, **more)
@@ -183,7 +183,7 @@ def test_parquet_holds_what_csv_holds(tasks, album, names):
     assert {str(table.schema.field(name).type) for name in table.schema.names if name in ("x1", "score")} <= {"double"}
 
 
-def test_a_pattern_chooses_pictures_and_names_start_from_its_folder(tasks, album):
+def test_a_pattern_selects_images_and_names_start_from_its_folder(tasks, album):
     predict(files(tasks, "late"), "f.csv", given="album/**/*[13579].png")
     assert [row["path"] for row in rows_of("f.csv")] == [f"album/sub/{number:02d}.png" for number in (1, 3, 5, 7, 9)]
     predict(files(tasks, "boxes"), "f.json", given="album/su?", min_score=0.0, max_detections=1)
@@ -196,24 +196,24 @@ def test_a_pattern_chooses_pictures_and_names_start_from_its_folder(tasks, album
         (
             ("deep", "boxes"),
             {},
-            r"task=.*: deep is a task of classification and boxes one of detection; predict them apar",
+            r"task=.*: deep is a classification task and boxes a detection task",
         ),
         (
             ("boxes", "trees"),
             {"output": "f.json"},
-            r"output=f\.json: is for one task; several .* \.csv or \.parquet file",
+            r"output=f\.json: is for one task; .* \.csv or \.parquet",
         ),
         (("boxes", "trees"), {"output": "texts"}, r"output=texts: is for one task"),
         (("boxes", "trees"), {"drawings": "drawn"}, r"drawings=drawn: is for one task"),
-        (("boxes", "trees"), {"classes": "trees 1"}, r"classes=trees 1: is for one task, and task=\S+ names several"),
-        (("deep", "late"), {"min_score": 0.5}, "min_score: is not for a task of classification, as task=.* is one"),
+        (("boxes", "trees"), {"classes": "trees 1"}, r"classes=trees 1: is for one task; task=\S+ names several"),
+        (("deep", "late"), {"min_score": 0.5}, "min_score: is not for a classification task"),
         (("gone",), {}, r"task=\S+/gone\.safetensors: no such file"),
         (("deep", "deep"), {}, r"are both named deep; copy one of them to a file of another name"),
-        (("deep",), {"given": "album/bad\udcff.png"}, "is not UTF-8; rename that picture"),
+        (("deep",), {"given": "album/bad\udcff.png"}, "is not UTF-8; rename that image"),
     ],
 )
 def test_tasks_that_do_not_go_together_are_refused_before_the_work(tasks, album, monkeypatch, names, more, message):
-    monkeypatch.setattr(vpt.predict.writers, "run_model", None)
+    monkeypatch.setattr(vpt.predict.open_tasks, "run_model", None)
     if "given" in more:
         shutil.copy("album/00.png", more["given"])
     with pytest.raises(ConfigError, match=message):
@@ -221,7 +221,7 @@ def test_tasks_that_do_not_go_together_are_refused_before_the_work(tasks, album,
     assert [path.name for path in Path().iterdir()] == ["album"]
 
 
-def test_the_tasks_of_two_runs_are_called_as_the_runs(tasks, album):
+def test_the_tasks_of_two_runs_are_named_as_the_runs(tasks, album):
     for name in ("deep", "late"):
         Path("runs", name).mkdir(parents=True)
         shutil.copy(tasks / f"{name}.safetensors", Path("runs", name, "task.safetensors"))
@@ -233,7 +233,7 @@ def test_a_task_whose_numbers_are_none_is_refused_and_nothing_is_written(tasks, 
     model = vpt.load_task(tasks / "deep.safetensors", NANO)
     torch.nn.init.constant_(model.head.bias, float("nan"))
     path = vpt.save_task(model, tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match="task none gives logits that are not finite numbers; train it again"):
+    with pytest.raises(ValueError, match="task none: its logits are not finite numbers"):
         predict(str(path), "found.csv")
     assert not Path("found.csv").exists()
 
@@ -314,7 +314,7 @@ def content(path):
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_after_ctrl_c_the_same_command_goes_on_and_the_output_is_the_same_to_the_byte(
+def test_after_ctrl_c_the_same_command_resumes_and_the_output_is_the_same_to_the_byte(
     tasks, album, monkeypatch, capsys, decoded, output
 ):
     Path("album/05.png").write_text("<html>")
@@ -325,18 +325,19 @@ def test_after_ctrl_c_the_same_command_goes_on_and_the_output_is_the_same_to_the
     assert command(monkeypatch, *words, f"output=whole/{output}") == 1
     decoded.clear()
 
-    go_on = stop_in_batch(monkeypatch, 4)
+    restore = stop_in_batch(monkeypatch, 4)
     assert command(monkeypatch, *words, f"output={output}") == INTERRUPTED
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"error: interrupted; type the same command again to go on; {output}.partial keeps what is done"
+    assert error.startswith("error: interrupted; type the same command again to resume; ")
+    assert error.endswith(f" {output}.partial")
     assert not Path(output).exists()
-    go_on()
+    restore()
     decoded.clear()
 
     assert command(monkeypatch, *words, f"output={output}") == 1
     out, err = capsys.readouterr()
-    assert f"6 of 12 pictures were done already ({output}.partial)" in out
-    assert "11 pictures predicted" in out
+    assert f"6 of 12 images were already done ({output}.partial)" in out
+    assert "11 images predicted" in out
     assert err.count("skipped: album/05.png: not an image") == 1
     assert len(decoded) == 6
     assert content(Path(output)) == content(Path("whole", output))
@@ -344,11 +345,11 @@ def test_after_ctrl_c_the_same_command_goes_on_and_the_output_is_the_same_to_the
 
 
 def interrupted(tasks, monkeypatch, batch, names=("boxes",), output="f.csv", **more):
-    """Stop in a batch; return the number of pictures whose work is not done."""
-    go_on = stop_in_batch(monkeypatch, batch)
+    """Stop in a batch; return the number of images whose work is not done."""
+    restore = stop_in_batch(monkeypatch, batch)
     with pytest.raises(KeyboardInterrupt):
         predict(files(tasks, *names), output, **more)
-    go_on()
+    restore()
 
 
 def test_what_has_changed_or_come_since_is_predicted_anew_with_its_batch(tasks, album, monkeypatch, decoded):
@@ -397,10 +398,10 @@ def test_another_command_on_the_output_of_one_that_was_stopped_is_refused(
 
 def test_a_task_file_that_was_trained_anew_is_another_command(tasks, album, monkeypatch):
     shutil.copy(tasks / "deep.safetensors", "a.safetensors")
-    go_on = stop_in_batch(monkeypatch, 2)
+    restore = stop_in_batch(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         predict("a.safetensors", "f.csv")
-    go_on()
+    restore()
     shutil.copy(tasks / "late.safetensors", "a.safetensors")
     with pytest.raises(ValueError, match=r"\(task a was [0-9a-f]{64}, now [0-9a-f]{64}\)"):
         predict("a.safetensors", "f.csv")
@@ -430,9 +431,9 @@ def test_text_files_that_came_meanwhile_are_not_overwritten(tasks, album, monkey
     interrupted(tasks, monkeypatch, 3, output="texts", min_score=0.0)
     Path("texts/sub").mkdir(parents=True)
     Path("texts/00.txt").write_text("0 0.5 0.5 0.1 0.1\n")
-    for text in (Path("texts/00.txt"), Path("texts/sub/09.txt")):  # of a picture that is done, and of one that is not
+    for text in (Path("texts/00.txt"), Path("texts/sub/09.txt")):  # of an image that is done, and of one that is not
         text.write_text("0 0.5 0.5 0.1 0.1\n")
-        with pytest.raises(ConfigError, match=rf"output=texts: {text} is there already; name a new folder"):
+        with pytest.raises(ConfigError, match=rf"output=texts: {text} exists already; name a new folder"):
             predict(files(tasks, "boxes"), "texts", min_score=0.0)
         assert text.read_text() == "0 0.5 0.5 0.1 0.1\n"
         text.unlink()
@@ -445,7 +446,7 @@ def test_a_stop_while_the_output_is_written_loses_nothing(tasks, album, monkeypa
     more = {"min_score": 0.0}
     Path("whole").mkdir()
     predict(files(tasks, "boxes"), f"whole/{output}", **more)
-    real, written = vpt.predict.writers.write_bytes, []
+    real, written = vpt.task_types.box_writer.write_bytes, []
 
     def stopped(path, data):
         written.append(path)
@@ -453,10 +454,10 @@ def test_a_stop_while_the_output_is_written_loses_nothing(tasks, album, monkeypa
             raise KeyboardInterrupt
         real(path, data)
 
-    monkeypatch.setattr(vpt.predict.writers, "write_bytes", stopped)
+    monkeypatch.setattr(vpt.task_types.box_writer, "write_bytes", stopped)
     with pytest.raises(KeyboardInterrupt):
         predict(files(tasks, "boxes"), output, **more)
-    monkeypatch.setattr(vpt.predict.writers, "write_bytes", real)
+    monkeypatch.setattr(vpt.task_types.box_writer, "write_bytes", real)
     decoded.clear()
     predict(files(tasks, "boxes"), output, **more)
     assert decoded == []
@@ -464,23 +465,25 @@ def test_a_stop_while_the_output_is_written_loses_nothing(tasks, album, monkeypa
     assert {path.name for path in Path().iterdir()} == {"album", "whole", output}
 
 
-def test_a_folder_of_broken_pictures_leaves_no_journal(tasks, album, monkeypatch, capsys):
+def test_a_folder_of_broken_images_leaves_no_progress_file(tasks, album, monkeypatch, capsys):
     for path in album.rglob("*.png"):
         path.write_text("<html>")
     assert command(monkeypatch, f"task={files(tasks, 'deep')}", "input=album", "output=f.csv") == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error == "error: input=album: none of its pictures can be read (11); nothing was written"
+    out, err = capsys.readouterr()
+    assert "written" not in out
+    assert err.count("skipped: ") == 11
+    assert err.splitlines()[-1] == "error: input=album: none of its images can be read (11); nothing was written"
     assert [path.name for path in Path().iterdir()] == ["album"]
 
 
-def test_pictures_are_decoded_a_batch_ahead_and_no_more(tasks, album, monkeypatch, decoded):
-    ahead, real = [], vpt.predict.writers.run_model
+def test_images_are_decoded_one_batch_ahead(tasks, album, monkeypatch, decoded):
+    ahead, real = [], vpt.predict.open_tasks.run_model
 
     def spy(opened, batch):
         ahead.append(len(decoded) - 3 * len(ahead))
         return real(opened, batch)
 
-    monkeypatch.setattr(vpt.predict.writers, "run_model", spy)
+    monkeypatch.setattr(vpt.predict.open_tasks, "run_model", spy)
     predict(files(tasks, "deep"), "f.csv")
     assert len(ahead) == 4
     assert max(ahead) <= 6
@@ -488,21 +491,21 @@ def test_pictures_are_decoded_a_batch_ahead_and_no_more(tasks, album, monkeypatc
 
 KILL = """
 import os, signal, sys
-import vpt.predict, vpt.predictions
-real, calls = vpt.predict.writers.run_model, []
+import vpt.predict.__main__, vpt.predict.open_tasks
+real, calls = vpt.predict.open_tasks.run_model, []
 def killed(*args):
     calls.append(args)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
-vpt.predict.writers.run_model = killed
+vpt.predict.open_tasks.run_model = killed
 vpt.predict.__main__.main()
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [0, 40])
-def test_after_sigkill_the_same_command_goes_on_even_behind_half_a_line(tasks, album, cut):
+def test_after_sigkill_the_same_command_resumes_even_after_a_cut_line(tasks, album, cut):
     words = [f"task={files(tasks, 'deep', 'late')}", "input=album", "batch_size=3", "device=cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -513,11 +516,11 @@ def test_after_sigkill_the_same_command_goes_on_even_behind_half_a_line(tasks, a
     whole = call("-m", "vpt.predict", *words, "output=whole.csv")
     assert whole.returncode == 0, whole.stderr
     assert call("-c", KILL, *words, "output=f.csv").returncode == -signal.SIGKILL
-    journal = Path("f.csv.partial")
+    progress = Path("f.csv.partial")
     assert not Path("f.csv").exists()
-    os.truncate(journal, journal.stat().st_size - cut)
+    os.truncate(progress, progress.stat().st_size - cut)
     again = call("-m", "vpt.predict", *words, "output=f.csv")
     assert again.returncode == 0, again.stderr
-    assert f"{3 if cut else 6} of 11 pictures were done already (f.csv.partial)" in again.stdout
+    assert f"{3 if cut else 6} of 11 images were already done (f.csv.partial)" in again.stdout
     assert content(Path("f.csv")) == content(Path("whole.csv"))
-    assert not journal.exists()
+    assert not progress.exists()

@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures():
+def images():
     generator = np.random.default_rng(0)
     return [Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in ((40, 90), (70, 50))]
 
@@ -43,35 +43,30 @@ def opened(folder, *names):
     return open_task_files(files, checkpoint=None, device="cpu")
 
 
-def test_tasks_that_want_equal_images_share_a_call(folder, pictures):
+def test_tasks_with_equal_preprocessing_share_a_call(folder, images):
     tasks = opened(folder, "one", "three", "two")
     calls = []
     spied = replace(tasks, infer=lambda *arguments: calls.append(arguments) or tasks.infer(*arguments))
-    results = run_model(spied, [tasks.prepare(picture) for picture in pictures])
+    results = run_model(spied, [tasks.prepare(image) for image in images])
     assert [names for _, names, _ in calls] == [["one", "two"], ["three"]]
     assert {name: logits.shape for name, logits in results.items()} == {"one": (2, 2), "two": (2, 3), "three": (2, 4)}
     for name in ("one", "two", "three"):
         model = vpt.load_task(folder / f"{name}.safetensors", NANO)
-        images = torch.stack([EvalTransform(tasks.preprocessings[name])(picture) for picture in pictures])
+        batch = torch.stack([EvalTransform(tasks.preprocessings[name])(image) for image in images])
         with torch.no_grad():
-            assert torch.allclose(results[name], model(images), atol=1e-5)
+            assert torch.allclose(results[name], model(batch), atol=1e-5)
 
 
-def test_classes_without_names_are_numbers(folder):
-    assert opened(folder, "two", "one").classes == {"two": ["0", "1", "2"], "one": ["0", "1"]}
-    assert opened(folder, "boxes").classes == {"boxes": ["a", "b"]}
-
-
-def test_the_picture_is_kept_only_if_it_is_wanted(folder, pictures):
+def test_an_image_is_kept_only_if_required(folder, images):
     tasks = opened(folder, "one", "three")
-    prepared = tasks.prepare(pictures[0])
-    assert (prepared.picture, prepared.size, len(prepared.images)) == (None, (40, 90), 2)
-    assert tasks.prepare(pictures[0], keeps_picture=True).picture is pictures[0]
+    prepared = tasks.prepare(images[0])
+    assert (prepared.image, prepared.size, len(prepared.inputs)) == (None, (40, 90), 2)
+    assert tasks.prepare(images[0], keeps_image=True).image is images[0]
 
 
-def test_a_selection_is_kept_and_boxes_end_where_the_picture_does(folder, pictures):
+def test_a_selection_is_kept_and_boxes_end_where_the_picture_does(folder, images):
     tasks = opened(folder, "boxes")
-    batch = [tasks.prepare(picture) for picture in pictures]
+    batch = [tasks.prepare(image) for image in images]
     tasks.select("boxes", Selection(min_score=0.0, max_overlap=1.0, max_detections=7))
     found = run_model(tasks, batch)["boxes"]
     for detection, prepared in zip(found, batch, strict=True):
@@ -83,7 +78,7 @@ def test_a_selection_is_kept_and_boxes_end_where_the_picture_does(folder, pictur
 
 
 @pytest.mark.parametrize("data", ["photos", "boxes"])
-def test_a_run_and_its_task_file_say_the_same(tmp_path, request, pictures, data):
+def test_a_run_and_its_task_file_have_the_same_predictions(tmp_path, request, images, data):
     dataset = "folder" if data == "photos" else "boxes"
     small = ["mode=dry", "num_workers=0", "train.batch_size=4", "device=cpu", "augment=none"]
     source = [f"dataset={dataset}", f"dataset.root={request.getfixturevalue(data)}"]
@@ -94,9 +89,9 @@ def test_a_run_and_its_task_file_say_the_same(tmp_path, request, pictures, data)
         open_task_files(str(run_dir / "task.safetensors"), checkpoint=None, device="cpu"),
     ):
         (name,) = tasks.metadata
-        if tasks.kind == "detection":
+        if tasks.task_type == "detection":
             tasks.select(name, Selection(min_score=0.0, max_overlap=1.0, max_detections=5))
-        (result,) = run_model(tasks, [tasks.prepare(picture) for picture in pictures]).values()
-        results.append([one["scores"] for one in result] if tasks.kind == "detection" else list(result))
+        (result,) = run_model(tasks, [tasks.prepare(image) for image in images]).values()
+        results.append([one["scores"] for one in result] if tasks.task_type == "detection" else list(result))
     for one, two in zip(*results, strict=True):
         assert torch.allclose(one, two, atol=1e-5)

@@ -1,22 +1,20 @@
-"""What predict and evaluate refuse before they work, and where what they find goes."""
+"""Writers of predictions: outputs, and refusals of predict and evaluate before the work."""
 
 import csv
 import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import vpt.predict.writers
 from PIL import Image
-from vpt.predict.writers import BoxPredictions
 
 import vpt.engine.trainer
 import vpt.evaluate.__main__ as evaluate_command
-import vpt.predict.__main__ as predict_command
+import vpt.predict.open_tasks
 from tests.helpers import train_with
 from vpt import build
 from vpt.config.command_line import INTERRUPTED, parse_options
@@ -28,6 +26,7 @@ from vpt.evaluate.__main__ import EvaluateOptions, evaluate_run
 from vpt.models.detector import Selection
 from vpt.predict.__main__ import USAGE, PredictOptions, predict_run
 from vpt.predict.open_tasks import open_run
+from vpt.task_types.box_writer import BoxWriter
 
 SMALL = ["mode=dry", "num_workers=0", "augment=none", "train.batch_size=4", "prompt.num_tokens=2", "device=cpu"]
 EVERY_BOX = {"min_score": 0.0, "max_overlap": 1.0}  # the models have learned nothing
@@ -70,7 +69,7 @@ def content(folder):
 
 
 def command(monkeypatch, module, *arguments):
-    """The exit code of a command that is called in this process."""
+    """The exit code of a command, run in this process."""
     monkeypatch.setattr(sys, "argv", ["vpt", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
         module.main()
@@ -83,11 +82,11 @@ def command(monkeypatch, module, *arguments):
         ("album", {"drawings": "album"}, "drawings=album: is the folder of the input; .* drawings=drawn"),
         ("album/b.jpg", {"drawings": "album"}, "drawings=album: is the folder of the input"),
         ("album", {"drawings": "link"}, "drawings=link: is the folder of the input"),
-        ("album", {"drawings": "album/sub"}, "drawings=album/sub: album/sub/b.jpg is one of the pictures of the input"),
+        ("album", {"drawings": "album/sub"}, "drawings=album/sub: album/sub/b.jpg is one of the images of the input"),
         ("album", {"output": "album"}, "output=album: is the folder of the input; .* output=found"),
     ],
 )
-def test_no_picture_of_the_input_is_overwritten(box_run, album, given, more, message):
+def test_no_image_of_the_input_is_overwritten(box_run, album, given, more, message):
     Path("link").symlink_to(album)
     before = content(album.parent)
     with pytest.raises(ConfigError, match=message):
@@ -95,20 +94,20 @@ def test_no_picture_of_the_input_is_overwritten(box_run, album, given, more, mes
     assert content(album.parent) == before
 
 
-def test_no_picture_of_the_input_is_overwritten_from_a_folder_above(box_run, album):
+def test_no_image_of_the_input_is_overwritten_from_a_folder_above(box_run, album):
     predict(box_run, "album/sub", "found.csv", drawings=".")  # draws ./b.jpg
     shutil.copytree(album / "sub", album / "sub" / "sub")
     before = content(album)
-    with pytest.raises(ConfigError, match=r"drawings=album: album/sub/b\.jpg is one of the pictures of the input"):
+    with pytest.raises(ConfigError, match=r"drawings=album: album/sub/b\.jpg is one of the images of the input"):
         predict(box_run, "album/sub", "found.csv", drawings="album")
     assert content(album) == before
 
 
-def test_labels_that_are_there_are_not_overwritten_and_others_are_left_alone(box_run, album):
+def test_existing_labels_are_not_overwritten_and_other_files_stay(box_run, album):
     labels = album.parent / "labels"
     (labels / "sub").mkdir(parents=True)
     (labels / "sub" / "b.txt").write_text("1 0.5 0.5 0.2 0.2\n")
-    with pytest.raises(ConfigError, match=r"output=labels: labels/sub/b\.txt is there already; name a new folder"):
+    with pytest.raises(ConfigError, match=r"output=labels: labels/sub/b\.txt exists already; name a new folder"):
         predict(box_run, "album", "labels", drawings="drawn")
     assert content(album.parent).keys() == {*(f"album/{name}" for name in content(album)), "labels/sub/b.txt"}
     (labels / "sub" / "b.txt").rename(labels / "other.txt")
@@ -117,20 +116,20 @@ def test_labels_that_are_there_are_not_overwritten_and_others_are_left_alone(box
     assert set(content(labels)) == {"other.txt", "a.jpg.txt", "a.png.txt", "b.txt", "sub/b.txt"}
 
 
-def test_what_predict_wrote_itself_is_written_anew(class_run, box_run, album):
+def test_earlier_outputs_of_predict_are_replaced(class_run, box_run, album):
     for _ in range(2):
         predict(class_run, "album", "classes.csv")
         predict(box_run, "album", "found.json", drawings="drawn")
     assert set(content(Path("drawn"))) == {"a.jpg.jpg", "a.png.jpg", "b.jpg", "sub/b.jpg"}
 
 
-def test_drawn_pictures_of_one_name_are_two(box_run, album):
+def test_drawings_of_two_images_of_one_name_are_two(box_run, album):
     predict(box_run, "album", "found.csv", drawings="drawn")
     with Image.open("drawn/a.jpg.jpg") as wide, Image.open("drawn/a.png.jpg") as tall:
         assert (wide.size, tall.size) == ((90, 30), (30, 90))
 
 
-def test_boxes_lie_in_their_pictures_and_have_an_area(box_run, album):
+def test_boxes_are_inside_their_images_and_have_an_area(box_run, album):
     predict(box_run, "album", "found.csv", max_detections=10_000, **EVERY_BOX)
     rows = list(csv.DictReader(Path("found.csv").read_text().splitlines()))
     assert {row["path"] for row in rows} == {f"album/{name}" for name in content(album)}
@@ -142,7 +141,7 @@ def test_boxes_lie_in_their_pictures_and_have_an_area(box_run, album):
         assert 0 <= y1 < y2 <= height
 
 
-def test_both_kinds_write_the_path_as_it_was_typed_and_coco_the_name_in_the_folder(class_run, box_run, album):
+def test_tables_have_the_path_as_typed_and_coco_the_name_in_the_folder(class_run, box_run, album):
     names = ["a.jpg", "a.png", "b.jpg", "sub/b.jpg"]
     for run_dir in (class_run, box_run):
         more = EVERY_BOX | {"max_detections": 1} if run_dir is box_run else {}
@@ -169,7 +168,7 @@ def test_both_kinds_write_the_path_as_it_was_typed_and_coco_the_name_in_the_fold
     ],
 )
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(box_run, album, monkeypatch, more, message):
-    monkeypatch.setattr(vpt.predict.writers, "run_model", None)
+    monkeypatch.setattr(vpt.predict.open_tasks, "run_model", None)
     Path("there.csv").mkdir()
     Path("plain").write_text("")
     before = content(album.parent)
@@ -180,7 +179,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(box_run, al
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to")
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(class_run, photos, monkeypatch):
-    monkeypatch.setattr(vpt.predict.writers, "run_model", None)
+    monkeypatch.setattr(vpt.predict.open_tasks, "run_model", None)
     with pytest.raises(ConfigError, match=r"output=/proc/new/f\.csv: cannot write to /proc \("):
         predict(class_run, photos / "test", "/proc/new/f.csv")
 
@@ -207,25 +206,6 @@ def test_evaluate_refuses_an_output_before_the_work(class_run, tmp_path, monkeyp
         evaluate_run(EvaluateOptions(str(class_run), output=output, device="cpu"))
 
 
-def test_ctrl_c_in_predict_is_one_line_and_what_was_drawn_stays(box_run, album, monkeypatch, capsys):
-    real, calls = vpt.predict.writers.run_model, []
-
-    def stopped_in_the_second_batch(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(vpt.predict.writers, "run_model", stopped_in_the_second_batch)
-    options = [f"run={box_run}", "input=album", "output=f.csv", "drawings=drawn", "batch_size=2", "device=cpu"]
-    assert command(monkeypatch, predict_command, *options) == INTERRUPTED == 130
-    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("predict: ")]
-    assert len(errors) == 1
-    assert errors[0].startswith("error: interrupted; ")
-    assert not Path("f.csv").exists()
-    assert set(content(Path("drawn"))) == {"a.jpg.jpg", "a.png.jpg"}
-
-
 def test_ctrl_c_in_evaluate_is_one_line(class_run, tmp_path, monkeypatch, capsys):
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
@@ -233,7 +213,7 @@ def test_ctrl_c_in_evaluate_is_one_line(class_run, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(vpt.engine.trainer, "evaluate", stopped)
     output = tmp_path / "m.json"
     assert command(monkeypatch, evaluate_command, f"run={class_run}", f"output={output}", "device=cpu") == INTERRUPTED
-    assert capsys.readouterr().err == "error: interrupted before the metrics were known; nothing was written\n"
+    assert capsys.readouterr().err == "error: interrupted before the metrics were computed; nothing was written\n"
     assert not output.exists()
 
 
@@ -245,8 +225,8 @@ def test_predict_computes_in_the_precision_of_the_run(class_run, box_run, album)
         assert "precision: auto" in text
         (copy / "config.yaml").write_text(text.replace("precision: auto", "precision: bf16"))
         trained = build.load_run(copy, device="cpu")
-        picture = read_image(album / "b.jpg")
-        image = EvalTransform(trained.preprocessing)(picture)[None]
+        photo = read_image(album / "b.jpg")
+        image = EvalTransform(trained.preprocessing)(photo)[None]
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             if run_dir is class_run:
                 expected = trained.model(image).float().softmax(dim=1).max()
@@ -268,12 +248,10 @@ def labels_of(box_run, tmp_path):
     """The labels that `classes=TEXT` stands for, where the classes are called as given."""
 
     def labels(names, text):
-        tasks = open_run(box_run, checkpoint=None, device="cpu")
-        selections = {}
-        metadata = {name: replace(of, classes=list(names)) for name, of in tasks.metadata.items()}
-        tasks = replace(tasks, metadata=metadata, select=selections.__setitem__)
-        BoxPredictions(tasks, PredictOptions("a", str(tmp_path / "f.csv"), classes=text), tmp_path, [])
-        return selections[box_run.name].labels
+        (metadata,) = open_run(box_run, checkpoint=None, device="cpu").metadata.values()
+        options = asdict(PredictOptions("a", str(tmp_path / "f.csv"), classes=text))
+        writer = BoxWriter({"a": replace(metadata, classes=list(names))}, "run=a", options, tmp_path, [])
+        return writer.selection["a"].labels
 
     return labels
 
@@ -306,7 +284,7 @@ def test_a_class_with_a_comma_but_without_quotes_is_refused_with_what_to_type(la
         ("unicorn", "no class unicorn; valid: red box, blue box$"),
     ],
 )
-def test_classes_that_are_not_there_are_refused_with_those_that_are(labels_of, text, message):
+def test_unknown_classes_are_refused_with_the_valid_ones(labels_of, text, message):
     with pytest.raises(ConfigError, match=message):
         labels_of(("red box", "blue box"), text)
 
@@ -321,18 +299,6 @@ def test_classes_that_are_not_there_are_refused_with_those_that_are(labels_of, t
 def test_numbers_that_no_selection_takes_are_refused_as_options(word, message):
     with pytest.raises(ConfigError, match=message):
         parse_options(PredictOptions, ["run=a", "input=b", "output=c.csv", word], USAGE)
-
-
-def test_a_folder_without_a_readable_picture_writes_nothing_and_says_so(class_run, tmp_path, monkeypatch, capsys):
-    (tmp_path / "album").mkdir()
-    (tmp_path / "album" / "a.jpg").write_text("<html>")
-    monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, predict_command, f"run={class_run}", "input=album", "output=f.csv", "device=cpu") == 1
-    out, err = capsys.readouterr()
-    assert "written" not in out
-    assert err.splitlines()[-1] == "error: input=album: none of its pictures can be read (1); nothing was written"
-    assert "skipped: " in err
-    assert not Path("f.csv").exists()
 
 
 def changed(boxes, folder, change):
@@ -377,7 +343,7 @@ def test_evaluate_names_the_first_class_that_differs(box_run, boxes, tmp_path, c
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, 4), ({"batch_size": 3}, 3)])
-def test_evaluate_takes_batches_as_large_as_those_of_the_run(box_run, monkeypatch, given, expected):
+def test_evaluate_has_the_batch_size_of_the_run_by_default(box_run, monkeypatch, given, expected):
     real, sizes = vpt.engine.trainer.evaluate, []
 
     def spy(model, loader, *args, **kwargs):

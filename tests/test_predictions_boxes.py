@@ -215,5 +215,5 @@ def test_yolo_files_without_their_scores_are_read_back_as_the_same_boxes(tmp_pat
         assert samples.boxes[i] == pytest.approx(found[i].boxes, abs=1e-3)
         assert samples.labels[i].tolist() == found[i].labels.tolist()
     (tmp_path / "labels" / "0.txt").write_text(to_yolo(found[0]))
-    with pytest.raises(ValueError, match="expected `class cx cy w h`"):
+    with pytest.raises(ValueError, match="must be `class cx cy w h`"):
         read_yolo(tmp_path, val_fraction=0)

@@ -72,7 +72,7 @@ def test_tasks_must_be_task_files_with_distinct_names(folder, tmp_path):
     assert "must be true or false" in refused(f"tasks={folder}", "uploads=yes")
     file = folder / "colours.safetensors"
     assert "requires a folder" in refused(f"tasks={file}", "uploads=true")
-    assert "are both called colours" in refused(f"tasks={file},{file}")
+    assert "are both named colours" in refused(f"tasks={file},{file}")
     assert "tasks=nowhere.safetensors: no such file" in refused(f"tasks={file},nowhere.safetensors")
     assert "tasks=,: names no task file" in refused("tasks=,")
 
@@ -139,7 +139,7 @@ def test_a_folder_without_usable_files_is_refused(folder, tmp_path, capsys):
     assert refused(f"tasks={tmp_path}", "port=0") == f"tasks={tmp_path}: none of its task files can be used"
     shutil.copy(folder / "colours.safetensors", tmp_path)
     message = refused(f"tasks={tmp_path}", "port=0", "backbone=vit_nano_patch9_64")
-    assert "backbone.name=vit_nano_patch9_64 is not a model" in message
+    assert "backbone=vit_nano_patch9_64: not a timm model" in message
     assert "skipped" in capsys.readouterr().err
 
 

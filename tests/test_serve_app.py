@@ -313,7 +313,7 @@ def test_openapi_describes_requests_and_answers(client):
     assert predict["responses"]["422"]["content"]["application/json"]["schema"]["$ref"].endswith("/Problem")
     schemas = paths["components"]["schemas"]
     assert set(schemas["ClassProbability"]["properties"]) == {"class", "probability"}
-    assert set(schemas["FoundBox"]["properties"]) == {"class", "score", "box"}
+    assert set(schemas["DetectedBox"]["properties"]) == {"class", "score", "box"}
     assert set(paths["paths"]["/tasks/{name}"]) == {"get", "put", "delete"}
     assert client.get("/docs").status_code == 200
 

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 import vpt
-from tests.helpers import make_tiny_vit, make_tuned_model, train_steps
+from tests.helpers import build_model, make_tiny_vit, make_tuned_model, train_steps
 from vpt.models.task_file import open_task
 from vpt.tasks.conversion import read_folder
 from vpt.tasks.peft_folder import write_peft_folder
@@ -44,7 +44,7 @@ def test_peft_gives_the_same_logits_as_the_task(method, images, tmp_path):
     ],
 )
 def test_what_peft_cannot_represent_is_refused(options, message, tmp_path):
-    model = vpt.create_model(make_tiny_vit(img_size=64), num_classes=3, **options)
+    model = build_model(make_tiny_vit(img_size=64), num_classes=3, **options)
     task = open_task(vpt.save_task(model, tmp_path / "task.safetensors"))
     with pytest.raises(ValueError, match=f"the task {message}"):
         write_peft_folder(tmp_path / "folder", *task)

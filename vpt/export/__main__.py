@@ -1,4 +1,4 @@
-"""python -m vpt.export task=FILE output=FILE: a task, or a backbone for all tasks, for other runtimes; checked."""
+"""python -m vpt.export task=FILE output=FILE: export of a task, or of a backbone for all tasks, to other runtimes."""
 
 import importlib.util
 import sys
@@ -57,7 +57,7 @@ class ExportOptions:
 
 
 def main() -> None:
-    """Read the options, export, say what was written."""
+    """Read the options, export, print what was written."""
     try:
         export(parse_options(ExportOptions, sys.argv[1:], USAGE))
     except KeyboardInterrupt:
@@ -103,7 +103,7 @@ def export(options: ExportOptions) -> None:
 
 
 def _check_options(options: ExportOptions, output: Path) -> None:
-    """Refuse, before anything is loaded, what cannot be written."""
+    """Refuse an output that cannot be written, before anything is loaded."""
     check_file("output", output, [FORMATS[options.format]])
     missing = [name for name in PACKAGES[options.format] if importlib.util.find_spec(name) is None]
     if missing:
@@ -122,7 +122,7 @@ def _task_files(options: ExportOptions) -> list[Path]:
 
 
 def _check_tasks(options: ExportOptions, paths: Sequence[Path], tasks: Sequence["TaskMetadata"]) -> None:
-    """Refuse what cannot be exported, as far as the task files tell, before the backbone is loaded."""
+    """Refuse tasks that cannot be exported, before the backbone is loaded."""
     from vpt.export.packing import check_shareable
     from vpt.models.task_model import model_named
 

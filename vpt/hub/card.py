@@ -1,6 +1,6 @@
-"""The card of a task on the Hugging Face Hub: what the hub reads of it, and what a person does.
+"""The card of a task on the Hugging Face Hub: metadata for the hub, and text for its readers.
 
-What a file says of itself stands in its card as text and nothing else: neither markdown nor HTML nor YAML.
+Texts from a task file are escaped: they cannot add markdown, HTML or YAML.
 """
 
 import json
@@ -19,11 +19,11 @@ from vpt.task_types.base import task_type_named
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
-MAX_LISTED = 50  # entries of a list that a stranger may have made long
+MAX_LISTED = 50  # entries of a list from an untrusted file
 MAX_RESULTS = 100  # metrics of all splits
 MAX_LABEL = 100  # characters of a name in such a list
 
-METRIC_TYPES = {"top1": "accuracy"}  # what the hub calls our metrics, where it has a name of its own
+METRIC_TYPES = {"top1": "accuracy"}  # our metric -> the hub's, where its name differs
 HUB_LICENCES = """
     afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc-by-2.0
     cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
@@ -34,7 +34,7 @@ HUB_LICENCES = """
 """
 SPDX_TO_HUB = {"lgpllr": "lgpl-lr", "odbl-1.0": "odbl", "odc-by-1.0": "odc-by", "pddl-1.0": "pddl"}
 
-# A character of markdown or HTML -> what stands for the character itself; a pipe would end a cell of a table.
+# A character of markdown or HTML -> its escape; a pipe would end a cell of a table.
 LITERAL = str.maketrans(
     {character: f"\\{character}" for character in string.punctuation if character not in ",;"}
     | {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
@@ -42,7 +42,7 @@ LITERAL = str.maketrans(
 
 
 def model_card(metadata: TaskMetadata, repo_id: str, tensors: Mapping[str, Tensor] | None = None) -> str:
-    """The text of a repository's `README.md`: what the hub reads of a task, and what a person does.
+    """The text of a repository's `README.md`.
 
     Args:
         metadata: Of the task file.
@@ -50,7 +50,7 @@ def model_card(metadata: TaskMetadata, repo_id: str, tensors: Mapping[str, Tenso
         tensors: Of the task file, for its size.
 
     Raises:
-        ValueError: The repository's id cannot be.
+        ValueError: The repository's id is invalid.
     """
     from huggingface_hub import ModelCard
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -60,7 +60,7 @@ def model_card(metadata: TaskMetadata, repo_id: str, tensors: Mapping[str, Tenso
     names = {"repo_id": json.dumps(repo_id), "backbone": json.dumps(metadata.backbone, ensure_ascii=False)}
     sections = [
         f"# {_text(_name(repo_id))}",
-        "A task for `vpt`: what was learned of a vision transformer whose pretrained weights are not in here, as in "
+        "A task for `vpt`: learned parameters for a pretrained vision transformer, without its weights, as in "
         "[Visual Prompt Tuning](https://arxiv.org/abs/2203.12119) (Jia et al., 2022).",
         _table(["", ""], list(_facts(metadata, tensors).items())),
         f"## Use\n\nWith the Python package `vpt`:\n\n```python\n{usage.format(**names)}```",
@@ -78,7 +78,7 @@ def model_card(metadata: TaskMetadata, repo_id: str, tensors: Mapping[str, Tenso
 
 
 def _card_data(metadata: TaskMetadata, repo_id: str) -> "ModelCardData":
-    """What the hub reads of a card."""
+    """The front matter."""
     from huggingface_hub import ModelCardData
 
     results, (licence, licence_name) = _results(metadata), _licence(metadata.licence)
@@ -123,7 +123,7 @@ def _results(metadata: TaskMetadata) -> "list[EvalResult]":
     return [
         EvalResult(
             task_type=task_type_named(metadata.task_type).pipeline_tag,
-            dataset_type="unknown",  # on the hub; the pictures may be anyone's
+            dataset_type="unknown",  # on the hub; the images may be private
             dataset_name=_label(title) if isinstance(title, str) else "unknown",
             dataset_split=_label(split),
             metric_type=METRIC_TYPES.get(name, _label(name)),
@@ -197,12 +197,12 @@ def _numbers(values: list[float]) -> str:
 
 
 def _text(text: str, limit: int = MAX_LABEL) -> str:
-    """A stranger's text as markdown that shows it, and does nothing else."""
+    """Untrusted text, escaped for markdown."""
     return plain(text, limit).translate(LITERAL)
 
 
 def _label(text: str) -> str:
-    """A stranger's name of something for the front matter: words and numbers only."""
+    """An untrusted name for the front matter: words and numbers only."""
     return " ".join(re.sub(r"[^\w.+-]+", " ", plain(text)).split()) or "unknown"
 
 

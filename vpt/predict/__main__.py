@@ -1,4 +1,4 @@
-"""python -m vpt.predict task=FILE input=PATH output=FILE: the classes of pictures, or the boxes in them."""
+"""python -m vpt.predict task=FILE input=PATH output=FILE: classes of images, or boxes in them."""
 
 import itertools
 import sys
@@ -84,9 +84,9 @@ def main() -> None:
     try:
         unreadable = predict_run(options)
     except KeyboardInterrupt:
-        journal = _journal_path(options)
-        go_on = f"interrupted; type the same command again to go on; {journal} keeps what is done"
-        fail(RuntimeError(go_on if journal.exists() else "interrupted before the first batch was done"), INTERRUPTED)
+        progress = _progress_path(options)
+        resume = f"interrupted; type the same command again to resume; finished batches are stored in {progress}"
+        fail(RuntimeError(resume if progress.exists() else "interrupted before the first batch was done"), INTERRUPTED)
     except (ValueError, TypeError, OSError) as error:
         fail(error)
     if unreadable:
@@ -94,43 +94,43 @@ def main() -> None:
 
 
 def predict_run(options: PredictOptions) -> list[str]:
-    """Predict all pictures of the input and write what is found; return a line for each that cannot be read."""
+    """Predict all images of the input and write the predictions; return a line for each that cannot be read."""
     from vpt.predict.progress_file import ProgressFile
 
     inputs = _find(options)
     for path in inputs.paths:
-        if not str(path).isprintable() and any("\ud800" <= letter <= "\udfff" for letter in str(path)):
-            raise ConfigError(f"input={options.input}: the name of {str(path)!r} is not UTF-8; rename that picture")
+        if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+            raise ConfigError(f"input={options.input}: the name of {str(path)!r} is not UTF-8; rename that image")
     tasks = _open(options)
     writer = _writer(options, tasks, inputs)
-    journal = ProgressFile(_journal_path(options), _command(options, tasks))
-    results = _earlier(inputs, writer, journal, options.batch_size)
-    with closing(journal):
-        results |= _predict(inputs, tasks, writer, journal, results, options.batch_size)
+    progress_file = ProgressFile(_progress_path(options), _command(options, tasks))
+    results = _earlier(inputs, writer, progress_file, options.batch_size)
+    with closing(progress_file):
+        results |= _predict(inputs, tasks, writer, progress_file, results, options.batch_size)
     in_order = {path: results[path] for path in inputs.paths}
     found = {path: result for path, result in in_order.items() if not isinstance(result, str)}
     unreadable = [result for result in in_order.values() if isinstance(result, str)]
     if found:
-        print(f"{len(found)} pictures predicted, {writer.write(found)} written")
-    journal.remove()
+        print(f"{len(found)} images predicted, {writer.write(found)} written")
+    progress_file.remove()
     for line in unreadable:
         print(f"skipped: {line}", file=sys.stderr)
     if not found:
-        none = f"none of its pictures can be read ({len(unreadable)}); nothing was written"
+        none = f"none of its images can be read ({len(unreadable)}); nothing was written"
         tell(ConfigError(f"input={options.input}: {none}"))
     return unreadable
 
 
-def _earlier(inputs: "Inputs", writer: "PredictionWriter", journal: "ProgressFile", size: int) -> "Results":
-    """What the journal keeps of batches that are done as a whole, of pictures that have not changed since.
+def _earlier(inputs: "Inputs", writer: "PredictionWriter", progress_file: "ProgressFile", size: int) -> "Results":
+    """Stored results of images that have not changed since, in batches that are complete.
 
-    A batch holds the same pictures whether the command was stopped or not, so that all numbers are the same to the last
-    digit.
+    Incomplete batches are predicted again, so that a batch holds the same images whether the command was stopped or
+    not, and all numbers are the same to the last digit.
     """
     known = {_name(inputs, path): path for path in inputs.paths}
     found: dict[Path, Predictions] = {}
     errors: dict[Path, str] = {}
-    for entry in journal.entries():
+    for entry in progress_file.entries():
         path = known.get(entry.name)
         if path is None or inputs.stamp(path) != entry.stamp:
             continue
@@ -138,12 +138,11 @@ def _earlier(inputs: "Inputs", writer: "PredictionWriter", journal: "ProgressFil
             errors[path] = entry.error
         else:
             found[path] = writer.from_record(path, entry.found)
-    whole = writer.resume(found)
-    kept: Results = {**{path: found[path] for path in whole}, **errors}
-    done = [chunk for chunk in _chunks(inputs, size) if kept.keys() >= set(chunk)]
-    results = {path: kept[path] for path in itertools.chain(*done)}
+    valid: Results = {**{path: found[path] for path in writer.resume(found)}, **errors}
+    done = [chunk for chunk in _chunks(inputs, size) if valid.keys() >= set(chunk)]
+    results = {path: valid[path] for path in itertools.chain(*done)}
     if results:
-        print(f"{len(results)} of {len(inputs.paths)} pictures were done already ({journal.path})")
+        print(f"{len(results)} of {len(inputs.paths)} images were already done ({progress_file.path})")
     return results
 
 
@@ -151,18 +150,18 @@ def _predict(
     inputs: "Inputs",
     tasks: "OpenTasks",
     writer: "PredictionWriter",
-    journal: "ProgressFile",
+    progress_file: "ProgressFile",
     done: "Results",
     size: int,
 ) -> "Results":
-    """What is found in the pictures that are not done yet; the journal gets each batch."""
+    """Results of the images that are not done yet; each batch is added to the progress file."""
     from vpt.engine.console import Progress
     from vpt.predict.open_tasks import run_model
     from vpt.predict.progress_file import Entry
     from vpt.task_types.writer import PredictedImage
 
-    def prepare(picture: "Image") -> "Prepared":
-        return tasks.prepare(picture, keeps_image=writer.needs_images)
+    def prepare(image: "Image") -> "Prepared":
+        return tasks.prepare(image, keeps_image=writer.needs_images)
 
     results: Results = {}
     chunks = [chunk for chunk in _chunks(inputs, size) if not done.keys() >= set(chunk)]
@@ -178,7 +177,7 @@ def _predict(
                 outputs = run_model(tasks, [*good.values()])
                 found = dict(zip(good, writer.predict(images, outputs), strict=True))
             records = {path: writer.to_record(of_image) for path, of_image in found.items()}
-            journal.add(
+            progress_file.add(
                 [Entry(_name(inputs, path), stamps[path], records.get(path), errors.get(path)) for path in chunk]
             )
             results |= {**found, **errors}
@@ -187,7 +186,7 @@ def _predict(
 
 
 def _find(options: PredictOptions) -> "Inputs":
-    """The pictures of the input, or the frames of a video."""
+    """The images of the input, or the frames of a video."""
     from vpt.data.images import EXTENSIONS
     from vpt.predict.inputs import Frames, ImageFiles, is_video
 
@@ -196,10 +195,10 @@ def _find(options: PredictOptions) -> "Inputs":
         return Frames(path, options.every or 1)
     if options.every is not None:
         raise ConfigError(f"every={options.every} is for a video, and input={options.input} is none: leave it out")
-    pictures = ImageFiles(path)
-    if not pictures.paths:
-        raise ConfigError(f"input={options.input}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
-    return pictures
+    images = ImageFiles(path)
+    if not images.paths:
+        raise ConfigError(f"input={options.input}: contains no images ({', '.join(sorted(EXTENSIONS))})")
+    return images
 
 
 def _chunks(inputs: "Inputs", size: int) -> list[Sequence[Path]]:
@@ -207,12 +206,12 @@ def _chunks(inputs: "Inputs", size: int) -> list[Sequence[Path]]:
 
 
 def _name(inputs: "Inputs", path: Path) -> str:
-    """What the journal calls a picture."""
+    """The name of an image in the progress file."""
     return path.relative_to(inputs.root).as_posix()
 
 
 def _open(options: PredictOptions) -> "OpenTasks":
-    """The tasks that are asked for."""
+    """The tasks of the options."""
     from vpt.predict.open_tasks import open_run, open_task_files
 
     if options.task is not None and options.run is not None:
@@ -240,13 +239,12 @@ def _writer(options: PredictOptions, tasks: "OpenTasks", inputs: "Inputs") -> "P
     return made
 
 
-def _journal_path(options: PredictOptions) -> Path:
-    """Beside the output."""
+def _progress_path(options: PredictOptions) -> Path:
     return Path(f"{Path(options.output).expanduser()}.partial")
 
 
 def _command(options: PredictOptions, tasks: "OpenTasks") -> dict[str, Any]:
-    """All that decides what is found, by the names that a person knows."""
+    """All that decides the results, by the names that messages use."""
     from vpt.version import __version__
 
     same = ("every", "top_k", "min_score", "max_overlap", "max_detections", "classes")

@@ -52,6 +52,7 @@ TASK_FILE: dict[str, Any] = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
+STATUSES = {QueueFull: 429, ImageError: 422, ModelError: 500, RequestValidationError: 422, ClientDisconnect: 400}
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -205,27 +206,17 @@ def _digest(html: str, tag: str) -> str:
 def _add_handlers(app: FastAPI) -> None:
     """Every refusal is {"detail": one line}."""
 
-    @app.exception_handler(QueueFull)
-    async def too_many(request: Request, error: QueueFull) -> JSONResponse:
-        return _refusal(429, f"{error}; try again", {"Retry-After": "1"})
+    async def refuse(request: Request, error: Exception) -> JSONResponse:
+        detail, headers = str(error), None
+        if isinstance(error, QueueFull):
+            detail, headers = f"{error}; try again", {"Retry-After": "1"}
+        elif isinstance(error, RequestValidationError):
+            first = error.errors()[0]
+            detail = f"{first['loc'][-1]}: {first['msg']}; see /docs"
+        elif isinstance(error, ClientDisconnect):
+            detail = "the client disconnected"
+        status = next(status for error_type, status in STATUSES.items() if isinstance(error, error_type))
+        return JSONResponse({"detail": detail}, status, headers)
 
-    @app.exception_handler(ImageError)
-    async def unreadable(request: Request, error: ImageError) -> JSONResponse:
-        return _refusal(422, str(error))
-
-    @app.exception_handler(ModelError)
-    async def failed(request: Request, error: ModelError) -> JSONResponse:
-        return _refusal(500, str(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        return _refusal(422, f"{first['loc'][-1]}: {first['msg']}; see /docs")
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
-        return _refusal(400, "the client disconnected")
-
-
-def _refusal(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"detail": detail}, status, headers)
+    for error_type in STATUSES:
+        app.add_exception_handler(error_type, refuse)

@@ -1,6 +1,5 @@
-"""What is exported gives what the model gives: traced or not, in files, alone or mixed."""
+"""Exported models against the models themselves: traced or not, in files, alone or in mixed batches."""
 
-import copy
 import json
 import sys
 from pathlib import Path
@@ -9,23 +8,16 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from vpt.export.programs import (
-    SharedProgram,
-    describe_backbone,
-    describe_task,
-    make_program,
-    open_program,
-    outputs_of,
-    pack_tasks,
-    write_program,
-)
 
 import vpt
 from tests.helpers import TINY_VITS, build_model, make_detector, make_tiny_vit
-from vpt.export import programs
+from vpt.export import files
+from vpt.export.files import describe_backbone, describe_task, open_model, write_model
+from vpt.export.packing import pack_tasks
+from vpt.export.traced import ExportedModel, SharedModel, outputs_of
 
 TOLERANCE = 2e-4  # of logits of some tens, that random weights give
-TASKS = [  # of all forms: prompt, P, classes, and the blocks that it enters
+TASKS = [  # prompt, P, classes, and the blocks that it enters
     ("deep", 4, 5, "all"),
     ("deep", 7, 3, "last:2"),
     ("shallow", 3, 2, "all"),
@@ -36,7 +28,7 @@ TASKS = [  # of all forms: prompt, P, classes, and the blocks that it enters
 
 
 def make_task(vit, prompt, num_tokens=3, num_classes=4, blocks="all"):
-    """A classifier that has learned something: its prompt and its head are large."""
+    """A classifier that has a prompt and a head with large values."""
     generator = torch.Generator().manual_seed(num_tokens)
     model = build_model(vit, prompt=prompt, num_tokens=num_tokens, num_classes=num_classes, blocks=blocks).eval()
     for parameter in [*model.head.parameters(), *([model.backbone.prompt.tokens] if prompt else [])]:
@@ -57,7 +49,7 @@ def mixed(num, seed):
 
 
 def check_mixes(run, models, paths, num_mixes=6):
-    """Random mixes through a shared program, against each image alone through its task's own model."""
+    """Random mixes through a shared model, against each image alone through the model of its task."""
     for seed in range(num_mixes):
         packed, task = mixed(len(models), seed)
         images = torch.randn(len(task), 3, 32, 32, generator=torch.Generator().manual_seed(seed))
@@ -70,55 +62,55 @@ def check_mixes(run, models, paths, num_mixes=6):
             assert (row[len(wanted) :] == -np.inf).all()
 
 
-def untraced(program):
-    """A program as a file would run, but without one."""
+def untraced(model):
+    """A shared model that runs as a file does, but without one."""
 
     def run(inputs):
         with torch.no_grad():
-            return {"logits": program(**{name: torch.from_numpy(array) for name, array in inputs.items()}).numpy()}
+            return {"logits": model(**{name: torch.from_numpy(array) for name, array in inputs.items()}).numpy()}
 
     return run
 
 
-def written(program, path, metadata):
-    write_program(program, path, describe_task(metadata))
-    return open_program(path)
+def written(model, path, metadata):
+    write_model(ExportedModel(model), path, describe_task(metadata))
+    return open_model(path)
 
 
 @pytest.mark.parametrize("task", TASKS[:4], ids=["deep", "deep_last", "shallow", "none"])
-def test_a_program_computes_what_its_model_computes(tiny_vit, images, task):
+def test_an_exported_model_computes_the_logits_of_its_model(tiny_vit, images, task):
     model = make_task(tiny_vit, *task)
-    torch.testing.assert_close(make_program(model)(images), model(images), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ExportedModel(model)(images), (model(images),), rtol=0, atol=1e-5)
 
 
-def test_the_prompt_of_a_program_is_a_constant(images):
+def test_the_prompt_of_an_exported_model_is_fixed(images):
     model = make_task(make_tiny_vit(), "deep")
-    program = make_program(model)
-    before = program(images)
+    exported = ExportedModel(model)
+    (before,) = exported(images)
     model.backbone.prompt.tokens.data.zero_()
-    assert torch.equal(program(images), before)
+    assert torch.equal(exported(images)[0], before)
     assert not torch.allclose(model(images), before)
 
 
 @pytest.mark.parametrize("prompt", ["deep", "kv", "shallow", None])
-def test_a_detection_program_gives_all_boxes_and_scores(prompt):
+def test_an_exported_detector_returns_all_boxes_and_scores(prompt):
     model = make_detector(prompt=prompt, channels=32).eval()
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
-    boxes, scores = make_program(model)(images)
+    boxes, scores = ExportedModel(model)(images)
     logits, raw = model.head(model.levels(images))
     torch.testing.assert_close(scores, logits.sigmoid())
     torch.testing.assert_close(boxes, raw.clamp(0, 64), rtol=0, atol=1e-4)
     assert (boxes.shape, scores.shape) == ((2, 84, 4), (2, 84, 3))
 
 
-def test_a_shared_program_gives_each_image_the_logits_of_its_own_task(tiny_vit, tmp_path):
+def test_a_shared_model_returns_for_each_image_the_logits_of_its_task(tiny_vit, tmp_path):
     models, paths = make_tasks(tiny_vit, tmp_path)
-    check_mixes(untraced(SharedProgram(tiny_vit)), models, paths, num_mixes=20)
+    check_mixes(untraced(SharedModel(tiny_vit)), models, paths, num_mixes=20)
 
 
-def test_what_is_padding_makes_no_difference_at_all(tmp_path):
+def test_padding_does_not_change_the_logits(tmp_path):
     models, paths = make_tasks(make_tiny_vit(), tmp_path)
-    run = untraced(SharedProgram(models[0].backbone.vit))
+    run = untraced(SharedModel(models[0].backbone.vit))
     arrays = pack_tasks(paths, depth=3)
     inputs = {"images": np.ones((6, 3, 32, 32), np.float32), "task": np.arange(6), **arrays}
     before = run(inputs)["logits"]
@@ -133,7 +125,7 @@ def test_what_is_padding_makes_no_difference_at_all(tmp_path):
 def test_a_torch_export_file_runs_at_every_batch_size(tmp_path, images, prompt):
     model = make_task(make_tiny_vit(depth=1), prompt)
     path = vpt.save_task(model, tmp_path / "pets.safetensors", classes=["é", "b", "c", "d"])
-    run = written(make_program(model), tmp_path / "pets.pt2", vpt.read_task(path))
+    run = written(model, tmp_path / "pets.pt2", vpt.read_task(path))
     for size in (1, 2, 4):
         given = images[:size]
         np.testing.assert_allclose(run({"images": given.numpy()})["logits"], model(given).detach(), atol=1e-5)
@@ -142,11 +134,11 @@ def test_a_torch_export_file_runs_at_every_batch_size(tmp_path, images, prompt):
     assert json.loads(extra["vpt.json"])["classes"] == ["é", "b", "c", "d"]
 
 
-def test_an_onnx_file_is_small_tells_what_it_is_and_nothing_of_this_machine(tmp_path, images):
+def test_an_onnx_file_is_small_and_has_metadata_but_no_paths(tmp_path, images):
     model = make_task(make_tiny_vit(depth=1), "deep")
     metadata = vpt.read_task(vpt.save_task(model, tmp_path / "pets.safetensors", licence="CC0-1.0"))
     path = tmp_path / "pets.onnx"
-    run = written(make_program(model), path, metadata)
+    run = written(model, path, metadata)
     for size in (1, 2, 4):
         given = images[:size]
         found = run({"images": given.numpy()})["logits"]
@@ -156,34 +148,38 @@ def test_an_onnx_file_is_small_tells_what_it_is_and_nothing_of_this_machine(tmp_
     content = path.read_bytes()
     for place in (Path(__file__).parents[1], sys.prefix):
         assert str(place).encode() not in content
-    told = json.loads(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["vpt"])
-    assert (told["kind"], told["licence"], told["num_classes"]) == ("classification", "CC0-1.0", 4)
-    assert told["preprocessing"] == metadata.preprocessing
-    assert (told["inputs"], told["outputs"]) == (["images"], ["logits"])
-    assert not {"config", "prompt"} & set(told)
+    content = json.loads(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["vpt"])
+    assert (content["kind"], content["licence"], content["num_classes"]) == (
+        "classification",
+        "CC0-1.0",
+        4,
+    )
+    assert content["preprocessing"] == metadata.preprocessing
+    assert (content["inputs"], content["outputs"]) == (["images"], ["logits"])
+    assert not {"config", "prompt"} & set(content)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "kind"), [(".pt2", "cls"), *((".onnx", kind) for kind in TINY_VITS)])
-def test_files_of_every_form_give_what_the_models_give(tmp_path, images, suffix, kind):
+def test_files_of_every_kind_of_vit_have_the_results_of_the_models(tmp_path, images, suffix, kind):
     models, paths = make_tasks(make_tiny_vit(kind), tmp_path)
     for model, path in list(zip(models, paths, strict=True))[: 4 if kind == "cls" else 1]:
-        run = written(make_program(model), tmp_path / f"alone{suffix}", vpt.read_task(path))
+        run = written(model, tmp_path / f"alone{suffix}", vpt.read_task(path))
         for size in (1, 3):
             found = run({"images": images[:size].numpy()})["logits"]
             np.testing.assert_allclose(found, model(images[:size]).detach(), rtol=0, atol=TOLERANCE)
     shared = tmp_path / f"shared{suffix}"
-    write_program(SharedProgram(models[0].backbone.vit), shared, describe_backbone(vpt.read_task(paths[0])))
-    check_mixes(open_program(shared), models, paths)
+    write_model(SharedModel(models[0].backbone.vit), shared, describe_backbone(vpt.read_task(paths[0])))
+    check_mixes(open_model(shared), models, paths)
     assert shared.stat().st_size < sum(weight.nbytes for weight in models[3].parameters()) + 500_000
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-def test_files_of_a_detector_give_what_the_model_gives(tmp_path, suffix):
+def test_files_of_a_detector_have_the_results_of_the_model(tmp_path, suffix):
     model = make_detector(channels=32).eval()
     metadata = vpt.read_task(vpt.save_task(model, tmp_path / "boxes.safetensors"))
-    run = written(make_program(model), tmp_path / f"boxes{suffix}", metadata)
+    run = written(model, tmp_path / f"boxes{suffix}", metadata)
     for size in (1, 3):
         images = torch.randn(size, 3, 64, 64, generator=torch.Generator().manual_seed(size))
         found, wanted = run({"images": images.numpy()}), outputs_of(model, images)
@@ -192,7 +188,7 @@ def test_files_of_a_detector_give_what_the_model_gives(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_tasks_of_half_the_size_are_packed_as_float32(tmp_path, dtype):
+def test_tasks_in_half_precision_are_packed_as_float32(tmp_path, dtype):
     model = make_task(make_tiny_vit(), "deep")
     path = vpt.save_task(model, tmp_path / "half.safetensors", dtype=dtype)
     packed = pack_tasks([path], depth=3)
@@ -226,15 +222,15 @@ def test_tasks_that_cannot_share_a_backbone_are_refused(tmp_path):
     other.blocks[0].norm1.weight.data += 1
     other = vpt.save_task(make_task(other, "deep"), tmp_path / "other.safetensors")
     for path, message in (
-        (boxes, "boxes.safetensors: a task of kind detection cannot share a backbone; export it alone"),
-        (tuned, "tuned.safetensors: parameters of the backbone were tuned, so it cannot be shared; export it alone"),
-        (other, "other.safetensors: made for the backbone .* with other weights, the first task for "),
+        (boxes, "boxes.safetensors: a task of type detection cannot"),
+        (tuned, "tuned.safetensors: parameters of the backbone were tuned"),
+        (other, "other.safetensors: made for the backbone .* with other weights"),
     ):
         with pytest.raises(ValueError, match=message):
             pack_tasks([first, path], depth=3)
     with pytest.raises(ValueError, match=r"first.safetensors: does not fit a backbone of embed_dim 32 and 2 blocks"):
         pack_tasks([first], depth=2)
-    with pytest.raises(ValueError, match="no tasks to pack"):
+    with pytest.raises(ValueError, match="paths is empty"):
         pack_tasks([], depth=3)
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         pack_tasks([first, tmp_path / "none.safetensors"], depth=3)
@@ -242,44 +238,40 @@ def test_tasks_that_cannot_share_a_backbone_are_refused(tmp_path):
 
 def test_heads_of_torchvision_are_refused():
     with pytest.raises(ValueError, match=r"head=retinanet is torchvision's, .* only head=dense is exported"):
-        make_program(make_detector(head="retinanet"))
+        ExportedModel(make_detector(head="retinanet"))
 
 
 def test_a_backbone_in_half_precision_is_refused():
-    for make in (lambda: SharedProgram(make_tiny_vit().bfloat16()), lambda: make_program(half())):
-        with pytest.raises(ValueError, match=r"is held in torch.bfloat16; programs are float32"):
+    vit = make_tiny_vit().bfloat16()
+    for make in (lambda: SharedModel(vit), lambda: ExportedModel(make_task(vit, "deep"))):
+        with pytest.raises(ValueError, match=r"bfloat16; exported models are float32"):
             make()
-
-
-def half():
-    return make_task(make_tiny_vit().bfloat16(), "deep")
 
 
 def test_a_backbone_whose_attention_cannot_be_masked_is_not_shared():
     vit = make_tiny_vit()
     vit.blocks[1].attn.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="cannot be shared, in block 1 attn has hooks; export each task alone"):
-        SharedProgram(vit)
+    with pytest.raises(ValueError, match="cannot be shared, in block 1 attn has hooks"):
+        SharedModel(vit)
 
 
-def test_what_an_onnx_file_cannot_hold_is_refused_before_the_work(tmp_path, monkeypatch):
+def test_a_model_too_large_for_an_onnx_file_is_refused_before_tracing(tmp_path, monkeypatch):
     model = make_task(make_tiny_vit(), "deep")
-    monkeypatch.setattr(programs, "MAX_ONNX_BYTES", 1000)
+    monkeypatch.setattr(files, "MAX_ONNX_BYTES", 1000)
     with pytest.raises(ValueError, match=r"GB of weights, more than an ONNX file holds; use format=torch_export"):
-        write_program(make_program(model), tmp_path / "pets.onnx", {})
+        write_model(ExportedModel(model), tmp_path / "pets.onnx", {})
     assert not list(tmp_path.iterdir())
 
 
-def test_what_torch_cannot_trace_is_one_line(tmp_path):
-    model = copy.deepcopy(make_task(make_tiny_vit(), "deep"))
-    program = make_program(model)
-    program.head = Undecided()
-    with pytest.raises(ValueError, match=r"^torch cannot export this model: [^\n]+$"):
-        write_program(program, tmp_path / "pets.pt2", {})
-
-
 class Undecided(torch.nn.Module):
-    """A head whose program depends on what it sees."""
+    """A head whose graph depends on its input."""
 
     def forward(self, features):
         return features if features.sum() > 0 else -features
+
+
+def test_the_error_for_a_model_that_torch_cannot_trace_is_one_line(tmp_path):
+    exported = ExportedModel(make_task(make_tiny_vit(), "deep"))
+    exported.model.head = Undecided()
+    with pytest.raises(ValueError, match=r"^torch cannot export this model: [^\n]+$"):
+        write_model(exported, tmp_path / "pets.pt2", {})
