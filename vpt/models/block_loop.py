@@ -3,7 +3,7 @@
 The sequence is `[prefix tokens, prompt tokens, patch tokens]` where prompt tokens are inserted, and
 `[prefix tokens, patch tokens]` where the prompt enters a block as keys and values only. A *prompt source* decides,
 block by block: a live prompt (`backbone.LivePrompt`), the prompts of a mixed batch (`task_batch.TaskBatch`), the fixed
-keys and values of an exported model, the masked tokens of a prompt that is scored. The loop knows none of them.
+keys and values of an exported model, the masked tokens of a prompt that is scored. The loop depends on none of them.
 
 Legend: B batch, H, W pixels, P prompt tokens, N tokens in the sequence, D embed_dim, h heads, d width of a head.
 """
@@ -38,7 +38,7 @@ class BlockInput(NamedTuple):
 
 
 class PromptSource(Protocol):
-    """What the loop asks before each block."""
+    """Source of the prompt of each block."""
 
     @property
     def num_carried(self) -> int:

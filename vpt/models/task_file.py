@@ -28,7 +28,6 @@ from vpt.models.vit import ViT, load_vit, name_of, preprocessing_of
 from vpt.storage.files import read_tensors, write_tensors
 from vpt.version import __version__
 
-Model = TaskModel  # until every importer has the new name
 TASK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
