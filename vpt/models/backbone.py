@@ -37,7 +37,8 @@ PromptImpl = Literal["auto", "concat"]
 class LivePrompt:
     """The prompt of a `PromptedViT` as a source of `block_loop`.
 
-    A deep prompt enters a block as keys and values where `attention.why_not_fast` allows it, and as tokens elsewhere. A shallow prompt is inserted at block 0 and carried.
+    A deep prompt enters a block as keys and values where `attention.why_not_fast` allows it, and as tokens elsewhere.
+    A shallow prompt is inserted at block 0 and carried.
 
     Args:
         vit: The ViT.
@@ -72,6 +73,7 @@ class LivePrompt:
         # A compiled or exported graph cannot tell when a tensor changes, so it computes them in each call.
         if torch.is_grad_enabled() or prompt.draws or torch.compiler.is_compiling():
             return compute()
+        # All tensors that `VisualPrompt.keys_values` reads; a change of any other cannot make the value stale.
         sources = (*prompt.parameters(), *block.norm1.parameters(), *block.attn.parameters())
         return self.cache.get((index, num_read), sources, compute, given=dtype)
 
@@ -103,12 +105,11 @@ class PromptedViT(nn.Module):
         num_tokens: P, prompt tokens in each prompted block.
         blocks: Blocks that a prompt enters: "all", "first:k", "last:k" or a list of indices; a shallow one enters 0.
         dropout: Dropout of prompt tokens, drawn for each sample.
-        init: Initialisation of the tokens, "uniform" or "normal", see `VisualPrompt`; a kv prompt is initialised with the
-            keys and values of such tokens.
+        init: Initialisation of the tokens, "uniform" or "normal", see `VisualPrompt`; a kv prompt is initialised with
+            the keys and values of such tokens.
         form: Parametrization of the tokens, such as `parametrizations.Bilinear(rank=8)`; None learns them directly.
-        impl: "auto" computes a deep prompt as keys and values in every block that `attention.py` supports, with the same
-            result for less work; "concat" always inserts the tokens, as the paper describes it, and is not possible
-            with a kv prompt.
+        impl: "auto" computes a deep prompt as keys and values in every block that `attention.py` supports, with the
+            same result for less work; "concat" always inserts the tokens, as in the paper; not for a kv prompt.
 
     Raises:
         TypeError: `vit` is not a model that can be prompted.
@@ -142,6 +143,7 @@ class PromptedViT(nn.Module):
         if impl not in get_args(PromptImpl):
             raise ValueError(f"impl={impl!r}: must be one of {', '.join(get_args(PromptImpl))}")
         check_supported(vit)
+        # Freezes the caller's object, on purpose: a copy per prompt would need the memory of a backbone each.
         self.vit = vit.requires_grad_(False).eval()
         self.impl: PromptImpl = impl
         is_new = isinstance(prompt, str)
@@ -161,6 +163,7 @@ class PromptedViT(nn.Module):
         self.prompt = prompt
         self.check_prompt()
         if is_new and prompt is not None and prompt.variant == "kv" and not next(prompt.parameters()).is_meta:
+            # Drawn as tokens first: keys and values drawn directly would not have the scale of those of the block.
             like = VisualPrompt(
                 num_tokens, self.embed_dim, blocks=prompt.blocks, patch_size=vit.patch_embed.patch_size, init=init
             )
@@ -215,6 +218,7 @@ class PromptedViT(nn.Module):
         """Set the mode of the prompt; the frozen ViT stays in eval mode."""
         super().train(mode)
         self.vit.eval()
+        # Dropout inside PEFT layers belongs to what trains, so unlike the rest of the ViT they follow the mode.
         for layer in peft_layers(self.vit):
             layer.train(mode)
         self._cache.clear()  # an edit through `.data` or NumPy leaves no other trace
@@ -256,6 +260,7 @@ class PromptedViT(nn.Module):
         images of a size. Without a prompt the result is the features (B, D), and no position.
         """
         self.check_prompt()
+        # A bare pass: neither the prompt nor its dropout can affect what is cached here.
         stop = self.depth if self.prompt is None else self.prompt.blocks[0]
         (tokens,), position = run_images(self.vit, images, [stop])
         return (pool(self.vit, tokens), None) if self.prompt is None else (tokens, position)

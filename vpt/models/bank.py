@@ -162,7 +162,8 @@ class TaskBank:
         images = self._prepare(images, held)
         sizes = _check_sizes(sizes, images)
         if isinstance(tasks, str):
-            return self._run_alone(images, held[tasks], sizes)
+            is_shared = held[tasks] in self._shared(held.values())
+            return self._branch(images, held, sizes)[tasks] if is_shared else held[tasks].model.predict(images, sizes)
         if len(names) != len(images):
             raise ValueError(f"{len(names)} names of tasks for {len(images)} images; give one for each, or one for all")
         rows, shared = [held[name] for name in names], self._shared(held.values())
@@ -223,11 +224,6 @@ class TaskBank:
             features = [own[index] for index in out_indices] or pool(self.vit, tokens, source.num_carried)
             results[name] = task.model.forward_head(features, sizes)
         return results
-
-    def _run_alone(self, images: Tensor, task: LoadedTask, sizes: Sizes) -> Any:
-        """The results of one task for all images: logits (B, K), or B detections."""
-        is_shared = task in self._shared([task])
-        return self._branch(images, {"": task}, sizes)[""] if is_shared else task.model.predict(images, sizes)
 
     def _run_together(self, images: Tensor, rows: Sequence[LoadedTask], sizes: Sizes) -> list[Any]:
         """The result of each image, in one pass."""

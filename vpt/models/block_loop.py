@@ -92,9 +92,11 @@ def run_blocks(
         The tokens (B, N, D) before block `last`, carried prompt tokens among them, or the first `num_read`.
     """
     depth = len(vit.blocks)
+    # `num_read` holds for the last block of the ViT only: every other block needs keys of all tokens.
     for index in range(first, depth if last is None else last):
         arguments = (vit, index, tokens, position, source, num_read if index == depth - 1 else None)
         if vit.grad_checkpointing and torch.is_grad_enabled():
+            # The source enters the prompt inside the checkpoint, so its keys and values are recomputed, not stored.
             tokens = checkpoint(_run_one, *arguments, use_reentrant=False)
         else:
             tokens = _run_one(*arguments)
@@ -137,6 +139,7 @@ def read_features(
     if not out_indices:
         (tokens,), _ = run_images(vit, images, [len(vit.blocks)], source, num_read)
         return pool(vit, tokens, source.num_carried)
+    # A map is that after its block, hence + 1; all tokens are read, also of the last block.
     found, _ = run_images(vit, images, [index + 1 for index in out_indices], source)
     return [feature_map(vit, tokens, grid_size(vit, images), source.num_carried) for tokens in found]
 
@@ -163,6 +166,7 @@ def insert_prompt(vit: ViT, tokens: Tensor, prompt: Tensor) -> Tensor:
 def remove_prompt(vit: ViT, tokens: Tensor, num_prompt_tokens: int) -> Tensor:
     """Tokens without the prompt tokens behind the prefix tokens; prefix tokens alone stay as they are."""
     prefix = vit.num_prefix_tokens
+    # After a block run with `num_read`, the sequence is the prefix tokens alone.
     if num_prompt_tokens == 0 or tokens.shape[1] <= prefix:
         return tokens
     return torch.cat([tokens[:, :prefix], tokens[:, prefix + num_prompt_tokens :]], dim=1)

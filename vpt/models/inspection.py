@@ -185,7 +185,7 @@ def effective_rank(tokens: Tensor) -> float:
 
 
 def effective_number(amounts: Tensor) -> float:
-    """exp of the entropy of the shares of amounts >= 0: k if k of them are equal and the others are 0.
+    """Exponential of the entropy of shares of amounts >= 0: k if k of them are equal and the others are 0.
 
     Example:
         >>> round(effective_number(torch.tensor([3.0, 3.0, 0.0])), 4)

@@ -48,8 +48,8 @@ class VisualPrompt(nn.Module):
         ValueError: A value is out of range, or `blocks` does not suit `variant`.
 
     References:
-        Visual Prompt Tuning (Jia et al., 2022), https://arxiv.org/abs/2203.12119, section 3.2. Variant "kv": Prefix-Tuning
-        (Li and Liang, 2021), https://arxiv.org/abs/2101.00190, section 4, without its reparametrisation.
+        Visual Prompt Tuning (Jia et al., 2022), https://arxiv.org/abs/2203.12119, section 3.2. Variant "kv":
+        Prefix-Tuning (Li and Liang, 2021), https://arxiv.org/abs/2101.00190, section 4, without its reparametrisation.
 
     Example:
         >>> VisualPrompt(num_tokens=10, embed_dim=192, variant="deep", blocks=range(12))

@@ -79,8 +79,8 @@ def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1, adapters: Ada
 
     Raises:
         TypeError: There is no prompted backbone in the model.
-        ValueError: The method is unknown, there is a prompt with "linear", `num_blocks` is out of range, adapters do not
-            fit or exist already, or weights that would train have less than 32 bits. The model is unchanged, except
+        ValueError: The method is unknown, there is a prompt with "linear", `num_blocks` is out of range, adapters do
+            not fit or exist already, or weights that would train have less than 32 bits. The model is unchanged, except
             possibly for adapters.
 
     References:
@@ -109,7 +109,8 @@ def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1, adapters: Ada
     if narrow:
         what = "weights of the backbone" if adapters is None else "adapters that follow its weights"
         raise ValueError(
-            f"tuning={tuning}: trains {what}, which are {narrow.pop()}; load the backbone in float32, or use tuning=prompt"
+            f"tuning={tuning}: trains {what}, which are {narrow.pop()}; "
+            "load the backbone in float32, or use tuning=prompt"
         )
     _store_origin(backbone.vit, chosen)
     model.requires_grad_(False)
@@ -126,7 +127,7 @@ def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def tuned_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters that train, by part: "prompt", "neck", "head" and "backbone", without empty parts; see `tune` for errors."""
+    """The parameters that train, by non-empty part: "prompt", "neck", "head", "backbone"; see `tune` for errors."""
     backbone = _held_backbone(model)
     modules = {"prompt": backbone.prompt, **_neck_and_head(model), "backbone": backbone.vit}
     parts = {
