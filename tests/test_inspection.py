@@ -263,9 +263,9 @@ def test_patches_that_are_not_among_those_wanted_are_not_found():
 
 def test_a_backbone_without_prompt_tokens_is_refused_in_words():
     bare = PromptedViT(make_tiny_vit(), None)
-    with pytest.raises(ValueError, match="there is no prompt"):
+    with pytest.raises(ValueError, match="has no prompt"):
         compare_tokens(bare)
-    with pytest.raises(ValueError, match="there is no prompt"):
+    with pytest.raises(ValueError, match="has no prompt"):
         next(nearest_patches(bare, IMAGES.float()))
     prompted = PromptedViT(make_tiny_vit(), "deep", num_tokens=2)
     with pytest.raises(ValueError, match="num=0"):

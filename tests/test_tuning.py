@@ -317,7 +317,7 @@ ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitl
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].strip("`"))
 def test_the_page_of_methods_tells_what_trains_and_how_large_its_file_is(row, monkeypatch):
-    config = to_config(compose_config(["backbone=vit_base", *row[0].strip("`").split()]))
+    config = to_config(compose_config(["backbone=vit_base", *row[0].split("`")[1].split()]))
     with torch.device("meta"):
         vit = timm.create_model("vit_base_patch16_224", num_classes=0)
         monkeypatch.setattr(build, "build_backbone", lambda config: vit)
