@@ -51,7 +51,7 @@ class MeasureOptions:
     clients: str = "1,4,16,64"
     seconds: float = option(4.0, above=0)
     rounds: int = option(5, low=1)
-    side: int = option(256, low=8)  # pixels of the pictures that are sent
+    side: int = option(256, low=8)  # pixels of the images that are sent
 
 
 @dataclass

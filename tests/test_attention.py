@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import vpt
-from tests.helpers import FAST, SLOW_PATH, TINY_PAIR, make_pair, make_tiny_vit
+from tests.helpers import FAST, SLOW_PATH, TINY_PAIR, build_model, make_pair, make_tiny_vit
 from vpt.engine.measure import count_flops, count_saved_bytes
 from vpt.models.attention import key_value_weights, prompt_keys_values, queries_of
 from vpt.models.backbone import PromptedViT
@@ -180,7 +179,7 @@ def test_the_repr_shows_the_path_of_each_block():
     assert PromptedViT(vit, None).paths == {}
     with pytest.raises(ValueError, match=r"auto, concat"):
         PromptedViT(vit, "deep", impl="fast")
-    assert vpt.create_model(vit, num_classes=2, impl="concat").backbone.impl == "concat"
+    assert build_model(vit, num_classes=2, impl="concat").backbone.impl == "concat"
 
 
 @pytest.mark.parametrize("name", [name for name in FAST if "qk-norm" not in name])

@@ -67,12 +67,12 @@ def test_a_ready_prompt_is_used_and_one_that_does_not_fit_is_refused():
 def test_models_that_are_no_plain_vit_are_refused_with_what_is_supported(name):
     with torch.device("meta"):
         model = timm.create_model(name)
-    with pytest.raises(TypeError, match=r"cannot be prompted; supported are plain ViTs"):
+    with pytest.raises(TypeError, match=r"cannot be prompted; supported are plain timm ViTs"):
         PromptedViT(model)
 
 
 def test_keys_and_values_are_refused_where_a_block_cannot_be_given_them(images):
-    with pytest.raises(ValueError, match=r"prompt\.impl=concat inserts tokens, and a kv prompt has none"):
+    with pytest.raises(ValueError, match=r"impl=concat: inserts tokens, and a kv prompt has none"):
         PromptedViT(make_tiny_vit(), "kv", impl="concat")
     vit = make_tiny_vit()
     handle = vit.blocks[1].attn.register_forward_hook(lambda *_: None)
@@ -462,5 +462,5 @@ def test_blocks_behind_the_last_tap_are_not_run(images):
     vit = make_tiny_vit()
     backbone = PromptedViT(vit, "deep", num_tokens=3)
     assert shapes_in(vit.blocks[2].mlp, lambda: backbone.feature_maps(images, [0, 1])) == []
-    with pytest.raises(ValueError, match="the backbone has blocks 0 to 2"):
+    with pytest.raises(ValueError, match="indices from 0 to 2"):
         backbone.feature_maps(images, [3])

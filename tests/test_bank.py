@@ -141,7 +141,7 @@ def test_every_serves_classes_and_boxes_from_one_trunk(tmp_path):
 def test_every_refuses_tasks_that_want_other_pictures_and_says_what_differs(tmp_path):
     make_tasks(tmp_path, img_size=64)
     bank = make_bank(tmp_path, img_size=64)
-    with pytest.raises(ValueError, match=r"tasks deep and boxes want their images prepared differently \(crop_pct 0.9"):
+    with pytest.raises(ValueError, match=r"tasks deep and boxes require different preprocessing \(crop_pct 0.9"):
         bank.every(make_images(1, 64))
 
 
@@ -212,7 +212,7 @@ def test_tasks_are_loaded_named_swapped_and_removed(tmp_path):
     assert bank.load(tmp_path / "deep.safetensors") == "deep"
     assert bank.load(tmp_path / "deep.safetensors", name="again") == "again"
     assert bank.names == ("deep", "again")
-    with pytest.raises(ValueError, match="there is a task deep already; swap it, or load the new one under another"):
+    with pytest.raises(ValueError, match="name=deep: is loaded already"):
         bank.load(tmp_path / "longer.safetensors", name="deep")
     bank.swap("again", tmp_path / "longer.safetensors")
     assert_close(bank(make_images(2), "again"), models["longer"](make_images(2)))
@@ -250,7 +250,7 @@ def test_images_that_a_task_does_not_take_are_refused(tmp_path):
     bank = make_bank(tmp_path, names=["deep"])
     with pytest.raises(ValueError, match=r"task deep takes images of \(32, 32\) px, got \(64, 64\)"):
         bank(make_images(1, 64), "deep")
-    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\)"):
+    with pytest.raises(ValueError, match=r"images: must be \(B, 3, H, W\)"):
         bank(make_images(1)[0], "deep")
     with pytest.raises(ValueError, match="2 names of tasks for 3 images"):
         bank(make_images(3), ["deep", "deep"])

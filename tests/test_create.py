@@ -42,7 +42,7 @@ def test_only_tuning_prompt_brings_a_prompt_unasked(task, tuning, parts):
 def test_a_prompt_that_is_asked_for_trains_beside_the_backbone_but_not_in_a_linear_probe():
     model = build_model(make_tiny_vit(), num_classes=2, tuning="bias", prompt="shallow")
     assert set(tuned_parts(model)) == {"prompt", "head", "backbone"}
-    with pytest.raises(ValueError, match=r"tuning=linear .* use prompt=none or tuning=prompt"):
+    with pytest.raises(ValueError, match=r"tuning=linear: .* use prompt=none or tuning=prompt"):
         build_model(make_tiny_vit(), num_classes=2, tuning="linear", prompt="deep")
 
 
@@ -75,7 +75,7 @@ def test_an_option_that_the_model_does_not_take_is_refused_by_name(task, option)
 
 
 def test_an_unknown_task_is_refused():
-    with pytest.raises(ValueError, match="'segmentation': must be one of classification, detection"):
+    with pytest.raises(ValueError, match="'segmentation': must be one of "):
         vpt.create_model(make_tiny_vit(), num_classes=2, task="segmentation")
 
 
@@ -83,7 +83,7 @@ def test_an_unknown_task_is_refused():
 @pytest.mark.parametrize("tuning", ["bias", "partial", "full"])
 def test_weights_in_bfloat16_are_not_tuned(task, tuning):
     options = {"num_classes": 2, "task": task, "dtype": torch.bfloat16}
-    with pytest.raises(ValueError, match=rf"tuning={tuning} trains .* held in torch\.bfloat16; use backbone\.dtype"):
+    with pytest.raises(ValueError, match=rf"tuning={tuning}: trains .* torch\.bfloat16; load the backbone in float32"):
         build_model("vit_nano_patch8_64", tuning=tuning, **options)
     model = build_model("vit_nano_patch8_64", tuning="prompt", **options)
     assert {p.dtype for p in vpt.tuned_parameters(model).values()} == {torch.float32}

@@ -159,12 +159,12 @@ def test_every_head_selects_when_it_is_called(head):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_score": 1.0}, "min_score must be at least 0 and below 1, got 1.0"),
-        ({"min_score": -0.1}, "min_score must be"),
-        ({"max_overlap": 0.0}, "max_overlap must be above 0 and at most 1, got 0.0"),
-        ({"max_detections": 0}, "max_detections must be at least 1, got 0"),
-        ({"labels": ()}, "labels must be one class or more"),
-        ({"labels": (0, -1)}, r"labels must be .* got \(0, -1\)"),
+        ({"min_score": 1.0}, "min_score=1.0"),
+        ({"min_score": -0.1}, "min_score=-0.1"),
+        ({"max_overlap": 0.0}, "max_overlap=0.0"),
+        ({"max_detections": 0}, "max_detections=0"),
+        ({"labels": ()}, r"labels=\(\)"),
+        ({"labels": (0, -1)}, r"labels=\(0, -1\)"),
     ],
 )
 def test_a_selection_out_of_range_is_refused(options, message):
@@ -206,7 +206,7 @@ def test_levels_have_the_strides_that_are_nearest_to_8_16_and_32(patch, strides)
 
 
 def test_a_stride_that_cannot_be_reached_is_refused():
-    with pytest.raises(ValueError, match=r"head\.strides: 12 cannot be reached from patches of 8 px"):
+    with pytest.raises(ValueError, match=r"strides: 12 cannot be reached from patches of 8 px"):
         make_model(strides=(8, 12))
 
 
@@ -215,7 +215,7 @@ def test_taps_are_the_last_blocks_of_each_quarter_or_the_last_one_or_a_list():
     assert resolve_out_indices("quarters", 3) == (0, 1, 2)
     assert resolve_out_indices("last", 12) == (11,)
     assert resolve_out_indices([0, -1], 12) == (0, 11)
-    with pytest.raises(ValueError, match="the backbone has blocks 0 to 11"):
+    with pytest.raises(ValueError, match="indices from 0 to 11"):
         resolve_out_indices([12], 12)
 
 

@@ -120,7 +120,7 @@ def test_some_blocks_have_the_weights_that_they_have_among_all():
     assert [attention.uniform_share for attention in every] == [0, 0, 5 / 22]
     for attention in inspect_attention(backbone, IMAGES, [0, -1]):
         assert torch.equal(attention.weights, every[attention.block].weights)
-    with pytest.raises(ValueError, match=r"blocks=\[3\]: the backbone has blocks 0 to 2"):
+    with pytest.raises(ValueError, match=r"blocks=\[3\]: .* indices from 0 to 2"):
         list(inspect_attention(backbone, IMAGES, [3]))
 
 
@@ -263,12 +263,12 @@ def test_patches_that_are_not_among_those_wanted_are_not_found():
 
 def test_a_backbone_without_prompt_tokens_is_refused_in_words():
     bare = PromptedViT(make_tiny_vit(), None)
-    with pytest.raises(ValueError, match="there is no prompt"):
+    with pytest.raises(ValueError, match="has no prompt"):
         compare_tokens(bare)
-    with pytest.raises(ValueError, match="there is no prompt"):
+    with pytest.raises(ValueError, match="has no prompt"):
         next(nearest_patches(bare, IMAGES.float()))
     prompted = PromptedViT(make_tiny_vit(), "deep", num_tokens=2)
-    with pytest.raises(ValueError, match="num must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num=0"):
         next(nearest_patches(prompted, IMAGES.float(), 0))
     prompted.prompt.variant = "kv"
     with pytest.raises(ValueError, match=r"VisualPrompt.*has no tokens that could be looked at"):

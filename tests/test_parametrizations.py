@@ -6,16 +6,17 @@ import math
 import pytest
 import torch
 from torch.nn.utils import parametrize
-from vpt.export.programs import describe_task, make_program, open_program, write_program
 
 import vpt
-from tests.helpers import SMALL_RUN, attempt_run, kept_files, make_tiny_vit, train_with
+from tests.helpers import SMALL_RUN, attempt_run, build_model, kept_files, make_tiny_vit, train_with
 from vpt import build
 from vpt.config.composition import compose_config
 from vpt.config.errors import ConfigError
 from vpt.config.validation import to_config
 from vpt.engine.optim import MovingAverage, warmup_cosine
 from vpt.engine.state import RunState
+from vpt.export.files import describe_task, open_model, write_model
+from vpt.export.traced import ExportedModel
 from vpt.models.parametrizations import Bilinear, Fourier, Shared
 from vpt.models.prompt_init import start_from_patches
 from vpt.models.prompts import VisualPrompt
@@ -45,7 +46,7 @@ def make(name, vit=None, start="uniform", **options):
     torch.manual_seed(1)
     init = start if start == "normal" else "uniform"
     vit = vit or make_tiny_vit()
-    model = vpt.create_model(vit, num_classes=3, num_tokens=4, init=init, **LIVES[name][0], **options)
+    model = build_model(vit, num_classes=3, num_tokens=4, init=init, **LIVES[name][0], **options)
     torch.nn.init.normal_(model.head.weight)
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(9)).to(next(vit.parameters()))
     if name.startswith("whitened"):
@@ -156,9 +157,9 @@ def test_its_exported_task_file_equals_the_live_model(name, images, tmp_path):
     model = make(name, vit)
     step(model, images, state_of(model))
     path = vpt.save_task(model, tmp_path / "task.safetensors", classes=CLASSES)
-    program = tmp_path / "task.pt2"
-    write_program(make_program(vpt.load_task(path, vit)), program, describe_task(vpt.read_task(path)))
-    found = open_program(program)({"images": images.numpy()})["logits"]
+    exported = tmp_path / "task.pt2"
+    write_model(ExportedModel(vpt.load_task(path, vit)), exported, describe_task(vpt.read_task(path)))
+    found = open_model(exported)({"images": images.numpy()})["logits"]
     torch.testing.assert_close(torch.from_numpy(found), logits_of(model, images), rtol=1e-4, atol=1e-5)
 
 
@@ -347,7 +348,7 @@ def test_one_form_can_be_passed_to_several_prompts():
 )
 def test_the_config_selects_the_form_and_the_monitored_norms_follow(choice, form):
     config = to_config(compose_config([f"prompt={choice}", "backbone=vit_nano", "prompt.num_tokens=9"]))
-    model = build.build_model(config, CLASSES)
+    model = build.build_model(config, "classification", CLASSES, {})
     prompt = model.backbone.prompt
     assert prompt.form is None if form is None else type(prompt.form) is form
     watches = build.build_watches(model)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vpt
-from tests.helpers import attempt_run, entering, kept_files, make_tiny_vit, options_of, train_with
+from tests.helpers import attempt_run, build_model, entering, kept_files, make_tiny_vit, options_of, train_with
 from vpt import build
 from vpt.config.composition import compose_config
 from vpt.config.errors import ConfigError
@@ -186,7 +186,7 @@ def test_vipamin_supports_every_family_of_backbones(tiny_vit, prompt, images):
 @pytest.fixture
 def task(tmp_path):
     torch.manual_seed(3)
-    model = vpt.create_model(make_tiny_vit(), num_classes=3, num_tokens=4, blocks=[0, 2], form=Bilinear(2))
+    model = build_model(make_tiny_vit(), num_classes=3, num_tokens=4, blocks=[0, 2], form=Bilinear(2))
     return vpt.save_task(model, tmp_path / "task.safetensors"), model.backbone.prompt.tokens.detach()
 
 
@@ -203,7 +203,7 @@ def test_a_prompt_is_initialised_from_a_task_file(task, form):
     [
         ({"num_tokens": 5}, "num_tokens=4, blocks=0,2, but the new prompt has variant=deep, num_tokens=5, blocks=0,2"),
         ({"blocks": "all"}, "blocks=0,2, but the new prompt has variant=deep, num_tokens=4, blocks=0-2"),
-        ({"prompt": "shallow", "blocks": "all"}, "variant=deep, .* but the new prompt has kind=shallow"),
+        ({"prompt": "shallow", "blocks": "all"}, "variant=deep, .* but the new prompt has variant=shallow"),
         ({"prompt": None}, "no prompt to initialise"),
     ],
 )
@@ -231,7 +231,7 @@ def initialised(photos, *overrides):
     build.seed_everything(0, deterministic=False)
     kind = task_type_of(config)
     samples = kind.read()
-    model = build.build_model(config, samples["train"].classes)
+    model = kind.build_model(samples["train"])
     data = kind.build_data(samples, preprocessing_of(model.backbone.vit))
     state = torch.get_rng_state()
     build.start_prompt(config, model, data)
@@ -275,7 +275,7 @@ def test_a_task_file_takes_precedence_over_other_initialisation(photos, tmp_path
 def test_the_config_selects_the_random_initialisation():
     for init, std in {"normal": 0.02, "uniform": uniform_bound(192, (8, 8)) / 3**0.5}.items():
         config = to_config(compose_config(["prompt=deep", "prompt.num_tokens=200", f"prompt.init={init}"]))
-        tokens = build.build_model(config, ("a", "b")).backbone.prompt.tokens
+        tokens = build.build_model(config, "classification", ("a", "b"), {}).backbone.prompt.tokens
         assert tokens.std().item() == pytest.approx(std, rel=0.01)
 
 

@@ -68,8 +68,8 @@ def test_blocks_that_do_not_exist_are_refused(blocks):
     [
         ({"num_tokens": 0}, "num_tokens=0: must be at least 1; use prompt=None"),
         ({"dropout": 1.0}, r"dropout=1\.0: must be in \[0, 1\)"),
-        ({"kind": "wide"}, "kind='wide': must be one of shallow, deep, kv"),
-        ({"kind": "shallow", "blocks": (0, 1)}, r"blocks=\[0, 1\]: a shallow"),
+        ({"variant": "wide"}, "variant='wide': must be one of shallow, deep, kv"),
+        ({"variant": "shallow", "blocks": (0, 1)}, r"blocks=\[0, 1\]: a shallow"),
         ({"blocks": (1, 0)}, r"blocks=\[1, 0\]: must be ascending"),
         ({"blocks": ()}, r"blocks=\[\]: .* at least one"),
         ({"blocks": None}, "blocks=None: a deep prompt needs"),

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vpt.hub.card import model_card, plain
-from vpt.models.task_file import Model, load_task, open_task, read_task
+from vpt.models.task_file import load_task, open_task, read_task
+from vpt.models.task_model import TaskModel
 from vpt.models.vit import ViT
 from vpt.storage.files import MAX_BYTES
 from vpt.version import __version__
@@ -78,7 +79,7 @@ def from_pretrained(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     checkpoint: str | Path | None = None,
-) -> Model:
+) -> TaskModel:
     """Read a task from the hub, or from a folder, onto a backbone; the model is in eval mode.
 
     Args:

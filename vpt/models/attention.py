@@ -112,6 +112,7 @@ def run_block(
     Returns:
         The tokens after the block, or the first `num_queries` of them.
     """
+    # Queries, residual and bias rows are cut to `num_queries`; keys and values always come from the whole sequence.
     residual = tokens if num_queries is None else tokens[:, :num_queries]
     normed = _enter(block, 1, tokens)
     query_tokens = normed if num_queries is None else normed[:, :num_queries]
@@ -270,6 +271,7 @@ def _project_out(attention: Any, mixed: Tensor, query_tokens: Tensor) -> Tensor:
 def _project(attention: Any, tokens: Tensor, parts: tuple[int, ...]) -> list[Tensor]:
     """Project tokens (B, N, D) to queries (0), keys (1) or values (2), each (B, heads, N, d); `parts` are adjacent."""
     first, last = parts[0], parts[-1] + 1
+    # Rows of the fused weight are queries, keys, values, so adjacent parts are one slice and one matrix product.
     if attention.qkv is None:
         projected: Any = [getattr(attention, name)(tokens) for name in ("q_proj", "k_proj", "v_proj")[first:last]]
     else:
@@ -291,6 +293,7 @@ def _fused_bias(attention: Any, first: int, last: int) -> Tensor | None:
 
 def _rotate(attention: Any, part: Tensor, rope: Tensor) -> Tensor:
     """Apply the rotary embedding to queries or keys (B, h, N, d), except to those of prefix tokens."""
+    # timm counts prefix tokens per attention module; those of the prompt are handled by `vit.rope_and_bias`.
     prefix = attention.num_prefix_tokens
     half = getattr(attention, "rotate_half", False)
     return torch.cat([part[:, :, :prefix], apply_rot_embed_cat(part[:, :, prefix:], rope, half=half)], dim=2)

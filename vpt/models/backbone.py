@@ -37,8 +37,8 @@ PromptImpl = Literal["auto", "concat"]
 class LivePrompt:
     """The prompt of a `PromptedViT` as a source of `block_loop`.
 
-    A deep prompt enters a block as keys and values where `attention.why_not_fast` has no objection, and as tokens
-    elsewhere. A shallow prompt is inserted at block 0 and carried.
+    A deep prompt enters a block as keys and values where `attention.why_not_fast` allows it, and as tokens elsewhere.
+    A shallow prompt is inserted at block 0 and carried.
 
     Args:
         vit: The ViT.
@@ -73,6 +73,7 @@ class LivePrompt:
         # A compiled or exported graph cannot tell when a tensor changes, so it computes them in each call.
         if torch.is_grad_enabled() or prompt.draws or torch.compiler.is_compiling():
             return compute()
+        # All tensors that `VisualPrompt.keys_values` reads; a change of any other cannot make the value stale.
         sources = (*prompt.parameters(), *block.norm1.parameters(), *block.attn.parameters())
         return self.cache.get((index, num_read), sources, compute, given=dtype)
 
@@ -91,7 +92,7 @@ def prompt_path(vit: ViT, prompt: VisualPrompt, impl: PromptImpl, index: int) ->
 
 
 class PromptedViT(nn.Module):
-    """A frozen timm ViT that carries a prompt; the prompt is all that trains, unless `tune` says more.
+    """A frozen timm ViT that carries a prompt; the prompt is all that trains, unless `tune` selects more.
 
     The ViT is held, not copied: its parameters lose `requires_grad`, it stays in eval mode (no dropout, no drop path)
     also while something trains, and the same object may be held by several prompted backbones. With `prompt=None`
@@ -100,16 +101,15 @@ class PromptedViT(nn.Module):
     Args:
         vit: A plain timm ViT: anything that timm builds on `VisionTransformer`, `Eva` or `Beit`. A classifier in it is
             not used.
-        prompt: "deep", "shallow", "kv", None, or a ready `VisualPrompt`, which brings what the next five say.
+        prompt: "deep", "shallow", "kv", None, or a ready `VisualPrompt`, which replaces the next five arguments.
         num_tokens: P, prompt tokens in each prompted block.
         blocks: Blocks that a prompt enters: "all", "first:k", "last:k" or a list of indices; a shallow one enters 0.
         dropout: Dropout of prompt tokens, drawn for each sample.
-        init: How the tokens start, "uniform" or "normal", see `VisualPrompt`; keys and values start as those of such
-            tokens.
-        form: What is learned in the place of the tokens, such as `prompt_forms.Bilinear(rank=8)`.
-        impl: "auto" computes a deep prompt as keys and values in every block that `attention.py` understands, with the
-            same result for less work; "concat" always inserts the tokens, the plain reading of the paper. A kv prompt
-            has none that could be inserted.
+        init: Initialisation of the tokens, "uniform" or "normal", see `VisualPrompt`; a kv prompt is initialised with
+            the keys and values of such tokens.
+        form: Parametrization of the tokens, such as `parametrizations.Bilinear(rank=8)`; None learns them directly.
+        impl: "auto" computes a deep prompt as keys and values in every block that `attention.py` supports, with the
+            same result for less work; "concat" always inserts the tokens, as in the paper; not for a kv prompt.
 
     Raises:
         TypeError: `vit` is not a model that can be prompted.
@@ -143,6 +143,7 @@ class PromptedViT(nn.Module):
         if impl not in get_args(PromptImpl):
             raise ValueError(f"impl={impl!r}: must be one of {', '.join(get_args(PromptImpl))}")
         check_supported(vit)
+        # Freezes the caller's object, on purpose: a copy per prompt would need the memory of a backbone each.
         self.vit = vit.requires_grad_(False).eval()
         self.impl: PromptImpl = impl
         is_new = isinstance(prompt, str)
@@ -162,6 +163,7 @@ class PromptedViT(nn.Module):
         self.prompt = prompt
         self.check_prompt()
         if is_new and prompt is not None and prompt.variant == "kv" and not next(prompt.parameters()).is_meta:
+            # Drawn as tokens first: keys and values drawn directly would not have the scale of those of the block.
             like = VisualPrompt(
                 num_tokens, self.embed_dim, blocks=prompt.blocks, patch_size=vit.patch_embed.patch_size, init=init
             )
@@ -178,8 +180,8 @@ class PromptedViT(nn.Module):
     @property
     def computes_prefix_only(self) -> bool:
         """Whether the last block computes prefix tokens only, because nothing else is pooled."""
-        is_asked = self.prompt is not None and self.impl == "auto"
-        return is_asked and pools_prefix_only(self.vit) and why_not_fast(self.vit.blocks[-1]) is None
+        is_possible = self.prompt is not None and self.impl == "auto"
+        return is_possible and pools_prefix_only(self.vit) and why_not_fast(self.vit.blocks[-1]) is None
 
     @property
     def num_read(self) -> int | None:
@@ -216,18 +218,19 @@ class PromptedViT(nn.Module):
         """Set the mode of the prompt; the frozen ViT stays in eval mode."""
         super().train(mode)
         self.vit.eval()
+        # Dropout inside PEFT layers belongs to what trains, so unlike the rest of the ViT they follow the mode.
         for layer in peft_layers(self.vit):
             layer.train(mode)
         self._cache.clear()  # an edit through `.data` or NumPy leaves no other trace
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._cache.clear()  # moved elsewhere, they would be computed anew and the old ones stay in memory
+        self._cache.clear()  # else tensors on the old device would stay in memory
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     @property
     def source(self) -> PromptSource:
-        """What the next pass asks for its prompt: the prompt, or the source of `replaced_source`.
+        """The prompt source of the next pass: the prompt, or the source of `replaced_source`.
 
         Raises:
             ValueError: As `check_prompt`.
@@ -239,7 +242,7 @@ class PromptedViT(nn.Module):
 
     @contextmanager
     def replaced_source(self, source: PromptSource) -> Iterator[None]:
-        """A context in which `forward` and its relatives ask this source instead of the prompt."""
+        """A context in which all forward passes use this source instead of the prompt."""
         self._other_source = source
         try:
             yield
@@ -253,10 +256,11 @@ class PromptedViT(nn.Module):
     def forward_frozen(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """The part that no prompt changes: tokens (B, N, D) that enter the first prompted block, and their position.
 
-        The position is the rotary or relative position embedding of models that have one; it is the same for all
+        Position is the rotary or relative position embedding of models that have one; it is the same for all
         images of a size. Without a prompt the result is the features (B, D), and no position.
         """
         self.check_prompt()
+        # A bare pass: neither the prompt nor its dropout can affect what is cached here.
         stop = self.depth if self.prompt is None else self.prompt.blocks[0]
         ((tokens, position),) = run_images(self.vit, images, [stop])
         return (pool(self.vit, tokens), None) if self.prompt is None else (tokens, position)
@@ -299,13 +303,13 @@ class PromptedViT(nn.Module):
 
     @torch.no_grad()
     def start_prompt(self, tokens: Tensor) -> None:
-        """Begin with given tokens (L, P, D), or for a kv prompt with the keys and values that blocks make of them.
+        """Initialise the prompt from tokens (L, P, D), or a kv prompt from their keys and values in its blocks.
 
         Raises:
             ValueError: There is no prompt, or the tokens are of another shape or not finite.
         """
         if self.prompt is None:
-            raise ValueError("there is no prompt that could start; give the backbone one")
+            raise ValueError("backbone: has no prompt to initialise; create it with one")
         if self.prompt.variant == "kv":
             tokens = self._keys_values_of(tokens)
         self.prompt.start_from(tokens)
@@ -326,7 +330,7 @@ class PromptedViT(nn.Module):
         return "; ".join(lines)
 
     def check_prompt(self) -> None:
-        """Refuse a prompt that does not fit, also one that was put in the place of another.
+        """Refuse a prompt that does not fit; `prompt` may have been replaced since the last pass.
 
         Raises:
             ValueError: It is for another width or depth, or the ViT has changed so that it cannot be computed.
@@ -341,12 +345,12 @@ class PromptedViT(nn.Module):
         """Numbers of a prompt token: D, or of variant kv those of keys and values in these blocks.
 
         Raises:
-            ValueError: The blocks cannot be given keys and values of one width.
+            ValueError: The blocks do not support keys and values, or differ in their width.
         """
         if variant != "kv":
             return self.embed_dim
         if self.impl == "concat":
-            raise ValueError("prompt.impl=concat inserts tokens, and a kv prompt has none; use prompt.impl=auto")
+            raise ValueError("impl=concat: inserts tokens, and a kv prompt has none; use impl=auto")
         for index in blocks:
             reason = why_not_fast(self.vit.blocks[index])
             if reason is not None:
@@ -357,7 +361,7 @@ class PromptedViT(nn.Module):
         return widths.pop()
 
     def _keys_values_of(self, tokens: Tensor) -> Tensor:
-        """What the prompted blocks make of tokens (L, P, D): their keys and values, (L, P, 2 h d)."""
+        """Keys and values of tokens (L, P, D) in the prompted blocks, (L, P, 2 h d)."""
         assert self.prompt is not None
         blocks = [self.vit.blocks[index] for index in self.prompt.blocks]
         like = next(self.vit.parameters())

@@ -1,4 +1,4 @@
-"""TaskBank: one frozen backbone in memory, and any number of tasks that it serves, mixed in a batch.
+"""TaskBank: any number of tasks on one frozen backbone in memory, mixed in a batch.
 
 Legend: B images, N tokens in the sequence, D embed_dim, K classes of a task.
 """
@@ -25,8 +25,8 @@ Tasks = Mapping[str, LoadedTask]
 class TaskBank:
     """Tasks by name on one frozen backbone, for inference.
 
-    Any thread may load, swap and remove tasks while others infer: a call sees the tasks as they were when it began.
-    Results are those of `load_task`, up to the rounding of another order of additions.
+    Any thread may load, swap and remove tasks while others infer: a call uses the tasks that were loaded when it began.
+    Results are those of `load_task`, up to rounding.
 
     Args:
         backbone: A timm ViT in memory, or the timm name of one; it is held, frozen and in eval mode.
@@ -75,7 +75,7 @@ class TaskBank:
 
         Args:
             path: The task file.
-            name: What the task will be called; by default as the file, without its ending.
+            name: Name of the task; by default that of the file without its ending.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -90,7 +90,7 @@ class TaskBank:
         return name
 
     def swap(self, name: str, path: str | Path) -> None:
-        """Put the task of another file in the place of a task, at once.
+        """Replace a task by that of another file, atomically.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -103,7 +103,7 @@ class TaskBank:
             self._tasks = {**self._tasks, name: task}
 
     def remove(self, name: str) -> None:
-        """Forget a task.
+        """Remove a task.
 
         Raises:
             ValueError: There is no such task.
@@ -113,14 +113,14 @@ class TaskBank:
             self._tasks = {held: task for held, task in self._tasks.items() if held != name}
 
     def metadata(self, name: str) -> TaskMetadata:
-        """What the file of a task says of itself; how its pictures are prepared, above all."""
+        """Metadata of the task file, such as the preprocessing of images."""
         return _find(self._tasks, [name])[name].metadata
 
     def num_bytes(self, name: str) -> int:
-        """Memory that a task takes beside the backbone: prompt, keys and values of it, neck, head, tuned parameters."""
+        """Memory of a task in addition to the backbone: prompt, keys and values, neck, head, tuned parameters."""
         task = _find(self._tasks, [name])[name]
-        kept = {id(part): part for pair in task.keys_values.values() for part in pair}
-        return sum(tensor.nbytes for tensor in (*kept.values(), *task_tensors(task.model).values()))
+        cached = {id(part): part for pair in task.keys_values.values() for part in pair}
+        return sum(tensor.nbytes for tensor in (*cached.values(), *task_tensors(task.model).values()))
 
     def is_shared(self, name: str) -> bool:
         """Whether images of a task go through the backbone together with those of other tasks.
@@ -131,10 +131,10 @@ class TaskBank:
         return _find(self._tasks, [name])[name].is_shared
 
     def select(self, name: str, selection: Any) -> None:
-        """Say which detections a task gives out from now on.
+        """Choose which detections a task returns from now on.
 
         Raises:
-            ValueError: There is no such task, it finds no boxes, or the selection names labels that it has not.
+            ValueError: There is no such task, it has no detections, or the selection has labels that it does not have.
         """
         _find(self._tasks, [name])[name].model.select(selection)
 
@@ -142,17 +142,17 @@ class TaskBank:
     def __call__(self, images: Tensor, tasks: str | Sequence[str], *, sizes: Sizes | None = None) -> Any:
         """Run each image with its own task, all in one pass through the backbone.
 
-        Tasks with tuned parameters of the backbone take a pass of their own. So does each task if the backbone has a
-        block that `attention.why_not_fast` does not understand.
+        Tasks with tuned parameters of the backbone take a separate pass. So does each task if the backbone has a block
+        that the fast path does not support, see `attention.why_not_fast`.
 
         Args:
-            images: (B, 3, H, W), each prepared as its task wants it.
+            images: (B, 3, H, W), each prepared as its task requires.
             tasks: The task of all images, or one name for each.
-            sizes: Of each image: height and width of what is picture in it, for detection; boxes end there.
+            sizes: For detection: height and width of the part of each input that is image, to which boxes are clipped.
 
         Returns:
             For one name: logits (B, K), or a list of B detections. For a list of names: a list of B results, logits
-            (K,) or detections, each of its own task. Detections are what `Detector` gives.
+            (K,) or detections, each of its own task. Detections are those of `Detector`.
 
         Raises:
             ValueError: There is no such task, not one name for each image, or images of another size than a task's.
@@ -162,7 +162,8 @@ class TaskBank:
         images = self._prepare(images, held)
         sizes = _check_sizes(sizes, images)
         if isinstance(tasks, str):
-            return self._run_alone(images, held[tasks], sizes)
+            is_shared = held[tasks] in self._shared(held.values())
+            return self._branch(images, held, sizes)[tasks] if is_shared else held[tasks].model.predict(images, sizes)
         if len(names) != len(images):
             raise ValueError(f"{len(names)} names of tasks for {len(images)} images; give one for each, or one for all")
         rows, shared = [held[name] for name in names], self._shared(held.values())
@@ -184,15 +185,15 @@ class TaskBank:
         """Run each image with every task; blocks before a task's first prompted one run once for all tasks.
 
         Args:
-            images: (B, 3, H, W), prepared as all of these tasks want it.
+            images: (B, 3, H, W), prepared as all of these tasks require.
             names: The tasks; None is all of them.
             sizes: As for a call.
 
         Returns:
-            What a call with one name gives, by name.
+            The result of a call with one name, by name.
 
         Raises:
-            ValueError: There is no such task, or tasks want their images prepared differently.
+            ValueError: There is no such task, or tasks require different preprocessing.
         """
         held = self._tasks
         tasks = _find(held, held if names is None else [names] if isinstance(names, str) else names)
@@ -205,7 +206,7 @@ class TaskBank:
         return {name: results[name] for name in tasks}
 
     def _branch(self, images: Tensor, tasks: Tasks, sizes: Sizes) -> dict[str, Any]:
-        """Each task from its first prompted block on, from tokens that no prompt has entered yet."""
+        """Run each task from its first prompted block on; earlier blocks run once for all tasks."""
         if not tasks:
             return {}
         grid, depth = grid_size(self.vit, images), len(self.vit.blocks)
@@ -223,11 +224,6 @@ class TaskBank:
             features = [own[index] for index in out_indices] or pool(self.vit, tokens, source.num_carried)
             results[name] = task.model.forward_head(features, sizes)
         return results
-
-    def _run_alone(self, images: Tensor, task: LoadedTask, sizes: Sizes) -> Any:
-        """The results of one task for all images: logits (B, K), or B detections."""
-        is_shared = task in self._shared([task])
-        return self._branch(images, {"": task}, sizes)[""] if is_shared else task.model.predict(images, sizes)
 
     def _run_together(self, images: Tensor, rows: Sequence[LoadedTask], sizes: Sizes) -> list[Any]:
         """The result of each image, in one pass."""
@@ -266,30 +262,30 @@ class TaskBank:
         return tokens, maps
 
     def _num_read(self, reads_map: bool) -> int | None:
-        """Tokens that are read of the last block: all where a map or patch tokens are needed."""
+        """Tokens that are read after the last block; None, all, if a map or patch tokens are needed."""
         return self.vit.num_prefix_tokens if pools_prefix_only(self.vit) and not reads_map else None
 
     def _shared(self, tasks: Iterable[LoadedTask]) -> set[LoadedTask]:
-        """The tasks that may go through the backbone together now."""
-        return {task for task in tasks if task.is_shared} if self._is_understood() else set()
+        """The tasks that may share a pass of the backbone."""
+        return {task for task in tasks if task.is_shared} if self._is_fast() else set()
 
-    def _is_understood(self) -> bool:
-        """Whether prompts may be keys and values in every block; asked anew, since adapters and hooks come and go."""
+    def _is_fast(self) -> bool:
+        """Whether all blocks support the fast path; checked in each call, since hooks may be added or removed."""
         return all(why_not_fast(block) is None for block in self.vit.blocks)
 
     def _read(self, path: str | Path) -> LoadedTask:
         model, metadata = put_task(path, self.vit, shares=True)
-        is_shared = self._is_understood() and not metadata.tuned_backbone
+        is_shared = self._is_fast() and not metadata.tuned_backbone
         return LoadedTask(model, metadata, keys_values_of(model) if is_shared else {}, is_shared)
 
     def _check_free(self, name: str) -> None:
         if name in self._tasks:
-            raise ValueError(f"there is a task {name} already; swap it, or load the new one under another name")
+            raise ValueError(f"name={name}: is loaded already; swap it, or use another name")
 
     def _prepare(self, images: Tensor, tasks: Tasks) -> Tensor:
         """Images on the device, refused if a task takes others."""
         if images.ndim != 4:
-            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+            raise ValueError(f"images: must be (B, 3, H, W), got {tuple(images.shape)}")
         for name, task in tasks.items():
             size = tuple(task.metadata.preprocessing["size"])
             if tuple(images.shape[-2:]) != size:
@@ -320,13 +316,13 @@ def _check_sizes(sizes: Sizes | None, images: Tensor) -> Sizes:
 
 
 def _check_same_preprocessing(tasks: Tasks) -> None:
-    """Refuse tasks that cannot look at the same images."""
+    """Refuse tasks that require different preprocessing."""
     wanted = {name: task.metadata.preprocessing for name, task in tasks.items()}
     for name, preprocessing in wanted.items():
         first = next(iter(wanted))
         odd = [field for field, value in preprocessing.items() if value != wanted[first][field]]
         if odd:
             raise ValueError(
-                f"tasks {first} and {name} want their images prepared differently "
-                f"({odd[0]} {wanted[first][odd[0]]} and {preprocessing[odd[0]]}); call every for each apart"
+                f"tasks {first} and {name} require different preprocessing "
+                f"({odd[0]} {wanted[first][odd[0]]} and {preprocessing[odd[0]]}); call `every` for each of them"
             )

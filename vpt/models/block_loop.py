@@ -3,7 +3,7 @@
 The sequence is `[prefix tokens, prompt tokens, patch tokens]` where prompt tokens are inserted, and
 `[prefix tokens, patch tokens]` where the prompt enters a block as keys and values only. A *prompt source* decides,
 block by block: a live prompt (`backbone.LivePrompt`), the prompts of a mixed batch (`task_batch.TaskBatch`), the fixed
-keys and values of an exported model, the masked tokens of a prompt that is scored. The loop knows none of them.
+keys and values of an exported model, the masked tokens of a prompt that is scored. The loop depends on none of them.
 
 Legend: B batch, H, W pixels, P prompt tokens, N tokens in the sequence, D embed_dim, h heads, d width of a head.
 """
@@ -38,7 +38,7 @@ class BlockInput(NamedTuple):
 
 
 class PromptSource(Protocol):
-    """What the loop asks before each block."""
+    """Source of the prompt of each block."""
 
     @property
     def num_carried(self) -> int:
@@ -92,9 +92,11 @@ def run_blocks(
         The tokens (B, N, D) before block `last`, carried prompt tokens among them, or the first `num_read`.
     """
     depth = len(vit.blocks)
+    # `num_read` holds for the last block of the ViT only: every other block needs keys of all tokens.
     for index in range(first, depth if last is None else last):
         arguments = (vit, index, tokens, position, source, num_read if index == depth - 1 else None)
         if vit.grad_checkpointing and torch.is_grad_enabled():
+            # The source enters the prompt inside the checkpoint, so its keys and values are recomputed, not stored.
             tokens = checkpoint(_run_one, *arguments, use_reentrant=False)
         else:
             tokens = _run_one(*arguments)
@@ -163,6 +165,7 @@ def insert_prompt(vit: ViT, tokens: Tensor, prompt: Tensor) -> Tensor:
 def remove_prompt(vit: ViT, tokens: Tensor, num_prompt_tokens: int) -> Tensor:
     """Tokens without the prompt tokens behind the prefix tokens; prefix tokens alone stay as they are."""
     prefix = vit.num_prefix_tokens
+    # After a block run with `num_read`, the sequence is the prefix tokens alone.
     if num_prompt_tokens == 0 or tokens.shape[1] <= prefix:
         return tokens
     return torch.cat([tokens[:, :prefix], tokens[:, prefix + num_prompt_tokens :]], dim=1)

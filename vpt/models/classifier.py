@@ -61,6 +61,3 @@ class Classifier(TaskModel):
         """Weight (K, D) and bias (K,) of the head."""
         width = shapes.get("head.weight", (0, 0))[-1]
         return {"head.weight": (num_classes, width), "head.bias": (num_classes,)}
-
-
-Classifier = Classifier  # until every importer has the new name

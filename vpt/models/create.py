@@ -60,7 +60,7 @@ def create_model(
 ) -> TaskModel:
     """Make a model of a backbone, a prompt and a head, ready to train.
 
-    The common choices are arguments. For all others hand over ready parts: `load_vit` has the options of loading,
+    The common choices are arguments. For all others pass ready parts: `load_vit` has the options of loading,
     `PromptedViT` those of the prompt, and `tune` may be called again with those of the tuning method.
 
     Args:

@@ -274,6 +274,3 @@ def resolve_out_indices(out_indices: Blocks, depth: int) -> tuple[int, ...]:
     if out_indices == "quarters":
         return tuple(sorted({max(1, quarter * depth // 4) - 1 for quarter in (1, 2, 3, 4)}))
     return resolve_blocks("last:1" if out_indices == "last" else out_indices, depth, key="out_indices")
-
-
-Detector = Detector  # until every importer has the new name

@@ -1,8 +1,7 @@
-"""Looking inside a prompted backbone: what blocks attend to, how alike prompt tokens are, which patches are like them.
+"""Inspection of a prompted backbone: attention of its blocks, similarity of prompt tokens, nearest patches.
 
-Attention is read where a block computes it, on whatever path: a block hands queries and keys to torch's fused
-attention, which keeps the weights to itself, so they are computed once more of the same queries and keys,
-softmax(q k^T / sqrt(d) + bias). No kind of block, prompt or adapter need be known for that.
+Blocks call torch's fused attention, which does not return the weights. Its calls are intercepted, and the weights
+softmax(q k^T / sqrt(d) + bias) are computed again from their arguments. This works for every block, prompt and adapter.
 
 Legend: B batch, h heads, N prefix and patch tokens, M patch tokens, P prompt tokens that a block sees, D embed_dim, T
 tokens of any kind.
@@ -26,12 +25,12 @@ from vpt.models.vit import grid_size
 
 @dataclass(frozen=True)
 class BlockAttention:
-    """The attention of one block: how much each token of the sequence looks at each token that it sees.
+    """Attention weights of one block.
 
     Args:
         block: Index of the block.
         weights: (B, h, N, P + N), rows that sum to one: of prefix tokens, then patches, to the prompt's tokens, prefix
-            tokens, patches. What prompt tokens themselves look at is left out.
+            tokens, patches. Rows of prompt tokens are left out.
         num_prefix_tokens: CLS and registers.
         has_cls: Whether the first of them is CLS.
         grid_size: Rows and columns of the patches.
@@ -50,12 +49,12 @@ class BlockAttention:
 
     @property
     def uniform_share(self) -> float:
-        """P / (P + N), the share of the prompt if every token were looked at alike."""
+        """P / (P + N), the share of the prompt under uniform attention."""
         return self.num_prompt_tokens / self.weights.shape[3]
 
     @property
     def to_prompt(self) -> Tensor:
-        """(B, N, P): how much each token looks at each prompt token, mean over heads."""
+        """(B, N, P): attention of each token to each prompt token, mean over heads."""
         return self.weights[..., : self.num_prompt_tokens].mean(1)
 
     @property
@@ -72,28 +71,28 @@ class BlockAttention:
 
     @property
     def patch_map(self) -> Tensor:
-        """(B, rows, columns): how CLS spreads over the patches what it gives to them, times M, so that 1 is even.
+        """(B, rows, columns): distribution of the attention of CLS to patches, times M: 1 if uniform.
 
-        Without a CLS token it is the mean of what all patches look at.
+        Without a CLS token it is the mean over the attention of all patches.
         """
         first = self.num_prefix_tokens
-        asking = self.weights[:, :, :1] if self.has_cls else self.weights[:, :, first:]
-        looked_at = asking[..., self.num_prompt_tokens + first :].mean((1, 2))
-        even = looked_at.mean(1, keepdim=True).clamp(min=torch.finfo(looked_at.dtype).tiny)
-        return torch.unflatten(looked_at / even, 1, self.grid_size)
+        queries = self.weights[:, :, :1] if self.has_cls else self.weights[:, :, first:]
+        received = queries[..., self.num_prompt_tokens + first :].mean((1, 2))
+        even = received.mean(1, keepdim=True).clamp(min=torch.finfo(received.dtype).tiny)
+        return torch.unflatten(received / even, 1, self.grid_size)
 
 
 @torch.no_grad()
 def inspect_attention(
     backbone: PromptedViT, images: Tensor, blocks: Blocks = "all", *, prompted: bool = True
 ) -> Iterator[BlockAttention]:
-    """The attention of blocks, one after the other; only one block's weights are in memory unless you keep them.
+    """Yield the attention of blocks, one after the other, so that the weights of one block are in memory at a time.
 
     Args:
-        backbone: In eval mode, or dropout of the prompt draws.
+        backbone: In eval mode; otherwise dropout of the prompt is active.
         images: Normalised (B, 3, H, W). Weights take 4 B h N (P + N) bytes.
         blocks: "all", "first:k", "last:k" or a list of indices. Blocks behind the last one are not run.
-        prompted: False leaves the prompt out, and all else as it is.
+        prompted: False leaves the prompt out.
 
     Raises:
         ValueError: A block that the backbone does not have, or one that calls no fused attention.
@@ -125,7 +124,7 @@ def inspect_attention(
 
 @dataclass(frozen=True)
 class TokenSimilarity:
-    """How alike the prompt tokens of a block are.
+    """Similarity of the prompt tokens of a block.
 
     Args:
         block: Index of the block that they enter.
@@ -142,7 +141,7 @@ class TokenSimilarity:
 
 @torch.no_grad()
 def compare_tokens(backbone: PromptedViT) -> list[TokenSimilarity]:
-    """How alike prompt tokens are, for each prompted block.
+    """Similarity of prompt tokens, for each prompted block.
 
     Raises:
         ValueError: There is no prompt, or one without tokens.
@@ -163,7 +162,7 @@ def compare_tokens(backbone: PromptedViT) -> list[TokenSimilarity]:
 
 
 def has_tokens(backbone: PromptedViT) -> bool:
-    """Whether there is a prompt of tokens, and not of keys and values that are learned themselves."""
+    """Whether there is a prompt of tokens, not of learned keys and values."""
     return backbone.prompt is not None and backbone.prompt.variant in ("shallow", "deep")
 
 
@@ -173,7 +172,7 @@ def has_cls(backbone: PromptedViT) -> bool:
 
 
 def effective_rank(tokens: Tensor) -> float:
-    """The number of directions that tokens (T, D) make use of: the effective number of their singular values.
+    """Effective number of the singular values of tokens (T, D).
 
     References:
         The Effective Rank: A Measure of Effective Dimensionality (Roy & Vetterli, EUSIPCO 2007), definition 1.
@@ -186,7 +185,7 @@ def effective_rank(tokens: Tensor) -> float:
 
 
 def effective_number(amounts: Tensor) -> float:
-    """How many of some amounts >= 0 count, exp of the entropy of their shares: k if k are equal and the others are 0.
+    """Exponential of the entropy of shares of amounts >= 0: k if k of them are equal and the others are 0.
 
     Example:
         >>> round(effective_number(torch.tensor([3.0, 3.0, 0.0])), 4)
@@ -198,7 +197,7 @@ def effective_number(amounts: Tensor) -> float:
 
 @dataclass(frozen=True)
 class NearestPatches:
-    """The patches that are most like each prompt token of a block, the nearest first; all tensors are (P, k).
+    """Patches with the largest cosine to each prompt token of a block, in descending order; all tensors are (P, k).
 
     Args:
         block: Index of the block that tokens and patches enter.
@@ -221,8 +220,8 @@ def nearest_patches(
 ) -> Iterator[NearestPatches]:
     """For each prompted block, the patches that are nearest to its prompt tokens, by the cosine.
 
-    Patch tokens are those that enter the block when there is no prompt, so that they show what a prompt resembles and
-    not what it has made of the patches.
+    Patch tokens are those that enter the block when there is no prompt, since a prompt changes the
+    patch tokens of later blocks.
 
     Args:
         backbone: With a prompt that has tokens.
@@ -240,7 +239,7 @@ def nearest_patches(
         [(0, (10, 5))]
     """
     if num < 1:
-        raise ValueError(f"num must be at least 1, got {num}")
+        raise ValueError(f"num={num}: must be at least 1")
     tokens_by_block = _tokens_by_block(backbone)
     rows, columns = grid_size(backbone.vit, images)
     for (block, tokens), patches in zip(tokens_by_block.items(), backbone.entering_patches(images), strict=True):
@@ -260,9 +259,9 @@ def _tokens_by_block(backbone: PromptedViT) -> dict[int, Tensor]:
     """Prompt tokens (P, D) of each prompted block, in float32 or wider."""
     prompt = backbone.prompt
     if prompt is None:
-        raise ValueError("there is no prompt whose tokens could be looked at")
+        raise ValueError("backbone: has no prompt to inspect")
     if not has_tokens(backbone):
-        raise ValueError(f"{prompt} is learned as keys and values, it has no tokens that could be looked at")
+        raise ValueError(f"backbone: {prompt} consists of keys and values and has no tokens to inspect")
     tokens = prompt.tokens.detach()
     return dict(zip(prompt.blocks, tokens.to(torch.promote_types(tokens.dtype, torch.float32)), strict=True))
 
@@ -290,7 +289,7 @@ def _attention_weights(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T scale + mask) of what `scaled_dot_product_attention` is called with, in float32 or wider."""
+    """softmax(q k^T scale + mask) of the arguments of `scaled_dot_product_attention`, in float32 or wider."""
     assert not is_causal
     dtype = torch.promote_types(queries.dtype, torch.float32)
     scores = queries.to(dtype) @ keys.to(dtype).mT * (queries.shape[-1] ** -0.5 if scale is None else scale)
@@ -304,7 +303,7 @@ def _attention_weights(
 def _prompt_first(weights: Tensor, num_tokens: int, num_prefix_tokens: int) -> Tensor:
     """Weights (B, h, N, P + N) with the prompt's columns first and no rows of it.
 
-    As keys and values it is like that already. In the sequence it stands behind the prefix tokens, and asks, too.
+    Keys and values are already in this order. Inserted prompt tokens follow the prefix tokens and have rows too.
     """
     if weights.shape[2] == num_tokens:
         return weights

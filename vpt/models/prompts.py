@@ -27,9 +27,9 @@ Blocks = str | Sequence[int]
 class VisualPrompt(nn.Module):
     """Prompt tokens and the blocks that they enter.
 
-    `tokens` is one parameter of shape (L, P, D), or (L, P, 2 h d) for variant "kv". With `form`, it is computed from
-    other parameters at each access; `torch.nn.utils.parametrize.remove_parametrizations(prompt, "tokens")` turns it
-    back into a parameter. Prompt tokens have no position embedding.
+        `tokens` is one parameter of shape (L, P, D), or (L, P, 2 h d) for variant "kv". With `form`, `tokens` is computed
+    from other parameters at each access; `torch.nn.utils.parametrize.remove_parametrizations(prompt, "tokens")` turns
+    it back into a parameter. Prompt tokens have no position embedding.
 
     Args:
         num_tokens: P, prompt tokens per prompted block.
@@ -48,8 +48,8 @@ class VisualPrompt(nn.Module):
         ValueError: A value is out of range, or `blocks` does not suit `variant`.
 
     References:
-        Visual Prompt Tuning (Jia et al., 2022), https://arxiv.org/abs/2203.12119, section 3.2. Kind "kv": Prefix-Tuning
-        (Li and Liang, 2021), https://arxiv.org/abs/2101.00190, section 4, without its reparametrisation.
+        Visual Prompt Tuning (Jia et al., 2022), https://arxiv.org/abs/2203.12119, section 3.2. Variant "kv":
+        Prefix-Tuning (Li and Liang, 2021), https://arxiv.org/abs/2101.00190, section 4, without its reparametrisation.
 
     Example:
         >>> VisualPrompt(num_tokens=10, embed_dim=192, variant="deep", blocks=range(12))
@@ -163,7 +163,7 @@ class VisualPrompt(nn.Module):
         return prompt_keys_values(block, learned, num_queries)
 
     def extra_repr(self) -> str:
-        """Kind, sizes and blocks on one line."""
+        """Variant, sizes and blocks."""
         return (
             f"variant={self.variant}, num_tokens={self.num_tokens}, embed_dim={self.embed_dim}, "
             f"blocks={format_blocks(self.blocks)}, dropout={self.dropout.p}"

@@ -29,8 +29,8 @@ class LoadedTask:
     Args:
         model: Prompt and head on the backbone, in eval mode.
         metadata: The metadata of the task file.
-        keys_values: Of a deep or kv prompt, by block and by how many tokens are read after it (None is all).
-        is_shared: Whether its images may pass the backbone together with those of other tasks.
+        keys_values: Keys and values of a deep or kv prompt, by block and number of tokens read after it (None: all).
+        is_shared: Whether its images may share a pass of the backbone with those of other tasks.
     """
 
     model: TaskModel
@@ -45,7 +45,7 @@ class LoadedTask:
 
     @property
     def first(self) -> int:
-        """The block at which the task begins to differ from the bare backbone."""
+        """The first block whose result differs from that of the bare backbone."""
         prompt = self.model.backbone.prompt
         return self.last if prompt is None else min(prompt.blocks[0], self.last)
 
@@ -57,7 +57,7 @@ class LoadedTask:
 
 
 def keys_values_of(model: TaskModel) -> dict[tuple[int, int | None], KeysValues]:
-    """Keys and values of a prompt in each of its blocks, for both ways in which the last block may be read."""
+    """Keys and values of a prompt in each of its blocks; of the last block also for reading prefix tokens only."""
     vit, prompt = model.backbone.vit, model.backbone.prompt
     if prompt is None or prompt.variant == "shallow":
         return {}

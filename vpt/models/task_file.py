@@ -28,7 +28,6 @@ from vpt.models.vit import ViT, load_vit, name_of, preprocessing_of
 from vpt.storage.files import read_tensors, write_tensors
 from vpt.version import __version__
 
-Model = TaskModel  # until every importer has the new name
 TASK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -157,12 +156,7 @@ def read_task(path: str | Path) -> TaskMetadata:
 
 
 def open_task(path: str | Path) -> tuple[TaskMetadata, dict[str, Tensor]]:
-    """The metadata and the tensors of a task file, checked against each other, read without a backbone.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged or is not a task file of a version that this library reads.
-    """
+    """The metadata and the tensors of a task file, checked against each other; for errors see `read_task`."""
     path = Path(path)
     tensors, values = read_tensors(path)
     try:
@@ -328,8 +322,9 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[
 
 def _make_model(path: Path, metadata: TaskMetadata, vit: ViT) -> TaskModel:
     try:
-        prompt = None if metadata.prompt is None else _make_prompt(metadata.prompt)
-        backbone = PromptedViT(vit, prompt)
+        # The inverse of `_describe_prompt`, which uses the names of the file.
+        values = {"variant" if name == "kind" else name: value for name, value in (metadata.prompt or {}).items()}
+        backbone = PromptedViT(vit, VisualPrompt(**values) if values else None)
         return model_named(metadata.task_type).from_layout(
             backbone,
             metadata.num_classes,
@@ -339,11 +334,6 @@ def _make_model(path: Path, metadata: TaskMetadata, vit: ViT) -> TaskModel:
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its prompt or head cannot be used ({error})") from error
-
-
-def _make_prompt(values: Mapping[str, Any]) -> VisualPrompt:
-    """The prompt that `_describe_prompt` described."""
-    return VisualPrompt(**{"variant" if name == "kind" else name: value for name, value in values.items()})
 
 
 def _describe_prompt(prompt: VisualPrompt) -> dict[str, Any]:

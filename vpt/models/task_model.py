@@ -1,7 +1,7 @@
-"""TaskModel: the protocol that the model of every type of task obeys, and the registry that finds it by name.
+"""TaskModel: the base class of the models of all types of task, and their registry.
 
 A task model is a prompted backbone, a head, and a neck between them where the head needs one. Tuning, task files, the
-bank, exports and the training loop ask the model what they need; none of them asks which type of task it is.
+bank, exports and the training loop use this interface only and do not depend on the type of task.
 
 A new type of task is a subclass, registered with `register_model`.
 
@@ -32,7 +32,7 @@ class TaskModel(nn.Module, ABC):
 
     Attributes:
         head: Features -> results; always trains.
-        neck: What lies between backbone and head, or None.
+        neck: The module between backbone and head, or None.
         out_indices: Blocks whose feature maps neck or head read; empty where they read pooled features.
         category_ids: Numbers of the classes in the data's own files, by label; None where there are none.
 

@@ -1,4 +1,4 @@
-"""What trains: what of the held ViT, or in it, beside prompt, neck and head; the tuned parameters, and how many."""
+"""Tuning methods: selection of the parameters that train, by name and by part, and their numbers."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -12,12 +12,12 @@ from vpt.models.vit import ViT, fingerprint, norms_of
 
 Tuning = Literal["prompt", "linear", "bias", "proj_bias", "norm", "partial", "full", "adapters"]
 
-BIASES = ("bias", "q_bias", "v_bias", "mlp_bias")  # what timm's modules call their bias vectors
+BIASES = ("bias", "q_bias", "v_bias", "mlp_bias")  # names of bias vectors in timm's modules
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of parameters: of prompt, neck, head, adapters and held ViT; how many of the last two train, and in all.
+    """Numbers of parameters by part, and how many of them train.
 
     Adapters are counted in `backbone_tuned` and not in `backbone`.
     """
@@ -38,12 +38,12 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a ViT was before parameters of it were tuned; it stays with the ViT, which models may share.
+    """State of a ViT before any of its parameters were tuned; stored with the ViT, which models may share.
 
     Args:
         fingerprint: Digest of the pretrained weights.
-        tuned: Names of the ViT's parameters that may have changed since, and of what adapters brought.
-        adapters: What was put into the ViT.
+        tuned: Names of the ViT's parameters that may have changed since, and of tensors of adapters.
+        adapters: Adapters in the ViT.
     """
 
     fingerprint: str
@@ -52,65 +52,67 @@ class Origin:
 
 
 def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1, adapters: Adapters | None = None) -> None:
-    """Say what trains of the held ViT; all else in it is frozen, whatever was said before.
+    """Select the parameters of the ViT that train, and freeze its others, also those selected by an earlier call.
 
-    Neck, head and the prompt, if there is one, always train. Of the ViT:
+    Neck, head and prompt always train. Of the ViT:
 
-    - "prompt": nothing. Without a prompt that is a linear probe.
+    - "prompt": nothing. Without a prompt this is a linear probe.
     - "linear": nothing, and there must be no prompt.
-    - "bias": every bias vector, those of norms too. A fused bias of queries, keys and values trains whole. A key bias
-      that stands apart is left out where keys are neither normed nor rotated: the softmax takes it away.
-    - "proj_bias": the bias of the output projection of each block's attention, the companion of a prompt. A bias of
-      values would be the same: the weights of a query sum to one, so it joins every output alike. It is a weight of the
-      ViT as any other, and costs nothing in inference.
+    - "bias": every bias vector, including those of norms. A fused bias of queries, keys and values trains as a whole.
+      A separate key bias is left out where keys are neither normed nor rotated, since softmax cancels it.
+    - "proj_bias": the bias of the output projection of attention in each block. A bias of the values would be
+      equivalent, because the weights of a query sum to one.
     - "norm": weights and biases of all norms.
     - "partial": the last `num_blocks` blocks and the final norm.
     - "full": everything.
-    - "adapters": the modules that `adapters` puts into it, and nothing else of it.
+    - "adapters": the modules that `adapters` inserts.
 
-    What the model does not use stays frozen: the ViT's own classifier; for a detection model also the final norm and
-    pooling, and blocks behind the last tap. The ViT stays in eval mode.
-
-    The ViT is held and not copied. All ways but "prompt" and "linear" change it for every model that holds it: give
-    such a model a ViT of its own, as `load_task` does.
+    Parameters that the model does not use stay frozen: the ViT's own classifier; for a detector also the final norm,
+    pooling, and blocks after the last of `out_indices`. The ViT stays in eval mode. It is not copied: all methods but
+    "prompt" and "linear" change it for every model that shares it, so such a model needs its own ViT.
 
     Args:
         model: A prompted backbone, or a model that holds one as `.backbone`; its pretrained weights are loaded.
         tuning: One of the above.
-        num_blocks: Blocks that "partial" tunes; the other ways do not use it.
+        num_blocks: Blocks that "partial" tunes; not used otherwise.
         adapters: For "adapters".
 
     Raises:
         TypeError: There is no prompted backbone in the model.
-        ValueError: An unknown way, a prompt with "linear", too few or too many blocks, adapters that do not fit or are
-            there already, or weights that would train are held in less than float32. The model stays as it was, but
-            for adapters.
+        ValueError: The method is unknown, there is a prompt with "linear", `num_blocks` is out of range, adapters do
+            not fit or exist already, or weights that would train have less than 32 bits. The model is unchanged, except
+            possibly for adapters.
 
     References:
         BitFit (Zaken et al., 2022), https://arxiv.org/abs/2106.10199, section 3, for "bias"; DA-VPT (Ren et al., CVPR
         2025) for the idea of a bias beside prompts; Visual Prompt Tuning (Jia et al., 2022),
-        https://arxiv.org/abs/2203.12119, section 4.1, for the others. Adapters have their own.
+        https://arxiv.org/abs/2203.12119, section 4.1, for the others.
     """
     backbone = _held_backbone(model)
     if tuning not in get_args(Tuning):
-        raise ValueError(f"tuning must be one of {', '.join(get_args(Tuning))}, got {tuning!r}")
+        raise ValueError(f"tuning={tuning!r}: must be one of {', '.join(get_args(Tuning))}")
     if tuning == "linear" and backbone.prompt is not None:
-        raise ValueError("tuning=linear trains the head alone, but there is a prompt; use prompt=none or tuning=prompt")
+        raise ValueError(
+            "tuning=linear: trains the head alone, but there is a prompt; use prompt=none or tuning=prompt"
+        )
     if (tuning == "adapters") != (adapters is not None):
-        raise ValueError("tuning=adapters needs adapters, such as Adapters('sequential'), and no other way has any")
+        raise ValueError(
+            f"tuning={tuning}: adapters=Adapters(...) is required for tuning=adapters, and not possible otherwise"
+        )
     added = frozenset() if adapters is None else _add(backbone.vit, adapters)
     backbone.check_prompt()
     chosen = _choose(model, backbone, tuning, num_blocks, added)
     origin = origin_of(backbone.vit)
     if chosen and adapters is None and origin is not None and origin.adapters is not None:
-        raise ValueError(f"tuning={tuning}: this ViT has {origin.adapters.method} adapters; load it anew")
+        raise ValueError(f"tuning={tuning}: this ViT has {origin.adapters.method} adapters; load it again")
     narrow = {parameter.dtype for parameter in chosen if torch.finfo(parameter.dtype).bits < 32}
     if narrow:
         what = "weights of the backbone" if adapters is None else "adapters that follow its weights"
         raise ValueError(
-            f"tuning={tuning} trains {what}, which are held in {narrow.pop()}; use backbone.dtype=fp32 or tuning=prompt"
+            f"tuning={tuning}: trains {what}, which are {narrow.pop()}; "
+            "load the backbone in float32, or use tuning=prompt"
         )
-    _remember(backbone.vit, chosen)
+    _store_origin(backbone.vit, chosen)
     model.requires_grad_(False)
     for part in (backbone.prompt, *_neck_and_head(model).values()):
         if part is not None:
@@ -120,18 +122,12 @@ def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1, adapters: Ada
 
 
 def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name; hand `.values()` to an optimiser."""
+    """The parameters that train, by name; pass `.values()` to an optimiser."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def tuned_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters that train, by part: "prompt", "neck", "head" and "backbone", as far as there are any.
-
-    Together they are `tuned_parameters`; an optimiser has a group for each.
-
-    Raises:
-        TypeError: There is no prompted backbone in the model.
-    """
+    """The parameters that train, by non-empty part: "prompt", "neck", "head", "backbone"; see `tune` for errors."""
     backbone = _held_backbone(model)
     modules = {"prompt": backbone.prompt, **_neck_and_head(model), "backbone": backbone.vit}
     parts = {
@@ -143,11 +139,7 @@ def tuned_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count what a prompted backbone, or a model that holds one as `.backbone`, is made of.
-
-    Raises:
-        TypeError: There is no prompted backbone in the model.
-    """
+    """Count the parameters of a prompted backbone, or of a model with one as `.backbone`; see `tune` for errors."""
     backbone = _held_backbone(model)
     origin = origin_of(backbone.vit)
     own = dict(backbone.vit.named_parameters())
@@ -169,12 +161,12 @@ def pretrained_fingerprint(vit: ViT) -> str:
 
 
 def origin_of(vit: ViT) -> Origin | None:
-    """What the ViT was before parameters of it were tuned; None if none ever were."""
+    """The state of the ViT before tuning; None if none of its parameters was ever tuned."""
     return vit.__dict__.get("vpt_origin")
 
 
 def set_origin(vit: ViT, origin: Origin) -> None:
-    """Keep an origin with the ViT, so that copies of it and all models that hold it know."""
+    """Store an origin with the ViT, so that its copies and all models that share it have it."""
     vit.__dict__["vpt_origin"] = origin
 
 
@@ -190,12 +182,12 @@ def _neck_and_head(model: nn.Module) -> dict[str, nn.Module | None]:
 
 
 def _add(vit: ViT, adapters: Adapters) -> frozenset[str]:
-    """Put adapters into a ViT, and note what it was before."""
+    """Insert adapters into a ViT and store its origin."""
     known = origin_of(vit)
     if known is not None and known.adapters is not None:
-        raise ValueError(f"this ViT has {known.adapters.method} adapters already; load it anew for others")
+        raise ValueError(f"this ViT has {known.adapters.method} adapters already; load it again")
     if known is not None and known.tuned:
-        raise ValueError("weights of this ViT were tuned, and what has adapters keeps its weights; load it anew")
+        raise ValueError("adapters: weights of this ViT were tuned, and adapters need pretrained ones; load it again")
     is_empty = next(vit.parameters()).is_meta  # there are no weights on the meta device
     before = "" if is_empty else pretrained_fingerprint(vit)
     adapters = adapters.for_vit(vit)
@@ -207,12 +199,12 @@ def _add(vit: ViT, adapters: Adapters) -> frozenset[str]:
 def _choose(
     model: nn.Module, backbone: PromptedViT, tuning: Tuning, num_blocks: int, added: frozenset[str]
 ) -> list[nn.Parameter]:
-    """The parameters of the ViT that a way of tuning trains; `added` came with adapters."""
+    """The parameters of the ViT that train; `added` are names of tensors of adapters."""
     vit: Any = backbone.vit
     out_indices: tuple[int, ...] = getattr(model, "out_indices", ())  # of a TaskModel; other modules pool features
     num_used = max(out_indices) + 1 if out_indices else backbone.depth
     if tuning == "partial" and not 1 <= num_blocks <= num_used:
-        raise ValueError(f"tuning.num_blocks={num_blocks}: the model uses {num_used} blocks, so from 1 to {num_used}")
+        raise ValueError(f"num_blocks={num_blocks}: must be from 1 to {num_used}, the blocks that the model uses")
     unused = [vit.head, getattr(vit, "head_dist", None)]  # the second is DeiT's
     if out_indices:
         unused += [vit.norm, vit.fc_norm, getattr(vit, "attn_pool", None), *vit.blocks[num_used:]]
@@ -235,7 +227,7 @@ def _choose(
 
 
 def _bias_vectors(vit: Any) -> list[nn.Parameter]:
-    """All bias vectors of a ViT that can make a difference."""
+    """All bias vectors of a ViT that have an effect."""
     is_rotated = getattr(vit, "rope", None) is not None
     without_effect = {
         module.k_proj.bias
@@ -256,8 +248,8 @@ def _projection_biases(vit: Any) -> list[nn.Parameter]:
     return biases
 
 
-def _remember(vit: ViT, chosen: list[nn.Parameter]) -> None:
-    """Note the pretrained weights' digest, before any training, and what will no longer be as pretrained."""
+def _store_origin(vit: ViT, chosen: list[nn.Parameter]) -> None:
+    """Store the digest of the pretrained weights before any training, and the names of parameters that will change."""
     if not chosen or chosen[0].is_meta:  # there are no weights on the meta device
         return
     changing = set(chosen)

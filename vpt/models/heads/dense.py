@@ -129,7 +129,7 @@ class DenseHead(nn.Module):
     def losses(
         self, levels: Sequence[Tensor], image_size: tuple[int, int], targets: Sequence[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """`dense_losses` of levels (B, C, H/S, W/S) and their targets."""
+        """`dense_losses` of levels (B, C, H/S, W/S) of images of this (height, width), and their targets."""
         logits, boxes = self(levels)
         return dense_losses(self.points(levels), logits, boxes, targets)
 

@@ -75,13 +75,7 @@ class RetinaNetHead(nn.Module):
     def losses(
         self, levels: Sequence[Tensor], image_size: tuple[int, int], targets: Sequence[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """Losses of a batch in float32: "class" (focal) and "box" (L1 of the offsets), averaged over the images.
-
-        Args:
-            levels: (B, C, H/S, W/S).
-            image_size: H and W.
-            targets: Per image "boxes" (G, 4), "labels" (G,) and optionally "crowd" (G,) bool.
-        """
+        """Losses of a batch in float32: "class" (focal) and "box" (L1 of the offsets), averaged over images."""
         anchors = torch.cat(self.retinanet.anchor_generator.of_levels(levels))
         true = [without_crowds(target) for target in targets]
         matched = [self._match(anchors, *pair) for pair in zip(targets, true, strict=True)]
@@ -169,11 +163,6 @@ class FasterRCNNHead(nn.Module):
 
         {} in eval mode: the losses are of randomly sampled anchors and regions, with true boxes among the proposals, so
         they would not be reproducible, nor the losses of the detections.
-
-        Args:
-            levels: (B, C, H/S, W/S).
-            image_size: H and W.
-            targets: Per image "boxes" (G, 4), "labels" (G,) and optionally "crowd" (G,) bool.
         """
         if not self.training:
             return {}
