@@ -14,7 +14,7 @@ from PIL import Image
 from vpt.config.composition import compose_config
 from vpt.config.errors import ConfigError
 from vpt.config.validation import to_config
-from vpt.data.samples import DetectionSamples
+from vpt.data.samples import DetectionSamples, FileReader
 from vpt.data.transforms.preprocessing import Preprocessing, resize_and_crop
 from vpt.doctor.images import cut_off
 from vpt.doctor.reading import read_data
@@ -373,6 +373,7 @@ def test_small_boxes_are_counted_and_the_advised_size_leaves_few():
     samples = DetectionSamples(
         **{"classes": ("a",), "category_ids": (1,), "names": ("1.png",), "paths": (Path("1.png"),)},
         **{"sizes": ((300, 400),), "image_ids": (1,), "boxes": (boxes,)},
+        reader=FileReader((Path("1.png"),)),
         **{"labels": (np.zeros(400, np.int64),), "crowd": (np.zeros(400, bool),)},
     )
     preprocessing = Preprocessing(size=(128, 128), mean=HALF, std=HALF)
