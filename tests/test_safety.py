@@ -304,7 +304,7 @@ GOOD_CONFIG = """\
 backbone: {name: vit_nano_patch8_64}
 dataset: {task: classification, reader: fruit, title: fruit}
 prompt: {variant: deep, title: deep}
-tuning: {title: deep}
+tuning: {title: deep, method: prompt}
 run: {title: fruit_deep}
 """
 
@@ -352,7 +352,12 @@ def test_an_untrusted_config_is_plain_or_refused(tmp_path, monkeypatch, text, me
 )
 def test_an_expression_in_the_config_of_a_run_stays_text(tmp_path, monkeypatch, text):
     monkeypatch.setenv("VPT_CANARY", "canary-7f3a")
-    values = {"backbone": {"name": NANO}, "device": text, "run": {"title": "a"}, "tuning": {"title": "deep"}}
+    values = {
+        "backbone": {"name": NANO},
+        "device": text,
+        "run": {"title": "a"},
+        "tuning": {"title": "deep", "method": "prompt"},
+    }
     values["dataset"] = {"task": "classification", "reader": "fruit", "title": "a", "root": text}
     values["prompt"] = {"variant": "deep", "title": "deep", "blocks": [text, {"a": text}]}
     values["augment"] = {"transforms": [{"Flip": {"p": text}}]}
