@@ -330,10 +330,10 @@ def renumber(whole):
     [
         (
             rename,
-            r"root=.*: classes\[1\] is green box in the data, and blue box in the task file; .*: red box, blue box",
+            r"root=.*: classes\[1\] is green box in the data and blue box in the task file; .*: red box, blue box",
         ),
-        (add, r"root=.*: classes\[2\] is green box in the data, and missing in the task file"),
-        (renumber, r"root=.*: category_ids\[1\] is 18 in the data, and 17 in the task file; .* in this order: 3, 17"),
+        (add, r"root=.*: classes\[2\] is green box in the data and missing in the task file"),
+        (renumber, r"root=.*: category_ids\[1\] is 18 in the data and 17 in the task file; .*: 3, 17"),
     ],
 )
 def test_evaluate_names_the_first_class_that_differs(box_run, boxes, tmp_path, change, message):

@@ -304,8 +304,9 @@ GOOD_CONFIG = """\
 backbone: {name: vit_nano_patch8_64}
 dataset: {task: classification, reader: fruit, title: fruit}
 prompt: {variant: deep, title: deep}
-tuning: {title: deep}
+tuning: {title: deep, method: prompt}
 run: {title: fruit_deep}
+optim: {name: adamw}
 """
 
 
@@ -316,13 +317,13 @@ run: {title: fruit_deep}
         ("compile: ${oc.env:VPT_CANARY}", "compile"),
         ("'${oc.env:VPT_CANARY}': 1", "unknown key"),
         ("device: '${oc.env:'", "device"),
-        ("device: !!python/object/apply:os.mkdir [ran]", "line 6: has a tag"),
-        ("device: !!python/name:os.system ''", "line 6: has a tag"),
-        ("device: !mine x", "line 6: has a tag"),
-        ("device: &a cpu\ncache_dir: *a", "line 7: has an alias"),
+        ("device: !!python/object/apply:os.mkdir [ran]", "line 7: has a tag"),
+        ("device: !!python/name:os.system ''", "line 7: has a tag"),
+        ("device: !mine x", "line 7: has a tag"),
+        ("device: &a cpu\ncache_dir: *a", "line 8: has an alias"),
         ("_target_: os.system", "unknown key _target_"),
         ("device: [", "while parsing"),
-        ("device: " + "[" * 20_000, "line 6: has more than 20 levels"),
+        ("device: " + "[" * 20_000, "line 7: has more than 20 levels"),
         ("seed: 1e400", "seed"),
         ("device: {a: b}", "device"),
         ("a" * 1_000_001, "larger than 1,000,000 bytes"),
@@ -352,7 +353,8 @@ def test_an_untrusted_config_is_plain_or_refused(tmp_path, monkeypatch, text, me
 )
 def test_an_expression_in_the_config_of_a_run_stays_text(tmp_path, monkeypatch, text):
     monkeypatch.setenv("VPT_CANARY", "canary-7f3a")
-    values = {"backbone": {"name": NANO}, "device": text, "run": {"title": "a"}, "tuning": {"title": "deep"}}
+    values = {"backbone": {"name": NANO}, "device": text, "run": {"title": "a"}, "optim": {"name": "adamw"}}
+    values["tuning"] = {"title": "deep", "method": "prompt"}
     values["dataset"] = {"task": "classification", "reader": "fruit", "title": "a", "root": text}
     values["prompt"] = {"variant": "deep", "title": "deep", "blocks": [text, {"a": text}]}
     values["augment"] = {"transforms": [{"Flip": {"p": text}}]}
@@ -368,7 +370,7 @@ def test_an_untrusted_run_does_not_read_the_environment(tmp_path, pets, monkeypa
     run = in_run(pets)
     content = GOOD_CONFIG.replace("reader: fruit", "reader: folder, root: '${oc.env:VPT_CANARY}'")
     (run / "config.yaml").write_text(content)
-    with pytest.raises(ValueError, match=r"dataset\.root=\$\{oc\.env:VPT_CANARY\} is no folder") as error:
+    with pytest.raises(ValueError, match=r"root=\$\{oc\.env:VPT_CANARY\} is no folder") as error:
         open_with(evaluate.EvaluateOptions, "", evaluate.evaluate_run)(run=run)
     assert "canary" not in str(error.value)
 

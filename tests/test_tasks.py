@@ -284,7 +284,7 @@ CONVERT_K = [*CONVERT, f"backbone={NANO}", "num_classes=2"]
         ([*CONVERT, f"backbone={NANO}", "num_classes=many"], "num_classes=many: must be a whole number"),
         ([*CONVERT_K, "crop_mode=all"], "crop_mode=all: must be one of center, squash"),
         ([*CONVERT_K, "dtype=int8"], "dtype=int8: must be one of fp32, fp16, bf16"),
-        ([*CONVERT_K, "format=zip"], "format=zip: must be task or peft"),
+        ([*CONVERT_K, "format=zip"], "format=zip: must be one of task, peft"),
         ([*CONVERT_K, "classes=2"], "classes=2: not an option of the form key=value; did you mean num_classes?"),
     ],
 )
