@@ -324,7 +324,7 @@ def test_the_page_of_methods_tells_what_trains_and_how_large_its_file_is(row, mo
         model = build.build_model(config, "classification", [str(label) for label in range(100)], {})
     count, num_bytes = vpt.count_parameters(model), task_file_bytes(model)
     assert f"{count.tuned - count.head:,}" == row[2]
-    assert f"{num_bytes / 1000:,.0f}" == row[3]
+    assert row[3] in (f"{num_bytes / 1000:,.0f}", "")  # not given in each row
     assert (row[5] == "yes") == (count.backbone_tuned == 0)
 
 
