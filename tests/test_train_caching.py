@@ -130,7 +130,7 @@ def test_frozen_blocks_compute_each_image_once(tmp_path, photos, monkeypatch):
         counts.append(count_through_block_0(model))
         return model
 
-    monkeypatch.setattr(build, "build_model", hooked)
+    monkeypatch.setattr("vpt.task_types.base.build_model", hooked)
     for cache in ("off", "auto"):
         train(tmp_path / cache, photos, LAST, f"cache={cache}", "train.batch_size=9", "prompt.init=uniform")
     at_the_end = NUM_VAL + NUM_TEST  # the whole model is evaluated

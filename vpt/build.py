@@ -118,8 +118,6 @@ def build_preprocessing(of_backbone: Mapping[str, Any], **overrides: Any) -> Pre
         )
 
 
-
-
 def spread(num: int, wanted: int) -> list[int]:
     """At most `wanted` of `num` indices, evenly spread."""
     indices: list[int] = np.linspace(0, num - 1, min(wanted, num)).astype(int).tolist()
