@@ -47,10 +47,10 @@ def train(root, photos, *overrides):
 def prepared(root, photos, *overrides):
     """Config, model and plan of a run that has not started."""
     config = to_config(configured(root, photos, *overrides))
-    kind = task_type_of(config)
-    samples = kind.read()
-    model = build.build_model(config, samples["train"].classes)
-    data = kind.build_data(samples, preprocessing_of(model.backbone.vit))
+    task_type = task_type_of(config)
+    samples = task_type.read()
+    model = task_type.build_model(samples["train"])
+    data = task_type.build_data(samples, preprocessing_of(model.backbone.vit))
     return config, model, caching.plan_cache(config, model, data)
 
 
@@ -130,7 +130,7 @@ def test_frozen_blocks_compute_each_image_once(tmp_path, photos, monkeypatch):
         counts.append(count_through_block_0(model))
         return model
 
-    monkeypatch.setattr(build, "build_model", hooked)
+    monkeypatch.setattr("vpt.task_types.base.build_model", hooked)
     for cache in ("off", "auto"):
         train(tmp_path / cache, photos, LAST, f"cache={cache}", "train.batch_size=9", "prompt.init=uniform")
     at_the_end = NUM_VAL + NUM_TEST  # the whole model is evaluated
