@@ -1,136 +1,169 @@
+"""Image grids, confusion matrices and precision-recall curves."""
+
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
-from PIL import ImageFont
+from matplotlib.colors import to_rgb
 
-from vpt.plots import grid as pictures
-from vpt.plots.grid import INK, RIGHT, WRONG, confusion_picture, picture_grid, shortened
+from vpt.plots.boxes import class_colour
+from vpt.plots.figure import INK
+from vpt.plots.grid import RIGHT, WRONG, image_grid
+from vpt.plots.metrics import confusion_matrix, precision_recall_curves
+
+NAMES = [
+    "猫",
+    "кошка",
+    "قط",
+    "\udc80",
+    "$x_1$",
+    "$",
+    "_hidden",
+    "",
+    "Äpfel\n2",
+    "a name that is too long for its place",
+]
 
 
-def random_pictures(num: int, height: int, width: int) -> np.ndarray:
+def random_images(num: int, height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (num, height, width, 3), dtype=np.uint8)
 
 
-def has_colour(picture: np.ndarray, colour: tuple[int, int, int]) -> bool:
-    return bool((picture == colour).all(axis=-1).any())
+def has_colour(image: np.ndarray, colour: str) -> bool:
+    return bool((np.abs(image - 255 * np.array(to_rgb(colour))).max(axis=-1) < 3).any())
 
 
-def test_tiles_stand_in_reading_order_with_their_pixels_unchanged():
-    tiles = random_pictures(5, 150, 200)
-    grid = picture_grid(tiles, columns=3)
+@pytest.mark.parametrize(("width", "scale"), [(200, 1), (101, 2), (64, 2), (7, 19)])
+def test_images_are_in_reading_order_with_their_pixels_enlarged_by_an_integer(width, scale):
+    images = random_images(5, 50, width)
+    grid = image_grid(images, columns=3)
     assert grid.dtype == np.uint8
-    assert grid.shape == (2 * 156 + 6, 3 * 206 + 6, 3)
-    for i, tile in enumerate(tiles):
-        y, x = 6 + i // 3 * 156, 6 + i % 3 * 206
-        assert np.array_equal(grid[y : y + 150, x : x + 200], tile)
+    height, width = 50 * scale, width * scale
+    assert grid.shape == (2 * (height + 6) + 6, 3 * (width + 6) + 6, 3)
+    for i, image in enumerate(images):
+        y, x = 6 + i // 3 * (height + 6), 6 + i % 3 * (width + 6)
+        assert np.array_equal(grid[y : y + height, x : x + width], image.repeat(scale, axis=0).repeat(scale, axis=1))
+    assert image_grid(images[:2], columns=8).shape[1] == 2 * (width + 6) + 6
 
 
-def test_small_pictures_are_enlarged_by_an_integer_and_stay_sharp():
-    (tile,) = tiles = random_pictures(1, 64, 64)
-    grid = picture_grid(tiles)
-    assert np.array_equal(grid[6:134, 6:134], tile.repeat(2, axis=0).repeat(2, axis=1))
-
-
-def test_a_row_is_not_wider_than_its_pictures():
-    assert picture_grid(random_pictures(2, 128, 128), columns=8).shape[1] == 2 * 134 + 6
-
-
-def test_captions_are_drawn_below_in_their_colours():
+def test_captions_are_below_in_their_colours_and_a_title_above():
     black = np.zeros((2, 128, 128, 3), np.uint8)
-    plain, captioned = picture_grid(black), picture_grid(black, ["pear", "plum"], colours=[RIGHT, WRONG])
+    plain, captioned = image_grid(black), image_grid(black, ["pear", "plum\n0.9"], colours=[RIGHT, WRONG])
     assert captioned.shape[0] > plain.shape[0]
     left, right = captioned[134:, :137], captioned[134:, 137:]
     assert has_colour(left, RIGHT)
-    assert has_colour(right, WRONG)
     assert not has_colour(left, WRONG)
-    assert has_colour(picture_grid(black, ["pear", "plum"]), INK)
+    assert has_colour(right[:18], WRONG)
+    assert has_colour(right[18:], WRONG)
+    assert has_colour(image_grid(black, ["pear", "plum"]), INK)
+    titled = image_grid(black, title="first\nsecond")
+    assert np.array_equal(titled[38:], plain)
+    assert (titled[:16] < 128).any()
+    assert (titled[16:36] < 128).any()
 
 
-def test_a_long_caption_is_shortened_to_its_tile():
-    black = np.zeros((2, 128, 128, 3), np.uint8)
-    caption = picture_grid(black, ["a name that is far too long for its tile", ""])[134:]
+def test_a_long_caption_is_cut():
+    caption = image_grid(np.zeros((2, 128, 128, 3), np.uint8), ["a name that is far too long for its image", ""])[134:]
     assert (caption[:, :134] < 255).any()
     assert (caption[:, 140:] == 255).all()
 
 
-def test_a_caption_of_two_lines_makes_room_for_both():
-    one, two = (picture_grid(random_pictures(1, 128, 128), [caption]) for caption in ("pear", "pear\nplum 0.9"))
-    assert two.shape[0] == one.shape[0] + 16
-    assert (two[one.shape[0] - 6 :] < 128).any()
-
-
-def test_letters_with_accents_are_written_without_them():
-    grid = random_pictures(1, 128, 128)
-    assert np.array_equal(picture_grid(grid, ["Äpfel é"]), picture_grid(grid, ["Apfel e"]))
-
-
-def test_a_text_is_one_line_without_accents_and_not_wider_than_asked():
-    font = ImageFont.load_default(size=13)
-    assert shortened("  Äpfel \n\t é ", font, 200) == "Apfel e"
-    for text in ("a very long name of a class", "\udc80", "кошка 猫", ""):
-        assert font.getlength(shortened(text, font, 60)) <= 60
-
-
 @pytest.mark.parametrize(
-    ("tiles", "settings", "message"),
+    ("images", "settings", "message"),
     [
-        (np.zeros((2, 3, 8, 8), np.uint8), {}, r"\(B, H, W, 3\) uint8"),
-        (np.zeros((2, 8, 8, 3)), {}, r"not \(2, 8, 8, 3\) float64"),
+        (np.zeros((2, 3, 8, 8), np.uint8), {}, r"\(2, 3, 8, 8\)"),
+        (np.zeros((2, 8, 8, 3)), {}, "float64"),
         (np.zeros((0, 8, 8, 3), np.uint8), {}, "B > 0"),
-        (np.zeros((2, 8, 8, 3), np.uint8), {"captions": ["one"]}, "2 pictures came with 1 captions"),
-        (np.zeros((2, 8, 8, 3), np.uint8), {"colours": [RIGHT]}, "2 pictures came with 1 colours"),
-        (np.zeros((2, 8, 8, 3), np.uint8), {"columns": 0}, "columns=0: must be at least 1"),
+        (np.zeros((2, 8, 8, 3), np.uint8), {"captions": ["one"]}, "1 captions"),
+        (np.zeros((2, 8, 8, 3), np.uint8), {"colours": [RIGHT]}, "1 colours"),
+        (np.zeros((2, 8, 8, 3), np.uint8), {"columns": 0}, "columns=0"),
     ],
 )
-def test_grids_that_cannot_be_drawn_are_refused(tiles, settings, message):
+def test_grids_that_cannot_be_drawn_are_refused(images, settings, message):
     with pytest.raises(ValueError, match=message):
-        picture_grid(tiles, **settings)
+        image_grid(images, **settings)
 
 
-@pytest.mark.parametrize("num_classes", [2, 10, 20, 21, 75, 76, 81, 200, 1000])
-def test_a_confusion_of_any_size_stays_a_reasonable_picture(num_classes):
-    picture = confusion_picture(np.eye(num_classes, dtype=np.int64), [f"class {i}" for i in range(num_classes)])
-    assert picture.dtype == np.uint8
-    assert picture.shape[2] == 3
-    assert 128 < min(picture.shape[:2]) <= max(picture.shape[:2]) <= 1200
+def test_names_in_any_script_are_drawn_and_every_figure_is_the_same_when_drawn_again_also_in_threads():
+    K = len(NAMES)
+    curves = np.linspace(0.1, 0.9, K)[:, None].repeat(101, axis=1)
+
+    def draw(_: int) -> list[np.ndarray]:
+        return [
+            image_grid(random_images(K, 64, 64), NAMES, title=NAMES[4]),
+            confusion_matrix(np.eye(K, dtype=np.int64), NAMES),
+            precision_recall_curves(curves, NAMES),
+        ]
+
+    first = draw(0)
+    with ThreadPoolExecutor(4) as threads:
+        for figures in threads.map(draw, range(4)):
+            assert all(np.array_equal(one, other) for one, other in zip(first, figures, strict=True))
 
 
-def test_cells_get_darker_with_their_share_of_the_row(monkeypatch):
-    monkeypatch.setattr(pictures, "_MAX_COUNTED", 0)
-    counts = np.array([[90, 10, 0], [0, 1, 0], [0, 0, 0]])
-    picture = confusion_picture(counts, ["", "", ""]).astype(int)
-    cells = picture[12 : 12 + 192, 36 : 36 + 192].reshape(3, 64, 3, 64, 3)[:, 32, :, 32].sum(axis=-1)
-    assert cells[1, 1] < cells[0, 0] < cells[0, 1] < cells[0, 2]
-    assert cells[0, 2] == cells[2].max() == cells[2].min() == 3 * 255
+@pytest.mark.parametrize("num_classes", [1, 2, 10, 21, 87, 88, 1000])
+def test_a_confusion_matrix_of_any_size_has_a_reasonable_size(num_classes):
+    names = [f"a long name of class {i}" for i in range(num_classes)]
+    figure = confusion_matrix(np.eye(num_classes, dtype=np.int64), names)
+    assert figure.dtype == np.uint8
+    assert 128 < min(figure.shape[:2]) <= max(figure.shape[:2]) <= 1250
 
 
-def test_rows_are_targets(monkeypatch):
-    monkeypatch.setattr(pictures, "_MAX_COUNTED", 0)
-    picture = confusion_picture(np.array([[0, 7], [0, 0]]), ["", ""])
-    assert not has_colour(picture[12:76, 36:100], (8, 48, 107))
-    assert has_colour(picture[12:76, 100:164], (8, 48, 107))
-    assert not has_colour(picture[76:140, 36:164], (8, 48, 107))
+def test_cells_are_darker_with_their_share_of_the_row_and_rows_are_targets():
+    counts = np.zeros((30, 30), np.int64)
+    counts[0, :2], counts[1, 0] = (90, 10), 1
+    figure = confusion_matrix(counts, [""] * 30).astype(int).sum(axis=-1)
+    inside = np.argwhere(figure < 3 * 250)
+    top, left = inside[:, 0].min(), inside[inside[:, 0] > 100][:, 1].min()
+    left = np.argwhere(figure[400] == 0)[0, 0] + 1
+    cells = figure[top + 10 :: 32, left + 10 :: 32]
+    assert cells[1, 0] < cells[0, 0] < cells[0, 1] < cells[0, 2]
+    assert cells[1, 1] == cells[5, 5] == cells[0, 2]
 
 
-def test_counts_are_written_up_to_twenty_classes(monkeypatch):
-    def drawn(num_classes: int) -> np.ndarray:
-        return confusion_picture(np.eye(num_classes, dtype=np.int64) * 8, [""] * num_classes)
+def test_counts_are_written_up_to_twenty_classes_and_names_where_they_are_legible():
+    def draw(num_classes: int, count: int, name: str) -> np.ndarray:
+        return confusion_matrix(np.eye(num_classes, dtype=np.int64) * count, [name] * num_classes)
 
-    counted = [drawn(20), drawn(21)]
-    monkeypatch.setattr(pictures, "_MAX_COUNTED", 0)
-    assert not np.array_equal(counted[0], drawn(20))
-    assert np.array_equal(counted[1], drawn(21))
-
-
-def test_names_are_dropped_where_they_would_not_be_legible():
-    def widths(num_classes: int) -> tuple[int, int]:
-        counts = np.eye(num_classes, dtype=np.int64)
-        return tuple(confusion_picture(counts, [name] * num_classes).shape[1] for name in ("", "a long name"))
-
-    assert widths(75)[0] < widths(75)[1]
-    assert widths(81)[0] < widths(81)[1]  # COCO and its background
-    assert widths(100)[0] == widths(100)[1]
+    assert not np.array_equal(draw(20, 8, ""), draw(20, 9, ""))
+    assert np.array_equal(draw(21, 8, ""), draw(21, 9, ""))
+    assert draw(81, 8, "a name").shape > draw(81, 8, "").shape  # COCO and its background
+    assert np.array_equal(draw(100, 8, "a name"), draw(100, 8, ""))
 
 
-def test_a_matrix_that_does_not_fit_its_classes_is_refused():
+def columns_of(figure: np.ndarray, colour: str) -> set[int]:
+    return set((np.abs(figure - 255 * np.array(to_rgb(colour))).max(axis=-1) < 3).any(axis=0).nonzero()[0].tolist())
+
+
+def test_curves_of_classes_with_boxes_and_their_mean_are_drawn_to_where_they_meet_zero():
+    curves = np.full((3, 101), np.nan)
+    curves[1] = np.where(np.arange(101) <= 50, 0.7, 0.0)
+    curves[2] = 0.3
+    figure = precision_recall_curves(curves, ["absent", "short", "long"])
+    assert not columns_of(figure, class_colour(0))
+    legend = 650  # pixels from the left
+    short, long, mean = (
+        {x for x in columns_of(figure, c) if x < legend} for c in (class_colour(1), class_colour(2), INK)
+    )
+    assert max(long) - min(long) > 450
+    assert max(short) - min(short) < 0.6 * (max(long) - min(long))
+    assert mean
+    assert max(columns_of(figure, class_colour(1))) > legend
+
+
+def test_of_more_than_ten_classes_the_best_and_the_worst_five_have_colours():
+    curves = np.repeat(np.linspace(0.9, 0.1, 12)[:, None], 101, axis=1)
+    figure = precision_recall_curves(curves, [f"class {i}" for i in range(12)])
+    assert [bool(columns_of(figure, class_colour(i))) for i in range(12)] == [i not in (5, 6) for i in range(12)]
+
+
+def test_curves_without_boxes_are_an_empty_plot():
+    figure = precision_recall_curves(np.full((3, 101), np.nan), ["a", "b", "c"])
+    assert not any(columns_of(figure, class_colour(label)) for label in range(3))
+
+
+def test_values_that_do_not_fit_their_classes_are_refused():
     with pytest.raises(ValueError, match=r"3 classes is \(3, 3\), not \(2, 2\)"):
-        confusion_picture(np.eye(2), ["a", "b", "c"])
+        confusion_matrix(np.eye(2), ["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"\(3, R\), not \(2, 101\)"):
+        precision_recall_curves(np.zeros((2, 101)), ["a", "b", "c"])

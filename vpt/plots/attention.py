@@ -119,7 +119,7 @@ def patch_with_surroundings(image: Pixels, box: tuple[int, int, int, int]) -> Pi
     """
     left, top, right, bottom = box
     w, h = right - left, bottom - top
-    padded = np.pad(image, ((h, h), (w, w), (0, 0)), constant_values=255)
+    padded = np.pad(image, ((h, 2 * h), (w, 2 * w), (0, 0)), constant_values=255)
     part = padded[top : top + 3 * h, left : left + 3 * w]
     patch = part[h : 2 * h, w : 2 * w].copy()
     for edge, colour in ((2, 32), (1, 255), (0, patch)):

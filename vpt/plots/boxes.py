@@ -86,8 +86,8 @@ def draw_boxes(
         (x1, x2), (y1, y2) = (np.sort(box[axis::2].round().clip(0, side)) for axis, side in enumerate((W, H)))
         colour, sides = class_colour(int(label)), (max(0, x2 - x1 - line), max(0, y2 - y1 - line))
         frame = Rectangle((x1 + line / 2, y1 + line / 2), *sides, fill=False, edgecolor=colour, linewidth=line)
-        # The edges are on whole pixels already; snapping would shift lines of odd width by one.
-        frame.set(snap=False, linestyle=(0, (4, 3)) if is_crowd else "solid")
+        # The edges are on whole pixels already; snapping would shift odd lines by one, antialiasing blur corners.
+        frame.set(snap=False, antialiased=False, linestyle=(0, (4, 3)) if is_crowd else "solid")
         axes.add_patch(frame)
         mark = ("" if score is None else f" {score:.2f}") + (", crowd" if is_crowd else "")
         # A name has at least half of the image's width; a letter is about 0.6 of the font's size.
