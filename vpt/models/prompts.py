@@ -27,7 +27,7 @@ Blocks = str | Sequence[int]
 class VisualPrompt(nn.Module):
     """Prompt tokens and the blocks that they enter.
 
-    `tokens` is one parameter of shape (L, P, D), or (L, P, 2 h d) for variant "kv". With `form`, `tokens` is computed from
+    `tokens` is one parameter of shape (L, P, D), or (L, P, 2 h d) for variant "kv". With `form`, it is computed from
     other parameters at each access; `torch.nn.utils.parametrize.remove_parametrizations(prompt, "tokens")` turns it
     back into a parameter. Prompt tokens have no position embedding.
 
