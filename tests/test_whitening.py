@@ -93,7 +93,7 @@ def test_prompts_and_images_that_cannot_be_whitened_are_refused(images):
     with pytest.raises(ValueError, match="at least one image"):
         whiten_from_patches(backbone, [])
     keyed = vpt.PromptedViT(make_tiny_vit(), "kv", num_tokens=4, form=Bilinear(2, whiten=True))
-    with pytest.raises(ValueError, match=r"whiten=True: .*kind=kv"):
+    with pytest.raises(ValueError, match=r"whiten=True: .*variant=kv"):
         whiten_from_patches(keyed, [images])
     backbone.vit.blocks[1].attn.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"whiten=True: .* in block 1 attn has hooks"):
@@ -104,10 +104,10 @@ def test_prompts_and_images_that_cannot_be_whitened_are_refused(images):
 def test_a_run_whitens_and_then_initialises_its_prompt(init, photos):
     options = ["prompt=bilinear", "prompt.whiten=true", "prompt.num_tokens=3", "prompt.rank=3", f"prompt.init={init}"]
     config = to_config(compose_config(options_of(photos, *options)))
-    kind = task_type_of(config)
-    samples = kind.read()
-    model = build.build_model(config, samples["train"].classes)
-    data = kind.build_data(samples, preprocessing_of(model.backbone.vit))
+    task_type = task_type_of(config)
+    samples = task_type.read()
+    model = task_type.build_model(samples["train"])
+    data = task_type.build_data(samples, preprocessing_of(model.backbone.vit))
     form, before = model.backbone.prompt.form, model.backbone.prompt.form.whitening.clone()
     build.whiten_prompt(config, model, data)
     build.start_prompt(config, model, data)
