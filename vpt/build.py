@@ -151,11 +151,12 @@ def build_model(config: Config, task_type: str, classes: Sequence[str], head_opt
     """
     prompt, tuning = config.prompt, config.tuning
     is_prompted = prompt.variant is not PromptName.none and (tuning.method is TuningName.prompt or tuning.with_prompt)
+    variant: Any = prompt.variant.value if is_prompted else None
     vit = build_backbone(config)
     with config_keys(**KEYS):
         backbone = PromptedViT(
             vit,
-            prompt.variant.value if is_prompted else None,
+            variant,
             num_tokens=prompt.num_tokens,
             blocks=prompt.blocks,
             dropout=prompt.dropout,

@@ -82,12 +82,13 @@ def _build_plain(name: str, vit: Any, images: Tensor, options: "BenchmarkOptions
 def _build_prompted(name: str, num_tokens: int | None, vit: Any, images: Tensor, num_classes: int) -> Subject:
     """A model of vpt on the shared ViT."""
     variant, _, impl = name.partition("_")
-    options = {"blocks": f"last:{max(1, len(vit.blocks) // 4)}"} if variant == "last" else {}
+    options: dict[str, Any] = {"num_tokens": num_tokens or 1, "impl": impl if impl == "concat" else "auto"}
+    if variant == "last":
+        options["blocks"] = f"last:{max(1, len(vit.blocks) // 4)}"
 
     def build() -> TaskModel:
-        prompt = {"linear": None, "last": "deep"}.get(variant, variant)
-        implementation = "concat" if impl == "concat" else "auto"
-        backbone = PromptedViT(vit, prompt, num_tokens=num_tokens or 1, impl=implementation, **options)
+        prompt: Any = {"linear": None, "last": "deep"}.get(variant, variant)
+        backbone = PromptedViT(vit, prompt, **options)
         # With a head of zeros all gradients would be zero, which a GPU multiplies faster than others.
         return create_model(backbone, num_classes=num_classes, head_init="paper").to(images.device)
 

@@ -72,7 +72,7 @@ class TaskType(ABC):
     heads: ClassVar[Sequence[str]] = ()  # allowed values of `head.name`, beside null
     counted: ClassVar[str] = "images"  # what `class_counts` of the samples counts
     dataset: ClassVar[Callable[..., Dataset[Any]]]  # (samples, transform, seed=) -> a `SampleDataset`
-    collate_fn: ClassVar[Callable[[Any], Any] | None] = None
+    collate_fn: ClassVar[Callable[..., Any] | None] = None
 
     writer: ClassVar[type[PredictionWriter]]  # for python -m vpt.predict
     answer: ClassVar[type]  # a TypedDict of what a server returns for one image; its key "task_type" is a Literal
