@@ -152,7 +152,7 @@ def test_a_file_whose_results_differ_is_not_written(tmp_path, tasks, monkeypatch
     monkeypatch.setattr(
         files, "open_model", lambda _: lambda given: {"logits": np.full((len(given["images"]), 3), wrong)}
     )
-    monkeypatch.setattr(traced, "outputs_of", lambda *_: {"logits": np.zeros((1, 3))})
+    monkeypatch.setattr(traced, "outputs_of", lambda *_: {"logits": torch.zeros(1, 3)})
     arguments = [f"task={tasks[1]['pets']}", f"output={output}", "format=torch_export"]
     code, printed, error = command(monkeypatch, capsys, *arguments)
     assert code == 2

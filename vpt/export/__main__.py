@@ -221,7 +221,7 @@ def _largest_difference(
                 for name, wanted in outputs_of(models[task], images[row : row + 1]).items():
                     given = found[name][row] if packed is None else found[name][row, : models[task].num_classes]
                     unit = max(images.shape[2:]) if name in models[task].outputs_in_pixels else 1
-                    differences.append(np.abs(given - wanted[0]).max() / unit)
+                    differences.append(np.abs(given - wanted[0].numpy()).max() / unit)
     return float(np.max(differences))
 
 

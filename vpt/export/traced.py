@@ -11,7 +11,6 @@ K classes.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -115,17 +114,19 @@ class SharedModel(Traceable):
         ValueError: The attention of a block cannot be masked, or the ViT is not held in float32.
     """
 
-    inputs: ClassVar[Axes] = {
-        "images": {0: "batch"},
-        "task": {0: "batch"},
-        "prompts": {0: "tasks", 2: "num_tokens"},
-        "num_tokens": {0: "tasks"},
-        "shallow": {0: "tasks", 1: "num_shallow"},
-        "num_shallow": {0: "tasks"},
-        "head_weight": {0: "tasks", 1: "num_classes"},
-        "head_bias": {0: "tasks", 1: "num_classes"},
-    }
-    outputs: ClassVar[Axes] = {"logits": {0: "batch", 1: "num_classes"}}
+    inputs: Axes = MappingProxyType(
+        {
+            "images": {0: "batch"},
+            "task": {0: "batch"},
+            "prompts": {0: "tasks", 2: "num_tokens"},
+            "num_tokens": {0: "tasks"},
+            "shallow": {0: "tasks", 1: "num_shallow"},
+            "num_shallow": {0: "tasks"},
+            "head_weight": {0: "tasks", 1: "num_classes"},
+            "head_bias": {0: "tasks", 1: "num_classes"},
+        }
+    )
+    outputs: Axes = MappingProxyType({"logits": {0: "batch", 1: "num_classes"}})
 
     def __init__(self, vit: ViT) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ class Problem(BaseModel):
     detail: str = Field(examples=["no task dogs; there are pets, flowers"])
 
 
-Prediction = Annotated[
+Prediction: Any = Annotated[
     Union[*(task_type.answer for task_type in task_types().values())], Field(discriminator="task_type")
 ]
 
