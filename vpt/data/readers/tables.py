@@ -44,7 +44,10 @@ def read_list(
         train: Name of the list for train.
         val: Name of the list for val; null splits it off train.
         test: Name of the list for test; null splits it off train, if `test_fraction` is not 0.
-        val_fraction, test_fraction, seed, decoding: See `read_folder`.
+        val_fraction: Part of the given train that becomes val if `val` is null.
+        test_fraction: Part of the given train that becomes test if `test` is null.
+        seed: Decides which images are split off.
+        decoding: Options of decoding.
 
     Raises:
         ValueError: A list, an image or a label is missing, or a line is wrong; names the file and the line.
@@ -72,7 +75,10 @@ def read_csv(
     Args:
         path: The file.
         root: The folder that paths are relative to, and stay inside; by default that of the file.
-        val_fraction, test_fraction, seed, decoding: See `read_folder`.
+        val_fraction: Part of the given images that becomes val if no row is val.
+        test_fraction: Part of the given images that becomes test if no row is test.
+        seed: Decides which images are split off.
+        decoding: Options of decoding.
 
     Raises:
         ValueError: A column or an image is missing, or a row is wrong; names the file and the row.
