@@ -30,7 +30,7 @@ def random_images(num: int, height: int, width: int) -> np.ndarray:
 
 
 def has_colour(image: np.ndarray, colour: str) -> bool:
-    return bool((np.abs(image - 255 * np.array(to_rgb(colour))).max(axis=-1) < 3).any())
+    return bool((np.abs(image - 255 * np.array(to_rgb(colour))).max(axis=-1) < 50).any())
 
 
 @pytest.mark.parametrize(("width", "scale"), [(200, 1), (101, 2), (64, 2), (7, 19)])
@@ -113,9 +113,8 @@ def test_cells_are_darker_with_their_share_of_the_row_and_rows_are_targets():
     counts = np.zeros((30, 30), np.int64)
     counts[0, :2], counts[1, 0] = (90, 10), 1
     figure = confusion_matrix(counts, [""] * 30).astype(int).sum(axis=-1)
-    inside = np.argwhere(figure < 3 * 250)
-    top, left = inside[:, 0].min(), inside[inside[:, 0] > 100][:, 1].min()
-    left = np.argwhere(figure[400] == 0)[0, 0] + 1
+    is_frame = figure < 3 * 120
+    top, left = (min(np.flatnonzero(is_frame.sum(axis=axis) > 800)) for axis in (1, 0))
     cells = figure[top + 10 :: 32, left + 10 :: 32]
     assert cells[1, 0] < cells[0, 0] < cells[0, 1] < cells[0, 2]
     assert cells[1, 1] == cells[5, 5] == cells[0, 2]
