@@ -348,7 +348,7 @@ def test_every_way_of_tuning_trains_is_evaluated_and_predicts(photos, tmp_path, 
         (["tuning=bias", "tuning.options={r: 4}"], r"tuning\.options=.* are for adapters: type tuning=lora"),
         (["tuning=lora", "tuning.with_prompt=true", "prompt=kv"], "block 0 cannot be given keys and values: qkv is a"),
         (["tuning=lora", "tuning.options=3"], r"tuning\.options=3: "),
-        (["tuning=linear", "tuning.with_prompt=true"], "tuning=linear trains the head alone, but there is a prompt"),
+        (["tuning=linear", "tuning.with_prompt=true"], "tuning=linear: trains the head alone, but there is a prompt"),
     ],
 )
 def test_invalid_tuning_is_refused(photos, tmp_path, overrides, message):

@@ -54,7 +54,7 @@ def write_explanation(explanation: Explanation, folder: Path) -> list[Path]:
             old.unlink()
     write_json(folder / NUMBERS, explanation.to_dict())
     paths = []
-    with Monitor(folder, charts=CHARTS) as monitor:
+    with Monitor(folder, layout=CHARTS) as monitor:
         for block in explanation.prompted:
             monitor.scalars(_scalars(explanation, block), step=block)
         for name, page in make_pages(explanation):

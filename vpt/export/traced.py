@@ -11,6 +11,7 @@ K classes.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class Traceable(nn.Module, ABC):
         outputs: In their order.
     """
 
-    inputs: Axes = MappingProxyType({"images": {0: "batch"}})
+    inputs: ClassVar[Axes] = MappingProxyType({"images": {0: "batch"}})
     outputs: Axes
 
     @abstractmethod
@@ -114,7 +115,7 @@ class SharedModel(Traceable):
         ValueError: The attention of a block cannot be masked, or the ViT is not held in float32.
     """
 
-    inputs: Axes = MappingProxyType(
+    inputs: ClassVar[Axes] = MappingProxyType(
         {
             "images": {0: "batch"},
             "task": {0: "batch"},
@@ -126,7 +127,7 @@ class SharedModel(Traceable):
             "head_bias": {0: "tasks", 1: "num_classes"},
         }
     )
-    outputs: Axes = MappingProxyType({"logits": {0: "batch", 1: "num_classes"}})
+    outputs = MappingProxyType({"logits": {0: "batch", 1: "num_classes"}})
 
     def __init__(self, vit: ViT) -> None:
         super().__init__()

@@ -65,7 +65,8 @@ class LivePrompt:
 
     def keys_values(self, index: int, tokens: Tensor, num_read: int | None) -> KeysValues:
         """Keys and values of the prompt in a block, from the cache where nothing trains and dropout is off."""
-        prompt, block, dtype = self.prompt, self.vit.blocks[index], tokens.dtype
+        prompt, dtype = self.prompt, tokens.dtype
+        block: Any = self.vit.blocks[index]
 
         def compute() -> KeysValues:
             return prompt.keys_values(block, index, tokens.shape[0], dtype, num_read)

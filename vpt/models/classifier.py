@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vpt.models.backbone import PromptedViT
 from vpt.models.heads.linear import HeadInit, linear_head
@@ -25,6 +25,7 @@ class Classifier(TaskModel):
 
     task_type = "classification"
     has_linear_head = True
+    head: nn.Linear
 
     def __init__(
         self,

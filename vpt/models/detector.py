@@ -73,6 +73,7 @@ class Detector(TaskModel):
     task_type = "detection"
     outputs_in_pixels = ("boxes",)
     preprocessing: ClassVar = {"crop_mode": "letterbox", "crop_pct": 1.0}
+    head: DetectionHead
 
     def __init__(
         self,
@@ -246,7 +247,8 @@ class Detector(TaskModel):
         return cls(backbone, num_classes, classes=classes, category_ids=category_ids, **options)
 
     def _detect(self, levels: list[Tensor], sizes: Sizes) -> Detections:
-        return self.head.detect(levels, sizes, self.selection)
+        found: Detections = self.head.detect(levels, sizes, self.selection)
+        return found
 
     def _check_size(self, size: tuple[int, int]) -> None:
         """Levels must cover all of an image."""

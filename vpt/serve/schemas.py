@@ -6,7 +6,7 @@ Classes derived from `BaseModel`, and the answers of the task types, are in /ope
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast
 
 from PIL import Image
 from pydantic import BaseModel, Field
@@ -29,9 +29,12 @@ class Problem(BaseModel):
     detail: str = Field(examples=["no task dogs; there are pets, flowers"])
 
 
-Prediction: Any = Annotated[
-    Union[*(task_type.answer for task_type in task_types().values())], Field(discriminator="task_type")
-]
+if TYPE_CHECKING:
+    Prediction = dict[str, Any]
+else:
+    Prediction = Annotated[
+        Union[*(task_type.answer for task_type in task_types().values())], Field(discriminator="task_type")
+    ]
 
 
 class ImageAnswer(BaseModel):
