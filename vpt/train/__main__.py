@@ -33,6 +33,8 @@ def main() -> None:
             else:
                 _run_hydra(lambda composed, is_sweep: codes.append(_run_or_explain(composed, stop, is_sweep=is_sweep)))
     except ConfigError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
         fail(error)
     except Stopped as error:
         fail(RuntimeError(f"stopped by {error}; {RESUME}"), STOPPED)
