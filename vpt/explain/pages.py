@@ -88,7 +88,7 @@ def image_page(explanation: Explanation, number: int) -> Pixels:
         title.append(f"{source} to patches, 1 is uniform; no prompt")
     else:
         title.append(f"{source} to patches without and with the prompt, 1 is uniform; patches to prompt")
-    title.append(f"{width} x {height} pixels, as the backbone receives them; dark: 0, bright: upper end of the scale")
+    title.append(f"{width} x {height} pixels; dark: 0, bright: upper end of the scale")
     frames = task_type.frames(result.found)
     names = sorted({text for _, text in frames})
     labels = [names.index(text) for _, text in frames]
