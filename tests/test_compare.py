@@ -224,7 +224,7 @@ def test_a_method_without_a_finished_run_is_a_row_with_the_reason(tmp_path, monk
     [
         (["methods=[linaer]"], "did you mean linear"),
         (["methods=[linear,linear]"], "methods: linear"),
-        (["methods=linear", "methods=bias"], "methods=bias"),
+        (["methods=linear", "methods=bias"], "methods is typed twice"),
         (["methods="], "methods="),
         (["method=[linear]"], "did you mean methods"),
         (["shot=3"], "did you mean shots"),

@@ -125,7 +125,7 @@ def test_unreadable_images_are_listed_and_the_others_predicted(finished, photos,
     [
         ({"run": "nowhere"}, "run=nowhere: not a run folder"),
         ({"input": "nowhere"}, "nowhere: no such file or folder"),
-        ({"input": "empty"}, "empty: holds no"),
+        ({"input": "empty"}, "input=empty"),
         ({"output": "preds.txt"}, r"output=preds\.txt: must end in \.csv or \.json"),
         ({"checkpoint": "nowhere.pth"}, r"^checkpoint=nowhere\.pth: no such file"),
     ],
