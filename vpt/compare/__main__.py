@@ -69,17 +69,11 @@ class CompareOptions:
 
 @dataclass(frozen=True)
 class Request:
-    """A comparison to make.
-
-    Args:
-        plan: The runs.
-        output: The folder of the results; None to choose one.
-        command: The command as typed.
-    """
+    """A comparison to make."""
 
     plan: Plan
-    output: Path | None
-    command: str
+    output: Path | None  # the folder of the results; None to choose one
+    command: str  # as typed
 
 
 def main() -> None:

@@ -22,23 +22,14 @@ from vpt.task_types.base import TaskType, task_type_of
 
 @dataclass(frozen=True)
 class Cost:
-    """Costs of a method; None where this machine cannot count them.
+    """Costs of a method; None where this machine cannot count them."""
 
-    Args:
-        tuned: Trained parameters, by part: prompt, neck, head, backbone.
-        step_images: Images of the training step that was counted.
-        step_flops: Of that step, forward and backward, without a cache of tokens.
-        saved_bytes: Saved by its forward pass for the backward pass.
-        flops: Of inference on one image.
-        bare_flops: Of the bare ViT with the same head, on one image.
-    """
-
-    tuned: dict[str, int]
-    step_images: int
-    step_flops: int | None
-    saved_bytes: int | None
-    flops: int | None
-    bare_flops: int | None
+    tuned: dict[str, int]  # trained parameters, by part: prompt, neck, head, backbone
+    step_images: int  # images of the training step that was counted
+    step_flops: int | None  # of that step, forward and backward, without a cache of tokens
+    saved_bytes: int | None  # by its forward pass for the backward pass
+    flops: int | None  # of inference on one image
+    bare_flops: int | None  # of the bare ViT with the same head, on one image
 
     @property
     def num_tuned(self) -> int:
@@ -68,10 +59,6 @@ def measure_cost(config: Config, samples: Mapping[str, Any]) -> Cost:
     """Build the model of a run and count one training step and the inference on one image; nothing is saved.
 
     A method that does not fit the data or the backbone, such as one with a block that does not exist, is refused here.
-
-    Args:
-        config: Of the run.
-        samples: Its samples by split.
 
     Raises:
         ValueError, FileNotFoundError: The model cannot be built.

@@ -14,17 +14,11 @@ SAME_FOR_ALL = ("seed", "dataset", "data", "run", "mode", "fresh", "experiment")
 
 @dataclass(frozen=True)
 class Method:
-    """One way to adapt a backbone.
+    """One way to adapt a backbone."""
 
-    Args:
-        title: Name in tables.
-        overrides: Arguments of `python -m vpt.train`.
-        needs: A module of another package; empty for none.
-    """
-
-    title: str
-    overrides: tuple[str, ...]
-    needs: str = ""
+    title: str  # in tables
+    overrides: tuple[str, ...]  # arguments of `python -m vpt.train`
+    needs: str = ""  # a module of another package; empty for none
 
     @property
     def keys(self) -> list[str]:
@@ -55,11 +49,9 @@ METHODS: Mapping[str, Method] = {
 
 
 def choose_methods(names: Sequence[str], defined: Mapping[str, str]) -> dict[str, Method]:
-    """The methods of these names, then those that were defined.
+    """The methods of these names, then those that were defined, by name, with their overrides as one text.
 
-    Args:
-        names: Of `METHODS`, or of defined ones; empty for all of `METHODS` that need no other package.
-        defined: Names of a user's own methods, and the overrides of each as one text.
+    No names are all of `METHODS` that need no other package.
 
     Raises:
         ConfigError: An unknown or repeated name, a definition that cannot be used, or a missing package.

@@ -25,19 +25,12 @@ OWN_RUNS = {  # keys that a comparison sets, and what to type instead
 
 @dataclass(frozen=True)
 class Trial:
-    """One run.
-
-    Args:
-        method: Name of the method.
-        shots: Train images per class; "all" for all of them, None for the number in the config.
-        seed: Of the run; it also draws the images of val and per class, unless `dataset.split_seed` is typed.
-        rate: Factor of the learning rates of the method.
-    """
+    """One run."""
 
     method: str
-    shots: int | str | None
-    seed: int
-    rate: float
+    shots: int | str | None  # train images per class; "all" for all of them, None for the number in the config
+    seed: int  # it also draws the images of val and per class, unless `dataset.split_seed` is typed
+    rate: float  # factor of the learning rates of the method
 
     @property
     def title(self) -> str:
@@ -54,22 +47,15 @@ class Trial:
 class Plan:
     """The plan of a comparison.
 
-    Args:
-        words: Overrides of every run.
-        methods: By name.
-        seeds: Of the runs; the first is that of the search.
-        rates: Factors that the search tries, ascending; one is no search.
-        shots: Images per class, ascending; None alone for the number in the config.
-
     Raises:
         ConfigError: A word cannot be used; every method and every number of shots is composed once.
     """
 
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # overrides of every run
     methods: Mapping[str, Method]
-    seeds: tuple[int, ...]
-    rates: tuple[float, ...]
-    shots: tuple[int | str | None, ...]
+    seeds: tuple[int, ...]  # the first is that of the search
+    rates: tuple[float, ...]  # factors that the search tries, ascending; one is no search
+    shots: tuple[int | str | None, ...]  # images per class, ascending; None alone for the number in the config
     _base: dict[str, Config] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:

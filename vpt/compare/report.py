@@ -33,27 +33,15 @@ SIDE = 144  # pixels of a thumbnail
 
 @dataclass(frozen=True)
 class Comparison:
-    """Results of a comparison.
-
-    Args:
-        plan: Of the comparison.
-        rows: One for each number of shots and method.
-        content: Of the report, as plain JSON values.
-    """
+    """Results of a comparison."""
 
     plan: Plan
-    rows: list[Row]
-    content: dict[str, Any]
+    rows: list[Row]  # one for each number of shots and method
+    content: dict[str, Any]  # of the report, as plain JSON values
 
     @classmethod
     def of(cls, runs: Runs, rows: list[Row], command: str) -> "Comparison":
-        """Collect the results; reads the images that are shown.
-
-        Args:
-            runs: All runs.
-            rows: Their results.
-            command: The command as typed.
-        """
+        """Collect the results of all runs; reads the images that are shown."""
         plan, first = runs.plan, next(iter(runs.plan.methods))
         config, shown = plan.compose(Trial(first, plan.shots[0], plan.seeds[0], 1.0))
         samples = runs.samples[plan.shots[0]]
@@ -108,12 +96,8 @@ def disagreement(predictions: Sequence[int]) -> float:
 def most_disputed(predictions: Sequence[Sequence[int]], targets: Sequence[int], num: int) -> list[int]:
     """Indices of the images that methods disagree on most; of equals, those first that one of them gets right.
 
-    Remaining ties take one image of each class in turn.
-
-    Args:
-        predictions: For each method, the class of each image.
-        targets: The true class of each image.
-        num: Maximum number; images on which all agree are left out.
+    Remaining ties take one image of each class in turn; images on which all agree are left out. `predictions` has the
+    class of each image for each method.
     """
     ranks, of_class = [], Counter[tuple[float, bool, int]]()
     for index, (target, *predicted) in enumerate(zip(targets, *predictions, strict=True)):
@@ -158,20 +142,11 @@ def _row(row: Row, reported: Any, disputed: Sequence[int]) -> dict[str, Any]:
 
 def _method(plan: Plan, name: str) -> dict[str, Any]:
     method = plan.methods[name]
-    return {
-        "name": name,
-        "title": method.title,
-        "overrides": list(method.overrides),
-        "rates": plan.rates_of(name),
-    }
+    return {"name": name, "title": method.title, "overrides": list(method.overrides), "rates": plan.rates_of(name)}
 
 
 def _image(samples: Any, index: int) -> dict[str, Any]:
-    return {
-        "name": samples.names[index],
-        "truth": samples.targets[index],
-        "image": _thumbnail(samples.read(index)),
-    }
+    return {"name": samples.names[index], "truth": samples.targets[index], "image": _thumbnail(samples.read(index))}
 
 
 def _thumbnail(image: Image.Image) -> str:

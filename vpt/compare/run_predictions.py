@@ -24,34 +24,18 @@ NUM_SWITCHES = 5
 
 @dataclass(frozen=True)
 class RunPredictions:
-    """Predictions of a run, saved in its folder.
-
-    Args:
-        split: The split predicted.
-        switch_ms: Milliseconds to load the task file into a backbone in memory, the median of several times.
-        is_shared: Whether a `TaskBank` runs images of this task and of others in one batch.
-        predictions: Classification: the predicted class of each image, by number.
-        probabilities: Classification: their probabilities, in [0, 1].
-        precision: Detection: the average precision of each class, under "map" and "map50".
-    """
+    """Predictions of a run, saved in its folder."""
 
     split: str
-    switch_ms: float
-    is_shared: bool
-    predictions: list[int] = field(default_factory=list)
-    probabilities: list[float] = field(default_factory=list)
-    precision: dict[str, list[float | None]] = field(default_factory=dict)
+    switch_ms: float  # milliseconds to load the task file into a backbone in memory, the median of several times
+    is_shared: bool  # whether a `TaskBank` runs images of this task and of others in one batch
+    predictions: list[int] = field(default_factory=list)  # classification: the class of each image, by number
+    probabilities: list[float] = field(default_factory=list)  # classification: of these classes, in [0, 1]
+    precision: dict[str, list[float | None]] = field(default_factory=dict)  # detection: of each class; map, map50
 
 
 def read_or_predict(config: Config, run_dir: Path, samples: Mapping[str, Any], split: str) -> RunPredictions:
-    """The saved predictions of a run; computed and saved if there are none.
-
-    Args:
-        config: Of the finished run.
-        run_dir: Its folder.
-        samples: Its samples by split.
-        split: To predict.
-    """
+    """The saved predictions of a finished run; computed and saved if there are none."""
     try:
         values = json.loads((run_dir / FILE).read_text())
         saved = RunPredictions(**{entry.name: values[entry.name] for entry in fields(RunPredictions)})

@@ -26,23 +26,14 @@ Train = Callable[[Config, Config], object]  # the config of a run, and the confi
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a run.
-
-    Args:
-        trial: The run.
-        folder: Its folder.
-        task_bytes: Size of its task file.
-        result: Content of `result.json`; empty if it failed.
-        curve: The selection metric on val, by epoch.
-        error: Why it failed; empty if it did not.
-    """
+    """Outcome of a run."""
 
     trial: Trial
     folder: Path
-    task_bytes: int
-    result: Mapping[str, Any]
-    curve: tuple[float, ...] = ()
-    error: str = ""
+    task_bytes: int  # size of its task file
+    result: Mapping[str, Any]  # content of `result.json`; empty if it failed
+    curve: tuple[float, ...] = ()  # the selection metric on val, by epoch
+    error: str = ""  # why it failed; empty if it did not
 
     @property
     def reason(self) -> str:
@@ -61,31 +52,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """A method with a number of images per class.
-
-    Args:
-        method: Its name.
-        title: Its name for the user.
-        shots: Train images per class.
-        metric: The selection metric.
-        split: The reported split.
-        cost: Of the method.
-        search: Runs of the first seed, by rate, ascending.
-        rate: Selected on val; None if all of several failed.
-        outcomes: Runs with that rate, one for each seed.
-        predictions: Of the first seed; None if it failed.
-    """
+    """A method with a number of images per class."""
 
     method: str
-    title: str
-    shots: int | str | None
-    metric: str
-    split: str
+    title: str  # its name for the user
+    shots: int | str | None  # train images per class
+    metric: str  # the selection metric
+    split: str  # the reported split
     cost: Cost
-    search: tuple[Outcome, ...]
-    rate: float | None
-    outcomes: tuple[Outcome, ...]
-    predictions: RunPredictions | None
+    search: tuple[Outcome, ...]  # runs of the first seed, by rate, ascending
+    rate: float | None  # selected on val; None if all of several failed
+    outcomes: tuple[Outcome, ...]  # runs with that rate, one for each seed
+    predictions: RunPredictions | None  # of the first seed; None if it failed
 
     @property
     def finished(self) -> list[Outcome]:
@@ -113,11 +91,6 @@ class Row:
 class Runs:
     """All runs of a plan; data and models are checked when it is created, before any file is written.
 
-    Args:
-        plan: Of the comparison.
-        output: The folder of the comparison.
-        log: Prints a line.
-
     Attributes:
         samples: Of the first seed, by shots and split.
         costs: Of each method with the most images.
@@ -142,11 +115,7 @@ class Runs:
     def do(self, train: Train) -> list[Row]:
         """Do all runs that are not finished; returns a row for each number of shots and method.
 
-        Args:
-            train: Trains a config to its end, or returns at once if the run is finished.
-
-        Raises:
-            ValueError, OSError: As training.
+        `train` trains a config to its end, or returns at once if the run is finished; its errors pass.
         """
         write_json(self.output / COSTS, {name: cost.to_dict() for name, cost in self._saved_costs.items()})
         return [self._row(train, shots, name) for shots, name in self.plan.entries()]

@@ -33,17 +33,11 @@ PATH_KEYS = (
 
 
 class CommandLine(NamedTuple):
-    """A checked command line of overrides.
+    """A checked command line of overrides."""
 
-    Args:
-        config: The config; of a sweep that of its last values.
-        composed: The same as Hydra has it, with expressions.
-        needs_hydra: Whether Hydra's own application must run: for a sweep, one of its options, or a `hydra.` override.
-    """
-
-    config: Config
-    composed: DictConfig
-    needs_hydra: bool
+    config: Config  # of a sweep that of its last values
+    composed: DictConfig  # the same as Hydra has it, with expressions
+    needs_hydra: bool  # Hydra's own application must run: for a sweep, one of its options, or a `hydra.` override
 
 
 def check_command_line(arguments: Sequence[str]) -> CommandLine:
@@ -72,13 +66,7 @@ def check_command_line(arguments: Sequence[str]) -> CommandLine:
 
 
 def compose_run(arguments: Sequence[str]) -> tuple[Config, Config]:
-    """The config of one run, composed without a Hydra application.
-
-    Args:
-        arguments: As typed to `python -m vpt.train`.
-
-    Returns:
-        The config, and the same as it may be saved, see `conceal`.
+    """The config of one run of `python -m vpt.train`, and the same as it may be saved, see `conceal`.
 
     Raises:
         ConfigError: The arguments cannot be used, or have an option of Hydra's own, such as the sweep `-m`.
@@ -90,15 +78,10 @@ def compose_run(arguments: Sequence[str]) -> tuple[Config, Config]:
 
 
 def parse_options(schema: type[OptionsT], arguments: Sequence[str], about: str) -> OptionsT:
-    """Read `key=value` arguments into the dataclass of a command; `--help` prints its help.
+    """Read `key=value` arguments into the dataclass of a command; `--help` prints its options inside `about`.
 
     Fields are of the types str, Path, int, float and bool, of tuples of these for lists such as `8,5` or `[8,5]`, of
     unions of these, or dict[str, str] for `key.NAME=text`. `option` describes a field.
-
-    Args:
-        schema: The dataclass.
-        arguments: As typed.
-        about: Help around the list of options, which follows the first paragraph.
 
     Raises:
         ConfigError: A key is unknown or missing, or a value has the wrong type or is out of range.
@@ -164,12 +147,7 @@ def describe_options(schema: type[Any], indent: str = "  ") -> str:
 
 
 def check_file(option: str, path: Path, endings: Sequence[str]) -> None:
-    """Check, before the work, that its result can be written to the file of an option.
-
-    Args:
-        option: The name of the option.
-        path: Its value.
-        endings: Endings allowed, such as ".csv", in any case.
+    """Check, before the work, that its result can be written to the file of an option; endings are of any case.
 
     Raises:
         ConfigError: The ending is another one, the path is a folder, or its folder cannot be written to.
@@ -195,9 +173,7 @@ def check_folder(option: str, path: Path) -> None:
 def name_task_files(option: str, text: str) -> dict[str, Path]:
     """Task files by the names of their tasks: that of the file, or of its folder for the `task.safetensors` of a run.
 
-    Args:
-        option: The name of the option.
-        text: Its value: one file, or several with commas between them.
+    The text is one file, or several with commas between them.
 
     Raises:
         ConfigError: It names no file, one that does not exist, or two of one name.

@@ -30,11 +30,7 @@ def register_schema() -> None:
 
 
 def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
-    """Compose `conf/train.yaml` with overrides, outside of a Hydra application.
-
-    Args:
-        overrides: As typed on the command line: `prompt=shallow`, `+experiment=quickstart`, `train.epochs=3`.
-        config_dir: A further folder of configs, searched after `conf/`.
+    """Compose `conf/train.yaml` with overrides as typed; `config_dir` is searched after `conf/`.
 
     Raises:
         ConfigError: An override cannot be used.

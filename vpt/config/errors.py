@@ -20,10 +20,7 @@ class ConfigError(ValueError):
 
 @contextmanager
 def config_keys(**keys: str) -> Iterator[None]:
-    """Name config keys in the errors of the library calls inside.
-
-    Args:
-        keys: By parameter of the library, the key of the config.
+    """Name config keys, given by parameter of the library, in the errors of the library calls inside.
 
     Raises:
         ConfigError: A ValueError or TypeError inside named one of the parameters, as in `num_tokens=0: ...`. An OSError

@@ -37,27 +37,17 @@ DATASET_KEYS = {entry.name: f"dataset.{entry.name}" for entry in fields(DatasetC
 
 @dataclass(frozen=True)
 class AnswerLimits:
-    """How much a server returns of one image.
+    """How much a server returns of one image."""
 
-    Args:
-        top_k: Most classes.
-        min_score: Lowest score of a box.
-        max_detections: Most boxes.
-    """
-
-    top_k: int = 5
-    min_score: float = 0.25
-    max_detections: int = 100
+    top_k: int = 5  # most classes
+    min_score: float = 0.25  # lowest score of a box
+    max_detections: int = 100  # most boxes
 
 
 class TaskType(ABC):
     """A type of task, for the config of one run.
 
-    The class itself, without a config, describes tasks that are trained: how their predictions are written, served and
-    published.
-
-    Args:
-        config: The run's config.
+    The class itself, without a config, describes how predictions of trained tasks are written, served and published.
 
     Attributes:
         report: Problems that `read_all` found in labels.
@@ -146,22 +136,14 @@ class TaskType(ABC):
     ) -> Iterator[Finding]:
         """Problems of the labels, in addition to those of images and classes, which the doctor finds itself.
 
-        Args:
-            splits: Samples by split.
-            readable: Indices of the images that can be read, by split; empty if labels could not be read.
-            preprocessing: Of the images, where known.
-            strides: Of the head, see `strides`.
+        `readable` has the indices of the images that can be read, by split; it is empty if labels could not be read.
         """
         return iter(())
 
     # Training and evaluation.
 
     def head_options(self, train: Any) -> dict[str, Any]:
-        """Keyword arguments of the model's class, beside those that every task model has.
-
-        Args:
-            train: Samples of train.
-        """
+        """Keyword arguments of the model's class, beside those that every task model has, for samples of train."""
         return {}
 
     def build_model(self, train: Any) -> TaskModel:
@@ -200,13 +182,7 @@ class TaskType(ABC):
     @classmethod
     @abstractmethod
     def to_answer(cls, metadata: TaskMetadata, output: Any, size: Size, limits: AnswerLimits) -> dict[str, Any]:
-        """The JSON values, as `answer` declares them, of one output of the model.
-
-        Args:
-            metadata: Of the task.
-            output: Of one image.
-            size: Height and width of the upright image in pixels.
-            limits: How much is returned.
+        """The JSON values, as `answer` declares them, of the output for one upright image of this size in pixels.
 
         Raises:
             ArithmeticError: The output has numbers that are not finite.
@@ -214,12 +190,9 @@ class TaskType(ABC):
 
     @classmethod
     def explain(cls, model: Any, image: Tensor, size: Size) -> dict[str, Any]:
-        """What the model predicts for one image, as JSON values; for `python -m vpt.explain`.
+        """What a model in eval mode predicts for one image, as JSON values; for `python -m vpt.explain`.
 
-        Args:
-            model: In eval mode.
-            image: (1, 3, H, W), normalised.
-            size: Height and width of the part of the input that shows the image.
+        The image is normalised, (1, 3, H, W); size is height and width of the part of the input that shows it.
         """
         return {}
 

@@ -33,13 +33,7 @@ class FullReport(sources.DataReport):
 def find_box_problems(
     splits: Mapping[str, Any], places: Mapping[sources.Finding, list[str]], is_strict: bool
 ) -> Iterator[Finding]:
-    """The reader's findings with all their places.
-
-    Args:
-        splits: Samples by split.
-        places: Where the reader found each problem.
-        is_strict: Whether the reader would refuse problems, which makes them errors.
-    """
+    """The reader's findings with all their places; errors if the reader is strict, and would refuse them."""
     images: dict[str, File] = {}
     if places:
         for split, samples in splits.items():

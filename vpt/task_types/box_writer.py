@@ -22,10 +22,7 @@ MIN_SCORE = 0.25  # for people; metrics are computed from 0.05 up
 
 
 class BoxWriter(PredictionWriter):
-    """The boxes in each image; see `PredictionWriter`.
-
-    Drawings are written batch by batch, everything else at the end.
-    """
+    """The boxes in each image; drawings are written batch by batch, everything else at the end."""
 
     options: ClassVar[Sequence[str]] = ("drawings", "min_score", "max_overlap", "max_detections", "classes")
 

@@ -81,13 +81,7 @@ for box, score, label in zip(found["boxes"], found["scores"], found["labels"]):
 
 
 class BoxEvaluator:
-    """COCO metrics of the detections of a split, in pixels of the original images.
-
-    Args:
-        num_classes: K.
-        samples: The split; None evaluates boxes in pixels of the input.
-        preprocessing: Of the images.
-    """
+    """COCO metrics of the detections of a split, in pixels of the original images; without samples, of the input."""
 
     def __init__(self, num_classes: int, samples: DetectionSamples | None, preprocessing: Preprocessing) -> None:
         self.metrics = DetectionMetrics(num_classes)

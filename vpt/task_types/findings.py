@@ -18,19 +18,12 @@ class Level(StrEnum):
 
 @dataclass(frozen=True)
 class File:
-    """An image that a finding concerns.
+    """An image that a finding concerns."""
 
-    Args:
-        file: Path below the root, or another name; None where `detail` names the place.
-        split: train, val or test, where known.
-        detail: The problem.
-        same_as: The image that it duplicates.
-    """
-
-    file: str | None
-    split: str | None = None
-    detail: str = ""
-    same_as: str | None = None
+    file: str | None  # path below the root, or another name; None where `detail` names the place
+    split: str | None = None  # train, val or test, where known
+    detail: str = ""  # the problem
+    same_as: str | None = None  # the image that it duplicates
 
     def __str__(self) -> str:
         parts = [self.file or "", f"same as {self.same_as}" if self.same_as else "", self.detail]
@@ -39,23 +32,14 @@ class File:
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem or a note about a data set.
-
-    Args:
-        level: Severity.
-        code: One word, stable for programs.
-        message: One line for the user.
-        split: The split concerned; None for all.
-        files: All images concerned; empty for a finding about a split or the whole data set.
-        count: Number of images or boxes concerned; None where it does not apply.
-    """
+    """A problem or a note about a data set."""
 
     level: Level
-    code: str
-    message: str
-    split: str | None = None
-    files: tuple[File, ...] = ()
-    count: int | None = None
+    code: str  # one word, stable for programs
+    message: str  # one line for the user
+    split: str | None = None  # the split concerned; None for all
+    files: tuple[File, ...] = ()  # all images concerned; empty for a finding about a split or the whole data set
+    count: int | None = None  # of images or boxes concerned; None where it does not apply
 
     def lines(self) -> list[str]:
         """The message and the first files."""

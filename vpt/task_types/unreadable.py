@@ -22,10 +22,7 @@ def leave_out_unreadable(
 ) -> tuple[dict[str, SamplesT], LeftOut]:
     """Samples without train images that cannot be read, and those; if any may be skipped, all images are decoded.
 
-    Args:
-        config: The run's config; `data.on_error=stop` leaves out none.
-        samples: All splits.
-        known: Train images that the reader has left out already, and why.
+    `data.on_error=stop` leaves out none; `known` are train images that the reader has left out already, and why.
 
     Raises:
         ImageError: An image of val or test cannot be read, or one of train, and none may be skipped.

@@ -20,17 +20,11 @@ Options = Mapping[str, Any]  # of python -m vpt.predict; None where an option wa
 
 @dataclass(frozen=True)
 class PredictedImage:
-    """An image that went through the models.
-
-    Args:
-        path: Its file.
-        size: Height and width in pixels, upright.
-        image: The RGB image itself, where the writer needs it.
-    """
+    """An image that went through the models."""
 
     path: Path
-    size: Size
-    image: Image.Image | None
+    size: Size  # in pixels, upright
+    image: Image.Image | None  # RGB, where the writer needs it
 
 
 class PredictionWriter(ABC):
@@ -39,9 +33,7 @@ class PredictionWriter(ABC):
     Args:
         tasks: Metadata of the tasks by name.
         origin: The option that named the tasks, such as "run=runs/quickstart", for messages.
-        options: The options of `python -m vpt.predict`.
         root: The folder of the images.
-        paths: All images.
 
     Raises:
         ConfigError: An option is not possible, or the output cannot be written.
@@ -60,12 +52,7 @@ class PredictionWriter(ABC):
 
     @abstractmethod
     def predict(self, images: Sequence[PredictedImage], outputs: Mapping[str, Any]) -> list[Predictions]:
-        """The predictions for each image of a batch.
-
-        Args:
-            images: The batch.
-            outputs: What each task's model returned for it.
-        """
+        """The predictions for each image of a batch, from what each task's model returned for it."""
 
     def resume(self, earlier: Mapping[Path, Predictions]) -> set[Path]:
         """Those of the images predicted by an earlier, stopped command that need not be predicted again.
