@@ -13,12 +13,7 @@ import torch
 from vpt.models.backbone import PromptedViT
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "backbones.md"
-POOLED = {
-    "token": "CLS",
-    "avg": "average of the patch tokens",
-    "map": "attention pool",
-    "prr": "attention pool",
-}
+POOLED = {"token": "CLS", "avg": "average of the patch tokens", "map": "attention pool", "prr": "attention pool"}
 HEAD = """# Backbones
 
 | `backbone=` | weights |

@@ -33,10 +33,7 @@ from vpt.config.command_line import fail, parse_options
 from vpt.config.schema import option
 from vpt.engine.console import format_table
 
-SERVERS = {
-    "one at a time": ["max_batch=1", "max_wait_ms=0"],
-    "micro-batches": ["max_batch=32", "max_wait_ms=5"],
-}
+SERVERS = {"one at a time": ["max_batch=1", "max_wait_ms=0"], "micro-batches": ["max_batch=32", "max_wait_ms=5"]}
 NUM_IMAGES = 16
 
 

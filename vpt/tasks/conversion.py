@@ -53,19 +53,12 @@ Task = tuple[TaskMetadata, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class OriginalPrompt:
-    """Content of a `.pth` of the original VPT code, in float32.
-
-    Args:
-        path: The file.
-        shallow: (1, P, D), the tokens of block 0.
-        deep: (depth - 1, P, D), those of the other blocks; None for a shallow prompt.
-        head: Weight (K, D) and bias (K,); None if the file has prompts only.
-    """
+    """Content of a `.pth` of the original VPT code, in float32."""
 
     path: Path
-    shallow: Tensor
-    deep: Tensor | None = None
-    head: tuple[Tensor, Tensor] | None = None
+    shallow: Tensor  # (1, P, D), the tokens of block 0
+    deep: Tensor | None = None  # (depth - 1, P, D), those of the other blocks; None for a shallow prompt
+    head: tuple[Tensor, Tensor] | None = None  # weight (K, D) and bias (K,); None if the file has prompts only
 
 
 def write_folder(folder: str | Path, metadata: TaskMetadata, tensors: Mapping[str, Tensor]) -> Path:
@@ -98,8 +91,7 @@ def read_folder(folder: str | Path) -> Task:
         raise ValueError(f"{folder / CONFIG_NAME}: peft_type is {found}; only {PEFT_TYPE} can be read")
     metadata, tensors = open_task(folder / WEIGHTS_NAME)
     wanted = _peft_config(metadata)
-    odd = sorted(key for key in config.keys() | wanted.keys() if config.get(key, ...) != wanted.get(key, ...))
-    if odd:
+    if odd := sorted(key for key in config.keys() | wanted.keys() if config.get(key, ...) != wanted.get(key, ...)):
         raise ValueError(
             f"{folder / CONFIG_NAME}: its {odd[0][:100]} does not match {WEIGHTS_NAME}; get a fresh copy of both"
         )
@@ -107,9 +99,7 @@ def read_folder(folder: str | Path) -> Task:
 
 
 def read_original(path: str | Path) -> OriginalPrompt:
-    """Read a `.pth` of the original VPT code: prompts as arrays or tensors, or a state dict with them.
-
-    No code in the file is run.
+    """Read a `.pth` of the original VPT code, running no code in it: prompts, or a state dict with them.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -214,11 +204,7 @@ class _PickledArray:
         self.state = state
 
     def to_tensor(self) -> Tensor:
-        """The array, as float32.
-
-        Raises:
-            ValueError, TypeError: Its shape or dtype is invalid.
-        """
+        """The array, as float32; ValueError or TypeError if its shape or dtype is invalid."""
         _, shape, dtype, is_fortran, data = self.state
         if not isinstance(dtype, _PickledDtype) or dtype.code not in PICKLED_FLOATS or dtype.order not in ("<", ">"):
             raise ValueError("its dtype is not a float")
@@ -272,7 +258,6 @@ def _role(path: Path, key: str) -> str | None:
 
 
 def _to_tensor(path: Path, key: str, value: Any) -> Tensor:
-    """A copy as finite float32."""
     try:
         if isinstance(value, _PickledArray):
             value = value.to_tensor()
@@ -291,7 +276,6 @@ def _to_tensor(path: Path, key: str, value: Any) -> Tensor:
 
 
 def _check_shapes(original: OriginalPrompt) -> None:
-    """Refuse parts whose shapes do not match."""
     path, shape = original.path, tuple(original.shallow.shape)
     if len(shape) != 3 or shape[0] != 1 or 0 in shape:
         raise ValueError(f"{path}: the prompt of its first block has shape {shape}; expected (1, P, D)")
