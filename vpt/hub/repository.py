@@ -190,8 +190,7 @@ def _one_line_errors(repo_id: str, revision: str | None = None) -> Iterator[None
     try:
         yield
     except Exception as error:  # httpx, requests, xet and the hub each raise their own types
-        is_of_disk = isinstance(error, OSError) and error.errno is not None
-        if is_of_disk or isinstance(error, TypeError):
+        if isinstance(error, TypeError) or (isinstance(error, OSError) and error.errno is not None):  # of the disk
             raise
         raise _explain(error, repo_id, revision) from error
 

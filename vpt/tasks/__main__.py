@@ -291,15 +291,8 @@ def _read_original(path: Path, options: ConvertOptions) -> "tuple[TaskMetadata, 
 def _describe(file: Path) -> list[str]:
     """The cells of a task file in the table, without its name."""
     metadata, tensors = _open(file)
-    return [
-        metadata.task_type,
-        metadata.backbone,
-        _prompt(metadata),
-        str(metadata.num_classes),
-        f"{file.stat().st_size / 1000:,.0f}",
-        _dtypes(tensors),
-        _metric(metadata),
-    ]
+    cells = [metadata.task_type, metadata.backbone, _prompt(metadata), str(metadata.num_classes)]
+    return [*cells, f"{file.stat().st_size / 1000:,.0f}", _dtypes(tensors), _metric(metadata)]
 
 
 def _prompt(metadata: "TaskMetadata") -> str:

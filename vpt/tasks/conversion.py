@@ -148,6 +148,7 @@ def task_of(original: OriginalPrompt, vit: ViT, *, num_classes: int | None = Non
     num_classes = num_classes if original.head is None else len(original.head[1])
     assert num_classes is not None
     tokens = original.shallow if original.deep is None else torch.cat([original.shallow, original.deep])
+    num_tokens, width = tokens.shape[1:]
     untrained = "" if original.head else " The head is untrained: it starts at zero."
     note = (
         f"Converted from {original.path.name[:200]} of the original VPT code.{untrained} The file did not say which "
@@ -157,24 +158,12 @@ def task_of(original: OriginalPrompt, vit: ViT, *, num_classes: int | None = Non
         metadata = TaskMetadata(
             backbone=name_of(vit),
             fingerprint=fingerprint(vit),
-            prompt={
-                "kind": "shallow" if original.deep is None else "deep",
-                "num_tokens": tokens.shape[1],
-                "embed_dim": tokens.shape[2],
-                "width": tokens.shape[2],
-                "blocks": list(range(len(tokens))),
-                "dropout": 0.0,
-            },
+            prompt={"kind": "shallow" if original.deep is None else "deep", "num_tokens": num_tokens}
+            | {"embed_dim": width, "width": width, "blocks": list(range(len(tokens))), "dropout": 0.0},
             num_classes=num_classes,
             classes=None,
-            preprocessing={
-                "size": preprocessing_of(vit)["size"],
-                "mean": ORIGINAL_MEAN,
-                "std": ORIGINAL_STD,
-                "interpolation": "bilinear",
-                "crop_pct": CROPS[crop_mode],
-                "crop_mode": crop_mode,
-            },
+            preprocessing={"size": preprocessing_of(vit)["size"], "mean": ORIGINAL_MEAN, "std": ORIGINAL_STD}
+            | {"interpolation": "bilinear", "crop_pct": CROPS[crop_mode], "crop_mode": crop_mode},
             versions={"vpt": __version__, **{name: version(name) for name in ("torch", "timm")}},
             note=note,
         )
@@ -290,14 +279,11 @@ def _check_shapes(original: OriginalPrompt) -> None:
 def _check_fits(original: OriginalPrompt, vit: ViT, num_classes: int | None) -> None:
     """Refuse a backbone or a number of classes that does not fit the prompts and the head."""
     path, name, width, depth = original.path, name_of(vit), original.shallow.shape[2], len(vit.blocks)
+    advice = "name another backbone"
     if width != vit.embed_dim:
-        raise ValueError(
-            f"{path}: its prompt tokens have width {width}, those of {name} {vit.embed_dim}; name another backbone"
-        )
+        raise ValueError(f"{path}: its prompt tokens have width {width}, those of {name} {vit.embed_dim}; {advice}")
     if original.deep is not None and len(original.deep) != depth - 1:
-        raise ValueError(
-            f"{path}: its prompt is for {len(original.deep) + 1} blocks, {name} has {depth}; name another backbone"
-        )
+        raise ValueError(f"{path}: its prompt is for {len(original.deep) + 1} blocks, {name} has {depth}; {advice}")
     if vit.global_pool != "token":
         raise ValueError(f"{path}: the original ViT reads the CLS token, {name} pools {vit.global_pool or 'nothing'}")
     if original.head is None and num_classes is None:
