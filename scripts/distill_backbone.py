@@ -92,8 +92,7 @@ def make_student(teacher: nn.Module) -> nn.Module:
         "vit_tiny_patch16_224", img_size=64, patch_size=8, depth=len(STUDENT_BLOCKS), num_classes=0
     )
     state = {name: value for name, value in teacher.state_dict().items() if not name.startswith(("blocks.", "head."))}
-    kernel = state["patch_embed.proj.weight"]
-    state["patch_embed.proj.weight"] = F.avg_pool2d(kernel, 2) * 4
+    state["patch_embed.proj.weight"] = F.avg_pool2d(state["patch_embed.proj.weight"], 2) * 4
     student.load_state_dict(state, strict=False)
     for block, source in zip(student.blocks, STUDENT_BLOCKS, strict=True):
         block.load_state_dict(teacher.blocks[source].state_dict())
@@ -133,10 +132,8 @@ def main() -> None:
     images, labels = read_images(args.images)
     train, held_out = split_held_out(labels)
     overlay = {"file": str(args.teacher)}
-    teacher = timm.create_model(
-        "vit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, img_size=128
-    ).eval()
-    teacher.requires_grad_(False)
+    teacher = timm.create_model("vit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, img_size=128)
+    teacher.eval().requires_grad_(False)
     views = torch.stack([random_views(images[train], generator) for _ in range(args.views)])
     targets = torch.stack([teacher_tokens(teacher, view) for view in views])
     print(f"{len(train)} images, {args.views} views each, teacher done after {time.time() - started:.0f} s", flush=True)
@@ -158,25 +155,20 @@ def main() -> None:
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
     for step in range(num_steps):
-        if step % steps_per_epoch == 0:
+        epoch, batch = divmod(step, steps_per_epoch)
+        if batch == 0:
             top1 = held_out_top1(student, teacher.head, images[held_out], labels[held_out])
-            print(
-                f"epoch {step // steps_per_epoch} held-out top1 {top1:.4f} after {time.time() - started:.0f} s",
-                flush=True,
-            )
+            print(f"epoch {epoch} held-out top1 {top1:.4f} after {time.time() - started:.0f} s", flush=True)
             order = torch.randperm(len(train), generator=generator)
             save(student, args.output)
-        rows = order[(step % steps_per_epoch) * args.batch_size :][: args.batch_size]
+        rows = order[batch * args.batch_size :][: args.batch_size]
         view = torch.randint(args.views, (len(rows),), generator=generator)
         target = targets[view, rows].float()
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = student.forward_features(normalise(views[view, rows]))
-        tokens = tokens.float()
-        logits, target_logits = teacher.head(tokens[:, 0]), teacher.head(target[:, 0])
+            tokens = student.forward_features(normalise(views[view, rows])).float()
+        logits, wanted = teacher.head(tokens[:, 0]), teacher.head(target[:, 0])
         distance = F.smooth_l1_loss(tokens, target) + F.smooth_l1_loss(tokens[:, 0], target[:, 0])
-        divergence = F.kl_div(
-            logits.log_softmax(1), target_logits.log_softmax(1), log_target=True, reduction="batchmean"
-        )
+        divergence = F.kl_div(logits.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean")
         loss = distance + divergence + 0.5 * F.cross_entropy(logits, labels[train[rows]], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -184,10 +176,8 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
-            print(
-                f"step {step}/{num_steps} loss {loss:.4f} distance {distance:.4f} divergence {divergence:.4f}",
-                flush=True,
-            )
+            parts = f"distance {distance:.4f} divergence {divergence:.4f}"
+            print(f"step {step}/{num_steps} loss {loss:.4f} {parts}", flush=True)
 
     save(student, args.output)
     top1 = held_out_top1(student, teacher.head, images[held_out], labels[held_out])

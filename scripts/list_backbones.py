@@ -13,12 +13,7 @@ import torch
 from vpt.models.backbone import PromptedViT
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "backbones.md"
-POOLED = {
-    "token": "CLS",
-    "avg": "average of the patch tokens",
-    "map": "attention pool",
-    "prr": "attention pool",
-}
+POOLED = {"token": "CLS", "avg": "average of the patch tokens", "map": "attention pool", "prr": "attention pool"}
 HEAD = """# Backbones
 
 | `backbone=` | weights |
@@ -59,16 +54,14 @@ def main() -> None:
     path = parser.parse_args().file
     groups: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
     for name in timm.list_models():
-        backbone = prompt(name)
-        if backbone is not None:
+        if (backbone := prompt(name)) is not None:
             groups[describe(backbone)].append(name)
     num = sum(len(names) for names in groups.values())
     num_fast = sum(len(names) for key, names in groups.items() if key[2] == "kv")
     lines = ["| class in timm | pooled | path of deep prompts | last block | architectures |", "|---|---|---|---|---|"]
-    for key, names in sorted(groups.items()):
-        lines.append(f"| {' | '.join(key)} | {', '.join(f'`{name}`' for name in names)} |")
-    text = HEAD.format(version=timm.__version__, num=num, num_fast=num_fast) + "\n".join(lines) + "\n" + FOOT
-    path.write_text(text)
+    lines += [f"| {' | '.join(key)} | {', '.join(f'`{x}`' for x in names)} |" for key, names in sorted(groups.items())]
+    head = HEAD.format(version=timm.__version__, num=num, num_fast=num_fast)
+    path.write_text(head + "\n".join(lines) + "\n" + FOOT)
     print(f"{path}: {num} architectures, {num_fast} of them fast")
 
 

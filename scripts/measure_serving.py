@@ -33,10 +33,7 @@ from vpt.config.command_line import fail, parse_options
 from vpt.config.schema import option
 from vpt.engine.console import format_table
 
-SERVERS = {
-    "one at a time": ["max_batch=1", "max_wait_ms=0"],
-    "micro-batches": ["max_batch=32", "max_wait_ms=5"],
-}
+SERVERS = {"one at a time": ["max_batch=1", "max_wait_ms=0"], "micro-batches": ["max_batch=32", "max_wait_ms=5"]}
 NUM_IMAGES = 16
 
 
@@ -81,21 +78,15 @@ def main() -> None:
                 for _ in range(options.rounds)
             ]
             rows += [row(count, name, [measured[name] for measured in rounds]) for name in SERVERS]
-    header = ["clients", "server", "requests/s", "range", "median ms", "95 % ms", "images/batch"]
-    print(format_table(rows, header))
+    print(format_table(rows, ["clients", "server", "requests/s", "range", "median ms", "95 % ms", "images/batch"]))
 
 
 def make_tasks(folder: Path, options: MeasureOptions) -> None:
     """Save tasks with random weights and different numbers of tokens and classes."""
     for seed in range(options.num_tasks):
         torch.manual_seed(seed)
-        model = vpt.create_model(
-            options.backbone,
-            checkpoint=options.checkpoint,
-            prompt="deep",
-            num_tokens=options.num_tokens + seed % 3,
-            num_classes=10 + seed,
-        )
+        sizes = {"num_tokens": options.num_tokens + seed % 3, "num_classes": 10 + seed}
+        model = vpt.create_model(options.backbone, checkpoint=options.checkpoint, prompt="deep", **sizes)
         vpt.save_task(model, folder / f"task{seed}.safetensors")
 
 
@@ -133,12 +124,11 @@ def measure(port: int, requests: list[tuple[str, bytes]], num_clients: int, seco
     """Send requests with concurrent clients, each on its own connection, for some seconds."""
     latencies: list[list[float]] = [[] for _ in range(num_clients)]
     before, begin = batches(port), time.perf_counter()
-    end = begin + seconds
 
     def client(number: int) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         position = number * 37
-        while (sent := time.perf_counter()) < end:
+        while (sent := time.perf_counter()) < begin + seconds:
             path, body = requests[position % len(requests)]
             position += 1
             connection.request("POST", path, body, {"Content-Type": "image/jpeg"})
@@ -172,19 +162,10 @@ def batches(port: int) -> tuple[int, int]:
 
 def row(count: int, name: str, rounds: list[Measured]) -> list[str]:
     """Row of the table."""
-    rates = [measured.rate for measured in rounds]
-    middle = [
-        statistics.median(getattr(measured, key) for measured in rounds) for key in ("median_ms", "p95_ms", "batch")
-    ]
-    return [
-        str(count),
-        name,
-        f"{statistics.median(rates):.0f}",
-        f"{min(rates):.0f} to {max(rates):.0f}",
-        f"{middle[0]:.0f}",
-        f"{middle[1]:.0f}",
-        f"{middle[2]:.1f}",
-    ]
+    rates, *others = ([getattr(of, key) for of in rounds] for key in ("rate", "median_ms", "p95_ms", "batch"))
+    rate, median_ms, p95_ms, batch = map(statistics.median, (rates, *others))
+    times = [f"{rate:.0f}", f"{min(rates):.0f} to {max(rates):.0f}", f"{median_ms:.0f}", f"{p95_ms:.0f}"]
+    return [str(count), name, *times, f"{batch:.1f}"]
 
 
 if __name__ == "__main__":

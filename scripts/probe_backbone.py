@@ -60,9 +60,8 @@ def main() -> None:
         vit = load_vit(args.backbone, pretrained=seed is None)
         preprocessing = Preprocessing.from_dict(preprocessing_of(vit))
         train, test = (features_of(vit, splits[split], preprocessing) for split in ("train", "test"))
-        print(
-            f"{'pretrained weights' if seed is None else f'random, seed {seed}'}: top-1 {probe_top1(train, test):.3f}"
-        )
+        what = "pretrained weights" if seed is None else f"random, seed {seed}"
+        print(f"{what}: top-1 {probe_top1(train, test):.3f}")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ def export(options: ExportOptions) -> None:
 
     from vpt.export.files import describe_backbone, describe_task, write_model
     from vpt.export.packing import pack_tasks
+    from vpt.export.traced import ExportedModel, SharedModel
     from vpt.models.task_file import read_task
     from vpt.storage.files import write_chunks
 
@@ -83,7 +84,7 @@ def export(options: ExportOptions) -> None:
     images = _read_images(options, tasks[0].task_type)
     print(f"exporting {paths[0]} as {output}, which takes up to some minutes", file=sys.stderr)
     models = _load(options, paths, tasks)
-    model = _make_traceable(options, models)
+    model = SharedModel(models[0].backbone.vit) if options.shared else ExportedModel(models[0])
     packed = pack_tasks(paths, models[0].backbone.depth) if options.shared else None
     described = describe_backbone(tasks[0]) if options.shared else describe_task(tasks[0])
     with tempfile.TemporaryDirectory() as folder:
@@ -105,8 +106,7 @@ def export(options: ExportOptions) -> None:
 def _check_options(options: ExportOptions, output: Path) -> None:
     """Refuse an output that cannot be written, before anything is loaded."""
     check_file("output", output, [FORMATS[options.format]])
-    missing = [name for name in PACKAGES[options.format] if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [name for name in PACKAGES[options.format] if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"format={options.format} needs {', '.join(missing)}, not installed; type {INSTALL}")
 
 
@@ -132,8 +132,7 @@ def _check_tasks(options: ExportOptions, paths: Sequence[Path], tasks: Sequence[
         reason = None if options.shared else model_named(task.task_type).why_not_exported(task.head)
         if reason is not None:
             raise ConfigError(f"task={path}: {reason}")
-        size, first = task.preprocessing["size"], tasks[0].preprocessing["size"]
-        if size != first:
+        if (size := task.preprocessing["size"]) != (first := tasks[0].preprocessing["size"]):
             raise ConfigError(f"task={path}: made for images of {size} px, the first task for {first} px")
 
 
@@ -143,8 +142,7 @@ def _read_images(options: ExportOptions, task_type: str) -> list["Image"]:
     from vpt.task_types.base import task_type_named
 
     root = task_type_named(task_type).sample_images() if options.input is None else Path(options.input).expanduser()
-    paths = find_images(root)
-    if not paths:
+    if not (paths := find_images(root)):
         raise ConfigError(f"input={root}: contains no images")
     num = max(BATCH_SIZES)
     return [read_image(paths[number * len(paths) // num]) for number in range(num)]
@@ -163,12 +161,6 @@ def _load(options: ExportOptions, paths: Sequence[Path], tasks: Sequence["TaskMe
     for model in models:
         fold_adapters(model.backbone.vit)
     return models
-
-
-def _make_traceable(options: ExportOptions, models: Sequence["TaskModel"]) -> "Traceable":
-    from vpt.export.traced import ExportedModel, SharedModel
-
-    return SharedModel(models[0].backbone.vit) if options.shared else ExportedModel(models[0])
 
 
 def _table(model: "Traceable") -> str:

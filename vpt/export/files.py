@@ -39,11 +39,7 @@ def describe_backbone(metadata: TaskMetadata) -> dict[str, Any]:
 def write_model(model: Traceable, path: Path, metadata: Mapping[str, Any]) -> None:
     """Trace a model and write it to a file, ONNX or torch.export's by its suffix; an interruption leaves it incomplete.
 
-    Args:
-        model: The model.
-        path: Ends in .onnx or .pt2.
-        metadata: Plain JSON values that go with it: in ONNX under the metadata key "vpt", in a .pt2 as the extra file
-            "vpt.json".
+    The metadata, plain JSON values, is in ONNX under the metadata key "vpt", in a .pt2 the extra file "vpt.json".
 
     Raises:
         ValueError: The model is too large for one file of ONNX, or torch cannot export it.
@@ -123,7 +119,6 @@ def _write_onnx(exported: torch.export.ExportedProgram, model: Traceable, path: 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A context without the logs of torch's exporters."""
     loggers = [logging.getLogger(name) for name in CHATTY]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -18,13 +18,9 @@ from vpt.models.task_schema import TaskMetadata
 def pack_tasks(paths: Sequence[str | Path], depth: int) -> dict[str, NDArray[Any]]:
     """The inputs of a shared model that describe its tasks, from task files of one backbone; task 0 is the first.
 
-    Args:
-        paths: Task files of classification, in any dtype.
-        depth: L.
-
-    Returns:
-        prompts, num_tokens, shallow, num_shallow, head_weight and head_bias, see `SharedModel.forward`; float32 and
-        int64. P, S and K are the largest of all tasks; P and S may be 0.
+    The tasks are of classification, in any dtype; `depth` is L. The inputs are prompts, num_tokens, shallow,
+    num_shallow, head_weight and head_bias, see `SharedModel.forward`; float32 and int64. P, S and K are the largest of
+    all tasks; P and S may be 0.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -69,8 +65,7 @@ def check_shareable(path: Path, metadata: TaskMetadata, first: TaskMetadata) -> 
     """Refuse a task that cannot share the backbone with the first one.
 
     Raises:
-        ValueError: It has no linear head, its backbone was tuned, its prompt has no tokens, or it was made for
-            another backbone.
+        ValueError: It has no linear head, a tuned or another backbone, or a prompt without tokens.
     """
     if not model_named(metadata.task_type).has_linear_head:
         raise ValueError(f"{path}: a task of type {metadata.task_type} cannot share a backbone; export it alone")

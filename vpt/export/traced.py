@@ -27,13 +27,9 @@ Axes = Mapping[str, dict[int, str]]  # by name of a tensor: the axes whose lengt
 
 
 class Traceable(nn.Module, ABC):
-    """A model that torch can trace. It holds the modules that it is made of, not copies, frozen and in eval mode.
+    """A model that torch can trace. It holds the modules that it is made of, not copies, frozen and in eval mode."""
 
-    Attributes:
-        inputs: In their order.
-        outputs: In their order.
-    """
-
+    # Both in their order.
     inputs: ClassVar[Axes] = MappingProxyType({"images": {0: "batch"}})
     outputs: Axes
 
@@ -45,9 +41,7 @@ class Traceable(nn.Module, ABC):
 class FixedPrompt(nn.Module):
     """A prompt source whose keys and values are buffers, computed when it is made.
 
-    Args:
-        backbone: The backbone and its prompt.
-        num_read: Tokens that will be read of the last block; None is all.
+    `num_read` tokens of the last block will be read; None is all.
     """
 
     def __init__(self, backbone: PromptedViT, num_read: int | None) -> None:
@@ -73,17 +67,13 @@ class FixedPrompt(nn.Module):
 class ExportedModel(Traceable):
     """Images (B, 3, H, W) -> the raw outputs of one task, see `TaskModel.forward_tensors`.
 
-    Args:
-        model: The model of the task.
-
     Raises:
         ValueError: The model cannot be traced, or the backbone is not held in float32.
     """
 
     def __init__(self, model: TaskModel) -> None:
         super().__init__()
-        reason = model.why_not_exported(model.layout)
-        if reason is not None:
+        if (reason := model.why_not_exported(model.layout)) is not None:
             raise ValueError(reason)
         _check_float32(model.backbone.vit)
         self.model = model.requires_grad_(False).eval()
@@ -108,9 +98,6 @@ class SharedModel(Traceable):
     `pack_tasks` makes the inputs that describe the tasks. Where tasks differ in numbers of tokens and classes they are
     padded, and padding is masked: results are those of each task's own model.
 
-    Args:
-        vit: The backbone, pretrained.
-
     Raises:
         ValueError: The attention of a block cannot be masked, or the ViT is not held in float32.
     """
@@ -133,8 +120,7 @@ class SharedModel(Traceable):
         super().__init__()
         _check_float32(vit)
         for index, block in enumerate(vit.blocks):
-            reason = why_not_fast(block)
-            if reason is not None:
+            if (reason := why_not_fast(block)) is not None:
                 raise ValueError(f"{name_of(vit)} cannot be shared, in block {index} {reason}; export each task alone")
         self.vit = vit
         self.requires_grad_(False).eval()
@@ -198,15 +184,9 @@ class InputPrompts:
         vit, prefix, slots = self.vit, self.vit.num_prefix_tokens, self.num_carried
         tokens = insert_prompt(vit, tokens, self.shallow) if index == 0 else tokens
         keys, values = prompt_keys_values(vit.blocks[index], self.prompts[:, index], num_read)
-        attended = torch.cat(
-            [
-                _first(self.num_tokens[self.task, index], self.prompts.shape[2]),
-                _all(tokens[:, :prefix]),
-                _first(self.num_shallow, slots),
-                _all(tokens[:, prefix + slots :]),
-            ],
-            dim=1,
-        )
+        is_prompt = _first(self.num_tokens[self.task, index], self.prompts.shape[2])
+        is_shallow = _first(self.num_shallow, slots)
+        attended = torch.cat([is_prompt, _all(tokens[:, :prefix]), is_shallow, _all(tokens[:, prefix + slots :])], 1)
         mask = torch.where(attended, 0.0, -torch.inf)[:, None, None]
         return BlockInput(tokens, slots, (keys[self.task], values[self.task]), mask)
 
@@ -218,8 +198,7 @@ def outputs_of(model: TaskModel, images: Tensor) -> dict[str, Tensor]:
 
 
 def _check_float32(vit: ViT) -> None:
-    dtypes = {parameter.dtype for parameter in vit.parameters()} - {torch.float32}
-    if dtypes:
+    if dtypes := {parameter.dtype for parameter in vit.parameters()} - {torch.float32}:
         raise ValueError(
             f"{name_of(vit)} is held in {dtypes.pop()}; exported models are float32: load it without dtype"
         )

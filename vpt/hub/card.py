@@ -42,16 +42,7 @@ LITERAL = str.maketrans(
 
 
 def model_card(metadata: TaskMetadata, repo_id: str, tensors: Mapping[str, Tensor] | None = None) -> str:
-    """The text of a repository's `README.md`.
-
-    Args:
-        metadata: Of the task file.
-        repo_id: The repository, such as "ann/pets".
-        tensors: Of the task file, for its size.
-
-    Raises:
-        ValueError: The repository's id is invalid.
-    """
+    """The text of a repository's `README.md`, with the size of these tensors of its file; ValueError for a bad id."""
     from huggingface_hub import ModelCard
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -78,7 +69,6 @@ def model_card(metadata: TaskMetadata, repo_id: str, tensors: Mapping[str, Tenso
 
 
 def _card_data(metadata: TaskMetadata, repo_id: str) -> "ModelCardData":
-    """The front matter."""
     from huggingface_hub import ModelCardData
 
     results, (licence, licence_name) = _results(metadata), _licence(metadata.licence)
@@ -135,7 +125,6 @@ def _results(metadata: TaskMetadata) -> "list[EvalResult]":
 
 
 def _facts(metadata: TaskMetadata, tensors: Mapping[str, Tensor] | None) -> dict[str, str]:
-    """Rows of the first table."""
     preprocessing, prompt, head = metadata.preprocessing, metadata.prompt, metadata.head
     (height, width), crop = preprocessing["size"], f"{preprocessing['crop_pct']:g}"
     facts = {

@@ -82,16 +82,8 @@ def from_pretrained(
 ) -> TaskModel:
     """Read a task from the hub, or from a folder, onto a backbone; the model is in eval mode.
 
-    Args:
-        repo_id: See `download`, also for the errors.
-        backbone: A timm ViT in memory, or the timm name of one, see `vpt.load_task`.
-        revision: See `download`.
-        token: See `download`.
-        cache_dir: See `download`.
-        checkpoint: With a name: load the backbone's weights from this file.
-
-    Raises:
-        ValueError: The task belongs to another backbone.
+    The backbone is a timm ViT in memory, or the timm name of one and, optionally, a file of its weights, see
+    `vpt.load_task`; ValueError if the task belongs to another. For other arguments and errors see `download`.
     """
     path = download(repo_id, revision=revision, token=token, cache_dir=cache_dir)
     return load_task(path, backbone, checkpoint=checkpoint)
@@ -121,8 +113,7 @@ def download(
         PermissionError: The token may not read the repository.
         ConnectionError: The hub cannot be reached, and the file is not in the cache.
     """
-    local = _find_local(repo_id)
-    if local is not None:
+    if (local := _find_local(repo_id)) is not None:
         return local
     repo_id = str(repo_id)
     try:
@@ -140,7 +131,6 @@ class _RefusedFileError(ValueError):
 
 
 def _api(token: str | bool | None) -> "HfApi":
-    """The client, for the hub of HF_ENDPOINT."""
     from huggingface_hub import HfApi
 
     if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):  # or an error about headers would print it
@@ -171,12 +161,9 @@ def _fetch(
     with _one_line_errors(repo_id, revision):
         api = _api(token)
         size = _declared_size(api, repo_id, revision)
+        options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
         if size <= MAX_BYTES:
-            path = Path(
-                api.hf_hub_download(
-                    repo_id, TASK_FILE, revision=revision, cache_dir=cache_dir, force_download=force_download
-                )
-            )
+            path = Path(api.hf_hub_download(repo_id, TASK_FILE, **options))
     if size > MAX_BYTES:
         raise ValueError(f"{repo_id}: its {TASK_FILE} has {size:,} bytes, more than {MAX_BYTES:,}; not downloaded")
     try:
@@ -203,8 +190,7 @@ def _one_line_errors(repo_id: str, revision: str | None = None) -> Iterator[None
     try:
         yield
     except Exception as error:  # httpx, requests, xet and the hub each raise their own types
-        is_of_disk = isinstance(error, OSError) and error.errno is not None
-        if is_of_disk or isinstance(error, TypeError):
+        if isinstance(error, TypeError) or (isinstance(error, OSError) and error.errno is not None):  # of the disk
             raise
         raise _explain(error, repo_id, revision) from error
 
@@ -231,7 +217,6 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> Except
 
 
 def _explain_answer(error: Any, where: str) -> Exception:
-    """The error for an answer of the hub."""
     from huggingface_hub import constants, errors
 
     status = error.response.status_code

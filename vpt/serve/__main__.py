@@ -68,24 +68,15 @@ def serve(options: ServeOptions) -> None:
     if missing:
         raise ConfigError(f"{', '.join(missing)} is not installed: run {INSTALL}")
     paths, folder = _find_tasks(options)
-    listener = _listen(options.host, options.port)
-    with listener:
+    with _listen(options.host, options.port) as listener:
         import uvicorn
 
         from vpt.serve.app import make_app
         from vpt.serve.service import Settings
 
         bank = _open_bank(options, paths)
-        settings = Settings(
-            max_batch=options.max_batch,
-            max_wait_ms=options.max_wait_ms,
-            max_queue=options.max_queue,
-            max_body_mb=options.max_body_mb,
-            timeout_s=options.timeout_s,
-            folder=folder,
-            is_local=options.host in LOCAL,
-        )
-        app = make_app(bank, settings)
+        limits = (options.max_batch, options.max_wait_ms, options.max_queue, options.max_body_mb, options.timeout_s)
+        app = make_app(bank, Settings(*limits, folder=folder, is_local=options.host in LOCAL))
         server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="warning", access_log=False))
         for line in _greeting(options, listener, bank.names):
             print(line, flush=True)
@@ -98,21 +89,21 @@ def serve(options: ServeOptions) -> None:
 
 def _find_tasks(options: ServeOptions) -> tuple[dict[str, Path], Path | None]:
     """Task files by name, and the folder for uploads if they are allowed."""
-    may_change = options.uploads
     root = Path(options.tasks).expanduser()
     if not root.is_dir():
-        if may_change:
+        if options.uploads:
             raise ConfigError(f"uploads=true requires a folder, and tasks={options.tasks} is none")
         return name_task_files("tasks", options.tasks), None
     paths = {path.stem: path for path in sorted(root.glob(f"*{ENDING}")) if not path.name.startswith(".")}
-    if not paths and not (may_change and options.backbone):
+    if not paths and not (options.uploads and options.backbone):
         raise ConfigError(
             f"tasks={options.tasks}: contains no task file ({ENDING}); copy one into it, or use "
             "uploads=true and backbone=NAME"
         )
-    if may_change:
-        check_folder("tasks", root)
-    return paths, root if may_change else None
+    if not options.uploads:
+        return paths, None
+    check_folder("tasks", root)
+    return paths, root
 
 
 def _open_bank(options: ServeOptions, paths: dict[str, Path]) -> "TaskBank":

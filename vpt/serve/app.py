@@ -31,27 +31,12 @@ TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 HOW_TO_ALLOW = "task files cannot be changed; start the server with uploads=true"
 
-IMAGES: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["images"],
-                    "properties": {"images": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-                }
-            },
-            "image/*": {"schema": {"type": "string", "format": "binary"}},
-        },
-    }
-}
-TASK_FILE: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    }
-}
+BINARY = {"type": "string", "format": "binary"}
+FORM = {"type": "object", "required": ["images"], "properties": {"images": {"type": "array", "items": BINARY}}}
+IMAGE_TYPES = {"multipart/form-data": {"schema": FORM}, "image/*": {"schema": BINARY}}
+FILE_TYPES = {"application/octet-stream": {"schema": BINARY}}
+IMAGES: dict[str, Any] = {"requestBody": {"required": True, "content": IMAGE_TYPES}}
+TASK_FILE: dict[str, Any] = {"requestBody": {"required": True, "content": FILE_TYPES}}
 STATUSES = {QueueFull: 429, ImageError: 422, ModelError: 500, RequestValidationError: 422, ClientDisconnect: 400}
 
 
@@ -61,12 +46,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def make_app(bank: TaskBank, settings: Settings | None = None) -> FastAPI:
-    """Create the application, the only user of the bank until it ends.
-
-    Args:
-        bank: Tasks on their backbone.
-        settings: Limits; defaults for None.
-    """
+    """Create the application, the only user of the bank until it ends."""
     settings = settings or Settings()
     service, bodies = Service(bank, settings), Bodies(settings.max_body)
 
@@ -186,11 +166,7 @@ def _add_page(app: FastAPI) -> None:
         f"default-src 'none'; script-src '{hashes['script']}'; style-src '{hashes['style']}'; img-src blob: data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    headers = {
-        "Content-Security-Policy": policy,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-    }
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:

@@ -79,11 +79,7 @@ class Batcher(Generic[Job, Result]):
 
     @contextmanager
     def places(self, count: int) -> Iterator[None]:
-        """Hold places while jobs are created, submitted and awaited.
-
-        Raises:
-            QueueFull: Not enough places are left.
-        """
+        """Hold places while jobs are created, submitted and awaited; QueueFull if not enough are left."""
         with self._changed:
             if self.taken + count > self.max_queue:
                 raise QueueFull(f"{self.taken} of {self.max_queue} places are taken, and {count} are needed")
@@ -95,11 +91,7 @@ class Batcher(Generic[Job, Result]):
                 self.taken -= count
 
     def submit(self, jobs: Sequence[Job]) -> "list[Future[Result]]":
-        """Submit jobs that have places; cancelling a future before its batch starts removes its job.
-
-        Raises:
-            RuntimeError: The batcher is closed.
-        """
+        """Submit jobs that have places; to cancel a future before its batch removes its job; RuntimeError if closed."""
         now = time.monotonic()
         entries: list[_Waiting[Job, Result]] = [_Waiting(job, self._group(job), now) for job in jobs]
         with self._changed:
@@ -109,11 +101,7 @@ class Batcher(Generic[Job, Result]):
         return [entry.future for entry in entries]
 
     def between_batches(self, errand: Callable[[], Result]) -> "Future[Result]":
-        """Call a function on the batcher's thread before the next batch, while none runs.
-
-        Raises:
-            RuntimeError: The batcher is closed.
-        """
+        """Call a function on the batcher's thread before the next batch, while none runs; RuntimeError if closed."""
         future: Future[Result] = Future()
         with self._changed:
             self._refuse_if_closed()

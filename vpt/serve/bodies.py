@@ -15,11 +15,7 @@ HOW_TO_SEND = "send a form (curl -F images=@a.jpg) or an image with its type (cu
 
 
 class Bodies:
-    """Reads request bodies into memory, up to the limits.
-
-    Args:
-        max_body: Most bytes of one request.
-    """
+    """Reads request bodies into memory, up to `max_body` bytes for each request."""
 
     def __init__(self, max_body: int) -> None:
         self.max_body = max_body
@@ -51,15 +47,14 @@ class Bodies:
         return b"".join([chunk async for chunk in self._chunks(request)])
 
     async def _chunks(self, request: Request) -> AsyncGenerator[bytes, None]:
-        """The body, up to the limits."""
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > self.max_body:
             raise self._too_large()
-        state, received = request.state, 0
+        received = 0
         async for chunk in request.stream():
             received += len(chunk)
             self.held += len(chunk)
-            state.held = received
+            request.state.held = received
             if received > self.max_body:
                 raise self._too_large()
             if self.held > NUM_HELD * self.max_body:

@@ -91,21 +91,13 @@ class Upload:
 
 @dataclass(frozen=True)
 class Job:
-    """An image, prepared for one task.
-
-    Args:
-        task: Name of the task.
-        preprocessing: Of the task.
-        image: Normalised, (3, H, W).
-        inner: Height and width of the part of it that is image and not padding.
-        size: Height and width of the upright image itself.
-    """
+    """An image, prepared for one task; sizes are height and width."""
 
     task: str
     preprocessing: Mapping[str, Any]
-    image: Tensor
-    inner: Size
-    size: Size
+    image: Tensor  # normalised, (3, H, W)
+    inner: Size  # of the part of it that is image and not padding
+    size: Size  # of the upright image itself
 
 
 @dataclass(frozen=True)
@@ -118,20 +110,14 @@ class Found:
 
 def clean_name(name: str | None) -> str:
     """The name of an uploaded file on one short line; unprintable characters become question marks."""
-    printable = "".join(letter if letter.isprintable() else "?" for letter in name or "")
-    return printable[:MAX_NAME].strip() or "image"
+    return "".join(letter if letter.isprintable() else "?" for letter in name or "")[:MAX_NAME].strip() or "image"
 
 
 def prepare(upload: Upload, tasks: Mapping[str, TaskMetadata]) -> list[Job]:
-    """Decode an image, and prepare it for each task.
-
-    Raises:
-        ImageError: It cannot be used; the message begins with its name.
-    """
-    image = read_upload(upload)
+    """Decode an image, and prepare it for each task; for errors see `read_upload`."""
+    image, jobs = read_upload(upload), []
     size = (image.height, image.width)
     prepared: dict[Preprocessing, tuple[Tensor, Size]] = {}
-    jobs = []
     for name, metadata in tasks.items():
         preprocessing = Preprocessing.from_dict(metadata.preprocessing)
         if preprocessing not in prepared:
@@ -143,11 +129,7 @@ def prepare(upload: Upload, tasks: Mapping[str, TaskMetadata]) -> list[Job]:
 
 
 def read_upload(upload: Upload) -> Image.Image:
-    """Decode an image from memory, as `read_image` does from a file.
-
-    Raises:
-        ImageError: It cannot be used; the message begins with its name.
-    """
+    """Decode an image from memory as `read_image` does; ImageError, beginning with its name, if it cannot be used."""
     try:
         image = read_image(cast(Any, _NamedBytes(upload)))
     except TypeError as error:  # from the check whether the file is empty

@@ -14,22 +14,11 @@ import torch
 from fastapi import HTTPException
 
 from vpt.config.errors import first_line
-from vpt.data.samples import Size
 from vpt.models.bank import TaskBank
 from vpt.models.task_file import read_task
 from vpt.models.task_schema import TaskMetadata
 from vpt.serve.batcher import Batcher
-from vpt.serve.schemas import (
-    Answer,
-    Found,
-    ImageAnswer,
-    Job,
-    TaskDescription,
-    Upload,
-    clean_name,
-    describe,
-    prepare,
-)
+from vpt.serve.schemas import Answer, Found, ImageAnswer, Job, TaskDescription, Upload, clean_name, describe, prepare
 from vpt.storage.files import write_bytes
 from vpt.task_types.base import AnswerLimits, task_type_named
 
@@ -40,25 +29,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits of a server.
+    """Limits of a server."""
 
-    Args:
-        max_batch: Most images in a batch.
-        max_wait_ms: Longest wait of an image for others to share its batch, in milliseconds.
-        max_queue: Most predictions (an image and a task) that are accepted and not yet answered.
-        max_body_mb: Size of a request, in millions of bytes.
-        timeout_s: Longest duration of a request, in seconds.
-        folder: The folder of uploaded task files; None refuses uploads.
-        is_local: Whether only this machine can reach the server.
-    """
-
-    max_batch: int = 32
-    max_wait_ms: float = 5.0
-    max_queue: int = 256
-    max_body_mb: float = 20.0
-    timeout_s: float = 30.0
-    folder: Path | None = None
-    is_local: bool = True
+    max_batch: int = 32  # images
+    max_wait_ms: float = 5.0  # longest wait of an image for others to share its batch
+    max_queue: int = 256  # predictions (an image and a task) that are accepted and not yet answered
+    max_body_mb: float = 20.0  # millions of bytes of a request
+    timeout_s: float = 30.0  # longest duration of a request
+    folder: Path | None = None  # of uploaded task files; None refuses uploads
+    is_local: bool = True  # only this machine can reach the server
 
     @property
     def max_body(self) -> int:
@@ -71,12 +50,7 @@ class ModelError(Exception):
 
 
 class Service:
-    """Predictions of a bank in batches, and changes of its tasks; every method may be called from any thread.
-
-    Args:
-        bank: The bank; only this service may change it from now on.
-        settings: Limits.
-    """
+    """Predictions of a bank, which only this service may change from now on; methods may be called from any thread."""
 
     def __init__(self, bank: TaskBank, settings: Settings) -> None:
         self.bank, self.settings = bank, settings
@@ -121,7 +95,9 @@ class Service:
             predictions = {}
             for job in of_image:
                 try:
-                    predictions[job.task] = _to_answer(next(found), job.size, limits)
+                    result = next(found)
+                    task_type = task_type_named(result.metadata.task_type)
+                    predictions[job.task] = task_type.to_answer(result.metadata, result.output, job.size, limits)
                 except ArithmeticError as error:
                     raise ModelError(f"task {job.task}: {error}; train it again") from error
             height, width = of_image[0].size
@@ -129,11 +105,7 @@ class Service:
         return Answer(images=images)
 
     def put(self, name: str, data: bytes) -> bool:
-        """Serve a task file, and store it in the folder; returns whether the task is new.
-
-        Raises:
-            HTTPException: The file is refused, or cannot be written; nothing is changed then.
-        """
+        """Serve and store a task file; returns whether it is new. HTTPException, and no change, if it is refused."""
         assert self.settings.folder is not None
         target = self.settings.folder / f"{name}.safetensors"
         is_new = name not in self.bank.names
@@ -236,10 +208,6 @@ async def _all(futures: Iterable["asyncio.Future[ResultT]"]) -> list[ResultT]:
         for future in started:
             future.cancel()
         raise
-
-
-def _to_answer(found: Found, size: Size, limits: AnswerLimits) -> dict[str, Any]:
-    return task_type_named(found.metadata.task_type).to_answer(found.metadata, found.output, size, limits)
 
 
 def _on_cpu(result: Any) -> Any:

@@ -125,9 +125,8 @@ def show_task(file: Path, _: NoOptions) -> bool:
         for name, tensor in sorted(tensors.items())
     ]
     rows.append(["all tensors", "", "", f"{sum(tensor.nbytes for tensor in tensors.values()):,}"])
-    _print(
-        f"\n{format_table(rows, ['tensor', 'shape', 'dtype', 'bytes'])}\n\n{file.stat().st_size:,} bytes in the file"
-    )
+    table = format_table(rows, ["tensor", "shape", "dtype", "bytes"])
+    _print(f"\n{table}\n\n{file.stat().st_size:,} bytes in the file")
     if config is not None:
         _print(f"\nconfig\n{json.dumps(config, indent=2, ensure_ascii=False)}")
     return True
@@ -137,9 +136,8 @@ def verify_tasks(path: Path, options: VerifyOptions) -> bool:
     """Check a task file, or all of a folder, and print a line for each; False if any is refused."""
     if options.checkpoint is not None and options.backbone is None:
         raise ConfigError(f"checkpoint={options.checkpoint}: add backbone=NAME, which they belong to")
-    files = _find(path)
+    files, is_ok = _find(path), True
     load = None if options.backbone is None else _loader(options.backbone, options.checkpoint)
-    is_ok = True
     for file in files:
         try:
             _verify(file, load)
@@ -191,7 +189,6 @@ ABOUT = {
 
 
 def _overview() -> str:
-    """The commands and their options."""
     lines = []
     for name, (places, schema, _) in COMMANDS.items():
         head = f"  {' '.join([name, *places]):<19}  "
@@ -226,12 +223,10 @@ def _verify(file: Path, load: "Callable[[tuple[int, int]], ViT] | None") -> None
     from vpt.models.task_file import load_task
 
     metadata, tensors = _open(file)
-    odd = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
-    if odd:
+    if odd := sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all()):
         raise ValueError(f"{file}: {odd[0]} contains nan or inf; train again")
     if load is not None:
-        height, width = metadata.preprocessing["size"]
-        load_task(file, load((height, width)))
+        load_task(file, load(tuple(metadata.preprocessing["size"])))
 
 
 def _loader(backbone: str, checkpoint: str | None) -> "Callable[[tuple[int, int]], ViT]":
@@ -258,8 +253,7 @@ def _check_source(source: Path, options: ConvertOptions) -> bool:
 
     is_original = source.suffix.lower() in PICKLE_ENDINGS and not source.is_dir()
     for key in ("backbone", "checkpoint", "num_classes", "crop_mode"):
-        value = getattr(options, key)
-        if value is not None and not is_original:
+        if (value := getattr(options, key)) is not None and not is_original:
             raise ConfigError(f"{key}={value} is for a .pth of the original code, not for {source}; remove it")
     return is_original
 
@@ -279,7 +273,6 @@ def _check_target(target: Path, options: ConvertOptions) -> bool:
 
 
 def _read_original(path: Path, options: ConvertOptions) -> "tuple[TaskMetadata, dict[str, Tensor]]":
-    """Read a task from a .pth of the original VPT code."""
     from vpt.models.vit import load_vit
     from vpt.tasks.conversion import read_original, task_of
 
@@ -298,15 +291,8 @@ def _read_original(path: Path, options: ConvertOptions) -> "tuple[TaskMetadata, 
 def _describe(file: Path) -> list[str]:
     """The cells of a task file in the table, without its name."""
     metadata, tensors = _open(file)
-    return [
-        metadata.task_type,
-        metadata.backbone,
-        _prompt(metadata),
-        str(metadata.num_classes),
-        f"{file.stat().st_size / 1000:,.0f}",
-        _dtypes(tensors),
-        _metric(metadata),
-    ]
+    cells = [metadata.task_type, metadata.backbone, _prompt(metadata), str(metadata.num_classes)]
+    return [*cells, f"{file.stat().st_size / 1000:,.0f}", _dtypes(tensors), _metric(metadata)]
 
 
 def _prompt(metadata: "TaskMetadata") -> str:
@@ -328,8 +314,7 @@ def _metric(metadata: "TaskMetadata") -> str:
 
     main = task_type_named(metadata.task_type).main_metric
     for split in ("test", "val", *metadata.metrics):
-        value = metadata.metrics.get(split, {}).get(main)
-        if value is not None:
+        if (value := metadata.metrics.get(split, {}).get(main)) is not None:
             return f"{split} {main} {percent(value)}"
     return "unknown"
 

@@ -53,19 +53,12 @@ Task = tuple[TaskMetadata, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class OriginalPrompt:
-    """Content of a `.pth` of the original VPT code, in float32.
-
-    Args:
-        path: The file.
-        shallow: (1, P, D), the tokens of block 0.
-        deep: (depth - 1, P, D), those of the other blocks; None for a shallow prompt.
-        head: Weight (K, D) and bias (K,); None if the file has prompts only.
-    """
+    """Content of a `.pth` of the original VPT code, in float32."""
 
     path: Path
-    shallow: Tensor
-    deep: Tensor | None = None
-    head: tuple[Tensor, Tensor] | None = None
+    shallow: Tensor  # (1, P, D), the tokens of block 0
+    deep: Tensor | None = None  # (depth - 1, P, D), those of the other blocks; None for a shallow prompt
+    head: tuple[Tensor, Tensor] | None = None  # weight (K, D) and bias (K,); None if the file has prompts only
 
 
 def write_folder(folder: str | Path, metadata: TaskMetadata, tensors: Mapping[str, Tensor]) -> Path:
@@ -98,8 +91,7 @@ def read_folder(folder: str | Path) -> Task:
         raise ValueError(f"{folder / CONFIG_NAME}: peft_type is {found}; only {PEFT_TYPE} can be read")
     metadata, tensors = open_task(folder / WEIGHTS_NAME)
     wanted = _peft_config(metadata)
-    odd = sorted(key for key in config.keys() | wanted.keys() if config.get(key, ...) != wanted.get(key, ...))
-    if odd:
+    if odd := sorted(key for key in config.keys() | wanted.keys() if config.get(key, ...) != wanted.get(key, ...)):
         raise ValueError(
             f"{folder / CONFIG_NAME}: its {odd[0][:100]} does not match {WEIGHTS_NAME}; get a fresh copy of both"
         )
@@ -107,9 +99,7 @@ def read_folder(folder: str | Path) -> Task:
 
 
 def read_original(path: str | Path) -> OriginalPrompt:
-    """Read a `.pth` of the original VPT code: prompts as arrays or tensors, or a state dict with them.
-
-    No code in the file is run.
+    """Read a `.pth` of the original VPT code, running no code in it: prompts, or a state dict with them.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -158,6 +148,7 @@ def task_of(original: OriginalPrompt, vit: ViT, *, num_classes: int | None = Non
     num_classes = num_classes if original.head is None else len(original.head[1])
     assert num_classes is not None
     tokens = original.shallow if original.deep is None else torch.cat([original.shallow, original.deep])
+    num_tokens, width = tokens.shape[1:]
     untrained = "" if original.head else " The head is untrained: it starts at zero."
     note = (
         f"Converted from {original.path.name[:200]} of the original VPT code.{untrained} The file did not say which "
@@ -167,24 +158,12 @@ def task_of(original: OriginalPrompt, vit: ViT, *, num_classes: int | None = Non
         metadata = TaskMetadata(
             backbone=name_of(vit),
             fingerprint=fingerprint(vit),
-            prompt={
-                "kind": "shallow" if original.deep is None else "deep",
-                "num_tokens": tokens.shape[1],
-                "embed_dim": tokens.shape[2],
-                "width": tokens.shape[2],
-                "blocks": list(range(len(tokens))),
-                "dropout": 0.0,
-            },
+            prompt={"kind": "shallow" if original.deep is None else "deep", "num_tokens": num_tokens}
+            | {"embed_dim": width, "width": width, "blocks": list(range(len(tokens))), "dropout": 0.0},
             num_classes=num_classes,
             classes=None,
-            preprocessing={
-                "size": preprocessing_of(vit)["size"],
-                "mean": ORIGINAL_MEAN,
-                "std": ORIGINAL_STD,
-                "interpolation": "bilinear",
-                "crop_pct": CROPS[crop_mode],
-                "crop_mode": crop_mode,
-            },
+            preprocessing={"size": preprocessing_of(vit)["size"], "mean": ORIGINAL_MEAN, "std": ORIGINAL_STD}
+            | {"interpolation": "bilinear", "crop_pct": CROPS[crop_mode], "crop_mode": crop_mode},
             versions={"vpt": __version__, **{name: version(name) for name in ("torch", "timm")}},
             note=note,
         )
@@ -214,11 +193,7 @@ class _PickledArray:
         self.state = state
 
     def to_tensor(self) -> Tensor:
-        """The array, as float32.
-
-        Raises:
-            ValueError, TypeError: Its shape or dtype is invalid.
-        """
+        """The array, as float32; ValueError or TypeError if its shape or dtype is invalid."""
         _, shape, dtype, is_fortran, data = self.state
         if not isinstance(dtype, _PickledDtype) or dtype.code not in PICKLED_FLOATS or dtype.order not in ("<", ">"):
             raise ValueError("its dtype is not a float")
@@ -272,7 +247,6 @@ def _role(path: Path, key: str) -> str | None:
 
 
 def _to_tensor(path: Path, key: str, value: Any) -> Tensor:
-    """A copy as finite float32."""
     try:
         if isinstance(value, _PickledArray):
             value = value.to_tensor()
@@ -291,7 +265,6 @@ def _to_tensor(path: Path, key: str, value: Any) -> Tensor:
 
 
 def _check_shapes(original: OriginalPrompt) -> None:
-    """Refuse parts whose shapes do not match."""
     path, shape = original.path, tuple(original.shallow.shape)
     if len(shape) != 3 or shape[0] != 1 or 0 in shape:
         raise ValueError(f"{path}: the prompt of its first block has shape {shape}; expected (1, P, D)")
@@ -306,14 +279,11 @@ def _check_shapes(original: OriginalPrompt) -> None:
 def _check_fits(original: OriginalPrompt, vit: ViT, num_classes: int | None) -> None:
     """Refuse a backbone or a number of classes that does not fit the prompts and the head."""
     path, name, width, depth = original.path, name_of(vit), original.shallow.shape[2], len(vit.blocks)
+    advice = "name another backbone"
     if width != vit.embed_dim:
-        raise ValueError(
-            f"{path}: its prompt tokens have width {width}, those of {name} {vit.embed_dim}; name another backbone"
-        )
+        raise ValueError(f"{path}: its prompt tokens have width {width}, those of {name} {vit.embed_dim}; {advice}")
     if original.deep is not None and len(original.deep) != depth - 1:
-        raise ValueError(
-            f"{path}: its prompt is for {len(original.deep) + 1} blocks, {name} has {depth}; name another backbone"
-        )
+        raise ValueError(f"{path}: its prompt is for {len(original.deep) + 1} blocks, {name} has {depth}; {advice}")
     if vit.global_pool != "token":
         raise ValueError(f"{path}: the original ViT reads the CLS token, {name} pools {vit.global_pool or 'nothing'}")
     if original.head is None and num_classes is None:

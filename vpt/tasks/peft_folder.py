@@ -38,8 +38,7 @@ def write_peft_folder(folder: str | Path, metadata: TaskMetadata, tensors: Mappi
     if reason is not None or metadata.adapters is None:
         raise ValueError(f"{folder}: the task {reason}; PEFT cannot represent it")
     config: Any = peft_config(**metadata.adapters)
-    config.modules_to_save = ["head"]
-    config.base_model_name_or_path = metadata.backbone
+    config.modules_to_save, config.base_model_name_or_path = ["head"], metadata.backbone
     config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
     named = {
