@@ -79,9 +79,9 @@ def recipe(config: Any) -> dict[str, Any]:
     """The part of a config that decides the result, for publication: of paths the last part only."""
     values: dict[str, Any] = {}
     for entry in fields(config):
-        value = getattr(config, entry.name)
         if entry.name in WITHOUT_EFFECT:
             continue
+        value = getattr(config, entry.name)
         if is_dataclass(value):
             value = recipe(value)
         elif entry.name in PLACES and isinstance(value, str):
@@ -141,15 +141,10 @@ def load_config(path: Path) -> Config:
 
 
 def _plain_text(path: Path) -> str:
-    """The text of a YAML file of moderate size and depth, without aliases and tags.
-
-    Raises:
-        ConfigError: It has one of these.
-    """
+    """The text of a YAML file; a ConfigError for an alias, a tag, or too large a size or depth."""
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes, not the config of a run")
-    text = path.read_text(encoding="utf-8")
-    depth = 0
+    text, depth = path.read_text(encoding="utf-8"), 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         odd = {
