@@ -51,8 +51,7 @@ METHODS: Mapping[str, Method] = {
 def choose_methods(names: Sequence[str], defined: Mapping[str, str]) -> dict[str, Method]:
     """The methods of these names, or all that need no other package, then those defined, each as a text of overrides.
 
-    Raises:
-        ConfigError: An unknown or repeated name, a definition that cannot be used, or a missing package.
+    A ConfigError is raised for an unknown or repeated name, a definition that cannot be used, or a missing package.
     """
     known = {**METHODS, **{name: _define(name, text) for name, text in defined.items()}}
     chosen = [*names] or [name for name, method in METHODS.items() if not method.needs]

@@ -91,12 +91,7 @@ class Row:
 class Runs:
     """All runs of a plan; data and models are checked when it is created, before any file is written.
 
-    Attributes:
-        samples: Of the first seed, by shots and split.
-        costs: Of each method with the most images.
-
-    Raises:
-        ValueError, OSError: Data or models cannot be used.
+    A ValueError or OSError is raised if data or models cannot be used.
     """
 
     def __init__(self, plan: Plan, output: Path, log: Callable[[str], object]) -> None:
@@ -105,12 +100,12 @@ class Runs:
         first = next(iter(plan.methods))
         configs = {shots: self.config(first, shots) for shots in plan.shots}
         self.task_type = task_type_of(next(iter(configs.values())))
-        self.samples = {shots: task_type_of(config).read() for shots, config in configs.items()}
+        self.samples = {shots: task_type_of(config).read() for shots, config in configs.items()}  # of the first seed
         self.split = "test" if "test" in self.samples[plan.shots[0]] else "val"
         if self.split == "val":
             log("no test split: val both selects and reports, which is optimistic; type dataset.test_fraction=0.2")
         self._saved_costs = _read_costs(output / COSTS)
-        self.costs = {name: self._measure(name) for name in plan.methods}
+        self.costs = {name: self._measure(name) for name in plan.methods}  # with the most images
 
     def do(self, train: Train) -> list[Row]:
         """Do all runs that are not finished; returns a row for each number of shots and method.

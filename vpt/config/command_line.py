@@ -135,7 +135,7 @@ def describe_options(schema: type[Any], indent: str = "  ") -> str:
 
 
 def check_file(option: str, path: Path, endings: Sequence[str]) -> None:
-    """A ConfigError if a file ends in none of these, in any case, is a folder, or cannot be written."""
+    """A ConfigError if the file of an option has another ending, in any case, is a folder, or cannot be written to."""
     if path.suffix.lower() not in endings:
         raise ConfigError(f"{option}={path}: must end in {' or '.join(endings)}")
     if path.is_dir():

@@ -30,7 +30,7 @@ def register_schema() -> None:
 
 
 def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
-    """Compose `conf/train.yaml` and, after it, `config_dir`; a ConfigError if an override cannot be used."""
+    """Compose `conf/train.yaml`, searching `config_dir` after `conf/`; a ConfigError for an unusable override."""
     register_schema()
     search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
     try:

@@ -122,9 +122,7 @@ def load_config(path: Path) -> Config:
 
     Nothing in it is resolved: an expression such as `${oc.env:TOKEN}` stays this text, or a downloaded file could read
     the environment. Aliases, which expand a few bytes to gigabytes, and tags are refused; no run writes them.
-
-    Raises:
-        ConfigError: The file is missing, not YAML, has what no run writes, or keys that the schema does not know.
+    A ConfigError is raised if the file is missing, not YAML, has what no run writes, or keys unknown to the schema.
     """
     try:
         values: Any = OmegaConf.to_container(OmegaConf.create(_plain_text(path)), resolve=False)

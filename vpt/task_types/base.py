@@ -48,10 +48,6 @@ class TaskType(ABC):
     """A type of task, for the config of one run.
 
     The class itself, without a config, describes how predictions of trained tasks are written, served and published.
-
-    Attributes:
-        report: Problems that `read_all` found in labels.
-        left_out: Train images that `read` left out, and why.
     """
 
     name: ClassVar[str]  # `dataset.task` in configs, "kind" in task files
@@ -73,8 +69,8 @@ class TaskType(ABC):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.decoding = Decoding(config.data.max_pixels, config.data.background)
-        self.report = DataReport()
-        self.left_out: LeftOut = []
+        self.report = DataReport()  # problems that `read_all` found in labels
+        self.left_out: LeftOut = []  # train images that `read` left out, and why
 
     # Reading the data.
 
@@ -185,7 +181,7 @@ class TaskType(ABC):
 
     @classmethod
     def explain(cls, model: Any, image: Tensor, size: Size) -> dict[str, Any]:
-        """JSON values of what a model in eval mode predicts for an image (1, 3, H, W), normalised; size is without padding."""
+        """JSON values of what a model in eval mode predicts for a normalised image (1, 3, H, W); size: less padding."""
         return {}
 
     @classmethod

@@ -234,9 +234,8 @@ class Classification(TaskType):
 
     def log_end(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, result: FitResult) -> None:
         """The confusion matrix, the worst images and the recall of each class."""
-        metrics = evaluator.metrics
+        metrics, worst = evaluator.metrics, evaluator.metrics.worst()
         monitor.images("val/confusion", confusion_matrix(metrics.confusion.numpy(), data.classes), result.best_step)
-        worst = metrics.worst()
         images = torch.stack([data.datasets["val"][sample.position][0] for sample in worst])
         captions = [
             f"{data.classes[sample.target]}\npredicted {data.classes[sample.prediction]}\nloss {sample.loss:.1f}"

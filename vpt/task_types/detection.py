@@ -257,8 +257,8 @@ class Detection(TaskType):
         """Precision-recall curves, the confusion matrix, images with most errors, and the precision of each class."""
         metrics, step = evaluator.metrics, result.best_step
         monitor.images("val/precision_recall", precision_recall_curves(metrics.precision_curves(), data.classes), step)
-        names = [*data.classes, "background"]
-        monitor.images("val/confusion", confusion_matrix(metrics.confusion().numpy(), names), step)
+        confusion = confusion_matrix(metrics.confusion().numpy(), [*data.classes, "background"])
+        monitor.images("val/confusion", confusion, step)
         found = list(evaluator.found)
         worst = [found[position] for position in metrics.images_by_error(NUM_PAGE_IMAGES)]
         monitor.images("val/worst", self._page(data, evaluator, worst), step)

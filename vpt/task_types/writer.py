@@ -35,8 +35,7 @@ class PredictionWriter(ABC):
         origin: The option that named the tasks, such as "run=runs/quickstart", for messages.
         root: The folder of the images.
 
-    Raises:
-        ConfigError: An option is not possible, or the output cannot be written.
+    A ConfigError is raised if an option is not possible, or the output cannot be written.
     """
 
     options: ClassVar[Sequence[str]] = ()  # those that this type of task has beside the options of every type
@@ -55,7 +54,7 @@ class PredictionWriter(ABC):
         """The predictions for each image of a batch, from what each task's model returned for it."""
 
     def resume(self, earlier: Mapping[Path, Predictions]) -> set[Path]:
-        """Images that an earlier command predicted for good; a ConfigError if its output is of another origin."""
+        """Images that a stopped command has done for good; a ConfigError if the output has files of another origin."""
         return set(earlier)
 
     @abstractmethod
