@@ -92,11 +92,7 @@ def main() -> None:
 
 
 def read_options(arguments: Sequence[str]) -> Request:
-    """The options, checked before anything is loaded.
-
-    Raises:
-        ConfigError: One cannot be used.
-    """
+    """The options, checked before anything is loaded; a ConfigError if one cannot be used."""
     own, words = split_options(CompareOptions, arguments)
     options = parse_options(CompareOptions, own, USAGE)
     shots = sorted(options.shots, key=lambda shots: math.inf if isinstance(shots, str) else shots)

@@ -47,21 +47,15 @@ class Cost:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Cost":
-        """The inverse of `to_dict`.
-
-        Raises:
-            TypeError, KeyError: The values are not those of `to_dict`.
-        """
+        """The inverse of `to_dict`; a TypeError or KeyError for other values."""
         return cls(**{entry.name: values[entry.name] for entry in fields(cls)})
 
 
 def measure_cost(config: Config, samples: Mapping[str, Any]) -> Cost:
     """Build the model of a run and count one training step and the inference on one image; nothing is saved.
 
-    A method that does not fit the data or the backbone, such as one with a block that does not exist, is refused here.
-
-    Raises:
-        ValueError, FileNotFoundError: The model cannot be built.
+    A ValueError or FileNotFoundError refuses a method that does not fit the data or the backbone, such as one with a
+    block that does not exist.
     """
     device = build.pick_device(config.device)
     config.num_workers = 0  # one batch only
@@ -72,9 +66,8 @@ def measure_cost(config: Config, samples: Mapping[str, Any]) -> Cost:
     images, targets = move(next(iter(data.loaders["train"])), device)
     counted: dict[str, int] = {}
     precision = build.choose_precision(config, device)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with suppress(ValueError, torch.OutOfMemoryError), autocast(device, precision):
-        check_attention_is_counted(device, dtype)
+        check_attention_is_counted(device, torch.bfloat16 if precision == "bf16" else torch.float32)
         counted |= _count_step(model, task_type.losses(data), images, targets)
         counted["flops"] = _count_inference(model, images[:1])
         counted["bare_flops"] = _count_inference(_build_bare(config, samples, device), images[:1])

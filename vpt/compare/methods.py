@@ -49,12 +49,9 @@ METHODS: Mapping[str, Method] = {
 
 
 def choose_methods(names: Sequence[str], defined: Mapping[str, str]) -> dict[str, Method]:
-    """The methods of these names, then those that were defined, by name, with their overrides as one text.
+    """The methods of these names, or all that need no other package, then those defined, each as a text of overrides.
 
-    No names are all of `METHODS` that need no other package.
-
-    Raises:
-        ConfigError: An unknown or repeated name, a definition that cannot be used, or a missing package.
+    A ConfigError is raised for an unknown or repeated name, a definition that cannot be used, or a missing package.
     """
     known = {**METHODS, **{name: _define(name, text) for name, text in defined.items()}}
     chosen = [*names] or [name for name, method in METHODS.items() if not method.needs]
@@ -63,8 +60,7 @@ def choose_methods(names: Sequence[str], defined: Mapping[str, str]) -> dict[str
             raise ConfigError(f"methods: there is no method {name}{did_you_mean(name, list(known))}")
         if chosen.count(name) > 1:
             raise ConfigError(f"methods: {name} is named twice")
-        needs = known[name].needs
-        if needs and importlib.util.find_spec(needs) is None:
+        if (needs := known[name].needs) and importlib.util.find_spec(needs) is None:
             raise ConfigError(f"methods: {name} needs the package {needs}, which is not installed")
     return {name: known[name] for name in dict.fromkeys([*chosen, *defined])}
 
@@ -94,9 +90,8 @@ def _define(name: str, text: str) -> Method:
     if not words:
         raise ConfigError(f'{where}: has no overrides; type define.{name}="prompt=deep prompt.num_tokens=50"')
     for word in words:
-        key = key_of(word)
         if "=" not in word:
             raise ConfigError(f"{where}: {word} is not an override of the form key=value")
-        if key.split(".")[0] in SAME_FOR_ALL:
+        if (key := key_of(word)).split(".")[0] in SAME_FOR_ALL:
             raise ConfigError(f"{where}: {key} is the same for all methods; leave it out, or type it for all")
     return Method(name, tuple(words))

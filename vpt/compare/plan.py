@@ -45,11 +45,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a comparison.
-
-    Raises:
-        ConfigError: A word cannot be used; every method and every number of shots is composed once.
-    """
+    """The plan of a comparison; a ConfigError if a method or a number of shots cannot be composed with these words."""
 
     words: tuple[str, ...]  # overrides of every run
     methods: Mapping[str, Method]

@@ -56,7 +56,10 @@ class Comparison:
             "classes": list(samples["train"].classes),
             "seeds": list(plan.seeds),
             "rates": list(plan.rates),
-            "methods": [_method(plan, name) for name in plan.methods],
+            "methods": [
+                {"name": name, "title": of.title, "overrides": list(of.overrides), "rates": plan.rates_of(name)}
+                for name, of in plan.methods.items()
+            ],
             "settings": settings,
             "images": {index: _image(samples[runs.split], index) for index in sorted(disputed)},
             "made": {
@@ -138,11 +141,6 @@ def _row(row: Row, reported: Any, disputed: Sequence[int]) -> dict[str, Any]:
         "precision": row.predictions.precision if row.predictions else {},
         "predictions": {index: predictions[index] for index in disputed} if predictions else {},
     }
-
-
-def _method(plan: Plan, name: str) -> dict[str, Any]:
-    method = plan.methods[name]
-    return {"name": name, "title": method.title, "overrides": list(method.overrides), "rates": plan.rates_of(name)}
 
 
 def _image(samples: Any, index: int) -> dict[str, Any]:

@@ -91,12 +91,7 @@ class Row:
 class Runs:
     """All runs of a plan; data and models are checked when it is created, before any file is written.
 
-    Attributes:
-        samples: Of the first seed, by shots and split.
-        costs: Of each method with the most images.
-
-    Raises:
-        ValueError, OSError: Data or models cannot be used.
+    A ValueError or OSError is raised if data or models cannot be used.
     """
 
     def __init__(self, plan: Plan, output: Path, log: Callable[[str], object]) -> None:
@@ -105,12 +100,12 @@ class Runs:
         first = next(iter(plan.methods))
         configs = {shots: self.config(first, shots) for shots in plan.shots}
         self.task_type = task_type_of(next(iter(configs.values())))
-        self.samples = {shots: task_type_of(config).read() for shots, config in configs.items()}
+        self.samples = {shots: task_type_of(config).read() for shots, config in configs.items()}  # of the first seed
         self.split = "test" if "test" in self.samples[plan.shots[0]] else "val"
         if self.split == "val":
             log("no test split: val both selects and reports, which is optimistic; type dataset.test_fraction=0.2")
         self._saved_costs = _read_costs(output / COSTS)
-        self.costs = {name: self._measure(name) for name in plan.methods}
+        self.costs = {name: self._measure(name) for name in plan.methods}  # with the most images
 
     def do(self, train: Train) -> list[Row]:
         """Do all runs that are not finished; returns a row for each number of shots and method.
@@ -138,9 +133,9 @@ class Runs:
         return self._saved_costs[key]
 
     def _row(self, train: Train, shots: int | str | None, name: str) -> Row:
-        plan = self.plan
+        plan, metric = self.plan, self.task_type.main_metric
         search = [self._run(train, Trial(name, shots, plan.seeds[0], rate)) for rate in plan.rates]
-        rate = _choose(search, self.task_type.main_metric)
+        rate = _choose(search, metric)
         outcomes = [outcome for outcome in search if outcome.trial.rate == rate]
         if rate is not None:
             outcomes += [self._run(train, Trial(name, shots, seed, rate)) for seed in plan.seeds[1:]]
@@ -148,20 +143,11 @@ class Runs:
             self.num_begun += len(plan.seeds) - 1
         predictions = None
         if outcomes and not outcomes[0].error:
-            config = self.config(name, shots)
-            predictions = read_or_predict(config, outcomes[0].folder, self.samples[shots], self.split)
-        return Row(
-            method=name,
-            title=plan.methods[name].title,
-            shots=shots,
-            metric=self.task_type.main_metric,
-            split=self.split,
-            cost=self.costs[name],
-            search=tuple(search),
-            rate=rate,
-            outcomes=tuple(outcomes),
-            predictions=predictions,
-        )
+            folder, samples = outcomes[0].folder, self.samples[shots]
+            predictions = read_or_predict(self.config(name, shots), folder, samples, self.split)
+        title, cost = plan.methods[name].title, self.costs[name]
+        found = tuple(search), rate, tuple(outcomes), predictions
+        return Row(name, title, shots, metric, self.split, cost, *found)
 
     def _run(self, train: Train, trial: Trial) -> Outcome:
         """Do a run unless it is finished; a loss that is not finite is an outcome, too."""
@@ -176,10 +162,9 @@ class Runs:
             failed = Outcome(trial, folder.path, 0, {}, error=first_line(error))
             self.log(f"    failed: {failed.reason}")
             return failed
-        curve = _read_curve(folder.path, self.task_type.main_metric)
-        outcome = Outcome(trial, folder.path, folder.task.stat().st_size, folder.result(), curve)
-        metric, seconds = self.task_type.main_metric, outcome.result["seconds"]
-        self.log(f"    val {metric} {percent(outcome.metric('val', metric))}, {seconds:.0f} s")
+        metric, size = self.task_type.main_metric, folder.task.stat().st_size
+        outcome = Outcome(trial, folder.path, size, folder.result(), _read_curve(folder.path, metric))
+        self.log(f"    val {metric} {percent(outcome.metric('val', metric))}, {outcome.result['seconds']:.0f} s")
         return outcome
 
 

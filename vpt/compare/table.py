@@ -83,11 +83,8 @@ def table_columns(row: Row) -> dict[str, Any]:
 def run_columns(outcome: Outcome, row: Row, output: Path) -> dict[str, Any]:
     """The columns of `runs.csv`; `chosen` runs count in the table."""
     trial, result = outcome.trial, outcome.result
-    metrics = {
-        f"{split}_{name}": value
-        for split, values in result.get("metrics", {}).items()
-        for name, value in values.items()
-    }
+    splits = result.get("metrics", {})
+    metrics = {f"{split}_{name}": value for split in splits for name, value in splits[split].items()}
     return {
         "shots": trial.shots,
         "method": trial.method,
@@ -104,9 +101,8 @@ def run_columns(outcome: Outcome, row: Row, output: Path) -> dict[str, Any]:
 
 def write_tables(output: Path, rows: Sequence[Row]) -> None:
     """Write `table.csv`, a line for each row, and `runs.csv`, a line for each run."""
-    runs = [run_columns(one, row, output) for row in rows for one in row.runs]
     write_bytes(output / "table.csv", to_csv([table_columns(row) for row in rows]))
-    write_bytes(output / "runs.csv", to_csv(runs))
+    write_bytes(output / "runs.csv", to_csv([run_columns(one, row, output) for row in rows for one in row.runs]))
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> bytes:
@@ -120,21 +116,18 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> bytes:
 
 def describe_table(rows: Sequence[Row]) -> str:
     """The table as text, with notes below it."""
-    has_shots = any(row.shots is not None for row in rows)
-    first = rows[0]
+    has_shots, first = any(row.shots is not None for row in rows), rows[0]
     lines = [[*([describe_shots(row.shots)] if has_shots else []), *_cells(row)] for row in rows]
     header = [*(["train"] if has_shots else []), "method", f"{first.split} {first.metric}", "val", "trained"]
     header += ["task kB", "train s", f"GFLOPs per step of {first.cost.step_images}", "backward MB", "inference"]
     notes = [f"{row.method}: {row.error}" for row in rows if row.error]
-    edges = [f"{row.method} x {row.rate:g}" for row in rows if row.is_at_edge]
-    if edges:
+    if edges := [f"{row.method} x {row.rate:g}" for row in rows if row.is_at_edge]:
         notes.append(f"best rate at an edge of the grid, extend rates: {', '.join(dict.fromkeys(edges))}")
     return "\n".join([format_table(lines, [*header, "switch ms", "shares batches"]), *notes])
 
 
 def _cells(row: Row) -> list[str]:
     columns = table_columns(row)
-    values = Spread.of(one.metric(row.split, row.metric) for one in row.finished)
 
     def scaled(name: str, unit: float, places: int = 1) -> str:
         value = columns[name]
@@ -142,7 +135,7 @@ def _cells(row: Row) -> list[str]:
 
     return [
         row.method,
-        str(values),
+        str(Spread.of(one.metric(row.split, row.metric) for one in row.finished)),
         "-" if columns["val_mean"] is None else percent(columns["val_mean"]),
         f"{columns['trained']:,}",
         scaled("task_bytes", 1e3),

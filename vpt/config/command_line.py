@@ -43,8 +43,7 @@ class CommandLine(NamedTuple):
 def check_command_line(arguments: Sequence[str]) -> CommandLine:
     """Check the arguments of `python -m vpt.train` and compose its config; of a sweep each value, not each combination.
 
-    Raises:
-        ConfigError: An override has a syntax error, an unknown key, group or value, or a wrong type.
+    A ConfigError is raised for a syntax error, an unknown key, group or value, or a wrong type.
     """
     words, config_dir = _split_arguments(arguments)
     try:
@@ -61,16 +60,11 @@ def check_command_line(arguments: Sequence[str]) -> CommandLine:
     for number in range(max(map(len, choices), default=1)):
         composed = compose_config([values[min(number, len(values) - 1)] for values in choices], config_dir)
         config = to_config(composed)
-    needs_hydra = len(own) < len(overrides) or any(_is_of_hydra(word) for word in arguments)
-    return CommandLine(config, composed, needs_hydra)
+    return CommandLine(config, composed, len(own) < len(overrides) or any(map(_is_of_hydra, arguments)))
 
 
 def compose_run(arguments: Sequence[str]) -> tuple[Config, Config]:
-    """The config of one run of `python -m vpt.train`, and the same as it may be saved, see `conceal`.
-
-    Raises:
-        ConfigError: The arguments cannot be used, or have an option of Hydra's own, such as the sweep `-m`.
-    """
+    """The config of one run, and the same as it may be saved, see `conceal`; a ConfigError for Hydra's own options."""
     for word in filter(_is_of_hydra, arguments):
         raise ConfigError(f"{word}: not an option of this command; options are key=value, and --config-dir FOLDER")
     line = check_command_line(arguments)
@@ -81,10 +75,8 @@ def parse_options(schema: type[OptionsT], arguments: Sequence[str], about: str) 
     """Read `key=value` arguments into the dataclass of a command; `--help` prints its options inside `about`.
 
     Fields are of the types str, Path, int, float and bool, of tuples of these for lists such as `8,5` or `[8,5]`, of
-    unions of these, or dict[str, str] for `key.NAME=text`. `option` describes a field.
-
-    Raises:
-        ConfigError: A key is unknown or missing, or a value has the wrong type or is out of range.
+    unions of these, or dict[str, str] for `key.NAME=text`. `option` describes a field. A ConfigError is raised if a key
+    is unknown or missing, or a value has the wrong type or is out of range.
     """
     if HELP & set(arguments):
         print_help(describe_options(schema), about)
@@ -111,11 +103,7 @@ def parse_options(schema: type[OptionsT], arguments: Sequence[str], about: str) 
 
 
 def split_options(schema: type[Any], arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments that are options of a command's dataclass, and the others, which are for the config.
-
-    Raises:
-        ConfigError: An option is typed twice.
-    """
+    """Options of a command's dataclass, and all others, for the config; a ConfigError if one is typed twice."""
     names = {entry.name for entry in fields(schema)}
     own = [word for word in arguments if re.split(r"[.=]", word, maxsplit=1)[0] in names or word in HELP]
     keys = [word.partition("=")[0] for word in own]
@@ -140,18 +128,14 @@ def describe_options(schema: type[Any], indent: str = "  ") -> str:
     lines: list[str] = []
     for head, entry in zip(heads, entries, strict=True):
         first = f"{indent}{head:<{width}}" if len(head) < width else f"{indent}{head}  "
-        text = _about(entry)
-        wrapped = textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * (len(indent) + width))
+        rest = " " * (len(indent) + width)
+        wrapped = textwrap.wrap(_about(entry), WIDTH, initial_indent=first, subsequent_indent=rest)
         lines += wrapped or [first.rstrip()]
     return "\n".join(lines)
 
 
 def check_file(option: str, path: Path, endings: Sequence[str]) -> None:
-    """Check, before the work, that its result can be written to the file of an option; endings are of any case.
-
-    Raises:
-        ConfigError: The ending is another one, the path is a folder, or its folder cannot be written to.
-    """
+    """A ConfigError if the file of an option has another ending, in any case, is a folder, or cannot be written to."""
     if path.suffix.lower() not in endings:
         raise ConfigError(f"{option}={path}: must end in {' or '.join(endings)}")
     if path.is_dir():
@@ -160,11 +144,7 @@ def check_file(option: str, path: Path, endings: Sequence[str]) -> None:
 
 
 def check_folder(option: str, path: Path) -> None:
-    """Check, before the work, that files can be written to the folder of an option, which need not exist yet.
-
-    Raises:
-        ConfigError: The path is a file, or the folder cannot be written to.
-    """
+    """A ConfigError if the folder of an option, which need not exist, is a file or cannot be written to."""
     if path.is_file():
         raise ConfigError(f"{option}={path}: is a file; name a folder")
     _check_writable(option, path, path.absolute())
@@ -173,10 +153,8 @@ def check_folder(option: str, path: Path) -> None:
 def name_task_files(option: str, text: str) -> dict[str, Path]:
     """Task files by the names of their tasks: that of the file, or of its folder for the `task.safetensors` of a run.
 
-    The text is one file, or several with commas between them.
-
-    Raises:
-        ConfigError: It names no file, one that does not exist, or two of one name.
+    The text is one file, or several with commas between them; a ConfigError if it names none, one that does not exist,
+    or two of one name.
     """
     is_one = Path(text).expanduser().is_file()
     words = [word.strip() for word in ([text] if is_one else text.split(",")) if word.strip()]
@@ -258,13 +236,9 @@ def _parse(key: str, text: str, entry: "Field[Any]") -> Any:
     single, of_list = _types(entry)
     is_list = bool(of_list) and (not single or "," in text or text.startswith("["))
     types, choices = of_list if is_list else single, entry.metadata.get("choices", ())
-    readers: dict[Any, Callable[[str], Any]] = {
-        bool: {"true": True, "false": False}.__getitem__,
-        int: int,
-        float: float,
-        Path: _path,
-        str: {choice: choice for choice in choices}.__getitem__ if choices else str,
-    }
+    readers: dict[Any, Callable[[str], Any]] = {int: int, float: float, Path: _path}
+    readers[bool] = {"true": True, "false": False}.__getitem__
+    readers[str] = {choice: choice for choice in choices}.__getitem__ if choices else str
 
     def read(word: str) -> Any:
         for type_ in types if word or not is_list else ():
@@ -302,8 +276,7 @@ def _about(entry: "Field[Any]") -> str:
     choices = "" if entry.metadata["shown"] else ", ".join(entry.metadata["choices"])
     is_obvious = entry.metadata["low"] in (0, 1) and entry.metadata["high"] is None
     limits = "" if is_obvious else describe_range(entry)
-    parts = (entry.metadata["about"], choices, limits, "required" if is_required else "")
-    return "; ".join(part for part in parts if part)
+    return "; ".join(filter(None, (entry.metadata["about"], choices, limits, "required" if is_required else "")))
 
 
 def _check_key(override: Override, config_dir: Path | None) -> None:

@@ -30,11 +30,7 @@ def register_schema() -> None:
 
 
 def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
-    """Compose `conf/train.yaml` with overrides as typed; `config_dir` is searched after `conf/`.
-
-    Raises:
-        ConfigError: An override cannot be used.
-    """
+    """Compose `conf/train.yaml`, searching `config_dir` after `conf/`; a ConfigError for an unusable override."""
     register_schema()
     search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
     try:
@@ -49,9 +45,8 @@ def explain(error: Exception) -> str:
     while isinstance(error, ConfigCompositionException) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     message = str(error)
-    unknown = re.search(r"Key '([^']*)' (?:not in|is not in struct)", message)
     full_key = re.search(r"full_key: (\S+)", message)
-    if unknown:
+    if unknown := re.search(r"Key '([^']*)' (?:not in|is not in struct)", message):
         key = full_key[1] if full_key else unknown[1]
         if key.startswith("tuning.options."):
             return f"{key} is not among the present options; to add it, type +{key}=..."
@@ -62,8 +57,7 @@ def explain(error: Exception) -> str:
     if missing:
         key = full_key[1] if full_key else missing[1] or missing[2]
         return f"{key} is needed: type {key}=..."
-    option = re.search(r"Could not find '([^/']+)/([^']+)'", message)
-    if option:
+    if option := re.search(r"Could not find '([^/']+)/([^']+)'", message):
         return no_such_choice(option[1], option[2], group_choices(option[1]))
     line = first_line(error)
     if line.endswith(":"):  # a heading of the next line

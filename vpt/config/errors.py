@@ -35,8 +35,7 @@ def config_keys(**keys: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        before = str(error)
-        names = "|".join(keys)
+        before, names = str(error), "|".join(keys)
         message = re.sub(rf"(?<![\w./-])(?:{names})(?==)|^(?:{names})(?=: )", lambda found: keys[found[0]], before)
         if message == before:
             raise

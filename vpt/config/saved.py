@@ -79,9 +79,9 @@ def recipe(config: Any) -> dict[str, Any]:
     """The part of a config that decides the result, for publication: of paths the last part only."""
     values: dict[str, Any] = {}
     for entry in fields(config):
-        value = getattr(config, entry.name)
         if entry.name in WITHOUT_EFFECT:
             continue
+        value = getattr(config, entry.name)
         if is_dataclass(value):
             value = recipe(value)
         elif entry.name in PLACES and isinstance(value, str):
@@ -122,9 +122,7 @@ def load_config(path: Path) -> Config:
 
     Nothing in it is resolved: an expression such as `${oc.env:TOKEN}` stays this text, or a downloaded file could read
     the environment. Aliases, which expand a few bytes to gigabytes, and tags are refused; no run writes them.
-
-    Raises:
-        ConfigError: The file is missing, not YAML, has what no run writes, or keys that the schema does not know.
+    A ConfigError is raised if the file is missing, not YAML, has what no run writes, or keys unknown to the schema.
     """
     try:
         values: Any = OmegaConf.to_container(OmegaConf.create(_plain_text(path)), resolve=False)
@@ -141,15 +139,10 @@ def load_config(path: Path) -> Config:
 
 
 def _plain_text(path: Path) -> str:
-    """The text of a YAML file of moderate size and depth, without aliases and tags.
-
-    Raises:
-        ConfigError: It has one of these.
-    """
+    """The text of a YAML file; a ConfigError for an alias, a tag, or too large a size or depth."""
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes, not the config of a run")
-    text = path.read_text(encoding="utf-8")
-    depth = 0
+    text, depth = path.read_text(encoding="utf-8"), 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         odd = {

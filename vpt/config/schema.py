@@ -14,27 +14,16 @@ from omegaconf import MISSING
 
 def option(
     default: Any = dataclasses.MISSING,
-    about: str = "",
+    about: str = "",  # a line for `--help`
     *,
-    low: float | None = None,
+    low: float | None = None,  # the least number allowed, also for each number of a list
     high: float | None = None,
-    above: float | None = None,
-    choices: Sequence[str] = (),
-    shown: str = "",
-    task: str = "",
+    above: float | None = None,  # a bound that a number must exceed
+    choices: Sequence[str] = (),  # texts allowed, where the type does not name them
+    shown: str = "",  # for the value in `--help`, such as "FOLDER"; by default the default, or a word for the type
+    task: str = "",  # the only type of task that takes the key; empty for all
 ) -> Any:
-    """A field of a config or of the options of a command.
-
-    Args:
-        default: The value that applies when none is typed; required without it.
-        about: A line for `--help`.
-        low: The least number allowed, also for each number of a list.
-        high: The largest.
-        above: A bound that a number must exceed.
-        choices: Texts allowed, where the type does not name them.
-        shown: What `--help` shows for the value, such as "FOLDER"; by default the default, or a word for the type.
-        task: The only type of task that takes the key; empty for all.
-    """
+    """A field of a config or of the options of a command; the value must be typed if there is no default."""
     metadata: dict[str, Any] = {"about": about, "low": low, "high": high, "above": above}
     metadata |= {"choices": tuple(choices), "shown": shown, "task": task}
     if isinstance(default, dict | list):

@@ -17,11 +17,7 @@ RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
 def to_config(composed: DictConfig) -> Config:
-    """The composed tree as typed objects, checked.
-
-    Raises:
-        ConfigError: A value is missing, has the wrong type, is out of range or does not fit another.
-    """
+    """The composed tree as typed objects; a ConfigError for values missing, of a wrong type or range, or at odds."""
     try:
         config = cast(Config, OmegaConf.to_object(composed))
     except OmegaConfBaseException as error:
@@ -48,11 +44,7 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def check_ranges(config: Any) -> None:
-    """Check the numbers of a config or of options.
-
-    Raises:
-        ConfigError: One is out of its range; the message names the first.
-    """
+    """Check the numbers of a config or of options; a ConfigError names the first that is out of its range."""
     for key, entry, value in _entries(config):
         low, high, above = (entry.metadata.get(bound) for bound in ("low", "high", "above"))
         for number in value if isinstance(value, tuple) else (value,):
@@ -66,11 +58,7 @@ def check_ranges(config: Any) -> None:
 
 
 def required(dataset: DatasetConfig, key: str) -> str:
-    """The value of a key that the reader requires.
-
-    Raises:
-        ConfigError: It is null.
-    """
+    """The value of a key that the reader requires; a ConfigError if it is null."""
     value = getattr(dataset, key)
     if value is None:
         raise ConfigError(f"dataset.{key} is needed: type dataset.{key}=...")

@@ -48,10 +48,6 @@ class TaskType(ABC):
     """A type of task, for the config of one run.
 
     The class itself, without a config, describes how predictions of trained tasks are written, served and published.
-
-    Attributes:
-        report: Problems that `read_all` found in labels.
-        left_out: Train images that `read` left out, and why.
     """
 
     name: ClassVar[str]  # `dataset.task` in configs, "kind" in task files
@@ -73,8 +69,8 @@ class TaskType(ABC):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.decoding = Decoding(config.data.max_pixels, config.data.background)
-        self.report = DataReport()
-        self.left_out: LeftOut = []
+        self.report = DataReport()  # problems that `read_all` found in labels
+        self.left_out: LeftOut = []  # train images that `read` left out, and why
 
     # Reading the data.
 
@@ -83,11 +79,7 @@ class TaskType(ABC):
         """Samples by split, including images that cannot be read."""
 
     def read(self) -> dict[str, Any]:
-        """Samples by split; images that cannot be read are refused or left out, as the config states.
-
-        Raises:
-            ValueError, OSError: The data cannot be read, or not be used.
-        """
+        """Samples by split; a ValueError or OSError for images that may not be left out, and other unusable data."""
         samples, self.left_out = leave_out_unreadable(self.config, self.read_all(), self.report.left_out)
         return samples
 
@@ -184,16 +176,12 @@ class TaskType(ABC):
     def to_answer(cls, metadata: TaskMetadata, output: Any, size: Size, limits: AnswerLimits) -> dict[str, Any]:
         """The JSON values, as `answer` declares them, of the output for one upright image of this size in pixels.
 
-        Raises:
-            ArithmeticError: The output has numbers that are not finite.
+        An ArithmeticError is raised if the output has numbers that are not finite.
         """
 
     @classmethod
     def explain(cls, model: Any, image: Tensor, size: Size) -> dict[str, Any]:
-        """What a model in eval mode predicts for one image, as JSON values; for `python -m vpt.explain`.
-
-        The image is normalised, (1, 3, H, W); size is height and width of the part of the input that shows it.
-        """
+        """JSON values of what a model in eval mode predicts for a normalised image (1, 3, H, W); size: less padding."""
         return {}
 
     @classmethod
@@ -237,31 +225,20 @@ def task_types() -> dict[str, type[TaskType]]:
 
 
 def task_type_named(name: str) -> type[TaskType]:
-    """The class of a type of task.
-
-    Raises:
-        ValueError: There is none of this name.
-    """
-    found = task_types()
-    if name not in found:
+    """The class of a type of task; a ValueError if there is none of this name."""
+    if name not in (found := task_types()):
         raise ValueError(f"no type of task {name!r}; registered are {', '.join(found)}")
     return found[name]
 
 
 def task_type_of(config: Config) -> TaskType:
-    """The type of task of a config.
-
-    Raises:
-        ConfigError: `dataset.task` is not registered, or does not have this reader or head.
-    """
+    """The type of task of a config; a ConfigError if it is unknown, or does not have this reader or head."""
     name, found = config.dataset.task, task_types()
     if name not in found:
         raise ConfigError(f"dataset.task={name}: no such type of task{did_you_mean(name, list(found))}")
-    task_type, head = found[name], config.head.name
-    for key, value, allowed in (
-        ("dataset.reader", config.dataset.reader, task_type.readers),
-        ("head.name", head, (None, *task_type.heads)),
-    ):
+    task_type = found[name]
+    reader = "dataset.reader", config.dataset.reader, task_type.readers
+    for key, value, allowed in (reader, ("head.name", config.head.name, (None, *task_type.heads))):
         if value not in allowed:
             names = ", ".join(str(choice) for choice in allowed if choice is not None)
             raise ConfigError(f"{key}={value}: must be one of {names}, for {name}")

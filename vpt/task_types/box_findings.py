@@ -58,8 +58,7 @@ def find_small_boxes(
     """Boxes whose shorter side at the input size is less than the finest stride of the head."""
     for split, samples in splits.items():
         sides = short_sides(samples, preprocessing)
-        small = int((sides < min(strides)).sum())
-        if small:
+        if small := int((sides < min(strides)).sum()):
             height, width = preprocessing.size
             is_much = small > MUCH * len(sides)
             message = (

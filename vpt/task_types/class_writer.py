@@ -37,8 +37,8 @@ class ClassWriter(PredictionWriter):
         """Write the file."""
         typed = {str(path): of_image for path, of_image in predictions.items()}
         ending, classes = self.output.suffix.lower(), {name: of.class_names for name, of in self.tasks.items()}
-        text = to_class_json(typed, classes) if ending == ".json" else to_class_table(typed, classes, ending)
-        write_bytes(self.output, text)
+        is_json = ending == ".json"
+        write_bytes(self.output, to_class_json(typed, classes) if is_json else to_class_table(typed, classes, ending))
         return str(self.output)
 
     def from_record(self, path: Path, record: Mapping[str, Any]) -> Predictions:

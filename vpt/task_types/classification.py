@@ -141,11 +141,8 @@ class Classification(TaskType):
         if config.reader in ("folder", "list"):
             required(config, "root")
         root = unpacked(Path(config.root or ".").expanduser(), self.config.cache_dir)
-        split: dict[str, Any] = {
-            "val_fraction": config.val_fraction,
-            "seed": config.split_seed,
-            "decoding": self.decoding,
-        }
+        split: dict[str, Any] = {"val_fraction": config.val_fraction, "seed": config.split_seed}
+        split["decoding"] = self.decoding
         match config.reader:
             case "folder":
                 return read_folder(root, test_fraction=config.test_fraction or 0.0, **split)
@@ -153,8 +150,7 @@ class Classification(TaskType):
                 lists: dict[str, Any] = {"train": config.train, "val": config.val, "test": config.test}
                 return read_list(root, **lists, test_fraction=config.test_fraction or 0.0, **split)
             case "csv":
-                path = Path(required(config, "path")).expanduser()
-                images_root = None if config.root is None else root
+                path, images_root = Path(required(config, "path")).expanduser(), None if config.root is None else root
                 return read_csv(path, images_root, test_fraction=config.test_fraction or 0.0, **split)
             case "torchvision":
                 if config.test_fraction is not None:
@@ -224,26 +220,22 @@ class Classification(TaskType):
 
     def class_table(self, evaluator: ClassEvaluator, data: Data, split: str) -> str:
         """Recall and number of images of each class."""
-        counts = evaluator.metrics.confusion.sum(dim=1).tolist()
-        rows = [
-            [name, percent(recall), str(num)]
-            for name, recall, num in zip(data.classes, evaluator.metrics.per_class(), counts, strict=True)
-        ]
+        counts = map(str, evaluator.metrics.confusion.sum(dim=1).tolist())
+        recalls = map(percent, evaluator.metrics.per_class())
+        rows = [list(row) for row in zip(data.classes, recalls, counts, strict=True)]
         return format_table(rows, ["class", "recall", "images"])
 
     def log_start(self, monitor: Monitor, data: Data) -> None:
         """A grid of augmented train images."""
         train = data.datasets["train"]
         images, targets = zip(*(train[(1, index)] for index in spread(len(train), NUM_GRID_IMAGES)), strict=True)
-        captions = [data.classes[target] for target in targets]
         pixels = denormalise(torch.stack(images), data.preprocessing)
-        monitor.images("train/augmented", image_grid(pixels, captions), 0)
+        monitor.images("train/augmented", image_grid(pixels, [data.classes[target] for target in targets]), 0)
 
     def log_end(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, result: FitResult) -> None:
         """The confusion matrix, the worst images and the recall of each class."""
-        metrics = evaluator.metrics
+        metrics, worst = evaluator.metrics, evaluator.metrics.worst()
         monitor.images("val/confusion", confusion_matrix(metrics.confusion.numpy(), data.classes), result.best_step)
-        worst = metrics.worst()
         images = torch.stack([data.datasets["val"][sample.position][0] for sample in worst])
         captions = [
             f"{data.classes[sample.target]}\npredicted {data.classes[sample.prediction]}\nloss {sample.loss:.1f}"
@@ -263,10 +255,8 @@ class Classification(TaskType):
             raise ArithmeticError("logits are not finite numbers")
         best = probabilities.topk(min(limits.top_k, len(classes)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return {
-            "task_type": cls.name,
-            "predictions": [{"class": classes[label], "probability": value} for label, value in pairs],
-        }
+        predictions = [{"class": classes[label], "probability": value} for label, value in pairs]
+        return {"task_type": cls.name, "predictions": predictions}
 
     @classmethod
     def explain(cls, model: Any, image: Tensor, size: Size) -> dict[str, Any]:

@@ -109,15 +109,15 @@ class BoxEvaluator:
 
     def result(self) -> dict[str, Any]:
         """The average precision of each class, as the mean over IoU thresholds and at 0.5."""
-        precision = {"map": self.metrics.per_class(), "map50": self.metrics.precision_curves().mean(axis=1).tolist()}
-        return {"precision": precision}
+        precision50 = self.metrics.precision_curves().mean(axis=1).tolist()
+        return {"precision": {"map": self.metrics.per_class(), "map50": precision50}}
 
     def _sizes(self, targets: Sequence[dict[str, Tensor]]) -> list[Size] | None:
         """Height and width of the part of each input that is image and not padding."""
         if self.samples is None:
             return None
-        sizes = [self.samples.sizes[int(target["image_index"])] for target in targets]
-        return [letterboxed_size(size, self.preprocessing) for size in sizes]
+        sizes = self.samples.sizes
+        return [letterboxed_size(sizes[int(target["image_index"])], self.preprocessing) for target in targets]
 
 
 def true_boxes(samples: DetectionSamples, index: int) -> Found:
@@ -154,11 +154,7 @@ class Detection(TaskType):
         self.report = FullReport()
 
     def read(self) -> dict[str, DetectionSamples]:
-        """Samples by split.
-
-        Raises:
-            ValueError: The data cannot be read, or val has no box, so that no epoch could be selected.
-        """
+        """Samples by split; a ValueError if val has no box, so that no epoch could be selected."""
         samples = super().read()
         if not samples["val"].class_counts().any():
             raise ValueError("val has no box, so no epoch could be selected; add boxes, or remove val to split it off")
@@ -168,14 +164,9 @@ class Detection(TaskType):
     def read_all(self) -> dict[str, DetectionSamples]:
         """Samples by split, from boxes and the headers of images."""
         config = self.config.dataset
-        reading: dict[str, Any] = {
-            "val_fraction": config.val_fraction,
-            "test_fraction": config.test_fraction or 0.0,
-            "seed": config.split_seed,
-            "strict": config.strict,
-            "report": self.report,
-            "decoding": self.decoding,
-        }
+        reading: dict[str, Any] = {"val_fraction": config.val_fraction, "test_fraction": config.test_fraction or 0.0}
+        reading |= {"seed": config.split_seed, "strict": config.strict}
+        reading |= {"report": self.report, "decoding": self.decoding}
         if config.reader == "trees":
             return read_coco(trees_root(), **reading)
         root = unpacked(Path(required(config, "root")).expanduser(), self.config.cache_dir)
@@ -189,9 +180,8 @@ class Detection(TaskType):
 
     def transforms(self, preprocessing: Preprocessing) -> tuple[DetectionTrainTransform, DetectionEvalTransform]:
         """Augmentation of train as the config states."""
-        augment = self.config.augment
-        training = DetectionTrainTransform(preprocessing, augment.transforms, augment.min_visibility)
-        return training, DetectionEvalTransform(preprocessing)
+        options = self.config.augment.transforms, self.config.augment.min_visibility
+        return DetectionTrainTransform(preprocessing, *options), DetectionEvalTransform(preprocessing)
 
     def describe(self, samples: Mapping[str, DetectionSamples]) -> list[str]:
         """The data, and the problems found in their boxes."""
@@ -212,8 +202,7 @@ class Detection(TaskType):
     ) -> Iterator[Finding]:
         """A val without boxes, problems that the reader found in boxes, and boxes too small for the input size."""
         if readable and "val" in splits and not splits["val"].class_counts().any():
-            message = "no boxes, so no epoch could be selected; add some"
-            yield Finding(Level.error, "no_val_boxes", message, "val")
+            yield Finding(Level.error, "no_val_boxes", "no boxes, so no epoch could be selected; add some", "val")
         yield from find_box_problems(splits, self.report.places, self.config.dataset.strict)
         if readable and preprocessing is not None:
             yield from find_small_boxes(splits, preprocessing, strides)
@@ -221,14 +210,8 @@ class Detection(TaskType):
     def head_options(self, train: DetectionSamples) -> dict[str, Any]:
         """Head and feature pyramid as the config states; category ids of the data."""
         head = self.config.head
-        return {
-            "category_ids": train.category_ids,
-            "head": head.name or "dense",
-            "out_indices": head.out_indices,
-            "channels": head.channels,
-            "strides": head.strides,
-            "num_convs": head.num_convs,
-        }
+        copied = {key: getattr(head, key) for key in ("out_indices", "channels", "strides", "num_convs")}
+        return {"category_ids": train.category_ids, "head": head.name or "dense", **copied}
 
     def losses(self, data: Data) -> Losses:
         """The losses of the head."""
@@ -236,8 +219,7 @@ class Detection(TaskType):
 
     def evaluator(self, data: Data, split: str | None) -> BoxEvaluator:
         """In pixels of the images of the split, or of the input."""
-        samples = None if split is None else data.samples[split]
-        return BoxEvaluator(len(data.classes), samples, data.preprocessing)
+        return BoxEvaluator(len(data.classes), None if split is None else data.samples[split], data.preprocessing)
 
     def prediction_evaluator(self, data: Data, split: str) -> BoxEvaluator:
         """The average precision of each class."""
@@ -275,8 +257,8 @@ class Detection(TaskType):
         """Precision-recall curves, the confusion matrix, images with most errors, and the precision of each class."""
         metrics, step = evaluator.metrics, result.best_step
         monitor.images("val/precision_recall", precision_recall_curves(metrics.precision_curves(), data.classes), step)
-        names = [*data.classes, "background"]
-        monitor.images("val/confusion", confusion_matrix(metrics.confusion().numpy(), names), step)
+        confusion = confusion_matrix(metrics.confusion().numpy(), [*data.classes, "background"])
+        monitor.images("val/confusion", confusion, step)
         found = list(evaluator.found)
         worst = [found[position] for position in metrics.images_by_error(NUM_PAGE_IMAGES)]
         monitor.images("val/worst", self._page(data, evaluator, worst), step)

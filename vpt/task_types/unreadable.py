@@ -48,8 +48,7 @@ def leave_out_unreadable(
     if not reasons:
         return dict(samples), left_out
     rest = train.take([index for index in range(len(train)) if index not in reasons])
-    lost = sorted(_labels(train) - _labels(rest))
-    if lost:
+    if lost := sorted(_labels(train) - _labels(rest)):
         raise ConfigError(
             f"class {train.classes[lost[0]]!r}: none of its train images can be read; replace them, or remove the class"
         )
@@ -58,13 +57,9 @@ def leave_out_unreadable(
 
 def find_unreadable(config: Config, split: str, samples: Samples) -> dict[int, str]:
     """Decode every image, in as many processes as in training; why images cannot be read, with the path, by index."""
+    workers, timeout_s = choose_num_workers(config.num_workers), config.data.timeout_s
     loader = build_loader(
-        _Trial(samples),
-        BATCH_SIZE,
-        shuffle=False,
-        num_workers=choose_num_workers(config.num_workers),
-        collate_fn=list,
-        timeout_s=config.data.timeout_s,
+        _Trial(samples), BATCH_SIZE, shuffle=False, num_workers=workers, collate_fn=list, timeout_s=timeout_s
     )
     reasons: list[str] = []
     with Progress(total=len(loader), description=f"check {split}") as progress:

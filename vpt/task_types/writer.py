@@ -35,8 +35,7 @@ class PredictionWriter(ABC):
         origin: The option that named the tasks, such as "run=runs/quickstart", for messages.
         root: The folder of the images.
 
-    Raises:
-        ConfigError: An option is not possible, or the output cannot be written.
+    A ConfigError is raised if an option is not possible, or the output cannot be written.
     """
 
     options: ClassVar[Sequence[str]] = ()  # those that this type of task has beside the options of every type
@@ -55,11 +54,7 @@ class PredictionWriter(ABC):
         """The predictions for each image of a batch, from what each task's model returned for it."""
 
     def resume(self, earlier: Mapping[Path, Predictions]) -> set[Path]:
-        """Those of the images predicted by an earlier, stopped command that need not be predicted again.
-
-        Raises:
-            ConfigError: Files of another origin are in the place of the output.
-        """
+        """Images that a stopped command has done for good; a ConfigError if the output has files of another origin."""
         return set(earlier)
 
     @abstractmethod
@@ -75,11 +70,7 @@ class PredictionWriter(ABC):
         return dict(record)
 
     def check_output(self, paths: Sequence[Path]) -> None:
-        """Check that the output is one file that can be written, and not one of the images.
-
-        Raises:
-            ConfigError: It cannot.
-        """
+        """A ConfigError if the output is not one file that can be written, or if it is one of the images."""
         check_file("output", self.output, self.endings)
         try:
             check_table(self.output.suffix.lower())
@@ -89,11 +80,7 @@ class PredictionWriter(ABC):
 
 
 def spare_images(option: str, value: Path, files: Iterable[Path], paths: Sequence[Path]) -> None:
-    """Refuse to write over an image of the input, also under another name of the same file.
-
-    Raises:
-        ConfigError: One of the files is an image of the input.
-    """
+    """A ConfigError if one of the files is an image of the input, also under another name of the same file."""
     existing = [file for file in files if file.exists()]
     if not existing:
         return
