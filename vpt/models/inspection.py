@@ -27,13 +27,9 @@ from vpt.models.vit import grid_size
 class BlockAttention:
     """Attention weights of one block.
 
-    Args:
-        block: Index of the block.
-        weights: (B, h, N, P + N), rows that sum to one: of prefix tokens, then patches, to the prompt's tokens, prefix
-            tokens, patches. Rows of prompt tokens are left out.
-        num_prefix_tokens: CLS and registers.
-        has_cls: Whether the first of them is CLS.
-        grid_size: Rows and columns of the patches.
+    `weights` (B, h, N, P + N) has rows that sum to one: of prefix tokens, then patches, to the prompt's tokens, prefix
+    tokens, patches. Rows of prompt tokens are left out. Prefix tokens are CLS, if `has_cls`, then registers. `grid_size`
+    is the rows and columns of the patches.
     """
 
     block: int
@@ -126,11 +122,8 @@ def inspect_attention(
 class TokenSimilarity:
     """Similarity of the prompt tokens of a block.
 
-    Args:
-        block: Index of the block that they enter.
-        cosines: (P, P), of each token with each.
-        mean_cosine: Of two different tokens: 1 if all point the same way; nan for a single token.
-        effective_rank: Of the tokens as a matrix: from 1, all the same but for their length, to P.
+    `mean_cosine` is that of two different tokens: 1 if all point the same way; nan for a single token. `effective_rank`
+    is of the tokens as a matrix: from 1, all the same but for their length, to P. `cosines` (P, P): each with each.
     """
 
     block: int
@@ -145,12 +138,6 @@ def compare_tokens(backbone: PromptedViT) -> list[TokenSimilarity]:
 
     Raises:
         ValueError: There is no prompt, or one without tokens.
-
-    Example:
-        >>> import timm
-        >>> backbone = PromptedViT(timm.create_model("vit_nano_patch8_64", num_classes=0), "deep", num_tokens=10)
-        >>> len(compare_tokens(backbone)), compare_tokens(backbone)[0].cosines.shape
-        (5, torch.Size([10, 10]))
     """
     found = []
     for block, tokens in _tokens_by_block(backbone).items():
@@ -185,12 +172,7 @@ def effective_rank(tokens: Tensor) -> float:
 
 
 def effective_number(amounts: Tensor) -> float:
-    """Exponential of the entropy of shares of amounts >= 0: k if k of them are equal and the others are 0.
-
-    Example:
-        >>> round(effective_number(torch.tensor([3.0, 3.0, 0.0])), 4)
-        2.0
-    """
+    """Exponential of the entropy of shares of amounts >= 0: k if k of them are equal and the others are 0."""
     shares = amounts / amounts.sum()
     return float(torch.special.entr(shares).sum().exp())
 
@@ -199,12 +181,7 @@ def effective_number(amounts: Tensor) -> float:
 class NearestPatches:
     """Patches with the largest cosine to each prompt token of a block, in descending order; all tensors are (P, k).
 
-    Args:
-        block: Index of the block that tokens and patches enter.
-        cosines: Of token and patch.
-        images: Index of the image.
-        rows: Of the patch in the image, from above.
-        columns: Of the patch, from the left.
+    `images` is the index of the image, `rows` (from above) and `columns` (from the left) the place of the patch in it.
     """
 
     block: int
@@ -220,14 +197,9 @@ def nearest_patches(
 ) -> Iterator[NearestPatches]:
     """For each prompted block, the patches that are nearest to its prompt tokens, by the cosine.
 
-    Patch tokens are those that enter the block when there is no prompt, since a prompt changes the
-    patch tokens of later blocks.
-
-    Args:
-        backbone: With a prompt that has tokens.
-        images: Normalised (B, 3, H, W).
-        num: k, patches for each token; fewer if there are not as many.
-        among: (B, rows, columns) bool, the patches that may be found; None: all.
+    Patch tokens are those of normalised images (B, 3, H, W) that enter the block when there is no prompt, since a prompt
+    changes those of later blocks. `num` is k, or fewer if there are not as many. `among` (B, rows, columns) bool limits
+    the patches that may be found.
 
     Raises:
         ValueError: There is no prompt, or one without tokens, or `num` is below 1.

@@ -1,7 +1,7 @@
 """vit_nano_patch8_64: the small pretrained ViT bundled with the package, registered with timm.
 
-A plain ViT with 2.3 M parameters: 64 x 64 pixels, patches of 8 pixels, embed_dim 192, 5 blocks, 3 heads. See
-`docs/vit_nano.md` for its card. Importing this module, which every use of the library does, registers it.
+A plain ViT with 2.3 M parameters: 64 x 64 pixels, patches of 8 pixels, embed_dim 192, 5 blocks, 3 heads; its card is
+`docs/vit_nano.md`. Importing this module, which every use of the library does, registers it.
 """
 
 from pathlib import Path
@@ -37,12 +37,19 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def vit_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """ViT-Nano/8 at 64 px: embed_dim 192, depth 5, 3 heads, CLS token."""
-    layout = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 5, "num_heads": 3, "num_classes": 0}
+    layout: dict[str, Any] = {
+        "img_size": 64,
+        "patch_size": 8,
+        "embed_dim": 192,
+        "depth": 5,
+        "num_heads": 3,
+        "num_classes": 0,
+    }
     vit: VisionTransformer = build_model_with_cfg(
         VisionTransformer,
         "vit_nano_patch8_64",
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        **{**layout, **kwargs},
+        **layout | kwargs,
     )
     return vit

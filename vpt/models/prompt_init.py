@@ -43,18 +43,17 @@ def start_from_patches(
     Args:
         backbone: Its prompt is initialised in place; nothing else changes.
         batches: Normalised images (B, 3, H, W), some hundred in all.
-        start: "patch": P patches are drawn at random; each block gets their tokens as they enter that block.
-            "prototype": each block gets the centres of P clusters of its patch tokens (k-means). "vipamin": each block
-            gets `matched_tokens` of its patch tokens, averaged over the images.
+        start: "patch": P patches are drawn at random; each block gets their tokens as they enter it. "prototype": each
+            block gets the centres of P clusters of its patch tokens (k-means). "vipamin": each block gets
+            `matched_tokens` of its patch tokens, averaged over the images.
         seed: Seed of the random choices.
 
     Raises:
-        ValueError: There is no prompt, `start` is unknown, there are fewer patches than P, or a block is not supported
-            by "vipamin".
+        ValueError: There is no prompt, `start` is unknown, there are fewer patches than P, or "vipamin" cannot use a block.
 
     References:
-        Revisiting the Power of Prompt for Visual Tuning (Wang et al., ICML 2024), https://arxiv.org/abs/2402.02382, for
-        "patch" and "prototype".
+        "patch", "prototype": Revisiting the Power of Prompt for Visual Tuning (Wang et al., ICML 2024),
+        https://arxiv.org/abs/2402.02382.
     """
     prompt = backbone.prompt
     if start not in get_args(PatchStart):
@@ -72,14 +71,11 @@ def start_from_patches(
 def start_from_task(backbone: PromptedViT, path: str | Path) -> None:
     """Initialise the prompt from the prompt of a task file; the file's head is not used.
 
-    Args:
-        backbone: The backbone of the task, with a prompt of the same variant, number of tokens and blocks.
-        path: The task file.
+    Both need the same backbone, variant, number of tokens and blocks.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: The backbone or the file has no prompt, the prompts differ in layout, or the file is damaged or for
-            another backbone.
+        ValueError: The backbone or the file has no prompt, they do not match, or the file is damaged.
     """
     metadata, tensors = open_task(Path(path))
     prompt = backbone.prompt
@@ -87,13 +83,11 @@ def start_from_task(backbone: PromptedViT, path: str | Path) -> None:
         raise ValueError(f"{path}: is for the backbone {metadata.backbone}; its prompt does not fit another backbone")
     if prompt is None or metadata.prompt is None:
         raise ValueError(f"{path}: {'the backbone has no prompt to initialise' if prompt is None else 'has no prompt'}")
-    new, saved = (
-        f"variant={variant}, num_tokens={num_tokens}, blocks={format_blocks(blocks)}"
-        for variant, num_tokens, blocks in (
-            (prompt.variant, prompt.num_tokens, prompt.blocks),
-            [metadata.prompt[name] for name in ("kind", "num_tokens", "blocks")],
-        )
+    layouts = (
+        (prompt.variant, prompt.num_tokens, prompt.blocks),
+        [metadata.prompt[name] for name in ("kind", "num_tokens", "blocks")],
     )
+    new, saved = (f"variant={kind}, num_tokens={num}, blocks={format_blocks(blocks)}" for kind, num, blocks in layouts)
     if new != saved:
         raise ValueError(f"{path}: its prompt has {saved}, but the new prompt has {new}; both must be the same")
     prompt.start_from(tensors["prompt.tokens"])
@@ -102,9 +96,9 @@ def start_from_task(backbone: PromptedViT, path: str | Path) -> None:
 def matched_tokens(
     patches: Tensor, key_weight: Tensor, value_weight: Tensor, num_tokens: int, generator: torch.Generator
 ) -> Tensor:
-    """Compute tokens (P, D) by VIPAMIN: the mean of patch tokens with similar keys, plus a small new direction.
+    """Compute tokens (P, D) by VIPAMIN: the mean of patch tokens (M, D) with similar keys, plus a small new direction.
 
-    For each token a direction p is drawn. With keys W_k x and values W_v x,
+    For each token the generator draws a direction p. With keys W_k x and values W_v x, both weights (h d, D),
 
         matched = mean of the k patch tokens x_j with the largest cos(W_k p, W_k x_j),
         new = W_v^+ (1 - V V^T) W_v p, rescaled to the length of `matched`,
@@ -113,26 +107,16 @@ def matched_tokens(
     where the columns of V span the values of the patch tokens. The value of `new` is therefore orthogonal to every
     output of attention over the patch tokens.
 
-    Args:
-        patches: (M, D).
-        key_weight: W_k, (h d, D).
-        value_weight: W_v, (h d, D).
-        num_tokens: P.
-        generator: Draws the directions.
-
     References:
         VIPAMIN: Visual Prompt Initialization via Embedding Selection and Subspace Expansion (Park and Chung, NeurIPS
-        2025), https://arxiv.org/abs/2510.16446; implemented from a summary, the paper itself was not available. Our
-        deviations: k and lambda are fixed; W_k and W_v include the scale of the first norm; V spans the values
-        themselves, which is the span of the attention outputs, and has at most D / 2 columns, since an image with more
-        than D patches would leave no direction; `new` is rescaled so that lambda means the same in every block.
+        2025), https://arxiv.org/abs/2510.16446; from a summary, as the paper was not available. Our deviations: k and
+        lambda are fixed; W_k and W_v include the scale of the first norm; V spans the values themselves, which is the
+        span of the attention outputs, and has at most D / 2 columns, since an image with more than D patches would
+        leave no direction; `new` is rescaled so that lambda means the same in every block.
 
     Example:
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> weights = torch.randn(2, 192, 192, generator=generator)
-        >>> matched_tokens(
-        ...     torch.randn(64, 192, generator=generator), *weights, num_tokens=10, generator=generator
-        ... ).shape
+        >>> patches, key_weight, value_weight = torch.randn(3, 192, 192)
+        >>> matched_tokens(patches, key_weight, value_weight, num_tokens=10, generator=torch.Generator()).shape
         torch.Size([10, 192])
     """
     drawn = torch.randn(num_tokens, patches.shape[1], generator=generator).to(patches)
@@ -154,9 +138,8 @@ def _match(
     for index in prompt.blocks:
         reason = why_not_fast(backbone.vit.blocks[index])
         if reason is not None:
-            raise ValueError(
-                f"start='vipamin': needs keys and values, but in block {index} {reason}; use start='patch'"
-            )
+            why = f"in block {index} {reason}"
+            raise ValueError(f"start='vipamin': needs keys and values, but {why}; use start='patch'")
     device = next(prompt.parameters()).device
     sums, num_images = [], 0
     for images in batches:
@@ -177,9 +160,8 @@ def _rescale(backbone: PromptedViT, prompt: VisualPrompt, tokens: Tensor) -> Ten
     vit: Any = backbone.vit
     if prompt.variant == "shallow" or not all(isinstance(vit.blocks[index], PRE_NORM) for index in prompt.blocks):
         return tokens
-    scale = uniform_bound(backbone.embed_dim, vit.patch_embed.patch_size) / math.sqrt(
-        3
-    )  # standard deviation of the uniform initialisation
+    # The standard deviation of the uniform initialisation
+    scale = uniform_bound(backbone.embed_dim, vit.patch_embed.patch_size) / math.sqrt(3)
     return tokens / tokens.square().mean(-1, keepdim=True).sqrt() * scale
 
 
