@@ -237,9 +237,8 @@ def _check_called(vit: Any) -> None:
         hook.remove()
     odd = [name for name, module in around.items() if module not in called]
     if odd:
-        raise ValueError(
-            f"target_modules: an adapter around {odd[0]} has no effect; this ViT reads its weight without calling it"
-        )
+        why = "has no effect; this ViT reads its weight without calling it"
+        raise ValueError(f"target_modules: an adapter around {odd[0]} {why}")
 
 
 def _is_peft(module: nn.Module) -> bool:

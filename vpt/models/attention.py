@@ -96,14 +96,11 @@ def run_block(
 ) -> Tensor:
     """Run a timm block on tokens (B, N, D), with the prompt's keys and values joined in attention.
 
-    Args:
-        block: A block for which `why_not_fast` returns None.
-        tokens: The sequence.
-        prompt: From `prompt_keys_values` with the same `num_queries`, or from `split_keys_values`.
-        rope: Rotary embedding of all tokens but the block's prefix tokens.
-        bias: Relative position bias (1, h, N, N) of the sequence; the prompt has zero bias.
-        mask: Additive mask (B, 1, 1, P + N), prompt first: 0 to attend, -inf to ignore (padding).
-        num_queries: Compute only the first tokens of the output; none of them may have a rotary position.
+    `why_not_fast` must be None for it. `prompt` is from `prompt_keys_values` with the same `num_queries`, or from
+    `split_keys_values`; `rope` is the rotary embedding of all tokens but the block's prefix tokens; `bias` (1, h, N, N)
+    is the relative position bias of the sequence, zero for the prompt; `mask` (B, 1, 1, P + N) is additive, prompt
+    first: 0 to attend, -inf to ignore (padding). With `num_queries` only the first tokens of the output are computed;
+    none of them may have a rotary position.
     """
     # Queries, residual and bias rows are cut to `num_queries`; keys and values always come from the whole sequence.
     residual = tokens if num_queries is None else tokens[:, :num_queries]
@@ -144,8 +141,7 @@ def key_value_weights(block: Any) -> tuple[Tensor, Tensor]:
         if isinstance(block.norm1, nn.LayerNorm):
             # W (x - mean(x)) = (W - row means of W) x
             weights = [weight - weight.mean(dim=1, keepdim=True) for weight in weights]
-    keys, values = weights
-    return keys, values
+    return weights[0], weights[1]
 
 
 def relative_bias(block: Any, shared: Tensor | None) -> Tensor | None:
@@ -154,9 +150,7 @@ def relative_bias(block: Any, shared: Tensor | None) -> Tensor | None:
     if not isinstance(attention, beit.Attention):
         return None
     own: Tensor | None = None if attention.relative_position_bias_table is None else attention._get_rel_pos_bias()
-    if own is None or shared is None:
-        return own if shared is None else shared[None]
-    return own + shared
+    return _add(own, None if shared is None else shared[None])
 
 
 def _absorbs(block: Any, num_queries: int | None) -> bool:
@@ -230,9 +224,8 @@ def _attend_absorbed(
         # Heads become rows of a single head: (1, h, N, P + N) -> (1, 1, h N, P + N).
         bias = (bias if prompt is None else F.pad(bias, (prompt[0].shape[2], 0))).flatten(1, 2)[:, None]
     # The scale is that of head width d; the default would use the width D of these queries.
-    attended = F.scaled_dot_product_attention(
-        queries.flatten(1, 2)[:, None], sequence, sequence, attn_mask=_add(bias, mask), scale=attn.scale
-    )
+    rows = queries.flatten(1, 2)[:, None]
+    attended = F.scaled_dot_product_attention(rows, sequence, sequence, attn_mask=_add(bias, mask), scale=attn.scale)
     mixed = torch.einsum("bhnc,hdc->bhnd", attended.reshape(queries.shape), value_weight)
     value_bias = _fused_bias(attn, 2, 3)
     return mixed if value_bias is None else mixed + value_bias.view(attn.num_heads, 1, -1)

@@ -3,8 +3,7 @@
 Blocks call torch's fused attention, which does not return the weights. Its calls are intercepted, and the weights
 softmax(q k^T / sqrt(d) + bias) are computed again from their arguments. This works for every block, prompt and adapter.
 
-Legend: B batch, h heads, N prefix and patch tokens, M patch tokens, P prompt tokens that a block sees, D embed_dim, T
-tokens of any kind.
+Legend: B batch, h heads, N prefix and patch tokens, M patch tokens, P prompt tokens of a block, D embed_dim, T tokens.
 """
 
 import math
@@ -28,8 +27,7 @@ class BlockAttention:
     """Attention weights of one block.
 
     `weights` (B, h, N, P + N) has rows that sum to one: of prefix tokens, then patches, to the prompt's tokens, prefix
-    tokens, patches. Rows of prompt tokens are left out. Prefix tokens are CLS, if `has_cls`, then registers. `grid_size`
-    is the rows and columns of the patches.
+    tokens, patches; rows of prompt tokens are left out. Prefix tokens are CLS, if `has_cls`, then registers.
     """
 
     block: int
@@ -67,10 +65,7 @@ class BlockAttention:
 
     @property
     def patch_map(self) -> Tensor:
-        """(B, rows, columns): distribution of the attention of CLS to patches, times M: 1 if uniform.
-
-        Without a CLS token it is the mean over the attention of all patches.
-        """
+        """(B, rows, columns): attention of CLS (or else the mean of all patches) to patches, times M: 1 if uniform."""
         first = self.num_prefix_tokens
         queries = self.weights[:, :, :1] if self.has_cls else self.weights[:, :, first:]
         received = queries[..., self.num_prompt_tokens + first :].mean((1, 2))
@@ -84,11 +79,9 @@ def inspect_attention(
 ) -> Iterator[BlockAttention]:
     """Yield the attention of blocks, one after the other, so that the weights of one block are in memory at a time.
 
-    Args:
-        backbone: In eval mode; otherwise dropout of the prompt is active.
-        images: Normalised (B, 3, H, W). Weights take 4 B h N (P + N) bytes.
-        blocks: "all", "first:k", "last:k" or a list of indices. Blocks behind the last one are not run.
-        prompted: False leaves the prompt out.
+    `images` are normalised (B, 3, H, W); weights take 4 B h N (P + N) bytes. `blocks` is "all", "first:k", "last:k" or a
+    list of indices; blocks behind the last one are not run. `prompted=False` leaves the prompt out. In train mode its
+    dropout is active.
 
     Raises:
         ValueError: A block that the backbone does not have, or one that calls no fused attention.
@@ -111,9 +104,8 @@ def inspect_attention(
         with _AttentionRecorder() as recorder:
             tokens = run_blocks(vit, tokens, position, source, first=block, last=reached)
         if not recorder.weights:
-            raise ValueError(
-                f"block {block} calls no fused attention, so its weights cannot be recorded; is TIMM_FUSED_ATTN=0 set?"
-            )
+            why = "so its weights cannot be recorded; is TIMM_FUSED_ATTN=0 set?"
+            raise ValueError(f"block {block} calls no fused attention, {why}")
         weights = _prompt_first(torch.cat(recorder.weights, 1), num_tokens, prefix)
         yield BlockAttention(block, weights, prefix, has_cls(backbone), grid_size(vit, images))
 
@@ -173,15 +165,14 @@ def effective_rank(tokens: Tensor) -> float:
 
 def effective_number(amounts: Tensor) -> float:
     """Exponential of the entropy of shares of amounts >= 0: k if k of them are equal and the others are 0."""
-    shares = amounts / amounts.sum()
-    return float(torch.special.entr(shares).sum().exp())
+    return float(torch.special.entr(amounts / amounts.sum()).sum().exp())
 
 
 @dataclass(frozen=True)
 class NearestPatches:
     """Patches with the largest cosine to each prompt token of a block, in descending order; all tensors are (P, k).
 
-    `images` is the index of the image, `rows` (from above) and `columns` (from the left) the place of the patch in it.
+    `images` has indices of images, `rows` (from above) and `columns` (from the left) places of the patches in them.
     """
 
     block: int
@@ -203,12 +194,6 @@ def nearest_patches(
 
     Raises:
         ValueError: There is no prompt, or one without tokens, or `num` is below 1.
-
-    Example:
-        >>> import timm
-        >>> backbone = PromptedViT(timm.create_model("vit_nano_patch8_64", num_classes=0), "shallow", num_tokens=10)
-        >>> [(found.block, tuple(found.rows.shape)) for found in nearest_patches(backbone, torch.rand(2, 3, 64, 64))]
-        [(0, (10, 5))]
     """
     if num < 1:
         raise ValueError(f"num={num}: must be at least 1")

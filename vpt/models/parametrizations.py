@@ -56,8 +56,7 @@ class Bilinear(nn.Module):
 
     References:
         Attention to the Burstiness in Visual Prompt Tuning! (Wang et al., ICCV 2025),
-        https://arxiv.org/abs/2506.22908: the low-rank version, and with `whiten` its product with a fixed whitening
-        matrix, which the paper multiplies with tokens that are learned directly.
+        https://arxiv.org/abs/2506.22908; there the fixed whitening multiplies tokens that are learned directly.
 
     Example:
         >>> form = Bilinear(rank=4)
@@ -100,7 +99,7 @@ class Fourier(nn.Module):
     """Fourier transform of the first Q tokens of each block: tokens_i = Re(F_Q X_i F_D); the other P - Q are plain.
 
     Q is `fraction` times P, rounded and at least 1. F_Q and F_D are the discrete Fourier transforms over tokens and
-    channels. Unlike the paper, we scale them by 1 / sqrt(Q D): tokens then have the scale of the learned parameters, and
+    channels, scaled by 1 / sqrt(Q D), unlike the paper: tokens then have the scale of the learned parameters, and
     learning rates stay comparable. The real part of the spectrum is even, Y[-q, -d] = Y[q, d], so only the even part of
     given tokens can be represented.
 

@@ -40,16 +40,12 @@ def start_from_patches(
     the effect of an update. Patch tokens are about ten times as long as uniformly initialised tokens, for which the
     default learning rates are chosen, so they are rescaled to that length.
 
-    Args:
-        backbone: Its prompt is initialised in place; nothing else changes.
-        batches: Normalised images (B, 3, H, W), some hundred in all.
-        start: "patch": P patches are drawn at random; each block gets their tokens as they enter it. "prototype": each
-            block gets the centres of P clusters of its patch tokens (k-means). "vipamin": each block gets
-            `matched_tokens` of its patch tokens, averaged over the images.
-        seed: Seed of the random choices.
+    Nothing else changes. `batches` are normalised images (B, 3, H, W), some hundred in all. With `start` "patch", P
+    patches are drawn at random, and each block gets their tokens as they enter it; with "prototype" it gets the centres
+    of P clusters of its patch tokens (k-means), with "vipamin" `matched_tokens` of them, averaged over the images.
 
     Raises:
-        ValueError: There is no prompt, `start` is unknown, there are fewer patches than P, or "vipamin" cannot use a block.
+        ValueError: No prompt, an unknown `start`, fewer patches than P, or a block is not supported by "vipamin".
 
     References:
         "patch", "prototype": Revisiting the Power of Prompt for Visual Tuning (Wang et al., ICML 2024),
@@ -85,7 +81,7 @@ def start_from_task(backbone: PromptedViT, path: str | Path) -> None:
         raise ValueError(f"{path}: {'the backbone has no prompt to initialise' if prompt is None else 'has no prompt'}")
     layouts = (
         (prompt.variant, prompt.num_tokens, prompt.blocks),
-        [metadata.prompt[name] for name in ("kind", "num_tokens", "blocks")],
+        map(metadata.prompt.get, ("kind", "num_tokens", "blocks")),
     )
     new, saved = (f"variant={kind}, num_tokens={num}, blocks={format_blocks(blocks)}" for kind, num, blocks in layouts)
     if new != saved:
@@ -113,11 +109,6 @@ def matched_tokens(
         lambda are fixed; W_k and W_v include the scale of the first norm; V spans the values themselves, which is the
         span of the attention outputs, and has at most D / 2 columns, since an image with more than D patches would
         leave no direction; `new` is rescaled so that lambda means the same in every block.
-
-    Example:
-        >>> patches, key_weight, value_weight = torch.randn(3, 192, 192)
-        >>> matched_tokens(patches, key_weight, value_weight, num_tokens=10, generator=torch.Generator()).shape
-        torch.Size([10, 192])
     """
     drawn = torch.randn(num_tokens, patches.shape[1], generator=generator).to(patches)
     drawn_keys, patch_keys = (torch.nn.functional.normalize(rows @ key_weight.T, dim=1) for rows in (drawn, patches))
@@ -131,9 +122,7 @@ def matched_tokens(
     return tokens
 
 
-def _match(
-    backbone: PromptedViT, prompt: VisualPrompt, batches: Iterable[Tensor], generator: torch.Generator
-) -> Tensor:
+def _match(backbone: PromptedViT, prompt: VisualPrompt, batches: Iterable[Tensor], rng: torch.Generator) -> Tensor:
     """`matched_tokens` of each prompted block, (L, P, D)."""
     for index in prompt.blocks:
         reason = why_not_fast(backbone.vit.blocks[index])
@@ -151,7 +140,7 @@ def _match(
     for index, block_sums in zip(prompt.blocks, zip(*sums, strict=True), strict=True):
         patches = torch.stack(block_sums).sum(0) / num_images
         keys, values = (weight.float() for weight in key_value_weights(backbone.vit.blocks[index]))
-        tokens.append(matched_tokens(patches, keys, values, prompt.num_tokens, generator))
+        tokens.append(matched_tokens(patches, keys, values, prompt.num_tokens, rng))
     return torch.stack(tokens)
 
 
@@ -168,10 +157,9 @@ def _rescale(backbone: PromptedViT, prompt: VisualPrompt, tokens: Tensor) -> Ten
 def _choose(patches: Tensor, num_tokens: int, start: PatchStart) -> Tensor:
     """Tokens (L, P, D): the first of the patch tokens (L, T, D), or the k-means centres that start from them."""
     if patches.shape[1] < num_tokens:
-        raise ValueError(
-            f"num_tokens={num_tokens}: must be at most the {patches.shape[1]} patches of the images; "
-            "use fewer tokens, more images or init='uniform'"
-        )
+        why = "use fewer tokens, more images or init='uniform'"
+        most = f"must be at most the {patches.shape[1]} patches of the images"
+        raise ValueError(f"num_tokens={num_tokens}: {most}; {why}")
     tokens = patches[:, :num_tokens]
     if start == "patch":
         return tokens
@@ -198,8 +186,7 @@ def collect_patch_tokens(
 def _centres(patches: Tensor, centres: Tensor) -> Tensor:
     """Centres (P, D) of clusters of patches (T, D), by k-means; the centre of an empty cluster stays where it is."""
     for _ in range(NUM_STEPS):
-        nearest = torch.cdist(patches, centres).argmin(1)
-        members = torch.nn.functional.one_hot(nearest, len(centres)).to(patches)
+        members = torch.nn.functional.one_hot(torch.cdist(patches, centres).argmin(1), len(centres)).to(patches)
         sizes = members.sum(0)[:, None]
         centres = torch.where(sizes > 0, members.T @ patches / sizes.clamp(min=1), centres)
     return centres

@@ -11,7 +11,7 @@ import copy
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -100,10 +100,8 @@ class VisualPrompt(nn.Module):
     @property
     def form(self) -> nn.Module | None:
         """The parametrization of the tokens; None if they are learned directly."""
-        if not parametrize.is_parametrized(self, "tokens"):
-            return None
-        parametrizations: Any = self.parametrizations
-        return cast(nn.Module, parametrizations.tokens[0])
+        own: Any = self
+        return own.parametrizations.tokens[0] if parametrize.is_parametrized(self, "tokens") else None
 
     @property
     def draws(self) -> bool:
@@ -159,10 +157,9 @@ class VisualPrompt(nn.Module):
 
     def extra_repr(self) -> str:
         """Variant, sizes and blocks."""
-        return (
-            f"variant={self.variant}, num_tokens={self.num_tokens}, embed_dim={self.embed_dim}, "
-            f"blocks={format_blocks(self.blocks)}, dropout={self.dropout.p}"
-        ) + ("" if self.form is None else f", form={self.form}")
+        form = "" if self.form is None else f", form={self.form}"
+        sizes = f"num_tokens={self.num_tokens}, embed_dim={self.embed_dim}"
+        return f"variant={self.variant}, {sizes}, blocks={format_blocks(self.blocks)}, dropout={self.dropout.p}{form}"
 
     def __repr__(self) -> str:
         return f"VisualPrompt({self.extra_repr()})"  # torch renames the class of a parametrized module

@@ -18,9 +18,7 @@ class TensorCache(Generic[Value]):
 
     Example:
         >>> source, cache = torch.ones(2), TensorCache()
-        >>> def total():
-        ...     print("computed")
-        ...     return source.sum()
+        >>> total = lambda: print("computed") or source.sum()
         >>> cache.get("sum", [source], total), cache.get("sum", [source], total)
         computed
         (tensor(2.), tensor(2.))

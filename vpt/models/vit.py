@@ -96,11 +96,9 @@ def preprocessing_of(vit: ViT) -> dict[str, Any]:
     crop_pct and crop_mode, as timm resolves them for the weights.
     """
     config: dict[str, Any] = resolve_model_data_config(vit)  # type: ignore[no-untyped-call]
-    size = vit.patch_embed.img_size or config["input_size"][1:]
     return {
-        "size": [int(side) for side in size],
-        "mean": [float(value) for value in config["mean"]],
-        "std": [float(value) for value in config["std"]],
+        "size": [int(side) for side in vit.patch_embed.img_size or config["input_size"][1:]],
+        **{name: [float(value) for value in config[name]] for name in ("mean", "std")},
         "interpolation": str(config["interpolation"]),
         "crop_pct": float(config["crop_pct"]),
         "crop_mode": str(config["crop_mode"]),
@@ -114,14 +112,12 @@ def fingerprint(vit: ViT) -> str:
     Position embedding and patch kernels are left out, because timm resamples them to other input and patch sizes.
     """
     digest = hashlib.sha256()
-    left_out = ("pos_embed", "patch_embed.", "head.", "head_dist.")
     for name, parameter in sorted(vit.named_parameters()):
-        if name.startswith(left_out):
+        if name.startswith(("pos_embed", "patch_embed.", "head.", "head_dist.")):
             continue
         values = parameter.detach().reshape(-1)
-        step = max(1, len(values) // 64)
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        digest.update(values[::step][:64].to("cpu", torch.bfloat16).float().numpy().tobytes())
+        digest.update(values[:: max(1, len(values) // 64)][:64].to("cpu", torch.bfloat16).float().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -134,10 +130,9 @@ def check_supported(vit: nn.Module) -> None:
     """Raise a TypeError unless the model runs the original `forward_features` of VisionTransformer, Eva or Beit."""
     known = (VisionTransformer.forward_features, Eva.forward_features, Beit.forward_features)
     if not isinstance(vit, ViT) or type(vit).forward_features not in known:
-        raise TypeError(
-            f"{type(vit).__name__} cannot be prompted; supported are plain timm ViTs based on VisionTransformer, "
-            "Eva or Beit (ViT, DeiT, AugReg, MAE, CLIP, SigLIP, DINO, DINOv2, DINOv3, EVA-02, BEiT; docs/backbones.md)"
-        )
+        supported = "plain timm ViTs based on VisionTransformer, Eva or Beit"
+        examples = "ViT, DeiT, AugReg, MAE, CLIP, SigLIP, DINO, DINOv2, DINOv3, EVA-02, BEiT; docs/backbones.md"
+        raise TypeError(f"{type(vit).__name__} cannot be prompted; supported are {supported} ({examples})")
 
 
 def grid_size(vit: ViT, images: Tensor) -> tuple[int, int]:
@@ -260,10 +255,8 @@ def _describe_missing_weights(name: str, error: Exception) -> str:
     if config is None or not (config.hf_hub_id or config.url or config.file):
         return "timm has no pretrained weights for it; use pretrained=False or checkpoint=FILE"
     source = f"model.safetensors of {config.hf_hub_id} on the hub" if config.hf_hub_id else config.url
-    return (
-        f"its weights could not be loaded ({_first_line(error)}). "
-        f"On a machine with network access download {source}, copy it to this machine and use checkpoint=FILE"
-    )
+    how = f"On a machine with network access download {source}, copy it to this machine and use checkpoint=FILE"
+    return f"its weights could not be loaded ({_first_line(error)}). {how}"
 
 
 def _first_line(error: Exception) -> str:

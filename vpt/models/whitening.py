@@ -36,9 +36,9 @@ def whiten_from_patches(backbone: PromptedViT, batches: Iterable[Tensor], *, see
     References:
         Attention to the Burstiness in Visual Prompt Tuning! (Wang et al., ICCV 2025),
         https://arxiv.org/abs/2506.22908, "fixed whitening"; from a summary and the authors' code under MIT. The paper
-        uses x = W_q W_k^T x_patch, the keys of patch tokens seen by queries of prompt tokens. The outputs of a deep
-        prompt are dropped, so its queries have no effect, and we exchange queries and keys. `FLOOR`, and scaling W to
-        keep the mean length of tokens (so that learning rates stay comparable), are also ours.
+        uses x = W_q W_k^T x_patch, the keys of patch tokens seen by queries of prompt tokens. Those of a deep prompt
+        have no effect, so we exchange queries and keys. `FLOOR`, and scaling W to keep the mean length of tokens (so
+        that learning rates stay comparable), are also ours.
     """
     prompt = backbone.prompt
     form = None if prompt is None else prompt.form
@@ -64,4 +64,5 @@ def _matrix(block: Any, patches: Tensor) -> Tensor:
     energies, directions = torch.linalg.eigh(x.T @ x / len(x))
     scales = (energies.clamp(min=0) / energies.mean() + FLOOR).rsqrt()
     scales = scales / scales.square().mean().sqrt()
-    return ((directions * scales) @ directions.T).float()
+    matrix: Tensor = (directions * scales) @ directions.T
+    return matrix.float()

@@ -28,11 +28,9 @@ MAX_COMPARED = 3000  # boxes of an image in non-maximum suppression, whose cost 
 class Selection:
     """Which detections a head returns.
 
-    Args:
-        min_score: Lower bound of the score, exclusive: 0.05 for evaluation, about 0.25 for display.
-        max_overlap: IoU above which only the better of two boxes of a class is returned.
-        max_detections: Detections per image, at most; those with the highest scores.
-        labels: Return only these classes, before `max_detections` is applied; None returns all.
+    A score is above `min_score`: 0.05 for evaluation, about 0.25 for display. Of two boxes of a class with an IoU above
+    `max_overlap` only the better is returned. The `max_detections` with the highest scores are returned per image, of
+    the classes `labels` only; None: of all.
 
     Raises:
         ValueError: A value is out of range, or `labels` is empty.
@@ -70,10 +68,8 @@ class Selection:
 class Assignment:
     """Training targets of the points of an image.
 
-    Args:
-        box: Index of the assigned true box, (A,) int64; -1 for background.
-        overlap: IoU of the predicted and the assigned box, (A,); 0 for background.
-        is_ignored: Points without a class loss, (A,) bool.
+    `box` is the index of the assigned true box, (A,) int64, -1 for background; `overlap` (A,) the IoU of the predicted
+    and the assigned box, 0 for background; `is_ignored` (A,) bool marks points without a class loss.
     """
 
     box: Tensor
@@ -125,7 +121,8 @@ class DenseHead(nn.Module):
 
     def losses(self, levels: Sequence[Tensor], image_size: tuple[int, int], targets: Sequence[Tensors]) -> Tensors:
         """`dense_losses` of levels (B, C, H/S, W/S) of images of this (height, width), and their targets."""
-        return dense_losses(self.points(levels), *self(levels), targets)
+        logits, boxes = self(levels)
+        return dense_losses(self.points(levels), logits, boxes, targets)
 
     def detect(self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], selection: Selection) -> list[Tensors]:
         """Detections per image of the given (height, width): "boxes" (n, 4) in pixels, "scores" and "labels" (n,).
@@ -188,8 +185,7 @@ def assign(points: Tensor, scores: Tensor, boxes: Tensor, targets: Tensor, label
     for box in (torch.bincount(assigned[assigned >= 0], minlength=len(true)) == 0).nonzero()[:, 0].tolist():
         if (assigned >= 0).all():  # more boxes than points
             break
-        free = torch.where(assigned < 0, distance[:, box], math.inf)
-        assigned[free.argmin()] = box
+        assigned[torch.where(assigned < 0, distance[:, box], math.inf).argmin()] = box
     taken = assigned >= 0
     overlap[taken] = overlaps[taken, assigned[taken]]
     assigned[taken] = indices[assigned[taken]]

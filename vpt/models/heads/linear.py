@@ -16,10 +16,6 @@ def linear_head(embed_dim: int, num_classes: int, init: HeadInit = "zero") -> nn
 
     Raises:
         ValueError: `num_classes` is below 1, or `init` is unknown.
-
-    Example:
-        >>> linear_head(192, 14)
-        Linear(in_features=192, out_features=14, bias=True)
     """
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: must be at least 1")

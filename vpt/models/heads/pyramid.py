@@ -56,10 +56,8 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps (B, D, rows, columns), one per block that is read -> levels (B, C, H/S, W/S)."""
-        normed = [
-            norm(tokens.movedim(1, -1).to(self.narrow.weight.dtype)).movedim(-1, 1)
-            for norm, tokens in zip(self.norms, maps, strict=True)
-        ]
+        pairs, dtype = zip(self.norms, maps, strict=True), self.narrow.weight.dtype
+        normed = [norm(tokens.movedim(1, -1).to(dtype)).movedim(-1, 1) for norm, tokens in pairs]
         narrowed = self.narrow(torch.cat(normed, dim=1))
         return [level(narrowed) for level in self.levels]
 

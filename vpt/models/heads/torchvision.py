@@ -80,7 +80,9 @@ class RetinaNetHead(nn.Module):
         outputs = self._predict(levels)
         outputs["cls_logits"] = selection.only(outputs["cls_logits"])
         anchors = self.retinanet.anchor_generator.of_levels(levels)
-        by_level = {name: output.split([len(level) for level in anchors], dim=1) for name, output in outputs.items()}
+        by_level = {
+            name: torch.split(output, [len(level) for level in anchors], dim=1) for name, output in outputs.items()
+        }
         _configure(self.retinanet, selection)
         found = self.retinanet.postprocess_detections(by_level, [anchors] * len(sizes), list(sizes))
         # torchvision clips boxes outside the image to an empty area, but does not remove them.
