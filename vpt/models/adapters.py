@@ -1,7 +1,7 @@
 """Adapters: small trained modules inside a frozen ViT. Bottlenecks of our own, and the methods of the library PEFT.
 
 A bottleneck wraps the MLP of each block. A PEFT method, selected by its PEFT name, wraps linear layers of the blocks.
-Both are inserted into the ViT in place; `tuning.origin_of` describes what was added.
+`tuning.origin_of` describes what was added to the ViT.
 
 Legend: B batch, N tokens of the sequence, D embed_dim, w bottleneck width.
 """
@@ -76,26 +76,18 @@ class Adapters:
 
 
 class Bottleneck(nn.Module):
-    """MLP with a bottleneck adapter: tokens (B, N, D) -> (B, N, D).
+    """MLP with a bottleneck adapter of width w and scale s: tokens (B, N, D) -> (B, N, D).
 
     - sequential: h + s W_up GELU(W_down h) with h = MLP(x);
-    - parallel: MLP(x) + s W_up ReLU(W_down x).
+    - parallel (`is_parallel`): MLP(x) + s W_up ReLU(W_down x).
 
     W_up is initialised to zero, so the ViT is unchanged at first. W_down is initialised at random: with both at zero,
     as in the original VPT code, neither would ever receive a gradient.
 
-    Args:
-        mlp: The frozen MLP of a block.
-        embed_dim: D.
-        width: w.
-        scale: s.
-        is_parallel: Feed the adapter the input of the MLP, not its output.
-
     References:
-        Sequential: Parameter-Efficient Transfer Learning for NLP (Houlsby et al., 2019),
-        https://arxiv.org/abs/1902.00751, section 2.1, after the MLP only (Pfeiffer et al., 2021,
-        https://arxiv.org/abs/2005.00247). Parallel: AdaptFormer (Chen et al., NeurIPS 2022),
-        https://arxiv.org/abs/2205.13535, equations 4 and 5.
+        Sequential: Parameter-Efficient Transfer Learning for NLP (Houlsby et al., 2019), section 2.1, after the MLP
+        only (Pfeiffer et al., 2021): https://arxiv.org/abs/1902.00751, https://arxiv.org/abs/2005.00247. Parallel:
+        AdaptFormer (Chen et al., NeurIPS 2022), https://arxiv.org/abs/2205.13535, equations 4 and 5.
 
     Example:
         >>> mlp = nn.Linear(8, 8)
@@ -131,10 +123,7 @@ class Bottleneck(nn.Module):
 def add_adapters(vit: ViT, adapters: Adapters, *, is_empty: bool = False) -> frozenset[str]:
     """Insert adapters into a ViT in place, and return the names of the new tensors in its state dict.
 
-    Args:
-        vit: A ViT without adapters.
-        adapters: Method and options.
-        is_empty: Create the parameters on the meta device, to be filled in later.
+    With `is_empty`, the parameters are created on the meta device, to be filled in later.
 
     Raises:
         ValueError: Options are unknown or contradictory, the ViT lacks or does not call a target module, or PEFT is not
@@ -159,13 +148,11 @@ def peft_layers(vit: nn.Module) -> Iterator[nn.Module]:
 def fold_adapters(vit: ViT) -> ViT:
     """Merge adapters into the weights in place, where their method supports it, and return the ViT.
 
-    Changes of a weight, such as low-rank ones, then cost nothing in inference. Adapters that are functions of tokens
-    cannot be merged and stay.
+    Changes of a weight then cost nothing in inference. Adapters that are functions of tokens stay.
+
     """
-    for name, module in list(vit.named_modules()):
-        if not _is_peft(module):
-            continue
-        layer: Any = module
+    modules: Any = vit.named_modules()
+    for name, layer in [pair for pair in modules if _is_peft(pair[1])]:
         try:
             layer.merge(safe_merge=True)
         except NotImplementedError:
@@ -211,19 +198,17 @@ def peft_config(method: str, options: Mapping[str, Option]) -> Any:
     except ImportError as error:
         raise ValueError(f'method={method!r}: needs PEFT ({error}); type pip install "vpt[baselines]"') from error
 
-    configs = {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    configs: dict[str, Any] = {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if method not in configs:
         raise ValueError(f"method={method!r}: not in peft {peft.__version__}; install a newer version")
-    make_config: Any = configs[method]
     try:
-        return make_config(**options)
+        return configs[method](**options)
     except Exception as error:  # so do the PEFT configs
         raise _refused(method, error) from error
 
 
 def _refused(method: str, error: Exception) -> ValueError:
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
-    return ValueError(f"{method} adapters: {reason}")
+    return ValueError(f"{method} adapters: {next(iter(str(error).splitlines()), type(error).__name__)}")
 
 
 def _attention_layers(vit: Any) -> list[str]:
@@ -252,9 +237,8 @@ def _check_called(vit: Any) -> None:
         hook.remove()
     odd = [name for name, module in around.items() if module not in called]
     if odd:
-        raise ValueError(
-            f"target_modules: an adapter around {odd[0]} has no effect; this ViT reads its weight without calling it"
-        )
+        why = "has no effect; this ViT reads its weight without calling it"
+        raise ValueError(f"target_modules: an adapter around {odd[0]} {why}")
 
 
 def _is_peft(module: nn.Module) -> bool:

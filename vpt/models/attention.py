@@ -1,19 +1,16 @@
 """Exact fast path for deep prompts: extra keys and values inside a timm block.
 
-The outputs of deep prompt tokens are dropped after their block, so a block needs only the key and the value of each
-prompt token: the first norm and two projections of P vectors, once per batch and not once per sample, joined to the
-keys and values of the image tokens. Prompt tokens need no query, no output projection and no MLP. The result equals
-that of the longer sequence, because tokens interact in attention only.
+The outputs of deep prompt tokens are dropped after their block, so a block needs only the key and the value of each:
+the first norm and two projections of P vectors, once per batch and not once per sample, joined to those of the image
+tokens. The result equals that of the longer sequence, because tokens interact in attention only.
 
 If only prefix tokens are read after a block, only their queries are computed. For so few queries, keys and values need
 not be computed either ("absorbed" below): q . (W_k x) = (W_k^T q) . x, and a weighted sum of W_v x is W_v times the
 weighted sum of x. This is exact with biases, too: the key bias adds the same number to all logits of a query, which
 softmax ignores, and the value bias is added afterwards, since the weights of a query sum to one.
 
-Keys and values may also be learned directly (prefix tuning), without prompt tokens.
-
-Queries are projected separately from keys and values. The joined keys and values are then the only copies that autograd
-saves for the backward pass; with one fused projection its whole output would be saved as well.
+Keys and values may also be learned directly (prefix tuning). Queries are projected separately from them, so that
+autograd saves the joined keys and values only and not the whole output of a fused projection as well.
 
 Legend: B batch, P prompt tokens, N tokens of the sequence, D embed_dim, h heads, d = D / h.
 """
@@ -39,7 +36,7 @@ def why_not_fast(block: nn.Module) -> str | None:
     """Return None if the fast path supports the block, otherwise the reason why not.
 
     The fast path reads the weights of the projections and calls neither them, nor the attention module, nor the block.
-    Adapters around a projection, and hooks on any of these modules, would have no effect and are therefore refused.
+    Adapters around a projection, and hooks on any of these, would have no effect and are therefore refused.
     """
     attention = getattr(block, "attn", None)
     # Exact types, since a subclass may compute something else.
@@ -99,18 +96,11 @@ def run_block(
 ) -> Tensor:
     """Run a timm block on tokens (B, N, D), with the prompt's keys and values joined in attention.
 
-    Args:
-        block: A block for which `why_not_fast` returns None.
-        tokens: The sequence.
-        prompt: Keys and values to join, from `prompt_keys_values` with the same `num_queries`, or from
-            `split_keys_values`.
-        rope: Rotary embedding of all tokens but the block's prefix tokens.
-        bias: Relative position bias (1, h, N, N) of the sequence; the prompt has zero bias.
-        mask: Additive mask (B, 1, 1, P + N), prompt first: 0 to attend, -inf to ignore (padding).
-        num_queries: Compute only the first tokens of the output; none of them may have a rotary position.
-
-    Returns:
-        The tokens after the block, or the first `num_queries` of them.
+    `why_not_fast` must be None for it. `prompt` is from `prompt_keys_values` with the same `num_queries`, or from
+    `split_keys_values`; `rope` is the rotary embedding of all tokens but the block's prefix tokens; `bias` (1, h, N, N)
+    is the relative position bias of the sequence, zero for the prompt; `mask` (B, 1, 1, P + N) is additive, prompt
+    first: 0 to attend, -inf to ignore (padding). With `num_queries` only the first tokens of the output are computed;
+    none of them may have a rotary position.
     """
     # Queries, residual and bias rows are cut to `num_queries`; keys and values always come from the whole sequence.
     residual = tokens if num_queries is None else tokens[:, :num_queries]
@@ -122,8 +112,7 @@ def run_block(
         mixed = _attend_absorbed(block.attn, query_tokens, normed, prompt, bias, mask)
     else:
         mixed = _attend(block.attn, query_tokens, normed, prompt, rope, bias, mask, rotates=num_queries is None)
-    attended = _project_out(block.attn, mixed, query_tokens)
-    residual = residual + _leave(block, 1, attended)
+    residual = residual + _leave(block, 1, _project_out(block.attn, mixed, query_tokens))
     return residual + _leave(block, 2, block.mlp(_enter(block, 2, residual)))
 
 
@@ -152,8 +141,7 @@ def key_value_weights(block: Any) -> tuple[Tensor, Tensor]:
         if isinstance(block.norm1, nn.LayerNorm):
             # W (x - mean(x)) = (W - row means of W) x
             weights = [weight - weight.mean(dim=1, keepdim=True) for weight in weights]
-    keys, values = weights
-    return keys, values
+    return weights[0], weights[1]
 
 
 def relative_bias(block: Any, shared: Tensor | None) -> Tensor | None:
@@ -162,9 +150,7 @@ def relative_bias(block: Any, shared: Tensor | None) -> Tensor | None:
     if not isinstance(attention, beit.Attention):
         return None
     own: Tensor | None = None if attention.relative_position_bias_table is None else attention._get_rel_pos_bias()
-    if own is None or shared is None:
-        return own if shared is None else shared[None]
-    return own + shared
+    return _add(own, None if shared is None else shared[None])
 
 
 def _absorbs(block: Any, num_queries: int | None) -> bool:
@@ -172,10 +158,11 @@ def _absorbs(block: Any, num_queries: int | None) -> bool:
 
     With a single head, (B, 1, P, D) tokens and (B, h, P, d) keys could not be told apart, so several are required.
     """
-    attention = block.attn
-    k_norm = getattr(attention, "k_norm", None)
-    knows_no_position = type(attention) in (Attention, beit.Attention) and attention.num_heads > 1
-    return num_queries is not None and knows_no_position and isinstance(k_norm, nn.Identity | None)
+    attn = block.attn
+    knows_no_position = type(attn) in (Attention, beit.Attention) and attn.num_heads > 1
+    return (
+        num_queries is not None and knows_no_position and isinstance(getattr(attn, "k_norm", None), nn.Identity | None)
+    )
 
 
 def _enter(block: Any, branch: int, tokens: Tensor) -> Tensor:
@@ -224,30 +211,24 @@ def _attend(
 
 
 def _attend_absorbed(
-    attention: Any,
-    query_tokens: Tensor,
-    tokens: Tensor,
-    prompt: KeysValues | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
+    attn: Any, query_tokens: Tensor, tokens: Tensor, prompt: KeysValues | None, bias: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     """The same in the absorbed form: the queries of all heads attend to one sequence of width D."""
-    (queries,) = _project(attention, query_tokens, parts=(0,))
-    size = attention.qkv.out_features // 3
+    (queries,) = _project(attn, query_tokens, parts=(0,))
+    size = attn.qkv.out_features // 3
     # (2 h d, D) -> two of (h, d, D)
-    key_weight, value_weight = attention.qkv.weight[size:].view(2, attention.num_heads, size // attention.num_heads, -1)
-    queries = torch.einsum("bhnd,hdc->bhnc", _maybe(attention, "q_norm", queries), key_weight)  # W_k^T q, (B, h, N, D)
+    key_weight, value_weight = attn.qkv.weight[size:].view(2, attn.num_heads, size // attn.num_heads, -1)
+    queries = torch.einsum("bhnd,hdc->bhnc", _maybe(attn, "q_norm", queries), key_weight)  # W_k^T q, (B, h, N, D)
     sequence = tokens[:, None] if prompt is None else _join(prompt[0], tokens[:, None])  # (B, 1, P + N, D)
     if bias is not None:
         # Heads become rows of a single head: (1, h, N, P + N) -> (1, 1, h N, P + N).
         bias = (bias if prompt is None else F.pad(bias, (prompt[0].shape[2], 0))).flatten(1, 2)[:, None]
     # The scale is that of head width d; the default would use the width D of these queries.
-    attended = F.scaled_dot_product_attention(
-        queries.flatten(1, 2)[:, None], sequence, sequence, attn_mask=_add(bias, mask), scale=attention.scale
-    )
+    rows = queries.flatten(1, 2)[:, None]
+    attended = F.scaled_dot_product_attention(rows, sequence, sequence, attn_mask=_add(bias, mask), scale=attn.scale)
     mixed = torch.einsum("bhnc,hdc->bhnd", attended.reshape(queries.shape), value_weight)
-    value_bias = _fused_bias(attention, 2, 3)
-    return mixed if value_bias is None else mixed + value_bias.view(attention.num_heads, 1, -1)
+    value_bias = _fused_bias(attn, 2, 3)
+    return mixed if value_bias is None else mixed + value_bias.view(attn.num_heads, 1, -1)
 
 
 def _add(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
@@ -294,8 +275,7 @@ def _fused_bias(attention: Any, first: int, last: int) -> Tensor | None:
 def _rotate(attention: Any, part: Tensor, rope: Tensor) -> Tensor:
     """Apply the rotary embedding to queries or keys (B, h, N, d), except to those of prefix tokens."""
     # timm counts prefix tokens per attention module; those of the prompt are handled by `vit.rope_and_bias`.
-    prefix = attention.num_prefix_tokens
-    half = getattr(attention, "rotate_half", False)
+    prefix, half = attention.num_prefix_tokens, getattr(attention, "rotate_half", False)
     return torch.cat([part[:, :, :prefix], apply_rot_embed_cat(part[:, :, prefix:], rope, half=half)], dim=2)
 
 

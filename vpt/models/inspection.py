@@ -3,8 +3,7 @@
 Blocks call torch's fused attention, which does not return the weights. Its calls are intercepted, and the weights
 softmax(q k^T / sqrt(d) + bias) are computed again from their arguments. This works for every block, prompt and adapter.
 
-Legend: B batch, h heads, N prefix and patch tokens, M patch tokens, P prompt tokens that a block sees, D embed_dim, T
-tokens of any kind.
+Legend: B batch, h heads, N prefix and patch tokens, M patch tokens, P prompt tokens of a block, D embed_dim, T tokens.
 """
 
 import math
@@ -27,13 +26,8 @@ from vpt.models.vit import grid_size
 class BlockAttention:
     """Attention weights of one block.
 
-    Args:
-        block: Index of the block.
-        weights: (B, h, N, P + N), rows that sum to one: of prefix tokens, then patches, to the prompt's tokens, prefix
-            tokens, patches. Rows of prompt tokens are left out.
-        num_prefix_tokens: CLS and registers.
-        has_cls: Whether the first of them is CLS.
-        grid_size: Rows and columns of the patches.
+    `weights` (B, h, N, P + N) has rows that sum to one: of prefix tokens, then patches, to the prompt's tokens, prefix
+    tokens, patches; rows of prompt tokens are left out. Prefix tokens are CLS, if `has_cls`, then registers.
     """
 
     block: int
@@ -71,10 +65,7 @@ class BlockAttention:
 
     @property
     def patch_map(self) -> Tensor:
-        """(B, rows, columns): distribution of the attention of CLS to patches, times M: 1 if uniform.
-
-        Without a CLS token it is the mean over the attention of all patches.
-        """
+        """(B, rows, columns): attention of CLS (or else the mean of all patches) to patches, times M: 1 if uniform."""
         first = self.num_prefix_tokens
         queries = self.weights[:, :, :1] if self.has_cls else self.weights[:, :, first:]
         received = queries[..., self.num_prompt_tokens + first :].mean((1, 2))
@@ -88,11 +79,9 @@ def inspect_attention(
 ) -> Iterator[BlockAttention]:
     """Yield the attention of blocks, one after the other, so that the weights of one block are in memory at a time.
 
-    Args:
-        backbone: In eval mode; otherwise dropout of the prompt is active.
-        images: Normalised (B, 3, H, W). Weights take 4 B h N (P + N) bytes.
-        blocks: "all", "first:k", "last:k" or a list of indices. Blocks behind the last one are not run.
-        prompted: False leaves the prompt out.
+    `images` are normalised (B, 3, H, W); weights take 4 B h N (P + N) bytes. `blocks` is "all", "first:k", "last:k" or a
+    list of indices; blocks behind the last one are not run. `prompted=False` leaves the prompt out. In train mode its
+    dropout is active.
 
     Raises:
         ValueError: A block that the backbone does not have, or one that calls no fused attention.
@@ -115,9 +104,8 @@ def inspect_attention(
         with _AttentionRecorder() as recorder:
             tokens = run_blocks(vit, tokens, position, source, first=block, last=reached)
         if not recorder.weights:
-            raise ValueError(
-                f"block {block} calls no fused attention, so its weights cannot be recorded; is TIMM_FUSED_ATTN=0 set?"
-            )
+            why = "so its weights cannot be recorded; is TIMM_FUSED_ATTN=0 set?"
+            raise ValueError(f"block {block} calls no fused attention, {why}")
         weights = _prompt_first(torch.cat(recorder.weights, 1), num_tokens, prefix)
         yield BlockAttention(block, weights, prefix, has_cls(backbone), grid_size(vit, images))
 
@@ -126,11 +114,8 @@ def inspect_attention(
 class TokenSimilarity:
     """Similarity of the prompt tokens of a block.
 
-    Args:
-        block: Index of the block that they enter.
-        cosines: (P, P), of each token with each.
-        mean_cosine: Of two different tokens: 1 if all point the same way; nan for a single token.
-        effective_rank: Of the tokens as a matrix: from 1, all the same but for their length, to P.
+    `mean_cosine` is that of two different tokens: 1 if all point the same way; nan for a single token. `effective_rank`
+    is of the tokens as a matrix: from 1, all the same but for their length, to P. `cosines` (P, P): each with each.
     """
 
     block: int
@@ -145,12 +130,6 @@ def compare_tokens(backbone: PromptedViT) -> list[TokenSimilarity]:
 
     Raises:
         ValueError: There is no prompt, or one without tokens.
-
-    Example:
-        >>> import timm
-        >>> backbone = PromptedViT(timm.create_model("vit_nano_patch8_64", num_classes=0), "deep", num_tokens=10)
-        >>> len(compare_tokens(backbone)), compare_tokens(backbone)[0].cosines.shape
-        (5, torch.Size([10, 10]))
     """
     found = []
     for block, tokens in _tokens_by_block(backbone).items():
@@ -185,26 +164,15 @@ def effective_rank(tokens: Tensor) -> float:
 
 
 def effective_number(amounts: Tensor) -> float:
-    """Exponential of the entropy of shares of amounts >= 0: k if k of them are equal and the others are 0.
-
-    Example:
-        >>> round(effective_number(torch.tensor([3.0, 3.0, 0.0])), 4)
-        2.0
-    """
-    shares = amounts / amounts.sum()
-    return float(torch.special.entr(shares).sum().exp())
+    """Exponential of the entropy of shares of amounts >= 0: k if k of them are equal and the others are 0."""
+    return float(torch.special.entr(amounts / amounts.sum()).sum().exp())
 
 
 @dataclass(frozen=True)
 class NearestPatches:
     """Patches with the largest cosine to each prompt token of a block, in descending order; all tensors are (P, k).
 
-    Args:
-        block: Index of the block that tokens and patches enter.
-        cosines: Of token and patch.
-        images: Index of the image.
-        rows: Of the patch in the image, from above.
-        columns: Of the patch, from the left.
+    `images` has indices of images, `rows` (from above) and `columns` (from the left) places of the patches in them.
     """
 
     block: int
@@ -220,23 +188,12 @@ def nearest_patches(
 ) -> Iterator[NearestPatches]:
     """For each prompted block, the patches that are nearest to its prompt tokens, by the cosine.
 
-    Patch tokens are those that enter the block when there is no prompt, since a prompt changes the
-    patch tokens of later blocks.
-
-    Args:
-        backbone: With a prompt that has tokens.
-        images: Normalised (B, 3, H, W).
-        num: k, patches for each token; fewer if there are not as many.
-        among: (B, rows, columns) bool, the patches that may be found; None: all.
+    Patch tokens are those of normalised images (B, 3, H, W) that enter the block when there is no prompt, since a prompt
+    changes those of later blocks. `num` is k, or fewer if there are not as many. `among` (B, rows, columns) bool limits
+    the patches that may be found.
 
     Raises:
         ValueError: There is no prompt, or one without tokens, or `num` is below 1.
-
-    Example:
-        >>> import timm
-        >>> backbone = PromptedViT(timm.create_model("vit_nano_patch8_64", num_classes=0), "shallow", num_tokens=10)
-        >>> [(found.block, tuple(found.rows.shape)) for found in nearest_patches(backbone, torch.rand(2, 3, 64, 64))]
-        [(0, (10, 5))]
     """
     if num < 1:
         raise ValueError(f"num={num}: must be at least 1")

@@ -1,8 +1,8 @@
 """Parametrizations of prompt tokens: shared, low-rank and Fourier prompts.
 
-Each class is a parametrization (`torch.nn.utils.parametrize`) of `VisualPrompt.tokens`. `forward` computes the tokens
-from the learned parameters; `right_inverse` computes the initial parameters from given tokens, exactly or as close as
-possible. Readers of `tokens` need not know: a task file stores the computed tokens as a plain prompt.
+Each class is a parametrization (`torch.nn.utils.parametrize`) of `VisualPrompt.tokens`: `forward` computes the tokens
+from the learned parameters, `right_inverse` the initial parameters from given tokens, exactly or as close as possible.
+Readers of `tokens` need not know: a task file stores the computed tokens as a plain prompt.
 
 Legend: P prompt tokens, D embed_dim, L prompted blocks, r rank.
 """
@@ -43,25 +43,20 @@ class Shared(nn.Module):
 
 
 class Bilinear(nn.Module):
-    """Low-rank tokens: tokens_i = A_i B_i with A_i (P, r) and B_i (r, D), so r (P + D) parameters per block, not P D.
+    """Low-rank tokens: tokens_i = A_i B_i with A_i (P, r) and B_i (r, D), where r is min(`rank`, P, D).
 
-    A and B are initialised with the truncated singular value decomposition of the tokens, the best approximation of
-    rank r, with the singular values split evenly between both.
+    These are r (P + D) parameters per block, not P D. A and B are initialised with the truncated singular value
+    decomposition of the tokens, the best approximation of rank r, with the singular values split evenly between both.
 
     With `whiten`, tokens_i = A_i B_i W_i with a fixed W_i (D, D) per block; the approximation is then best in the
     whitened space. W_i is the identity until `whitening.whiten_from_patches` sets it.
-
-    Args:
-        rank: r; capped at min(P, D).
-        whiten: Multiply by the whitening matrices W_i.
 
     Raises:
         ValueError: `rank` is below 1.
 
     References:
         Attention to the Burstiness in Visual Prompt Tuning! (Wang et al., ICCV 2025),
-        https://arxiv.org/abs/2506.22908: the low-rank version, and with `whiten` its product with a fixed whitening
-        matrix, which the paper multiplies with tokens that are learned directly.
+        https://arxiv.org/abs/2506.22908; there the fixed whitening multiplies tokens that are learned directly.
 
     Example:
         >>> form = Bilinear(rank=4)
@@ -81,8 +76,7 @@ class Bilinear(nn.Module):
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """A (L, P, r) and B (L, r, D) -> tokens (L, P, D)."""
-        device = "cpu" if left.is_meta else left.device.type
-        with torch.autocast(device, enabled=False):  # bit-identical to the tokens saved in a task file
+        with torch.autocast("cpu" if left.is_meta else left.device.type, enabled=False):  # bit-identical to a task file
             tokens = left @ right
             return tokens if self.whitening is None else tokens @ self.whitening
 
@@ -104,12 +98,10 @@ class Bilinear(nn.Module):
 class Fourier(nn.Module):
     """Fourier transform of the first Q tokens of each block: tokens_i = Re(F_Q X_i F_D); the other P - Q are plain.
 
-    F_Q and F_D are the discrete Fourier transforms over tokens and channels. Unlike the paper, we scale them by
-    1 / sqrt(Q D): the tokens then have the scale of the learned parameters, and learning rates stay comparable. The
-    real part of the spectrum is even, Y[-q, -d] = Y[q, d], so only the even part of given tokens can be represented.
-
-    Args:
-        fraction: Q / P; Q is rounded and at least 1.
+    Q is `fraction` times P, rounded and at least 1. F_Q and F_D are the discrete Fourier transforms over tokens and
+    channels, scaled by 1 / sqrt(Q D), unlike the paper: tokens then have the scale of the learned parameters, and
+    learning rates stay comparable. The real part of the spectrum is even, Y[-q, -d] = Y[q, d], so only the even part of
+    given tokens can be represented.
 
     Raises:
         ValueError: `fraction` is not in (0, 1].
@@ -144,6 +136,5 @@ class Fourier(nn.Module):
         return f"fraction={self.fraction}"
 
     def _transform(self, values: Tensor, transform: Callable[..., Tensor]) -> Tensor:
-        num_transformed = max(1, round(self.fraction * values.shape[1]))
-        chosen, rest = values.tensor_split([num_transformed], dim=1)
+        chosen, rest = values.tensor_split([max(1, round(self.fraction * values.shape[1]))], dim=1)
         return torch.cat([transform(chosen, norm="ortho").real, rest], dim=1)

@@ -40,21 +40,16 @@ def start_from_patches(
     the effect of an update. Patch tokens are about ten times as long as uniformly initialised tokens, for which the
     default learning rates are chosen, so they are rescaled to that length.
 
-    Args:
-        backbone: Its prompt is initialised in place; nothing else changes.
-        batches: Normalised images (B, 3, H, W), some hundred in all.
-        start: "patch": P patches are drawn at random; each block gets their tokens as they enter that block.
-            "prototype": each block gets the centres of P clusters of its patch tokens (k-means). "vipamin": each block
-            gets `matched_tokens` of its patch tokens, averaged over the images.
-        seed: Seed of the random choices.
+    Nothing else changes. `batches` are normalised images (B, 3, H, W), some hundred in all. With `start` "patch", P
+    patches are drawn at random, and each block gets their tokens as they enter it; with "prototype" it gets the centres
+    of P clusters of its patch tokens (k-means), with "vipamin" `matched_tokens` of them, averaged over the images.
 
     Raises:
-        ValueError: There is no prompt, `start` is unknown, there are fewer patches than P, or a block is not supported
-            by "vipamin".
+        ValueError: No prompt, an unknown `start`, fewer patches than P, or a block is not supported by "vipamin".
 
     References:
-        Revisiting the Power of Prompt for Visual Tuning (Wang et al., ICML 2024), https://arxiv.org/abs/2402.02382, for
-        "patch" and "prototype".
+        "patch", "prototype": Revisiting the Power of Prompt for Visual Tuning (Wang et al., ICML 2024),
+        https://arxiv.org/abs/2402.02382.
     """
     prompt = backbone.prompt
     if start not in get_args(PatchStart):
@@ -72,14 +67,11 @@ def start_from_patches(
 def start_from_task(backbone: PromptedViT, path: str | Path) -> None:
     """Initialise the prompt from the prompt of a task file; the file's head is not used.
 
-    Args:
-        backbone: The backbone of the task, with a prompt of the same variant, number of tokens and blocks.
-        path: The task file.
+    Both need the same backbone, variant, number of tokens and blocks.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: The backbone or the file has no prompt, the prompts differ in layout, or the file is damaged or for
-            another backbone.
+        ValueError: The backbone or the file has no prompt, they do not match, or the file is damaged.
     """
     metadata, tensors = open_task(Path(path))
     prompt = backbone.prompt
@@ -87,13 +79,11 @@ def start_from_task(backbone: PromptedViT, path: str | Path) -> None:
         raise ValueError(f"{path}: is for the backbone {metadata.backbone}; its prompt does not fit another backbone")
     if prompt is None or metadata.prompt is None:
         raise ValueError(f"{path}: {'the backbone has no prompt to initialise' if prompt is None else 'has no prompt'}")
-    new, saved = (
-        f"variant={variant}, num_tokens={num_tokens}, blocks={format_blocks(blocks)}"
-        for variant, num_tokens, blocks in (
-            (prompt.variant, prompt.num_tokens, prompt.blocks),
-            [metadata.prompt[name] for name in ("kind", "num_tokens", "blocks")],
-        )
+    layouts = (
+        (prompt.variant, prompt.num_tokens, prompt.blocks),
+        map(metadata.prompt.get, ("kind", "num_tokens", "blocks")),
     )
+    new, saved = (f"variant={kind}, num_tokens={num}, blocks={format_blocks(blocks)}" for kind, num, blocks in layouts)
     if new != saved:
         raise ValueError(f"{path}: its prompt has {saved}, but the new prompt has {new}; both must be the same")
     prompt.start_from(tensors["prompt.tokens"])
@@ -102,9 +92,9 @@ def start_from_task(backbone: PromptedViT, path: str | Path) -> None:
 def matched_tokens(
     patches: Tensor, key_weight: Tensor, value_weight: Tensor, num_tokens: int, generator: torch.Generator
 ) -> Tensor:
-    """Compute tokens (P, D) by VIPAMIN: the mean of patch tokens with similar keys, plus a small new direction.
+    """Compute tokens (P, D) by VIPAMIN: the mean of patch tokens (M, D) with similar keys, plus a small new direction.
 
-    For each token a direction p is drawn. With keys W_k x and values W_v x,
+    For each token the generator draws a direction p. With keys W_k x and values W_v x, both weights (h d, D),
 
         matched = mean of the k patch tokens x_j with the largest cos(W_k p, W_k x_j),
         new = W_v^+ (1 - V V^T) W_v p, rescaled to the length of `matched`,
@@ -113,27 +103,12 @@ def matched_tokens(
     where the columns of V span the values of the patch tokens. The value of `new` is therefore orthogonal to every
     output of attention over the patch tokens.
 
-    Args:
-        patches: (M, D).
-        key_weight: W_k, (h d, D).
-        value_weight: W_v, (h d, D).
-        num_tokens: P.
-        generator: Draws the directions.
-
     References:
         VIPAMIN: Visual Prompt Initialization via Embedding Selection and Subspace Expansion (Park and Chung, NeurIPS
-        2025), https://arxiv.org/abs/2510.16446; implemented from a summary, the paper itself was not available. Our
-        deviations: k and lambda are fixed; W_k and W_v include the scale of the first norm; V spans the values
-        themselves, which is the span of the attention outputs, and has at most D / 2 columns, since an image with more
-        than D patches would leave no direction; `new` is rescaled so that lambda means the same in every block.
-
-    Example:
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> weights = torch.randn(2, 192, 192, generator=generator)
-        >>> matched_tokens(
-        ...     torch.randn(64, 192, generator=generator), *weights, num_tokens=10, generator=generator
-        ... ).shape
-        torch.Size([10, 192])
+        2025), https://arxiv.org/abs/2510.16446; from a summary, as the paper was not available. Our deviations: k and
+        lambda are fixed; W_k and W_v include the scale of the first norm; V spans the values themselves, which is the
+        span of the attention outputs, and has at most D / 2 columns, since an image with more than D patches would
+        leave no direction; `new` is rescaled so that lambda means the same in every block.
     """
     drawn = torch.randn(num_tokens, patches.shape[1], generator=generator).to(patches)
     drawn_keys, patch_keys = (torch.nn.functional.normalize(rows @ key_weight.T, dim=1) for rows in (drawn, patches))
@@ -147,16 +122,13 @@ def matched_tokens(
     return tokens
 
 
-def _match(
-    backbone: PromptedViT, prompt: VisualPrompt, batches: Iterable[Tensor], generator: torch.Generator
-) -> Tensor:
+def _match(backbone: PromptedViT, prompt: VisualPrompt, batches: Iterable[Tensor], rng: torch.Generator) -> Tensor:
     """`matched_tokens` of each prompted block, (L, P, D)."""
     for index in prompt.blocks:
         reason = why_not_fast(backbone.vit.blocks[index])
         if reason is not None:
-            raise ValueError(
-                f"start='vipamin': needs keys and values, but in block {index} {reason}; use start='patch'"
-            )
+            why = f"in block {index} {reason}"
+            raise ValueError(f"start='vipamin': needs keys and values, but {why}; use start='patch'")
     device = next(prompt.parameters()).device
     sums, num_images = [], 0
     for images in batches:
@@ -168,7 +140,7 @@ def _match(
     for index, block_sums in zip(prompt.blocks, zip(*sums, strict=True), strict=True):
         patches = torch.stack(block_sums).sum(0) / num_images
         keys, values = (weight.float() for weight in key_value_weights(backbone.vit.blocks[index]))
-        tokens.append(matched_tokens(patches, keys, values, prompt.num_tokens, generator))
+        tokens.append(matched_tokens(patches, keys, values, prompt.num_tokens, rng))
     return torch.stack(tokens)
 
 
@@ -177,19 +149,17 @@ def _rescale(backbone: PromptedViT, prompt: VisualPrompt, tokens: Tensor) -> Ten
     vit: Any = backbone.vit
     if prompt.variant == "shallow" or not all(isinstance(vit.blocks[index], PRE_NORM) for index in prompt.blocks):
         return tokens
-    scale = uniform_bound(backbone.embed_dim, vit.patch_embed.patch_size) / math.sqrt(
-        3
-    )  # standard deviation of the uniform initialisation
+    # The standard deviation of the uniform initialisation
+    scale = uniform_bound(backbone.embed_dim, vit.patch_embed.patch_size) / math.sqrt(3)
     return tokens / tokens.square().mean(-1, keepdim=True).sqrt() * scale
 
 
 def _choose(patches: Tensor, num_tokens: int, start: PatchStart) -> Tensor:
     """Tokens (L, P, D): the first of the patch tokens (L, T, D), or the k-means centres that start from them."""
     if patches.shape[1] < num_tokens:
-        raise ValueError(
-            f"num_tokens={num_tokens}: must be at most the {patches.shape[1]} patches of the images; "
-            "use fewer tokens, more images or init='uniform'"
-        )
+        why = "use fewer tokens, more images or init='uniform'"
+        most = f"must be at most the {patches.shape[1]} patches of the images"
+        raise ValueError(f"num_tokens={num_tokens}: {most}; {why}")
     tokens = patches[:, :num_tokens]
     if start == "patch":
         return tokens
@@ -216,8 +186,7 @@ def collect_patch_tokens(
 def _centres(patches: Tensor, centres: Tensor) -> Tensor:
     """Centres (P, D) of clusters of patches (T, D), by k-means; the centre of an empty cluster stays where it is."""
     for _ in range(NUM_STEPS):
-        nearest = torch.cdist(patches, centres).argmin(1)
-        members = torch.nn.functional.one_hot(nearest, len(centres)).to(patches)
+        members = torch.nn.functional.one_hot(torch.cdist(patches, centres).argmin(1), len(centres)).to(patches)
         sizes = members.sum(0)[:, None]
         centres = torch.where(sizes > 0, members.T @ patches / sizes.clamp(min=1), centres)
     return centres

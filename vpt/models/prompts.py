@@ -11,7 +11,7 @@ import copy
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,9 @@ Blocks = str | Sequence[int]
 class VisualPrompt(nn.Module):
     """Prompt tokens and the blocks that they enter.
 
-    `tokens` is one parameter of shape (L, P, D), or (L, P, 2 h d) for variant "kv". With `form`, `tokens` is computed
-    from other parameters at each access; `torch.nn.utils.parametrize.remove_parametrizations(prompt, "tokens")` turns
-    it back into a parameter. Prompt tokens have no position embedding.
+    `tokens` is one parameter of shape (L, P, D), or (L, P, 2 h d) for variant "kv". With `form` it is computed from
+    others at each access; `torch.nn.utils.parametrize.remove_parametrizations(prompt, "tokens")` turns it back into a
+    parameter. Prompt tokens have no position embedding.
 
     Args:
         num_tokens: P, prompt tokens per prompted block.
@@ -41,8 +41,7 @@ class VisualPrompt(nn.Module):
         init: "uniform" draws from +-sqrt(6 / (3 * ph * pw + D)) for patches of ph x pw pixels, Xavier's bound for the
             patch embedding. "normal" has standard deviation 0.02. See also `start_from`.
         form: Parametrization of the tokens, such as `parametrizations.Bilinear(rank=8)`; None learns them directly.
-        width: Size of the last dimension of `tokens`. None: D, or 2 D for variant "kv". Pass 2 h d if the width of the
-            attention heads is not D / h.
+        width: Last dimension of `tokens`: D, or 2 D for "kv"; pass 2 h d if attention heads are not D / h wide.
 
     Raises:
         ValueError: A value is out of range, or `blocks` does not suit `variant`.
@@ -86,9 +85,8 @@ class VisualPrompt(nn.Module):
         if variant == "shallow" and blocks != (0,):
             raise ValueError(f"blocks={list(blocks)}: a shallow prompt enters block 0 only; use a deep prompt")
         self.variant: PromptVariant = variant
-        self.blocks = blocks
+        self.blocks, self.num_tokens, self.embed_dim = blocks, num_tokens, embed_dim
         self.dropout = nn.Dropout(dropout)
-        self.num_tokens, self.embed_dim = num_tokens, embed_dim
         self.width = width or (2 if variant == "kv" else 1) * embed_dim
         self.tokens = nn.Parameter(torch.empty(len(self.blocks), num_tokens, self.width))
         if init == "normal":
@@ -102,10 +100,8 @@ class VisualPrompt(nn.Module):
     @property
     def form(self) -> nn.Module | None:
         """The parametrization of the tokens; None if they are learned directly."""
-        if not parametrize.is_parametrized(self, "tokens"):
-            return None
-        parametrizations: Any = self.parametrizations
-        return cast(nn.Module, parametrizations.tokens[0])
+        own: Any = self
+        return own.parametrizations.tokens[0] if parametrize.is_parametrized(self, "tokens") else None
 
     @property
     def draws(self) -> bool:
@@ -149,25 +145,21 @@ class VisualPrompt(nn.Module):
     def forward(self, block: int, batch_size: int) -> Tensor:
         """Tokens of `block`: (1, P, D), shared by all samples, or (B, P, D) if dropout is active."""
         tokens = self.tokens[self.blocks.index(block)][None]
-        if not self.draws:
-            return tokens
-        return self.dropout(tokens.expand(batch_size, -1, -1))  # type: ignore[no-any-return]
+        return self.dropout(tokens.expand(batch_size, -1, -1)) if self.draws else tokens
 
     def keys_values(
         self, block: nn.Module, index: int, batch_size: int, dtype: torch.dtype, num_queries: int | None = None
     ) -> KeysValues:
         """Keys and values of the prompt in `block`, for `attention.run_block` with the same `num_queries`."""
         learned = self(index, batch_size).to(dtype)
-        if self.variant == "kv":
-            return split_keys_values(block, learned)
-        return prompt_keys_values(block, learned, num_queries)
+        is_kv = self.variant == "kv"
+        return split_keys_values(block, learned) if is_kv else prompt_keys_values(block, learned, num_queries)
 
     def extra_repr(self) -> str:
         """Variant, sizes and blocks."""
-        return (
-            f"variant={self.variant}, num_tokens={self.num_tokens}, embed_dim={self.embed_dim}, "
-            f"blocks={format_blocks(self.blocks)}, dropout={self.dropout.p}"
-        ) + ("" if self.form is None else f", form={self.form}")
+        form = "" if self.form is None else f", form={self.form}"
+        sizes = f"num_tokens={self.num_tokens}, embed_dim={self.embed_dim}"
+        return f"variant={self.variant}, {sizes}, blocks={format_blocks(self.blocks)}, dropout={self.dropout.p}{form}"
 
     def __repr__(self) -> str:
         return f"VisualPrompt({self.extra_repr()})"  # torch renames the class of a parametrized module
@@ -179,12 +171,9 @@ def uniform_bound(embed_dim: int, patch_size: tuple[int, int]) -> float:
 
 
 def resolve_blocks(blocks: Blocks, depth: int, key: str = "blocks") -> tuple[int, ...]:
-    """Convert a description of blocks to ascending block indices.
+    """Convert a description of blocks to ascending block indices, of a backbone with `depth` blocks.
 
-    Args:
-        blocks: "all", "first:k", "last:k", or indices (negative ones count from the end).
-        depth: Number of blocks of the backbone.
-        key: Name of the caller's parameter, for error messages.
+    `blocks` is "all", "first:k", "last:k", or indices (negative ones count from the end). Errors name it `key`.
 
     Raises:
         ValueError: The description is invalid, or names a block that the backbone does not have.
@@ -192,8 +181,6 @@ def resolve_blocks(blocks: Blocks, depth: int, key: str = "blocks") -> tuple[int
     Example:
         >>> resolve_blocks("last:3", depth=12)
         (9, 10, 11)
-        >>> resolve_blocks([0, -1], depth=12)
-        (0, 11)
     """
     match = re.fullmatch(r"all|(first|last):(\d+)", blocks) if isinstance(blocks, str) else None
     if match is not None:

@@ -18,9 +18,7 @@ class TensorCache(Generic[Value]):
 
     Example:
         >>> source, cache = torch.ones(2), TensorCache()
-        >>> def total():
-        ...     print("computed")
-        ...     return source.sum()
+        >>> total = lambda: print("computed") or source.sum()
         >>> cache.get("sum", [source], total), cache.get("sum", [source], total)
         computed
         (tensor(2.), tensor(2.))
@@ -36,13 +34,9 @@ class TensorCache(Generic[Value]):
     def get(
         self, key: Hashable, sources: Sequence[Tensor], compute: Callable[[], Value], given: Hashable = None
     ) -> Value:
-        """Return the cached value, or compute it without gradients if it is missing or out of date.
+        """Return the cached value of `key`, or compute it without gradients if it is missing or out of date.
 
-        Args:
-            key: One value is cached per key.
-            sources: The tensors that the value is computed from.
-            compute: Called to compute the value.
-            given: Anything else that determines the value; a change replaces the cached value.
+        It is out of date if the tensors `sources` or `given`, anything else that determines the value, changed.
         """
         stamp = _stamp(sources, given)
         cached = self._cached.get(key)

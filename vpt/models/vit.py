@@ -1,8 +1,8 @@
 """Loading timm ViTs, and the differences between their families.
 
 Three families are supported, by their timm base class: `VisionTransformer`, `Eva` (rotary position embedding) and
-`Beit` (relative position bias). `position` below is the rotary embedding or relative bias that a model passes from
-block to block beside its tokens, in addition to the position embedding.
+`Beit` (relative position bias). `position` is the rotary embedding or relative bias that a model passes from block to
+block beside its tokens.
 
 Legend: B batch, H, W pixels, M patch tokens, N prefix + patch tokens, D embed_dim, h heads.
 """
@@ -44,12 +44,11 @@ def load_vit(
 
     Args:
         name: A timm name, with or without a pretrained tag.
-        pretrained: Load the weights registered in timm, from the package, the hub's cache or the hub. Downloads are
-            verified by the sha256 that the hub publishes.
+        pretrained: Load the weights registered in timm; downloads are verified by the sha256 that the hub publishes.
         checkpoint: Load the weights from this file (.safetensors, or .pth read with weights_only) instead.
-        img_size: Input size in pixels, one side or (height, width); the position embedding is resampled to it. None
+        img_size: Input size in pixels, one side or (height, width), to which the position embedding is resampled; None
             keeps the size of the model.
-        dtype: Dtype of the weights, such as torch.bfloat16 to halve the memory; None keeps float32.
+        dtype: Dtype of the weights, such as torch.bfloat16; None keeps float32.
 
     Raises:
         ValueError: The name is unknown, the model is not a supported ViT, or weights do not fit or are not available.
@@ -93,16 +92,13 @@ def name_of(vit: ViT) -> str:
 def preprocessing_of(vit: ViT) -> dict[str, Any]:
     """Preprocessing of images for this ViT, as plain JSON values.
 
-    Returns:
-        size (height, width) in pixels; mean and std of the three channels, for pixels in [0, 1]; interpolation,
-        crop_pct and crop_mode, as timm resolves them for the weights.
+    That is size (height, width) in pixels; mean and std of the three channels, for pixels in [0, 1]; interpolation,
+    crop_pct and crop_mode, as timm resolves them for the weights.
     """
     config: dict[str, Any] = resolve_model_data_config(vit)  # type: ignore[no-untyped-call]
-    size = vit.patch_embed.img_size or config["input_size"][1:]
     return {
-        "size": [int(side) for side in size],
-        "mean": [float(value) for value in config["mean"]],
-        "std": [float(value) for value in config["std"]],
+        "size": [int(side) for side in vit.patch_embed.img_size or config["input_size"][1:]],
+        **{name: [float(value) for value in config[name]] for name in ("mean", "std")},
         "interpolation": str(config["interpolation"]),
         "crop_pct": float(config["crop_pct"]),
         "crop_mode": str(config["crop_mode"]),
@@ -116,14 +112,12 @@ def fingerprint(vit: ViT) -> str:
     Position embedding and patch kernels are left out, because timm resamples them to other input and patch sizes.
     """
     digest = hashlib.sha256()
-    left_out = ("pos_embed", "patch_embed.", "head.", "head_dist.")
     for name, parameter in sorted(vit.named_parameters()):
-        if name.startswith(left_out):
+        if name.startswith(("pos_embed", "patch_embed.", "head.", "head_dist.")):
             continue
         values = parameter.detach().reshape(-1)
-        step = max(1, len(values) // 64)
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        digest.update(values[::step][:64].to("cpu", torch.bfloat16).float().numpy().tobytes())
+        digest.update(values[:: max(1, len(values) // 64)][:64].to("cpu", torch.bfloat16).float().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -136,10 +130,9 @@ def check_supported(vit: nn.Module) -> None:
     """Raise a TypeError unless the model runs the original `forward_features` of VisionTransformer, Eva or Beit."""
     known = (VisionTransformer.forward_features, Eva.forward_features, Beit.forward_features)
     if not isinstance(vit, ViT) or type(vit).forward_features not in known:
-        raise TypeError(
-            f"{type(vit).__name__} cannot be prompted; supported are plain timm ViTs based on VisionTransformer, "
-            "Eva or Beit (ViT, DeiT, AugReg, MAE, CLIP, SigLIP, DINO, DINOv2, DINOv3, EVA-02, BEiT; docs/backbones.md)"
-        )
+        supported = "plain timm ViTs based on VisionTransformer, Eva or Beit"
+        examples = "ViT, DeiT, AugReg, MAE, CLIP, SigLIP, DINO, DINOv2, DINOv3, EVA-02, BEiT; docs/backbones.md"
+        raise TypeError(f"{type(vit).__name__} cannot be prompted; supported are {supported} ({examples})")
 
 
 def grid_size(vit: ViT, images: Tensor) -> tuple[int, int]:
@@ -192,8 +185,7 @@ def rope_and_bias(
 def pools_prefix_only(vit: ViT) -> bool:
     """Whether pooling is known to read prefix tokens only."""
     # A subclass outside timm may pool in another way.
-    is_known = type(vit) in (VisionTransformer, VisionTransformerDistilled, Eva, Beit)
-    return is_known and vit.global_pool == "token"
+    return type(vit) in (VisionTransformer, VisionTransformerDistilled, Eva, Beit) and vit.global_pool == "token"
 
 
 class _DamagedDownloadError(ValueError):
@@ -241,9 +233,8 @@ def _refuse_packed(path: Path) -> None:
     if zipfile.is_zipfile(path) and path.suffix != ".safetensors":
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise ValueError(
-                    "its members are compressed, unlike those of torch.save; save it again with torch.save"
-                )
+                why = "its members are compressed, unlike those of torch.save; save it again with torch.save"
+                raise ValueError(why)
 
 
 def _check_name(name: str) -> None:
@@ -264,10 +255,8 @@ def _describe_missing_weights(name: str, error: Exception) -> str:
     if config is None or not (config.hf_hub_id or config.url or config.file):
         return "timm has no pretrained weights for it; use pretrained=False or checkpoint=FILE"
     source = f"model.safetensors of {config.hf_hub_id} on the hub" if config.hf_hub_id else config.url
-    return (
-        f"its weights could not be loaded ({_first_line(error)}). "
-        f"On a machine with network access download {source}, copy it to this machine and use checkpoint=FILE"
-    )
+    how = f"On a machine with network access download {source}, copy it to this machine and use checkpoint=FILE"
+    return f"its weights could not be loaded ({_first_line(error)}). {how}"
 
 
 def _first_line(error: Exception) -> str:
@@ -281,8 +270,7 @@ def _extend_rope(rope: Tensor, num_tokens: int) -> Tensor:
         return rope
     sines, cosines = rope.chunk(2, dim=-1)
     shape = (*sines.shape[:-2], num_tokens, sines.shape[-1])
-    identity = torch.cat([sines.new_zeros(shape), cosines.new_ones(shape)], dim=-1)
-    return torch.cat([identity, rope], dim=-2)
+    return torch.cat([torch.cat([sines.new_zeros(shape), cosines.new_ones(shape)], dim=-1), rope], dim=-2)
 
 
 def _extend_bias(bias: Tensor, num_prefix_tokens: int, num_tokens: int) -> Tensor:

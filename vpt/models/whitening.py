@@ -26,13 +26,9 @@ FLOOR = 0.01  # fraction of the mean energy added to every direction, since the 
 def whiten_from_patches(backbone: PromptedViT, batches: Iterable[Tensor], *, seed: int = 0) -> None:
     """Compute the whitening matrices of a prompt of form `Bilinear(whiten=True)` from patch tokens of images.
 
-    The tokens keep their values, and the matrices are fixed from here on. They depend only on the images, the seed and
-    the frozen blocks, so a resumed run computes the same ones.
-
-    Args:
-        backbone: Backbone with such a prompt; the bare ViT is run on the images once.
-        batches: Normalised images (B, 3, H, W), some hundred in all.
-        seed: Seed of the choice of patch tokens.
+    The tokens keep their values, and the matrices are fixed from here on. They depend only on the normalised images
+    (B, 3, H, W), some hundred in all, the seed of the choice of patch tokens and the frozen blocks, so a resumed run
+    computes the same ones.
 
     Raises:
         ValueError: There is no such prompt, there are no images, or a block is not supported.
@@ -40,9 +36,9 @@ def whiten_from_patches(backbone: PromptedViT, batches: Iterable[Tensor], *, see
     References:
         Attention to the Burstiness in Visual Prompt Tuning! (Wang et al., ICCV 2025),
         https://arxiv.org/abs/2506.22908, "fixed whitening"; from a summary and the authors' code under MIT. The paper
-        uses x = W_q W_k^T x_patch, the keys of patch tokens seen by queries of prompt tokens. The outputs of a deep
-        prompt are dropped, so its queries have no effect, and we exchange queries and keys. `FLOOR`, and scaling W to
-        keep the mean length of tokens (so that learning rates stay comparable), are also ours.
+        uses x = W_q W_k^T x_patch, the keys of patch tokens seen by queries of prompt tokens. Those of a deep prompt
+        have no effect, so we exchange queries and keys. `FLOOR`, and scaling W to keep the mean length of tokens (so
+        that learning rates stay comparable), are also ours.
     """
     prompt = backbone.prompt
     form = None if prompt is None else prompt.form
@@ -56,16 +52,15 @@ def whiten_from_patches(backbone: PromptedViT, batches: Iterable[Tensor], *, see
             raise ValueError(f"whiten=True: needs queries, but in block {index} {reason}; use whiten=False")
     tokens = prompt.tokens.detach().clone()
     rows = collect_patch_tokens(backbone, prompt, batches, torch.Generator().manual_seed(seed))
-    matrices = [_matrix(backbone.vit.blocks[index], row) for index, row in zip(prompt.blocks, rows, strict=True)]
-    form.whitening.copy_(torch.stack(matrices))
+    blocks = (backbone.vit.blocks[index] for index in prompt.blocks)
+    form.whitening.copy_(torch.stack([_matrix(*pair) for pair in zip(blocks, rows, strict=True)]))
     prompt.start_from(tokens)
 
 
 def _matrix(block: Any, patches: Tensor) -> Tensor:
     """Whitening matrix W (D, D) of a block, from the patch tokens (T, D) that enter it."""
     dtype = next(block.parameters()).dtype
-    key_weight = key_value_weights(block)[0]
-    x = (queries_of(block, patches.to(dtype)) @ key_weight.to(dtype)).double().cpu()  # (T, D)
+    x = (queries_of(block, patches.to(dtype)) @ key_value_weights(block)[0].to(dtype)).double().cpu()  # (T, D)
     energies, directions = torch.linalg.eigh(x.T @ x / len(x))
     scales = (energies.clamp(min=0) / energies.mean() + FLOOR).rsqrt()
     scales = scales / scales.square().mean().sqrt()

@@ -20,6 +20,7 @@ PRIOR = 0.01  # initial probability of each class, as in the focal loss paper
 MAX_LOG_SIDE = 7.0  # exp(7) times the stride is larger than any image
 NUM_CANDIDATES = 10  # points per true box, at most
 SCORE_POWER, OVERLAP_POWER = 0.5, 4.0
+Tensors = dict[str, Tensor]
 MAX_COMPARED = 3000  # boxes of an image in non-maximum suppression, whose cost is quadratic
 
 
@@ -27,11 +28,9 @@ MAX_COMPARED = 3000  # boxes of an image in non-maximum suppression, whose cost 
 class Selection:
     """Which detections a head returns.
 
-    Args:
-        min_score: Lower bound of the score, exclusive: 0.05 for evaluation, about 0.25 for display.
-        max_overlap: IoU above which only the better of two boxes of a class is returned.
-        max_detections: Detections per image, at most; those with the highest scores.
-        labels: Return only these classes, before `max_detections` is applied; None returns all.
+    A score is above `min_score`: 0.05 for evaluation, about 0.25 for display. Of two boxes of a class with an IoU above
+    `max_overlap` only the better is returned. The `max_detections` with the highest scores are returned per image, of
+    the classes `labels` only; None: of all.
 
     Raises:
         ValueError: A value is out of range, or `labels` is empty.
@@ -69,10 +68,8 @@ class Selection:
 class Assignment:
     """Training targets of the points of an image.
 
-    Args:
-        box: Index of the assigned true box, (A,) int64; -1 for background.
-        overlap: IoU of the predicted and the assigned box, (A,); 0 for background.
-        is_ignored: Points without a class loss, (A,) bool.
+    `box` is the index of the assigned true box, (A,) int64, -1 for background; `overlap` (A,) the IoU of the predicted
+    and the assigned box, 0 for background; `is_ignored` (A,) bool marks points without a class loss.
     """
 
     box: Tensor
@@ -81,13 +78,9 @@ class Assignment:
 
 
 class DenseHead(nn.Module):
-    """Anchor-free detection head: levels of a feature pyramid -> scores and boxes of all points.
+    """Anchor-free detection head: feature maps of C channels at each of the strides S -> scores and boxes of points.
 
-    Args:
-        channels: C, of every level.
-        num_classes: K.
-        strides: S of each level, in pixels.
-        num_convs: Number of convolutions in each of the two towers.
+    `num_convs` is the number of convolutions in each of the two towers.
 
     References:
         FCOS (Tian et al., 2019), https://arxiv.org/abs/1904.01355, shared towers and distances to the sides;
@@ -126,16 +119,12 @@ class DenseHead(nn.Module):
             boxes.append(torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1))
         return torch.cat(logits, dim=1), torch.cat(boxes, dim=1)
 
-    def losses(
-        self, levels: Sequence[Tensor], image_size: tuple[int, int], targets: Sequence[dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
+    def losses(self, levels: Sequence[Tensor], image_size: tuple[int, int], targets: Sequence[Tensors]) -> Tensors:
         """`dense_losses` of levels (B, C, H/S, W/S) of images of this (height, width), and their targets."""
         logits, boxes = self(levels)
         return dense_losses(self.points(levels), logits, boxes, targets)
 
-    def detect(
-        self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], selection: Selection
-    ) -> list[dict[str, Tensor]]:
+    def detect(self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], selection: Selection) -> list[Tensors]:
         """Detections per image of the given (height, width): "boxes" (n, 4) in pixels, "scores" and "labels" (n,).
 
         They are sorted by descending score; boxes are clipped to the image.
@@ -174,13 +163,8 @@ def assign(points: Tensor, scores: Tensor, boxes: Tensor, targets: Tensor, label
     A box gets the points inside it with the largest score^0.5 * IoU^4, at most ten. A point chosen by several boxes
     goes to the one with the largest IoU. Crowds get no points; points inside them are ignored in the class loss.
 
-    Args:
-        points: (A, 2).
-        scores: Predicted probabilities (A, K).
-        boxes: Predicted boxes (A, 4).
-        targets: True boxes (G, 4), including crowds.
-        labels: Their classes, (G,).
-        crowd: Whether each is a crowd, (G,) bool.
+    Shapes: points (A, 2), predicted probabilities (A, K) and boxes (A, 4); of the true boxes, including crowds, (G, 4),
+    their labels (G,) and whether each is a crowd, (G,) bool.
     """
     is_inside = inside(points, targets)  # (A, G)
     is_ignored = is_inside[:, crowd].any(dim=1)
@@ -201,24 +185,18 @@ def assign(points: Tensor, scores: Tensor, boxes: Tensor, targets: Tensor, label
     for box in (torch.bincount(assigned[assigned >= 0], minlength=len(true)) == 0).nonzero()[:, 0].tolist():
         if (assigned >= 0).all():  # more boxes than points
             break
-        free = torch.where(assigned < 0, distance[:, box], math.inf)
-        assigned[free.argmin()] = box
+        assigned[torch.where(assigned < 0, distance[:, box], math.inf).argmin()] = box
     taken = assigned >= 0
     overlap[taken] = overlaps[taken, assigned[taken]]
     assigned[taken] = indices[assigned[taken]]
     return Assignment(assigned, overlap, is_ignored & ~taken)
 
 
-def dense_losses(
-    points: Tensor, logits: Tensor, boxes: Tensor, targets: Sequence[dict[str, Tensor]]
-) -> dict[str, Tensor]:
+def dense_losses(points: Tensor, logits: Tensor, boxes: Tensor, targets: Sequence[Tensors]) -> Tensors:
     """Losses of a batch in float32: "class" (soft focal) and "box" (GIoU), divided by the number of assigned points.
 
-    Args:
-        points: (A, 2).
-        logits: (B, A, K).
-        boxes: (B, A, 4).
-        targets: Per image "boxes" (G, 4), "labels" (G,) and optionally "crowd" (G,) bool.
+    Shapes: points (A, 2), logits (B, A, K), boxes (B, A, 4); per image the targets "boxes" (G, 4), "labels" (G,) and
+    optionally "crowd" (G,) bool.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits, boxes = logits.float(), boxes.float()
@@ -240,7 +218,7 @@ def dense_losses(
         return {"class": class_sum / max(1, num_assigned), "box": box_sum / max(1, num_assigned)}
 
 
-def _select(scores: Tensor, boxes: Tensor, size: tuple[int, int], selection: Selection) -> dict[str, Tensor]:
+def _select(scores: Tensor, boxes: Tensor, size: tuple[int, int], selection: Selection) -> Tensors:
     """Select detections from scores (A, K) and boxes (A, 4) of an image of this (height, width)."""
     boxes = clip_boxes_to_image(boxes, size)
     is_inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1, keepdim=True)
@@ -251,7 +229,7 @@ def _select(scores: Tensor, boxes: Tensor, size: tuple[int, int], selection: Sel
     return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
 
 
-def is_crowd(target: dict[str, Tensor]) -> Tensor:
+def is_crowd(target: Tensors) -> Tensor:
     """Which boxes of a target are crowds, (G,) bool; none if the target does not state it."""
     return target.get("crowd", torch.zeros_like(target["labels"], dtype=torch.bool))
 

@@ -9,20 +9,13 @@ HeadInit = Literal["zero", "paper"]
 
 
 def linear_head(embed_dim: int, num_classes: int, init: HeadInit = "zero") -> nn.Linear:
-    """A linear classifier.
+    """A linear classifier of K classes on features of width D.
 
-    Args:
-        embed_dim: D, width of the features.
-        num_classes: K.
-        init: "zero" gives equal logits, as in timm. "paper" is the initialisation of Jia et al. (2022): Kaiming normal
-            weights (fan out) and biases of -log(99), a prior probability of 0.01 for each class.
+    `init` "zero" gives equal logits, as in timm. "paper" is the initialisation of Jia et al. (2022): Kaiming normal
+    weights (fan out) and biases of -log(99), a prior probability of 0.01 for each class.
 
     Raises:
         ValueError: `num_classes` is below 1, or `init` is unknown.
-
-    Example:
-        >>> linear_head(192, 14)
-        Linear(in_features=192, out_features=14, bias=True)
     """
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: must be at least 1")

@@ -1,6 +1,6 @@
 """Feature pyramid of a detector: patch tokens of several blocks -> feature maps at several strides.
 
-The backbone is frozen, so the pyramid reads the patch tokens of several of its blocks (`out_indices`).
+The backbone is frozen, so several of its blocks are read (`out_indices`).
 
 Legend: B images, D embed_dim, T blocks that are read, C channels, H, W pixels, S stride in pixels.
 """
@@ -29,15 +29,8 @@ def default_strides(patch_size: int) -> tuple[int, ...]:
 class FeaturePyramid(nn.Module):
     """Patch tokens of several blocks, all at the stride of the patches, -> one feature map per stride.
 
-    The tokens of each block are normalised separately, concatenated, projected to C channels and resampled to each
-    stride.
-
-    Args:
-        embed_dim: D.
-        num_taps: T.
-        patch_size: Side of a patch in pixels.
-        channels: C.
-        strides: S of each level, each the patch size times or divided by a power of two.
+    The tokens of each of the T blocks are normalised separately, concatenated, projected to C channels and resampled to
+    each stride S, the patch size times or divided by a power of two.
 
     Raises:
         ValueError: A stride cannot be reached from the patch size.
@@ -63,10 +56,8 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps (B, D, rows, columns), one per block that is read -> levels (B, C, H/S, W/S)."""
-        normed = [
-            norm(tokens.movedim(1, -1).to(self.narrow.weight.dtype)).movedim(-1, 1)
-            for norm, tokens in zip(self.norms, maps, strict=True)
-        ]
+        pairs, dtype = zip(self.norms, maps, strict=True), self.narrow.weight.dtype
+        normed = [norm(tokens.movedim(1, -1).to(dtype)).movedim(-1, 1) for norm, tokens in pairs]
         narrowed = self.narrow(torch.cat(normed, dim=1))
         return [level(narrowed) for level in self.levels]
 

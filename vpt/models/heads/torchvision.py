@@ -6,8 +6,7 @@ Layers, assignment, losses and post-processing are torchvision's own. The adapta
   maps. Here anchors are on the centres of cells, like the patches of a ViT, at the pyramid's strides, in float32.
 - Its region pooling rounds each stride to a power of two (7 to 8). Here it gets the strides.
 - Its normalisation and resizing of images is skipped: the heads take feature maps.
-- Label 0 of its Faster R-CNN is background. Here labels begin with 0, so one is added to targets and subtracted from
-  detections.
+- Label 0 of its Faster R-CNN is background; here labels begin with 0, so they are shifted by one.
 
 Legend: B images, C channels, K classes, G true boxes of an image, A anchors of all levels, S stride in pixels.
 """
@@ -27,7 +26,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 from torchvision.ops.poolers import LevelMapper
 
-from vpt.models.heads.dense import Selection, group_norm, inside, is_crowd
+from vpt.models.heads.dense import Selection, Tensors, group_norm, inside, is_crowd
 
 ANCHOR_SIDE = 4  # side of the smallest anchors, in strides
 OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
@@ -42,11 +41,7 @@ class RetinaNetHead(nn.Module):
     An anchor is matched to a true box from an IoU of 0.5; a box without such an anchor gets its best anchors. Crowds
     are no true boxes, and background anchors inside them are ignored.
 
-    Args:
-        channels: C, of every level.
-        num_classes: K.
-        strides: S of each level, in pixels.
-        num_convs: Number of convolutions in each of the two towers; four in torchvision.
+    C channels at each of the strides S; `num_convs` convolutions in each tower, four in torchvision.
 
     Raises:
         ValueError: `num_convs` is not 1 to 4.
@@ -72,9 +67,7 @@ class RetinaNetHead(nn.Module):
             tower.conv = tower.conv[:num_convs]
         self.retinanet = RetinaNet(_no_backbone(channels), num_classes, anchor_generator=anchors, head=towers)
 
-    def losses(
-        self, levels: Sequence[Tensor], image_size: tuple[int, int], targets: Sequence[dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
+    def losses(self, levels: Sequence[Tensor], image_size: tuple[int, int], targets: Sequence[Tensors]) -> Tensors:
         """Losses of a batch in float32: "class" (focal) and "box" (L1 of the offsets), averaged over images."""
         anchors = torch.cat(self.retinanet.anchor_generator.of_levels(levels))
         true = [without_crowds(target) for target in targets]
@@ -82,25 +75,24 @@ class RetinaNetHead(nn.Module):
         losses = self.retinanet.head.compute_loss(true, self._predict(levels), [anchors] * len(true), matched)
         return {"class": losses["classification"], "box": losses["bbox_regression"]}
 
-    def detect(
-        self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], selection: Selection
-    ) -> list[dict[str, Tensor]]:
+    def detect(self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], selection: Selection) -> list[Tensors]:
         """Detections per image of the given (height, width), as `DenseHead.detect` returns them."""
         outputs = self._predict(levels)
         outputs["cls_logits"] = selection.only(outputs["cls_logits"])
         anchors = self.retinanet.anchor_generator.of_levels(levels)
-        nums = [len(level) for level in anchors]
-        by_level = {name: torch.split(output, nums, dim=1) for name, output in outputs.items()}
+        by_level = {
+            name: torch.split(output, [len(level) for level in anchors], dim=1) for name, output in outputs.items()
+        }
         _configure(self.retinanet, selection)
         found = self.retinanet.postprocess_detections(by_level, [anchors] * len(sizes), list(sizes))
         # torchvision clips boxes outside the image to an empty area, but does not remove them.
         return [_best(one, (one["boxes"][:, 2:] > one["boxes"][:, :2]).all(dim=1), selection) for one in found]
 
-    def _predict(self, levels: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _predict(self, levels: Sequence[Tensor]) -> Tensors:
         """Class logits (B, A, K) and box offsets (B, A, 4), in float32."""
         return {name: output.float() for name, output in self.retinanet.head(list(levels)).items()}
 
-    def _match(self, anchors: Tensor, target: dict[str, Tensor], true: dict[str, Tensor]) -> Tensor:
+    def _match(self, anchors: Tensor, target: Tensors, true: Tensors) -> Tensor:
         """Index of the true box of each anchor (A,), or torchvision's values for background and ignored anchors."""
         matcher = self.retinanet.proposal_matcher
         if len(true["boxes"]):
@@ -120,13 +112,8 @@ class FasterRCNNHead(nn.Module):
     this takes 0.9 M weights, where 1024 would take 4.3 M. As in torchvision they have no norm. Crowds are no true
     boxes; detections inside them count as background.
 
-    The head computes in float32 under autocast too, since torchvision takes its losses where it predicts.
-
-    Args:
-        channels: C, of every level.
-        num_classes: K.
-        strides: S of each level, in pixels, each the double of the one before.
-        num_convs: Convolutions that look for proposals.
+    Computes in float32 under autocast too, since torchvision takes its losses where it predicts. C channels at each of
+    the strides S; `num_convs` convolutions look for proposals.
 
     Raises:
         ValueError: A stride that is not the double of the one before.
@@ -156,9 +143,7 @@ class FasterRCNNHead(nn.Module):
         )
         self.rpn, self.roi_heads = model.rpn, model.roi_heads
 
-    def losses(
-        self, levels: Sequence[Tensor], image_size: tuple[int, int], targets: Sequence[dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
+    def losses(self, levels: Sequence[Tensor], image_size: tuple[int, int], targets: Sequence[Tensors]) -> Tensors:
         """Losses of a batch in train mode, in float32: "rpn_class" and "rpn_box" of the proposals, "class" and "box".
 
         {} in eval mode: the losses are of randomly sampled anchors and regions, with true boxes among the proposals, so
@@ -171,17 +156,10 @@ class FasterRCNNHead(nn.Module):
             for boxes, labels in (without_crowds(target).values() for target in targets)
         ]
         _, losses = self._run(levels, [image_size] * len(true), true)
-        names = {
-            "rpn_class": "loss_objectness",
-            "rpn_box": "loss_rpn_box_reg",
-            "class": "loss_classifier",
-            "box": "loss_box_reg",
-        }
-        return {ours: losses[theirs] for ours, theirs in names.items()}
+        names = {"rpn_class": "objectness", "rpn_box": "rpn_box_reg", "class": "classifier", "box": "box_reg"}
+        return {ours: losses[f"loss_{theirs}"] for ours, theirs in names.items()}
 
-    def detect(
-        self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], selection: Selection
-    ) -> list[dict[str, Tensor]]:
+    def detect(self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], selection: Selection) -> list[Tensors]:
         """Detections per image of the given (height, width), as `DenseHead.detect` returns them."""
         _configure(self.roi_heads, selection)
         found, _ = self._run(levels, sizes, None)
@@ -191,8 +169,8 @@ class FasterRCNNHead(nn.Module):
         return [_best(one, torch.isin(one["labels"], one["labels"].new_tensor(selected)), selection) for one in found]
 
     def _run(
-        self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], targets: list[dict[str, Tensor]] | None
-    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], targets: list[Tensors] | None
+    ) -> tuple[list[Tensors], Tensors]:
         """Detections (eval mode) and losses (train mode), with the labels and names of torchvision."""
         with torch.autocast(levels[0].device.type, enabled=False):
             maps = {str(index): level.float() for index, level in enumerate(levels)}
@@ -204,11 +182,7 @@ class FasterRCNNHead(nn.Module):
 class PyramidAnchors(AnchorGenerator):  # type: ignore[misc]
     """torchvision's anchors, on the centres of the cells of a pyramid, at exactly its strides.
 
-    The smallest anchors are four strides wide; smaller boxes are matched to their best anchors.
-
-    Args:
-        strides: S of each level, in pixels.
-        scales: Sizes of the anchors of a cell, relative to the smallest.
+    The smallest anchors are four strides wide, or `scales` times that; smaller boxes are matched to their best anchors.
 
     Example:
         >>> anchors = PyramidAnchors((8, 16)).of_levels([torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 1, 1)])
@@ -232,7 +206,7 @@ class PyramidAnchors(AnchorGenerator):  # type: ignore[misc]
         return [anchors + stride / 2 for anchors, stride in zip(on_corners, self.strides, strict=True)]
 
 
-def without_crowds(target: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_crowds(target: Tensors) -> Tensors:
     """Boxes and labels of an image without crowds."""
     is_box = ~is_crowd(target)
     return {"boxes": target["boxes"][is_box], "labels": target["labels"][is_box]}
@@ -263,7 +237,7 @@ def _configure(model: Any, selection: Selection) -> None:
     model.detections_per_img = None  # no limit: `_best` applies it after the other filters
 
 
-def _best(found: dict[str, Tensor], is_selected: Tensor, selection: Selection) -> dict[str, Tensor]:
+def _best(found: Tensors, is_selected: Tensor, selection: Selection) -> Tensors:
     """The first `max_detections` selected detections of an image."""
     indices = is_selected.nonzero()[: selection.max_detections, 0]
     return {name: found[name][indices] for name in ("boxes", "scores", "labels")}
