@@ -26,7 +26,7 @@ class TaskBank:
     """Tasks by name on one frozen backbone, for inference.
 
     Any thread may load, swap and remove tasks while others infer: a call uses the tasks that were loaded when it began.
-    Results are those of `load_task`, up to rounding.
+    Results are those of `load_task`, up to rounding. The name of a task that is not loaded raises a ValueError.
 
     Args:
         backbone: A timm ViT in memory, or the timm name of one; it is held, frozen and in eval mode.
@@ -71,11 +71,7 @@ class TaskBank:
         return tuple(self._tasks)
 
     def load(self, path: str | Path, name: str | None = None) -> str:
-        """Read a task file; return the task's name.
-
-        Args:
-            path: The task file.
-            name: Name of the task; by default that of the file without its ending.
+        """Read a task file; return the task's name, by default that of the file without its ending.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -94,7 +90,7 @@ class TaskBank:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: There is no such task, or the file cannot be used; the old task stays.
+            ValueError: The file cannot be used; the old task stays.
         """
         _find(self._tasks, [name])
         task = self._read(path)
@@ -103,11 +99,7 @@ class TaskBank:
             self._tasks = {**self._tasks, name: task}
 
     def remove(self, name: str) -> None:
-        """Remove a task.
-
-        Raises:
-            ValueError: There is no such task.
-        """
+        """Remove a task."""
         with self._lock:
             _find(self._tasks, [name])
             self._tasks = {held: task for held, task in self._tasks.items() if held != name}
@@ -123,18 +115,14 @@ class TaskBank:
         return sum(tensor.nbytes for tensor in (*cached.values(), *task_tensors(task.model).values()))
 
     def is_shared(self, name: str) -> bool:
-        """Whether images of a task go through the backbone together with those of other tasks.
-
-        Raises:
-            ValueError: There is no such task.
-        """
+        """Whether images of a task go through the backbone together with those of other tasks."""
         return _find(self._tasks, [name])[name].is_shared
 
     def select(self, name: str, selection: Any) -> None:
         """Choose which detections a task returns from now on.
 
         Raises:
-            ValueError: There is no such task, it has no detections, or the selection has labels that it does not have.
+            ValueError: The task has no detections, or not the labels of the selection.
         """
         _find(self._tasks, [name])[name].model.select(selection)
 
@@ -151,11 +139,11 @@ class TaskBank:
             sizes: For detection: height and width of the part of each input that is image, to which boxes are clipped.
 
         Returns:
-            For one name: logits (B, K), or a list of B detections. For a list of names: a list of B results, logits
-            (K,) or detections, each of its own task. Detections are those of `Detector`.
+            For one name: logits (B, K), or B detections as of `Detector`; for a list: B results, each of its own task,
+            logits (K,) or detections.
 
         Raises:
-            ValueError: There is no such task, not one name for each image, or images of another size than a task's.
+            ValueError: Not one name for each image, or images of another size than a task's.
         """
         names = [tasks] if isinstance(tasks, str) else list(tasks)
         held = _find(self._tasks, names)
@@ -182,18 +170,12 @@ class TaskBank:
     def every(
         self, images: Tensor, names: str | Sequence[str] | None = None, *, sizes: Sizes | None = None
     ) -> dict[str, Any]:
-        """Run each image with every task; blocks before a task's first prompted one run once for all tasks.
+        """The result of a call with one name, by name, of every task (None) or some.
 
-        Args:
-            images: (B, 3, H, W), prepared as all of these tasks require.
-            names: The tasks; None is all of them.
-            sizes: As for a call.
-
-        Returns:
-            The result of a call with one name, by name.
+        Blocks before a task's first prompted one run once for all tasks.
 
         Raises:
-            ValueError: There is no such task, or tasks require different preprocessing.
+            ValueError: Tasks require different preprocessing.
         """
         held = self._tasks
         tasks = _find(held, held if names is None else [names] if isinstance(names, str) else names)

@@ -45,12 +45,9 @@ class PromptSource(Protocol):
         """Prompt tokens that stay in the sequence from block to block, once they are inserted."""
 
     def enter(self, index: int, tokens: Tensor, num_read: int | None) -> BlockInput:
-        """The input of a block.
+        """The input of a block from the sequence (B, N, D) before it, with carried prompt tokens.
 
-        Args:
-            index: The block.
-            tokens: The sequence (B, N, D) before it, with carried prompt tokens.
-            num_read: How many tokens are read after the block; None reads all.
+        `num_read` is how many tokens are read after the block; None reads all.
         """
 
 
@@ -77,19 +74,10 @@ def run_blocks(
     last: int | None = None,
     num_read: int | None = None,
 ) -> Tensor:
-    """Run blocks `first` up to `last`, which is excluded; None runs all.
+    """Run blocks `first` up to `last`, excluded (None: all); return the tokens (B, N, D), carried ones among them.
 
-    Args:
-        vit: The ViT.
-        tokens: (B, N, D) before block `first`.
-        position: Rotary or relative position embedding, from `embed_images`.
-        source: The prompt.
-        first: Index of the first block.
-        last: Index behind the last block.
-        num_read: Compute only so many tokens, the first ones, of the last block of the ViT.
-
-    Returns:
-        The tokens (B, N, D) before block `last`, carried prompt tokens among them, or the first `num_read`.
+    `position` is the rotary or relative position embedding, from `run_images`. With `num_read`, only so many tokens,
+    the first ones, are computed of the last block of the ViT.
     """
     depth = len(vit.blocks)
     # `num_read` holds for the last block of the ViT only: every other block needs keys of all tokens.
@@ -106,14 +94,7 @@ def run_blocks(
 def run_images(
     vit: ViT, images: Tensor, stops: Iterable[int], source: PromptSource = NO_PROMPT, num_read: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Embed images and run blocks up to each stop.
-
-    Args:
-        vit: The ViT.
-        images: Normalised (B, 3, H, W).
-        stops: Block indices, ascending; the depth stands for the end.
-        source: The prompt.
-        num_read: As `run_blocks`.
+    """Embed normalised images (B, 3, H, W), and run blocks up to each stop, ascending; the depth stands for the end.
 
     Yields:
         At each stop the tokens (B, N, D) that enter the block, carried prompt tokens among them, and the position
