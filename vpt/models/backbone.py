@@ -262,10 +262,8 @@ class PromptedViT(nn.Module):
     def feature_maps(self, images: Tensor, out_indices: Blocks = "last:1") -> list[Tensor]:
         """Patch tokens after the blocks `out_indices`, as maps (B, D, H / stride, W / stride); not normed.
 
-        `out_indices` is "all", "first:k", "last:k" or a list of indices. Blocks behind the last one are not run.
-
-        Raises:
-            ValueError: A block that the backbone does not have.
+        `out_indices` is "all", "first:k", "last:k" or a list of indices; a block that there is not raises a ValueError.
+        Blocks behind the last one are not run.
         """
         indices = resolve_blocks(out_indices, self.depth, key="out_indices")
         maps = read_features(self.vit, images, indices, self.source)
@@ -279,10 +277,9 @@ class PromptedViT(nn.Module):
 
     @torch.no_grad()
     def start_prompt(self, tokens: Tensor) -> None:
-        """Initialise the prompt from tokens (L, P, D), or a kv prompt from their keys and values in its blocks.
+        """Initialise the prompt from finite tokens (L, P, D), or a kv prompt from their keys and values in its blocks.
 
-        Raises:
-            ValueError: There is no prompt, or the tokens are of another shape or not finite.
+        Without a prompt, or for other tokens, it raises a ValueError.
         """
         if self.prompt is None:
             raise ValueError("backbone: has no prompt to initialise; create it with one")
@@ -305,11 +302,7 @@ class PromptedViT(nn.Module):
         return f"{self.describe_paths()}; block {self.depth - 1}: {read} (pooled: {self.vit.global_pool or 'all'})"
 
     def check_prompt(self) -> None:
-        """Refuse a prompt that does not fit; `prompt` may have been replaced since the last pass.
-
-        Raises:
-            ValueError: It is for another width or depth, or the ViT has changed so that it cannot be computed.
-        """
+        """Refuse, with a ValueError, a prompt that does not fit: it or the ViT may have changed since the last pass."""
         prompt = self.prompt
         if prompt is not None and (prompt.embed_dim != self.embed_dim or prompt.blocks[-1] >= self.depth):
             raise ValueError(f"{prompt} does not fit a ViT of embed_dim {self.embed_dim} and {self.depth} blocks")

@@ -31,12 +31,7 @@ class TaskBank:
     Args:
         backbone: A timm ViT in memory, or the timm name of one; it is held, frozen and in eval mode.
         device: Where backbone and tasks are.
-        checkpoint: With a name: load the backbone's weights from this file.
-        img_size: With a name: input size in pixels, one side or (height, width); None keeps the model's own.
-        dtype: With a name: hold the backbone's weights in this dtype, such as torch.bfloat16.
-
-    Raises:
-        ValueError, TypeError, FileNotFoundError: As `load_vit` raises them.
+        checkpoint, img_size, dtype: With a name: as for `load_vit`, whose errors also pass.
 
     Example:
         >>> bank = TaskBank("vit_nano_patch8_64")
@@ -119,11 +114,7 @@ class TaskBank:
         return _find(self._tasks, [name])[name].is_shared
 
     def select(self, name: str, selection: Any) -> None:
-        """Choose which detections a task returns from now on.
-
-        Raises:
-            ValueError: The task has no detections, or not the labels of the selection.
-        """
+        """Choose which detections a task returns; a ValueError if it has none, or not the labels of the selection."""
         _find(self._tasks, [name])[name].model.select(selection)
 
     @torch.inference_mode()
@@ -172,10 +163,8 @@ class TaskBank:
     ) -> dict[str, Any]:
         """The result of a call with one name, by name, of every task (None) or some.
 
-        Blocks before a task's first prompted one run once for all tasks.
-
-        Raises:
-            ValueError: Tasks require different preprocessing.
+        Blocks before a task's first prompted one run once for all tasks. Tasks that require different preprocessing
+        raise a ValueError.
         """
         held = self._tasks
         tasks = _find(held, held if names is None else [names] if isinstance(names, str) else names)
@@ -208,7 +197,6 @@ class TaskBank:
         return results
 
     def _run_together(self, images: Tensor, rows: Sequence[LoadedTask], sizes: Sizes) -> list[Any]:
-        """The result of each image, in one pass."""
         source, last = TaskBatch(self.vit, rows), max(task.last for task in rows)
         out_indices = {index for task in rows for index in task.model.out_indices}
         ((tokens, position),) = run_images(self.vit, images, [0])
@@ -248,7 +236,6 @@ class TaskBank:
         return self.vit.num_prefix_tokens if pools_prefix_only(self.vit) and not reads_map else None
 
     def _shared(self, tasks: Iterable[LoadedTask]) -> set[LoadedTask]:
-        """The tasks that may share a pass of the backbone."""
         return {task for task in tasks if task.is_shared} if self._is_fast() else set()
 
     def _is_fast(self) -> bool:
@@ -276,7 +263,6 @@ class TaskBank:
 
 
 def _find(held: Tasks, names: Iterable[str]) -> dict[str, LoadedTask]:
-    """The tasks of some names."""
     for name in names:
         if name not in held:
             raise ValueError(f"there is no task {name}; loaded: {', '.join(held) or 'none'}")
@@ -298,12 +284,10 @@ def _check_sizes(sizes: Sizes | None, images: Tensor) -> Sizes:
 
 
 def _check_same_preprocessing(tasks: Tasks) -> None:
-    """Refuse tasks that require different preprocessing."""
     wanted = {name: task.metadata.preprocessing for name, task in tasks.items()}
     for name, preprocessing in wanted.items():
         first = next(iter(wanted))
-        odd = [field for field, value in preprocessing.items() if value != wanted[first][field]]
-        if odd:
+        if odd := [field for field, value in preprocessing.items() if value != wanted[first][field]]:
             raise ValueError(
                 f"tasks {first} and {name} require different preprocessing "
                 f"({odd[0]} {wanted[first][odd[0]]} and {preprocessing[odd[0]]}); call `every` for each of them"

@@ -45,10 +45,7 @@ class PromptSource(Protocol):
         """Prompt tokens that stay in the sequence from block to block, once they are inserted."""
 
     def enter(self, index: int, tokens: Tensor, num_read: int | None) -> BlockInput:
-        """The input of a block from the sequence (B, N, D) before it, with carried prompt tokens.
-
-        `num_read` is how many tokens are read after the block; None reads all.
-        """
+        """The input of a block, of the tokens (B, N, D) before it; `num_read` are read after it, None is all."""
 
 
 class NoPrompt:
@@ -132,8 +129,7 @@ def pool(vit: ViT, tokens: Tensor, num_prompt_tokens: int = 0) -> Tensor:
 
 def feature_map(vit: ViT, tokens: Tensor, grid: tuple[int, int], num_prompt_tokens: int = 0) -> Tensor:
     """Patch tokens among (B, N, D) as a map (B, D, rows, columns); not normed."""
-    patches = tokens[:, vit.num_prefix_tokens + num_prompt_tokens :]
-    return torch.unflatten(patches.mT, 2, grid)
+    return torch.unflatten(tokens[:, vit.num_prefix_tokens + num_prompt_tokens :].mT, 2, grid)
 
 
 def insert_prompt(vit: ViT, tokens: Tensor, prompt: Tensor) -> Tensor:

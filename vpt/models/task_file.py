@@ -125,8 +125,10 @@ def put_task(path: str | Path, vit: ViT, *, shares: bool = False) -> tuple[TaskM
         expected = _own_tensors(_make_model(path, metadata, vit))
     state = vit.state_dict(keep_vars=True)
     expected |= {f"backbone.{name}": state[name] for name in added or tuned & own}
-    _check_tensors(path, tensors, expected)
-    _make_real(vit, {name: tensors[f"backbone.{name}"] for name in added})
+    given, wanted = ({name: tensor.shape for name, tensor in side.items()} for side in (tensors, expected))
+    _refuse(path, sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name)))
+    real = {name: tensors[f"backbone.{name}"].to(device_of(vit), state[name].dtype) for name in added}
+    vit.load_state_dict(real, strict=False, assign=True)
     model = _make_model(path, metadata, vit)
     if tuned:
         adapters = None if metadata.adapters is None else Adapters(**metadata.adapters)
@@ -165,8 +167,7 @@ def write_task(
 ) -> Path:
     """Write a task file from metadata and tensors, in another dtype if given; return its path.
 
-    Raises:
-        ValueError: The tensors are not those that the metadata describes, or too large for the dtype.
+    Tensors that contradict the metadata, or are too large for the dtype, raise a ValueError.
     """
     path, tensors = Path(path), tensors if dtype is None else to_dtype(tensors, dtype)
     _check_described(path, metadata, tensors)
@@ -177,8 +178,7 @@ def write_task(
 def to_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The same tensors in another dtype; a ValueError if a number is too large for it."""
     converted = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    odd = sorted(name for name in tensors if not converted[name].isfinite().equal(tensors[name].isfinite()))
-    if odd:
+    if odd := sorted(name for name in tensors if not converted[name].isfinite().equal(tensors[name].isfinite())):
         short = str(dtype).removeprefix("torch.")
         raise ValueError(f"{odd[0]} has numbers that are too large for {short}; use bfloat16 or float32")
     return converted
@@ -204,8 +204,7 @@ def _own_tensors(model: TaskModel) -> dict[str, Tensor]:
 
 def _backbone_tensors(vit: ViT) -> dict[str, Tensor]:
     """Parameters of the backbone that train, or trained before and may differ from the pretrained ones."""
-    origin = origin_of(vit)
-    tuned = frozenset() if origin is None else origin.tuned
+    tuned = (origin_of(vit) or Origin("", frozenset())).tuned
     named = vit.state_dict(keep_vars=True).items()
     return {f"backbone.{name}": value for name, value in named if value.requires_grad or name in tuned}
 
@@ -216,16 +215,13 @@ def _backbone_names(tensors: Mapping[str, Tensor]) -> frozenset[str]:
 
 def _known_fingerprint(vit: ViT) -> str:
     """The digest of the weights before any of them were tuned; refuse a ViT of which that is not known."""
-    origin = origin_of(vit)
-    known = frozenset() if origin is None else origin.tuned
-    odd = _backbone_names(_backbone_tensors(vit)) - known
-    if odd:
+    known = (origin_of(vit) or Origin("", frozenset())).tuned
+    if odd := _backbone_names(_backbone_tensors(vit)) - known:
         raise ValueError(
             f"parameters of the backbone train that vpt.tune has not chosen ({min(odd)}), and what they were before "
             "is not known; call vpt.tune before training, on loaded weights"
         )
-    gone = known - vit.state_dict().keys()
-    if gone:
+    if gone := known - vit.state_dict().keys():
         raise ValueError(f"{min(gone)} was tuned and is no longer in the backbone; save the task before it is changed")
     return pretrained_fingerprint(vit)
 
@@ -238,13 +234,6 @@ def _add_adapters(path: Path, metadata: TaskMetadata, vit: ViT) -> frozenset[str
         return add_adapters(vit, Adapters(**metadata.adapters), is_empty=True)
     except ValueError as error:
         raise ValueError(f"{path}: its adapters cannot be used ({error})") from error
-
-
-def _make_real(vit: ViT, given: Mapping[str, Tensor]) -> None:
-    """Replace tensors of adapters on the meta device by given ones, in their own dtype."""
-    device, state = device_of(vit), vit.state_dict()
-    real = {name: tensor.to(device, state[name].dtype) for name, tensor in given.items()}
-    vit.load_state_dict(real, strict=False, assign=True)
 
 
 def _describe_adapters(vit: ViT) -> dict[str, Any] | None:
@@ -295,12 +284,6 @@ def _check_backbone(path: Path, metadata: TaskMetadata, tensors: Mapping[str, Te
         raise ValueError(
             f"{path}: made for images of {wanted} px, but the backbone takes {size}; use img_size={wanted}"
         )
-
-
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Refuse tensors of other names or shapes than the model has."""
-    given, wanted = ({name: tensor.shape for name, tensor in side.items()} for side in (tensors, expected))
-    _refuse(path, sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name)))
 
 
 def _make_model(path: Path, metadata: TaskMetadata, vit: ViT) -> TaskModel:

@@ -60,10 +60,7 @@ class TaskModel(nn.Module, ABC):
 
     @abstractmethod
     def forward_head(self, features: Features, sizes: Sizes | None = None) -> Any:
-        """Results in eval mode, one for each image, of what `read` returns.
-
-        `sizes` are height and width of the part of each input that is image and not padding.
-        """
+        """Results in eval mode, one for each image; `sizes` are height and width of the part that is not padding."""
 
     @abstractmethod
     def forward_tensors(self, features: Features, size: tuple[int, int]) -> dict[str, Tensor]:
