@@ -52,28 +52,10 @@ _HOMES = {
 
 RENAMED = {"ClassificationModel": "Classifier", "DetectionModel": "Detector"}
 
-__all__ = [
-    "Adapters",
-    "Classifier",
-    "Detector",
-    "PromptedViT",
-    "TaskBank",
-    "TaskModel",
-    "VisualPrompt",
-    "count_parameters",
-    "create_model",
-    "from_pretrained",
-    "inspect_attention",
-    "load_task",
-    "load_vit",
-    "nearest_patches",
-    "push_to_hub",
-    "read_task",
-    "save_task",
-    "start_from_patches",
-    "tune",
-    "tuned_parameters",
-]
+__all__ = ["Adapters", "Classifier", "Detector", "PromptedViT", "TaskBank", "TaskModel", "VisualPrompt"]
+__all__ += ["count_parameters", "create_model", "from_pretrained", "inspect_attention", "load_task"]
+__all__ += ["load_vit", "nearest_patches", "push_to_hub", "read_task", "save_task", "start_from_patches"]
+__all__ += ["tune", "tuned_parameters"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ Legend: B batch, H, W pixels, M patch tokens, P prompt tokens, N prefix + patch 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -38,13 +39,8 @@ class LivePrompt:
     """The prompt of a `PromptedViT` as a source of `block_loop`.
 
     A deep prompt enters a block as keys and values where `attention.why_not_fast` allows it, and as tokens elsewhere.
-    A shallow prompt is inserted at block 0 and carried.
-
-    Args:
-        vit: The ViT.
-        prompt: The prompt; with a form, its tokens are computed once for the pass.
-        impl: "auto" or "concat", see `PromptedViT`.
-        cache: Keys and values of earlier passes.
+    A shallow prompt is inserted at block 0 and carried. A prompt with a form computes its tokens once for the pass.
+    `impl` is that of `PromptedViT`; `cache` holds keys and values of earlier passes.
     """
 
     def __init__(self, vit: ViT, prompt: VisualPrompt, impl: PromptImpl, cache: TensorCache[KeysValues]) -> None:
@@ -95,19 +91,16 @@ def prompt_path(vit: ViT, prompt: VisualPrompt, impl: PromptImpl, index: int) ->
 class PromptedViT(nn.Module):
     """A frozen timm ViT that carries a prompt; the prompt is all that trains, unless `tune` selects more.
 
-    The ViT is held, not copied: its parameters lose `requires_grad`, it stays in eval mode (no dropout, no drop path)
-    also while something trains, and the same object may be held by several prompted backbones. With `prompt=None`
-    the results are those of the ViT, bit for bit.
+    The ViT is held, not copied: its parameters lose `requires_grad`, it stays in eval mode (no dropout, no drop path),
+    and several prompted backbones may hold the same object. With `prompt=None` results are the ViT's, bit for bit.
 
     Args:
-        vit: A plain timm ViT: anything that timm builds on `VisionTransformer`, `Eva` or `Beit`. A classifier in it is
-            not used.
+        vit: Anything that timm builds on `VisionTransformer`, `Eva` or `Beit`; a classifier in it is not used.
         prompt: "deep", "shallow", "kv", None, or a ready `VisualPrompt`, which replaces the next five arguments.
         num_tokens: P, prompt tokens in each prompted block.
         blocks: Blocks that a prompt enters: "all", "first:k", "last:k" or a list of indices; a shallow one enters 0.
         dropout: Dropout of prompt tokens, drawn for each sample.
-        init: Initialisation of the tokens, "uniform" or "normal", see `VisualPrompt`; a kv prompt is initialised with
-            the keys and values of such tokens.
+        init: Initialisation, "uniform" or "normal", see `VisualPrompt`; of a kv prompt, from such tokens.
         form: Parametrization of the tokens, such as `parametrizations.Bilinear(rank=8)`; None learns them directly.
         impl: "auto" computes a deep prompt as keys and values in every block that `attention.py` supports, with the
             same result for less work; "concat" always inserts the tokens, as in the paper; not for a kv prompt.
@@ -147,28 +140,17 @@ class PromptedViT(nn.Module):
         # Freezes the caller's object, on purpose: a copy per prompt would need the memory of a backbone each.
         self.vit = vit.requires_grad_(False).eval()
         self.impl: PromptImpl = impl
-        is_new = isinstance(prompt, str)
+        is_new_kv = prompt == "kv"
         if isinstance(prompt, str):
+            make = partial(VisualPrompt, num_tokens, self.embed_dim, patch_size=vit.patch_embed.patch_size, init=init)
             entered = (0,) if prompt == "shallow" and blocks == "all" else resolve_blocks(blocks, self.depth)
-            prompt = VisualPrompt(
-                num_tokens,
-                self.embed_dim,
-                variant=prompt,
-                blocks=entered,
-                dropout=dropout,
-                patch_size=vit.patch_embed.patch_size,
-                init=init,
-                form=form,
-                width=self._width(prompt, entered),
-            )
+            width = self._width(prompt, entered)
+            prompt = make(variant=prompt, blocks=entered, dropout=dropout, form=form, width=width)
         self.prompt = prompt
         self.check_prompt()
-        if is_new and prompt is not None and prompt.variant == "kv" and not next(prompt.parameters()).is_meta:
+        if is_new_kv and prompt is not None and not next(prompt.parameters()).is_meta:
             # Drawn as tokens first: keys and values drawn directly would not have the scale of those of the block.
-            like = VisualPrompt(
-                num_tokens, self.embed_dim, blocks=prompt.blocks, patch_size=vit.patch_embed.patch_size, init=init
-            )
-            self.start_prompt(like.tokens.detach())
+            self.start_prompt(make(blocks=prompt.blocks).tokens.detach())
         self._cache: TensorCache[KeysValues] = TensorCache()
         self._other_source: PromptSource | None = None
 
@@ -231,11 +213,7 @@ class PromptedViT(nn.Module):
 
     @property
     def source(self) -> PromptSource:
-        """The prompt source of the next pass: the prompt, or the source of `replaced_source`.
-
-        Raises:
-            ValueError: As `check_prompt`.
-        """
+        """The prompt source of the next pass: the prompt, or the source of `replaced_source`."""
         self.check_prompt()
         if self._other_source is not None:
             return self._other_source
@@ -257,8 +235,8 @@ class PromptedViT(nn.Module):
     def forward_frozen(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """The part that no prompt changes: tokens (B, N, D) that enter the first prompted block, and their position.
 
-        Position is the rotary or relative position embedding of models that have one; it is the same for all
-        images of a size. Without a prompt the result is the features (B, D), and no position.
+        Position is the rotary or relative position embedding, the same for all images of a size, or None. Without a
+        prompt the result is the features (B, D), and no position.
         """
         self.check_prompt()
         # A bare pass: neither the prompt nor its dropout can affect what is cached here.
@@ -282,15 +260,10 @@ class PromptedViT(nn.Module):
         return features
 
     def feature_maps(self, images: Tensor, out_indices: Blocks = "last:1") -> list[Tensor]:
-        """Patch tokens after some blocks, as maps (B, D, H / stride, W / stride); not normed.
+        """Patch tokens after the blocks `out_indices`, as maps (B, D, H / stride, W / stride); not normed.
 
-        Args:
-            images: Normalised (B, 3, H, W), of any size that the backbone takes.
-            out_indices: The blocks: "all", "first:k", "last:k" or a list of indices. Blocks behind the last one are
-                not run.
-
-        Raises:
-            ValueError: A block that the backbone does not have.
+        `out_indices` is "all", "first:k", "last:k" or a list of indices; a block that there is not raises a ValueError.
+        Blocks behind the last one are not run.
         """
         indices = resolve_blocks(out_indices, self.depth, key="out_indices")
         maps = read_features(self.vit, images, indices, self.source)
@@ -304,10 +277,9 @@ class PromptedViT(nn.Module):
 
     @torch.no_grad()
     def start_prompt(self, tokens: Tensor) -> None:
-        """Initialise the prompt from tokens (L, P, D), or a kv prompt from their keys and values in its blocks.
+        """Initialise the prompt from finite tokens (L, P, D), or a kv prompt from their keys and values in its blocks.
 
-        Raises:
-            ValueError: There is no prompt, or the tokens are of another shape or not finite.
+        Without a prompt, or for other tokens, it raises a ValueError.
         """
         if self.prompt is None:
             raise ValueError("backbone: has no prompt to initialise; create it with one")
@@ -324,18 +296,13 @@ class PromptedViT(nn.Module):
 
     def extra_repr(self) -> str:
         """The path of each prompted block, and what is computed of the last block in `forward`."""
-        lines = [self.describe_paths()] if self.prompt is not None else []
-        if self.prompt is not None and self.impl == "auto":
-            read = "prefix tokens only" if self.computes_prefix_only else "all tokens"
-            lines.append(f"block {self.depth - 1}: {read} (pooled: {self.vit.global_pool or 'all'})")
-        return "; ".join(lines)
+        if self.prompt is None or self.impl != "auto":
+            return self.describe_paths()
+        read = "prefix tokens only" if self.computes_prefix_only else "all tokens"
+        return f"{self.describe_paths()}; block {self.depth - 1}: {read} (pooled: {self.vit.global_pool or 'all'})"
 
     def check_prompt(self) -> None:
-        """Refuse a prompt that does not fit; `prompt` may have been replaced since the last pass.
-
-        Raises:
-            ValueError: It is for another width or depth, or the ViT has changed so that it cannot be computed.
-        """
+        """Refuse, with a ValueError, a prompt that does not fit: it or the ViT may have changed since the last pass."""
         prompt = self.prompt
         if prompt is not None and (prompt.embed_dim != self.embed_dim or prompt.blocks[-1] >= self.depth):
             raise ValueError(f"{prompt} does not fit a ViT of embed_dim {self.embed_dim} and {self.depth} blocks")
@@ -343,18 +310,13 @@ class PromptedViT(nn.Module):
             raise ValueError(f"{prompt}: its tokens, of width {prompt.width}, do not fit this ViT")
 
     def _width(self, variant: PromptVariant, blocks: Sequence[int]) -> int:
-        """Numbers of a prompt token: D, or of variant kv those of keys and values in these blocks.
-
-        Raises:
-            ValueError: The blocks do not support keys and values, or differ in their width.
-        """
+        """Numbers of a prompt token: D, or of variant kv those of keys and values in these blocks."""
         if variant != "kv":
             return self.embed_dim
         if self.impl == "concat":
             raise ValueError("impl=concat: inserts tokens, and a kv prompt has none; use impl=auto")
         for index in blocks:
-            reason = why_not_fast(self.vit.blocks[index])
-            if reason is not None:
+            if (reason := why_not_fast(self.vit.blocks[index])) is not None:
                 raise ValueError(f"block {index} cannot be given keys and values: {reason}; use prompt=deep")
         widths = {keys_values_width(self.vit.blocks[index]) for index in blocks}
         if len(widths) > 1:

@@ -26,17 +26,12 @@ class TaskBank:
     """Tasks by name on one frozen backbone, for inference.
 
     Any thread may load, swap and remove tasks while others infer: a call uses the tasks that were loaded when it began.
-    Results are those of `load_task`, up to rounding.
+    Results are those of `load_task`, up to rounding. The name of a task that is not loaded raises a ValueError.
 
     Args:
         backbone: A timm ViT in memory, or the timm name of one; it is held, frozen and in eval mode.
         device: Where backbone and tasks are.
-        checkpoint: With a name: load the backbone's weights from this file.
-        img_size: With a name: input size in pixels, one side or (height, width); None keeps the model's own.
-        dtype: With a name: hold the backbone's weights in this dtype, such as torch.bfloat16.
-
-    Raises:
-        ValueError, TypeError, FileNotFoundError: As `load_vit` raises them.
+        checkpoint, img_size, dtype: With a name: as for `load_vit`, whose errors also pass.
 
     Example:
         >>> bank = TaskBank("vit_nano_patch8_64")
@@ -71,11 +66,7 @@ class TaskBank:
         return tuple(self._tasks)
 
     def load(self, path: str | Path, name: str | None = None) -> str:
-        """Read a task file; return the task's name.
-
-        Args:
-            path: The task file.
-            name: Name of the task; by default that of the file without its ending.
+        """Read a task file; return the task's name, by default that of the file without its ending.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -94,7 +85,7 @@ class TaskBank:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: There is no such task, or the file cannot be used; the old task stays.
+            ValueError: The file cannot be used; the old task stays.
         """
         _find(self._tasks, [name])
         task = self._read(path)
@@ -103,11 +94,7 @@ class TaskBank:
             self._tasks = {**self._tasks, name: task}
 
     def remove(self, name: str) -> None:
-        """Remove a task.
-
-        Raises:
-            ValueError: There is no such task.
-        """
+        """Remove a task."""
         with self._lock:
             _find(self._tasks, [name])
             self._tasks = {held: task for held, task in self._tasks.items() if held != name}
@@ -123,19 +110,11 @@ class TaskBank:
         return sum(tensor.nbytes for tensor in (*cached.values(), *task_tensors(task.model).values()))
 
     def is_shared(self, name: str) -> bool:
-        """Whether images of a task go through the backbone together with those of other tasks.
-
-        Raises:
-            ValueError: There is no such task.
-        """
+        """Whether images of a task go through the backbone together with those of other tasks."""
         return _find(self._tasks, [name])[name].is_shared
 
     def select(self, name: str, selection: Any) -> None:
-        """Choose which detections a task returns from now on.
-
-        Raises:
-            ValueError: There is no such task, it has no detections, or the selection has labels that it does not have.
-        """
+        """Choose which detections a task returns; a ValueError if it has none, or not the labels of the selection."""
         _find(self._tasks, [name])[name].model.select(selection)
 
     @torch.inference_mode()
@@ -151,11 +130,11 @@ class TaskBank:
             sizes: For detection: height and width of the part of each input that is image, to which boxes are clipped.
 
         Returns:
-            For one name: logits (B, K), or a list of B detections. For a list of names: a list of B results, logits
-            (K,) or detections, each of its own task. Detections are those of `Detector`.
+            For one name: logits (B, K), or B detections as of `Detector`; for a list: B results, each of its own task,
+            logits (K,) or detections.
 
         Raises:
-            ValueError: There is no such task, not one name for each image, or images of another size than a task's.
+            ValueError: Not one name for each image, or images of another size than a task's.
         """
         names = [tasks] if isinstance(tasks, str) else list(tasks)
         held = _find(self._tasks, names)
@@ -182,18 +161,10 @@ class TaskBank:
     def every(
         self, images: Tensor, names: str | Sequence[str] | None = None, *, sizes: Sizes | None = None
     ) -> dict[str, Any]:
-        """Run each image with every task; blocks before a task's first prompted one run once for all tasks.
+        """The result of a call with one name, by name, of every task (None) or some.
 
-        Args:
-            images: (B, 3, H, W), prepared as all of these tasks require.
-            names: The tasks; None is all of them.
-            sizes: As for a call.
-
-        Returns:
-            The result of a call with one name, by name.
-
-        Raises:
-            ValueError: There is no such task, or tasks require different preprocessing.
+        Blocks before a task's first prompted one run once for all tasks. Tasks that require different preprocessing
+        raise a ValueError.
         """
         held = self._tasks
         tasks = _find(held, held if names is None else [names] if isinstance(names, str) else names)
@@ -226,7 +197,6 @@ class TaskBank:
         return results
 
     def _run_together(self, images: Tensor, rows: Sequence[LoadedTask], sizes: Sizes) -> list[Any]:
-        """The result of each image, in one pass."""
         source, last = TaskBatch(self.vit, rows), max(task.last for task in rows)
         out_indices = {index for task in rows for index in task.model.out_indices}
         ((tokens, position),) = run_images(self.vit, images, [0])
@@ -266,7 +236,6 @@ class TaskBank:
         return self.vit.num_prefix_tokens if pools_prefix_only(self.vit) and not reads_map else None
 
     def _shared(self, tasks: Iterable[LoadedTask]) -> set[LoadedTask]:
-        """The tasks that may share a pass of the backbone."""
         return {task for task in tasks if task.is_shared} if self._is_fast() else set()
 
     def _is_fast(self) -> bool:
@@ -294,7 +263,6 @@ class TaskBank:
 
 
 def _find(held: Tasks, names: Iterable[str]) -> dict[str, LoadedTask]:
-    """The tasks of some names."""
     for name in names:
         if name not in held:
             raise ValueError(f"there is no task {name}; loaded: {', '.join(held) or 'none'}")
@@ -316,12 +284,10 @@ def _check_sizes(sizes: Sizes | None, images: Tensor) -> Sizes:
 
 
 def _check_same_preprocessing(tasks: Tasks) -> None:
-    """Refuse tasks that require different preprocessing."""
     wanted = {name: task.metadata.preprocessing for name, task in tasks.items()}
     for name, preprocessing in wanted.items():
         first = next(iter(wanted))
-        odd = [field for field, value in preprocessing.items() if value != wanted[first][field]]
-        if odd:
+        if odd := [field for field, value in preprocessing.items() if value != wanted[first][field]]:
             raise ValueError(
                 f"tasks {first} and {name} require different preprocessing "
                 f"({odd[0]} {wanted[first][odd[0]]} and {preprocessing[odd[0]]}); call `every` for each of them"

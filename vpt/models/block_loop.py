@@ -45,13 +45,7 @@ class PromptSource(Protocol):
         """Prompt tokens that stay in the sequence from block to block, once they are inserted."""
 
     def enter(self, index: int, tokens: Tensor, num_read: int | None) -> BlockInput:
-        """The input of a block.
-
-        Args:
-            index: The block.
-            tokens: The sequence (B, N, D) before it, with carried prompt tokens.
-            num_read: How many tokens are read after the block; None reads all.
-        """
+        """The input of a block, of the tokens (B, N, D) before it; `num_read` are read after it, None is all."""
 
 
 class NoPrompt:
@@ -77,19 +71,10 @@ def run_blocks(
     last: int | None = None,
     num_read: int | None = None,
 ) -> Tensor:
-    """Run blocks `first` up to `last`, which is excluded; None runs all.
+    """Run blocks `first` up to `last`, excluded (None: all); return the tokens (B, N, D), carried ones among them.
 
-    Args:
-        vit: The ViT.
-        tokens: (B, N, D) before block `first`.
-        position: Rotary or relative position embedding, from `embed_images`.
-        source: The prompt.
-        first: Index of the first block.
-        last: Index behind the last block.
-        num_read: Compute only so many tokens, the first ones, of the last block of the ViT.
-
-    Returns:
-        The tokens (B, N, D) before block `last`, carried prompt tokens among them, or the first `num_read`.
+    `position` is the rotary or relative position embedding, from `run_images`. With `num_read`, only so many tokens,
+    the first ones, are computed of the last block of the ViT.
     """
     depth = len(vit.blocks)
     # `num_read` holds for the last block of the ViT only: every other block needs keys of all tokens.
@@ -106,14 +91,7 @@ def run_blocks(
 def run_images(
     vit: ViT, images: Tensor, stops: Iterable[int], source: PromptSource = NO_PROMPT, num_read: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Embed images and run blocks up to each stop.
-
-    Args:
-        vit: The ViT.
-        images: Normalised (B, 3, H, W).
-        stops: Block indices, ascending; the depth stands for the end.
-        source: The prompt.
-        num_read: As `run_blocks`.
+    """Embed normalised images (B, 3, H, W), and run blocks up to each stop, ascending; the depth stands for the end.
 
     Yields:
         At each stop the tokens (B, N, D) that enter the block, carried prompt tokens among them, and the position
@@ -151,8 +129,7 @@ def pool(vit: ViT, tokens: Tensor, num_prompt_tokens: int = 0) -> Tensor:
 
 def feature_map(vit: ViT, tokens: Tensor, grid: tuple[int, int], num_prompt_tokens: int = 0) -> Tensor:
     """Patch tokens among (B, N, D) as a map (B, D, rows, columns); not normed."""
-    patches = tokens[:, vit.num_prefix_tokens + num_prompt_tokens :]
-    return torch.unflatten(patches.mT, 2, grid)
+    return torch.unflatten(tokens[:, vit.num_prefix_tokens + num_prompt_tokens :].mT, 2, grid)
 
 
 def insert_prompt(vit: ViT, tokens: Tensor, prompt: Tensor) -> Tensor:

@@ -11,17 +11,7 @@ from vpt.models.task_model import Features, Sizes, TaskModel, register_model
 
 @register_model
 class Classifier(TaskModel):
-    """Images (B, 3, H, W) -> logits (B, K).
-
-    Args:
-        backbone: The prompted backbone.
-        num_classes: K.
-        classes: Names of the classes, in the order of the logits.
-        head_init: Initialisation of the head, see `linear_head`.
-
-    Raises:
-        ValueError: The number of names is not the number of classes.
-    """
+    """Images (B, 3, H, W) -> logits (B, K), in the order of `classes`; for `head_init` see `linear_head`."""
 
     task_type = "classification"
     has_linear_head = True

@@ -60,25 +60,21 @@ def create_model(
 ) -> TaskModel:
     """Make a model of a backbone, a prompt and a head, ready to train.
 
-    The common choices are arguments. For all others pass ready parts: `load_vit` has the options of loading,
-    `PromptedViT` those of the prompt, and `tune` may be called again with those of the tuning method.
+    For less common choices pass a ready part, of `load_vit` or `PromptedViT`, and call `tune` again.
 
     Args:
         backbone: A timm name; or a ViT in memory, which is held and not copied; or a ready `PromptedViT`.
         num_classes: K.
         task: Type of task: "classification", "detection", or one that was registered.
-        prompt: "deep", "shallow", "kv", None, or a ready `VisualPrompt`. "auto" is "deep" with tuning="prompt", and no
-            prompt with the other methods, which may also be given one; "linear" may not. A ready `PromptedViT` keeps
-            its own.
+        prompt: "deep", "shallow", "kv", None, or a ready `VisualPrompt`; not with tuning="linear". "auto" is "deep"
+            with tuning="prompt" and no prompt with the other methods. A ready `PromptedViT` keeps its own.
         num_tokens: P, prompt tokens in each prompted block.
         tuning: What trains: "prompt", "linear", "bias", "proj_bias", "norm", "partial" or "full", see `tune`.
         pretrained: With a name: load the weights that timm has under it.
-        options: What the model of this type of task takes, such as classes=names; for detection head="dense",
-            channels=64, see `Detector`.
+        options: What the model of this type of task takes, such as head="dense" for detection, see `Detector`.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: As `load_vit`, `PromptedViT`, the model and `tune` raise them; an
-            option that the model does not take.
+        ValueError: The model does not take an option. Other errors are those of `load_vit`, `PromptedViT` and `tune`.
 
     Example:
         >>> model = create_model("vit_nano_patch8_64", prompt="deep", num_tokens=10, num_classes=14, pretrained=False)

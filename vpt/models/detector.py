@@ -44,18 +44,13 @@ class Detector(TaskModel):
     the convention of torchvision.
 
     Args:
-        backbone: The prompted backbone.
-        num_classes: K.
-        classes: Names of the classes, by label.
+        backbone, num_classes, classes: As for `TaskModel`.
         category_ids: Numbers of the classes in the data's own files, by label.
         head: "dense", which has no anchors, or "retinanet" or "fasterrcnn" of torchvision.
         out_indices: Blocks whose patch tokens the pyramid reads: "quarters", "last", or indices.
         channels: Width of pyramid and head.
         strides: Of the pyramid's levels, in pixels; None is 8, 16 and 32, or the nearest that the patches allow.
         num_convs: Convolutions in each tower of the head; None is the head's default.
-
-    Attributes:
-        selection: Which detections are returned; may be replaced at any time.
 
     Raises:
         ValueError: A stride that the patches do not allow, a block that the backbone does not have, an unknown head,
@@ -95,14 +90,8 @@ class Detector(TaskModel):
             raise ValueError(f"{len(category_ids)} category ids for num_classes={num_classes}")
         self.category_ids = None if category_ids is None else tuple(category_ids)
         self.out_indices = resolve_out_indices(out_indices, backbone.depth)
-        stride = backbone.stride
-        self.pyramid = FeaturePyramid(
-            backbone.embed_dim,
-            len(self.out_indices),
-            stride,
-            channels,
-            default_strides(stride) if strides is None else strides,
-        )
+        strides = default_strides(backbone.stride) if strides is None else strides
+        self.pyramid = FeaturePyramid(backbone.embed_dim, len(self.out_indices), backbone.stride, channels, strides)
         if backbone.vit.patch_embed.strict_img_size:
             self._check_size(backbone.vit.patch_embed.img_size)
         options = {} if num_convs is None else {"num_convs": num_convs}
@@ -122,7 +111,7 @@ class Detector(TaskModel):
 
     @property
     def selection(self) -> Selection:
-        """Which detections are returned."""
+        """Which detections are returned; may be replaced at any time."""
         return self._selection
 
     @selection.setter
@@ -132,11 +121,7 @@ class Detector(TaskModel):
         self._selection = selection
 
     def select(self, selection: Selection) -> None:
-        """Choose which detections are returned from now on.
-
-        Raises:
-            ValueError: It names labels that the task does not have.
-        """
+        """Choose which detections are returned from now on; a ValueError for labels that the task does not have."""
         self.selection = selection
 
     def forward(self, images: Tensor, targets: Targets | None = None, sizes: Sizes | None = None) -> Any:
@@ -145,14 +130,13 @@ class Detector(TaskModel):
         Args:
             images: Normalised; H and W are multiples of the largest stride.
             targets: For each image "boxes" (G, 4) in pixels, "labels" (G,) and, if there are crowds, "crowd" (G,) bool.
-            sizes: In eval mode, height and width of the part of each input that is image, at its upper left; boxes are
-                clipped to it.
+            sizes: In eval mode, height and width of the part of each input, at its upper left, that boxes are clipped to.
 
         Raises:
             ValueError: There are no targets in train mode, or H and W are no such multiples.
         """
         if not self.training:
-            return self._detect(self.levels(images), sizes or [_size(images)] * len(images))
+            return self.predict(images, sizes)
         if targets is None:
             raise ValueError("a detector in train mode needs targets; call model.eval() to detect")
         return self.head.losses(self.levels(images), _size(images), targets)
@@ -164,16 +148,7 @@ class Detector(TaskModel):
     def detect_with_losses(
         self, images: Tensor, targets: Targets, sizes: Sizes | None = None
     ) -> tuple[Detections, dict[str, Tensor]]:
-        """Detections and losses of the same images in eval mode, for one pass through backbone and pyramid.
-
-        Args:
-            images: As `forward` takes them, like the next two.
-            targets: For each image.
-            sizes: For each image.
-
-        Raises:
-            ValueError: The model is in train mode.
-        """
+        """Detections and losses of the same images in eval mode, for one pass through backbone and pyramid."""
         if self.training:
             raise ValueError("detect_with_losses is for evaluation; call model.eval() first")
         levels, size = self.levels(images), _size(images)
@@ -187,10 +162,7 @@ class Detector(TaskModel):
         return self._detect(self.pyramid(features), sizes)
 
     def forward_tensors(self, features: Features, size: tuple[int, int]) -> dict[str, Tensor]:
-        """Boxes (B, A, 4) and scores (B, A, K) of all points, before any is dropped.
-
-        Boxes are x1, y1, x2, y2 in pixels of the input, clipped to it; scores are probabilities.
-        """
+        """Boxes (B, A, 4), x1, y1, x2, y2 in pixels, clipped, and probabilities "scores" (B, A, K) of all points."""
         assert isinstance(features, list)
         assert isinstance(self.head, DenseHead)
         logits, boxes = self.head(self.pyramid(features))
@@ -199,12 +171,10 @@ class Detector(TaskModel):
     @classmethod
     def why_not_exported(cls, layout: Mapping[str, Any] | None) -> str | None:
         """The heads of torchvision cannot be traced: what they compute depends on what they find."""
-        head = layout["head"] if layout else "dense"
-        if head == "dense":
+        if not layout or (head := layout["head"]) == "dense":
             return None
-        return (
-            f"head={head} is torchvision's, and what it computes depends on what it finds; only head=dense is exported"
-        )
+        why = f"head={head} is torchvision's, and what it computes depends on what it finds"
+        return f"{why}; only head=dense is exported"
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Let torch compile backbone and pyramid; what depends on the number of boxes stays as it is."""
@@ -251,7 +221,6 @@ class Detector(TaskModel):
         return found
 
     def _check_size(self, size: tuple[int, int]) -> None:
-        """Levels must cover all of an image."""
         stride = max(self.pyramid.strides)
         if any(side % stride for side in size):
             lower, higher = size[0] // stride * stride, (size[0] // stride + 1) * stride
@@ -262,7 +231,6 @@ class Detector(TaskModel):
 
 
 def _size(images: Tensor) -> tuple[int, int]:
-    """H and W."""
     return images.shape[-2], images.shape[-1]
 
 

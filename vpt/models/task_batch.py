@@ -24,13 +24,10 @@ from vpt.models.vit import ViT, pools_prefix_only
 
 @dataclass(frozen=True, eq=False)
 class LoadedTask:
-    """A task in memory, on a backbone that it shares with others.
+    """A task in memory: prompt and head, in eval mode, on a backbone that it shares with others.
 
-    Args:
-        model: Prompt and head on the backbone, in eval mode.
-        metadata: The metadata of the task file.
-        keys_values: Keys and values of a deep or kv prompt, by block and number of tokens read after it (None: all).
-        is_shared: Whether its images may share a pass of the backbone with those of other tasks.
+    Keys and values, of a deep or kv prompt, are by block and number of tokens read after it (None: all). Images of a
+    task with `is_shared` may share a pass of the backbone with those of other tasks.
     """
 
     model: TaskModel
@@ -74,15 +71,7 @@ def keys_values_of(model: TaskModel) -> dict[tuple[int, int | None], KeysValues]
 
 
 class TaskBatch:
-    """The prompts of a batch, a prompt source.
-
-    Args:
-        vit: The backbone.
-        rows: The task of each image.
-
-    Attributes:
-        num_carried: S, slots for tokens of shallow prompts in the sequence.
-    """
+    """The prompts of a batch, a prompt source; `rows` has the task of each image, and `num_carried` is S."""
 
     def __init__(self, vit: ViT, rows: Sequence[LoadedTask]) -> None:
         self.vit, self.rows, self.tasks = vit, rows, list(dict.fromkeys(rows))
@@ -132,7 +121,7 @@ class TaskBatch:
 
     def _mask(self, counts: Sequence[int], tokens: Tensor) -> Tensor | None:
         """-inf for padding among `counts` prompt tokens and among slots; None where nothing is padded."""
-        slots = [0 if own is None else len(own) for own in (self.carried[task] for task in self.rows)]
+        slots = [0 if (own := self.carried[task]) is None else len(own) for task in self.rows]
         longest, prefix = max(counts, default=0), self.vit.num_prefix_tokens
         if min(counts, default=0) == longest and min(slots, default=0) == self.num_carried:
             return None
@@ -143,6 +132,5 @@ class TaskBatch:
 
 def _padding(counts: Sequence[int], longest: int, like: Tensor) -> Tensor:
     """(B, longest): 0 for the first `counts` columns of each row and -inf behind them."""
-    given = torch.tensor(counts, device=like.device)[:, None]
-    behind = torch.arange(longest, device=like.device) >= given
+    behind = torch.arange(longest, device=like.device) >= torch.tensor(counts, device=like.device)[:, None]
     return torch.zeros_like(behind, dtype=like.dtype).masked_fill(behind, -torch.inf)

@@ -49,8 +49,7 @@ def save_task(
         model: The trained model.
         path: The file; its folder is made if it does not exist.
         classes: Names of the classes, in the order of the logits; the model's own by default.
-        preprocessing: How images were prepared; by default as timm states for the backbone, with the changes of the
-            type of task (a detector sees whole images, crop_mode "letterbox").
+        preprocessing: How images were prepared; by default as timm states for the backbone, with `model.preprocessing`.
         metrics: Measured values by split, such as {"val": {"top1": 0.93}}.
         config: How it was trained, as plain JSON values.
         licence: Terms of use of the file, such as "CC-BY-4.0".
@@ -94,8 +93,8 @@ def load_task(path: str | Path, backbone: str | ViT, *, checkpoint: str | Path |
 
     Args:
         path: A task file.
-        backbone: A timm ViT in memory, or the timm name of one. A ViT in memory is held and not copied, unless the file
-            has tuned parameters of the backbone: they go into a copy, and the given ViT stays as it is.
+        backbone: A timm ViT in memory, or the timm name of one. A ViT in memory is held; only where the file has tuned
+            parameters of the backbone, they go into a copy.
         checkpoint: With a name: load the backbone's weights from this file.
 
     Raises:
@@ -111,13 +110,7 @@ def load_task(path: str | Path, backbone: str | ViT, *, checkpoint: str | Path |
 def put_task(path: str | Path, vit: ViT, *, shares: bool = False) -> tuple[TaskModel, TaskMetadata]:
     """Read a task file onto a ViT in memory, as `load_task` does; return the model and its metadata.
 
-    Args:
-        path: A task file.
-        vit: Held and not copied, unless the file has tuned parameters of it.
-        shares: Let a copy share the parameters that were not tuned, for inference: then they must never train.
-
-    Raises:
-        FileNotFoundError, ValueError: As `load_task`.
+    With `shares` a copy shares the parameters that were not tuned, for inference: then they must never train.
     """
     path = Path(path)
     metadata, tensors = open_task(path)
@@ -132,8 +125,10 @@ def put_task(path: str | Path, vit: ViT, *, shares: bool = False) -> tuple[TaskM
         expected = _own_tensors(_make_model(path, metadata, vit))
     state = vit.state_dict(keep_vars=True)
     expected |= {f"backbone.{name}": state[name] for name in added or tuned & own}
-    _check_tensors(path, tensors, expected)
-    _make_real(vit, {name: tensors[f"backbone.{name}"] for name in added})
+    given, wanted = ({name: tensor.shape for name, tensor in side.items()} for side in (tensors, expected))
+    _refuse(path, sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name)))
+    real = {name: tensors[f"backbone.{name}"].to(device_of(vit), state[name].dtype) for name in added}
+    vit.load_state_dict(real, strict=False, assign=True)
     model = _make_model(path, metadata, vit)
     if tuned:
         adapters = None if metadata.adapters is None else Adapters(**metadata.adapters)
@@ -172,26 +167,18 @@ def write_task(
 ) -> Path:
     """Write a task file from metadata and tensors, in another dtype if given; return its path.
 
-    Raises:
-        ValueError: The tensors are not those that the metadata describes, or too large for the dtype.
+    Tensors that contradict the metadata, or are too large for the dtype, raise a ValueError.
     """
-    path = Path(path)
-    if dtype is not None:
-        tensors = to_dtype(tensors, dtype)
+    path, tensors = Path(path), tensors if dtype is None else to_dtype(tensors, dtype)
     _check_described(path, metadata, tensors)
     write_tensors(path, tensors, metadata.to_json())
     return path
 
 
 def to_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same tensors in another dtype.
-
-    Raises:
-        ValueError: A number is too large for it.
-    """
+    """The same tensors in another dtype; a ValueError if a number is too large for it."""
     converted = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    odd = sorted(name for name in tensors if not converted[name].isfinite().equal(tensors[name].isfinite()))
-    if odd:
+    if odd := sorted(name for name in tensors if not converted[name].isfinite().equal(tensors[name].isfinite())):
         short = str(dtype).removeprefix("torch.")
         raise ValueError(f"{odd[0]} has numbers that are too large for {short}; use bfloat16 or float32")
     return converted
@@ -204,10 +191,9 @@ def task_tensors(model: TaskModel) -> dict[str, Tensor]:
 
 def _own_tensors(model: TaskModel) -> dict[str, Tensor]:
     """Head, neck and prompt."""
-    parts = {"head": model.head, "neck": model.neck}
     tensors: dict[str, Tensor] = {
         f"{part}.{name}": value
-        for part, module in parts.items()
+        for part, module in {"head": model.head, "neck": model.neck}.items()
         if module is not None
         for name, value in module.state_dict(keep_vars=True).items()
     }
@@ -218,8 +204,7 @@ def _own_tensors(model: TaskModel) -> dict[str, Tensor]:
 
 def _backbone_tensors(vit: ViT) -> dict[str, Tensor]:
     """Parameters of the backbone that train, or trained before and may differ from the pretrained ones."""
-    origin = origin_of(vit)
-    tuned = frozenset() if origin is None else origin.tuned
+    tuned = (origin_of(vit) or Origin("", frozenset())).tuned
     named = vit.state_dict(keep_vars=True).items()
     return {f"backbone.{name}": value for name, value in named if value.requires_grad or name in tuned}
 
@@ -230,16 +215,13 @@ def _backbone_names(tensors: Mapping[str, Tensor]) -> frozenset[str]:
 
 def _known_fingerprint(vit: ViT) -> str:
     """The digest of the weights before any of them were tuned; refuse a ViT of which that is not known."""
-    origin = origin_of(vit)
-    known = frozenset() if origin is None else origin.tuned
-    odd = _backbone_names(_backbone_tensors(vit)) - known
-    if odd:
+    known = (origin_of(vit) or Origin("", frozenset())).tuned
+    if odd := _backbone_names(_backbone_tensors(vit)) - known:
         raise ValueError(
             f"parameters of the backbone train that vpt.tune has not chosen ({min(odd)}), and what they were before "
             "is not known; call vpt.tune before training, on loaded weights"
         )
-    gone = known - vit.state_dict().keys()
-    if gone:
+    if gone := known - vit.state_dict().keys():
         raise ValueError(f"{min(gone)} was tuned and is no longer in the backbone; save the task before it is changed")
     return pretrained_fingerprint(vit)
 
@@ -252,13 +234,6 @@ def _add_adapters(path: Path, metadata: TaskMetadata, vit: ViT) -> frozenset[str
         return add_adapters(vit, Adapters(**metadata.adapters), is_empty=True)
     except ValueError as error:
         raise ValueError(f"{path}: its adapters cannot be used ({error})") from error
-
-
-def _make_real(vit: ViT, given: Mapping[str, Tensor]) -> None:
-    """Replace tensors of adapters on the meta device by given ones, in their own dtype."""
-    like, state = next(vit.parameters()), vit.state_dict()
-    real = {name: tensor.to(like.device, state[name].dtype) for name, tensor in given.items()}
-    vit.load_state_dict(real, strict=False, assign=True)
 
 
 def _describe_adapters(vit: ViT) -> dict[str, Any] | None:
@@ -274,8 +249,7 @@ def _check_described(path: Path, metadata: TaskMetadata, tensors: Mapping[str, T
         raise ValueError(f"{path}: tuned_backbone is {metadata.tuned_backbone}, which its tensors contradict")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wanted: dict[str, tuple[int, ...]] = {}
-    if metadata.prompt is not None:
-        prompt = metadata.prompt
+    if (prompt := metadata.prompt) is not None:
         wanted["prompt.tokens"] = (len(prompt["blocks"]), prompt["num_tokens"], prompt["width"])
     own = {name: shape for name, shape in shapes.items() if name.startswith(("head.", "neck."))}
     expected = model_named(metadata.task_type).expected_shapes(metadata.num_classes, own)
@@ -283,14 +257,14 @@ def _check_described(path: Path, metadata: TaskMetadata, tensors: Mapping[str, T
     shapes = {name: shape for name, shape in shapes.items() if not name.startswith("backbone.")}
     odd = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
     odd += sorted(name for name, tensor in tensors.items() if tensor.dtype not in TASK_DTYPES)
+    _refuse(path, odd)
+
+
+def _refuse(path: Path, odd: Sequence[str]) -> None:
+    """Raise an error if there are odd tensors."""
     if odd:
-        raise _not_described(path, odd[0])
-
-
-def _not_described(path: Path, name: str) -> ValueError:
-    return ValueError(
-        f"{path}: its tensors are not those that its metadata describes ({name[:MAX_TEXT]}); get a fresh copy"
-    )
+        what = f"its tensors are not those that its metadata describes ({odd[0][:MAX_TEXT]})"
+        raise ValueError(f"{path}: {what}; get a fresh copy")
 
 
 def _check_backbone(path: Path, metadata: TaskMetadata, tensors: Mapping[str, Tensor], vit: ViT) -> None:
@@ -310,14 +284,6 @@ def _check_backbone(path: Path, metadata: TaskMetadata, tensors: Mapping[str, Te
         raise ValueError(
             f"{path}: made for images of {wanted} px, but the backbone takes {size}; use img_size={wanted}"
         )
-
-
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Refuse tensors of other names or shapes than the model has."""
-    given, wanted = ({name: tensor.shape for name, tensor in side.items()} for side in (tensors, expected))
-    odd = sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name))
-    if odd:
-        raise _not_described(path, odd[0])
 
 
 def _make_model(path: Path, metadata: TaskMetadata, vit: ViT) -> TaskModel:

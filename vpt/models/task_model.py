@@ -25,10 +25,7 @@ Features = Tensor | list[Tensor]  # pooled, (B, D), or one map (B, D, rows, colu
 class TaskModel(nn.Module, ABC):
     """A prompted backbone and what turns its features into the results of a task.
 
-    Args:
-        backbone: The prompted backbone.
-        num_classes: K.
-        classes: Names of the classes, by label; None leaves them unnamed.
+    `classes` are the K names of the classes, by label; None leaves them unnamed.
 
     Attributes:
         head: Features -> results; always trains.
@@ -63,21 +60,11 @@ class TaskModel(nn.Module, ABC):
 
     @abstractmethod
     def forward_head(self, features: Features, sizes: Sizes | None = None) -> Any:
-        """Results in eval mode, one for each image, of what `read` returns.
-
-        Args:
-            features: Pooled features or feature maps.
-            sizes: Height and width of the part of each input that is image and not padding.
-        """
+        """Results in eval mode, one for each image; `sizes` are height and width of the part that is not padding."""
 
     @abstractmethod
     def forward_tensors(self, features: Features, size: tuple[int, int]) -> dict[str, Tensor]:
-        """The raw outputs in eval mode by name, each (B, ...): what an exported model returns.
-
-        Args:
-            features: Pooled features or feature maps.
-            size: H and W of the images.
-        """
+        """Raw outputs in eval mode by name, each (B, ...), for images of a size: what an exported model returns."""
 
     @property
     def pools_features(self) -> bool:
@@ -94,11 +81,7 @@ class TaskModel(nn.Module, ABC):
         return self.forward_head(self.read(images), sizes)
 
     def select(self, selection: Any) -> None:
-        """Choose which results are returned from now on; only some types of task have a choice.
-
-        Raises:
-            ValueError: This type has none.
-        """
+        """Choose which results are returned from now on; a ValueError where the type of task has no choice."""
         raise ValueError(f"a task of type {self.task_type} has no detections to select")
 
     @classmethod
@@ -115,11 +98,7 @@ class TaskModel(nn.Module, ABC):
 
     @classmethod
     def check_layout(cls, layout: object) -> None:
-        """Refuse a layout from a file that this type of task cannot have.
-
-        Raises:
-            ValueError: A field is missing, unknown or out of range; the message begins with "head".
-        """
+        """Raise a ValueError, beginning with "head", for a layout that this type of task cannot have."""
         if layout is not None:
             raise ValueError(f"head must be null in a task of type {cls.task_type}")
 
@@ -140,14 +119,9 @@ class TaskModel(nn.Module, ABC):
     def expected_shapes(
         cls, num_classes: int, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, tuple[int, ...]] | None:
-        """Names and shapes of all tensors of neck and head in a file, as far as they are known without the backbone.
+        """Names and shapes of all tensors of neck and head, as far as they are known without the backbone.
 
-        Args:
-            num_classes: K.
-            shapes: Those in the file, of neck and head.
-
-        Returns:
-            None where nothing is known; the model that is built from the layout decides then.
+        `shapes` are those in the file. None where nothing is known; the model made from the layout decides then.
         """
         return None
 
@@ -155,12 +129,8 @@ class TaskModel(nn.Module, ABC):
 class TunedPart(nn.Module):
     """The part of a model behind its frozen blocks: tokens that entered the first prompted block -> results.
 
-    It shares all modules with the model. `PromptedViT.forward_frozen` computes its inputs, once for images that stay
-    the same.
-
-    Args:
-        model: A model that pools features.
-        position: The position embedding that `forward_frozen` returns for images of this size.
+    It shares all modules with the model, which must pool features. `PromptedViT.forward_frozen` computes its inputs,
+    once for images that stay the same; `position` is what it returns for images of this size.
 
     Raises:
         ValueError: Parameters of the backbone train, so that its blocks are not frozen.
@@ -198,11 +168,7 @@ def registered_models() -> dict[str, type[TaskModel]]:
 
 
 def model_named(task_type: str) -> type[TaskModel]:
-    """The class of a type of task.
-
-    Raises:
-        ValueError: There is none of this name.
-    """
+    """The class of a type of task; a ValueError if there is none of this name."""
     models = registered_models()
     if task_type not in models:
         raise ValueError(f"task={task_type!r}: must be one of {', '.join(models)}")

@@ -32,26 +32,19 @@ Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what
 
 @dataclass(frozen=True)
 class TaskMetadata:
-    """Metadata of a task file.
+    """Metadata of a task file; docs/task_format.md describes all fields.
 
     Args:
         backbone: timm name of the backbone, with its pretrained tag.
         fingerprint: Digest of the backbone's pretrained weights.
         prompt: kind, num_tokens, embed_dim, width, blocks and dropout of the prompt; None without one.
-        num_classes: K.
         classes: Names of the classes, in the order of the logits; None where they are unnamed.
         preprocessing: size, mean, std, interpolation, crop_pct and crop_mode of the input images.
         metrics: Measured values by split, such as {"val": {"top1": 0.93}}; None for what was not a number.
-        format_version: Version of this format.
         task_type: Type of task, such as "classification"; "kind" in the file.
         head: `TaskModel.layout`.
         category_ids: Numbers of the classes in the data's own files; None where they are not known.
-        tuned_backbone: Whether parameters of the backbone were tuned, so that the file holds them.
-        adapters: Method and options of the adapters in the backbone, whose tensors are among those; None without any.
-        config: The config of the training run; None where there was none.
-        versions: Of vpt, torch and timm when the file was written.
-        licence: Terms of use of the file, such as "CC-BY-4.0"; empty where none are stated.
-        note: Free text for users.
+        adapters: Method and options of the adapters in the backbone; their tensors are among the tuned ones.
 
     Raises:
         ValueError: A field has a wrong type or is out of range; the message begins with its name in the file.
@@ -106,11 +99,7 @@ class TaskMetadata:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TaskMetadata":
-        """The metadata of a file of format version 1 or 2.
-
-        Raises:
-            ValueError: Another version, a missing or unknown field, or a value that a rule refuses.
-        """
+        """The metadata of a file of format version 1 or 2; a ValueError for any other, or what a rule refuses."""
         values = _newest(values)
         version = values.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
@@ -146,11 +135,7 @@ def _newest(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_fields(prefix: str, values: object, rules: Mapping[str, Rule]) -> None:
-    """Refuse an object of JSON whose fields are missing, unknown or break their rule.
-
-    Raises:
-        ValueError: Names the field and what is allowed.
-    """
+    """Refuse an object of JSON whose fields are missing, unknown or break their rule."""
     if not isinstance(values, dict) or set(values) != set(rules):
         raise ValueError(f"{prefix} is {reprlib.repr(values)}; its fields must be {', '.join(rules)}")
     for name, (is_allowed, allowed) in rules.items():
@@ -175,11 +160,10 @@ def integer(low: int, high: int) -> Rule:
 
 def number(low: float, high: float) -> Rule:
     """A finite number in [low, high]."""
-
-    def is_allowed(value: Any) -> bool:
-        return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
-
-    return is_allowed, f"a finite number in [{low:g}, {high:g}]"
+    return (
+        lambda value: type(value) in (int, float) and math.isfinite(value) and low <= value <= high,
+        f"a finite number in [{low:g}, {high:g}]",
+    )
 
 
 def text_like(pattern: str, allowed: str) -> Rule:
@@ -220,7 +204,6 @@ def _is_shallow(value: object) -> bool:
 IS_OBJECT: Rule = (lambda value: isinstance(value, dict), "an object")
 TEXT = text_like(f".{{0,{MAX_TEXT}}}", f"a text of at most {MAX_TEXT} characters")
 BLOCKS = list_of(integer(0, MAX_BLOCKS), 1, MAX_BLOCKS, ascends=True)
-
 
 RULES: dict[str, Rule] = {
     "backbone": text_like(r"\w[\w.-]{0,200}", "the name of a timm model"),

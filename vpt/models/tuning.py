@@ -17,10 +17,7 @@ BIASES = ("bias", "q_bias", "v_bias", "mlp_bias")  # names of bias vectors in ti
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of parameters by part, and how many of them train.
-
-    Adapters are counted in `backbone_tuned` and not in `backbone`.
-    """
+    """Numbers of parameters by part, and how many of them train; `backbone_tuned` counts adapters, `backbone` not."""
 
     prompt: int
     neck: int
@@ -40,10 +37,7 @@ class ParameterCount:
 class Origin:
     """State of a ViT before any of its parameters were tuned; stored with the ViT, which models may share.
 
-    Args:
-        fingerprint: Digest of the pretrained weights.
-        tuned: Names of the ViT's parameters that may have changed since, and of tensors of adapters.
-        adapters: Adapters in the ViT.
+    `tuned` are names of the ViT's parameters that may have changed since, and of tensors of adapters.
     """
 
     fingerprint: str
@@ -71,22 +65,17 @@ def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1, adapters: Ada
     pooling, and blocks after the last of `out_indices`. The ViT stays in eval mode. It is not copied: all methods but
     "prompt" and "linear" change it for every model that shares it, so such a model needs its own ViT.
 
-    Args:
-        model: A prompted backbone, or a model that holds one as `.backbone`; its pretrained weights are loaded.
-        tuning: One of the above.
-        num_blocks: Blocks that "partial" tunes; not used otherwise.
-        adapters: For "adapters".
+    The model is a prompted backbone, or holds one as `.backbone`; its pretrained weights are loaded. Only "partial"
+    uses `num_blocks`, and only "adapters" uses `adapters`.
 
     Raises:
         TypeError: There is no prompted backbone in the model.
         ValueError: The method is unknown, there is a prompt with "linear", `num_blocks` is out of range, adapters do
-            not fit or exist already, or weights that would train have less than 32 bits. The model is unchanged, except
-            possibly for adapters.
+            not fit or exist already, or weights to train have less than 32 bits. At most adapters were then added.
 
     References:
         BitFit (Zaken et al., 2022), https://arxiv.org/abs/2106.10199, section 3, for "bias"; DA-VPT (Ren et al., CVPR
-        2025) for the idea of a bias beside prompts; Visual Prompt Tuning (Jia et al., 2022),
-        https://arxiv.org/abs/2203.12119, section 4.1, for the others.
+        2025) for a bias beside prompts; VPT (Jia et al., 2022), https://arxiv.org/abs/2203.12119, section 4.1.
     """
     backbone = _held_backbone(model)
     if tuning not in get_args(Tuning):
@@ -105,8 +94,7 @@ def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1, adapters: Ada
     origin = origin_of(backbone.vit)
     if chosen and adapters is None and origin is not None and origin.adapters is not None:
         raise ValueError(f"tuning={tuning}: this ViT has {origin.adapters.method} adapters; load it again")
-    narrow = {parameter.dtype for parameter in chosen if torch.finfo(parameter.dtype).bits < 32}
-    if narrow:
+    if narrow := {parameter.dtype for parameter in chosen if torch.finfo(parameter.dtype).bits < 32}:
         what = "weights of the backbone" if adapters is None else "adapters that follow its weights"
         raise ValueError(
             f"tuning={tuning}: trains {what}, which are {narrow.pop()}; "
@@ -130,12 +118,11 @@ def tuned_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The parameters that train, by non-empty part: "prompt", "neck", "head", "backbone"; see `tune` for errors."""
     backbone = _held_backbone(model)
     modules = {"prompt": backbone.prompt, **_neck_and_head(model), "backbone": backbone.vit}
-    parts = {
-        name: [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return {
+        name: trained
         for name, module in modules.items()
-        if module is not None
+        if module is not None and (trained := [part for part in module.parameters() if part.requires_grad])
     }
-    return {name: parameters for name, parameters in parts.items() if parameters}
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -182,7 +169,6 @@ def _neck_and_head(model: nn.Module) -> dict[str, nn.Module | None]:
 
 
 def _add(vit: ViT, adapters: Adapters) -> frozenset[str]:
-    """Insert adapters into a ViT and store its origin."""
     known = origin_of(vit)
     if known is not None and known.adapters is not None:
         raise ValueError(f"this ViT has {known.adapters.method} adapters already; load it again")
@@ -228,13 +214,12 @@ def _choose(
 
 def _bias_vectors(vit: Any) -> list[nn.Parameter]:
     """All bias vectors of a ViT that have an effect."""
-    is_rotated = getattr(vit, "rope", None) is not None
     without_effect = {
         module.k_proj.bias
         for module in vit.modules()
         if isinstance(getattr(module, "k_proj", None), nn.Linear)
         and isinstance(getattr(module, "k_norm", None), nn.Identity | None)
-        and not is_rotated
+        and getattr(vit, "rope", None) is None
     }
     found = [getattr(module, name, None) for module in vit.modules() for name in BIASES]
     return [bias for bias in found if isinstance(bias, nn.Parameter) and bias not in without_effect]
