@@ -36,18 +36,10 @@ def read_list(
 ) -> dict[str, ClassificationSamples]:
     """Read list files of lines `relative/path label`: the VTAB-1k layout of SSF and NOAH.
 
-    The labels of all lists together are 0, 1, ... without a gap, and are the names of the classes. Train may lack some:
-    of the 397 classes of SUN397, VTAB's 800 train images show 309.
-
-    Args:
-        root: The folder of the lists; paths in them are relative to it and stay inside.
-        train: Name of the list for train.
-        val: Name of the list for val; null splits it off train.
-        test: Name of the list for test; null splits it off train, if `test_fraction` is not 0.
-        val_fraction: Part of the given train that becomes val if `val` is null.
-        test_fraction: Part of the given train that becomes test if `test` is null.
-        seed: Decides which images are split off.
-        decoding: Options of decoding.
+    The lists `train`, `val` and `test` are in `root`; paths in them are relative to it and stay inside. A list that is
+    null is split off train. The labels of all lists together are 0, 1, ... without a gap, and are the names of the
+    classes. Train may lack some: of the 397 classes of SUN397, VTAB's 800 train images show 309. The other parameters
+    are those of `read_folder`.
 
     Raises:
         ValueError: A list, an image or a label is missing, or a line is wrong; names the file and the line.
@@ -70,15 +62,9 @@ def read_csv(
 ) -> dict[str, ClassificationSamples]:
     """Read a CSV file with the columns path, label and, optionally, split.
 
-    A label is a name or a whole number. The classes are the labels of train, sorted, numbers by value.
-
-    Args:
-        path: The file.
-        root: The folder that paths are relative to, and stay inside; by default that of the file.
-        val_fraction: Part of the given images that becomes val if no row is val.
-        test_fraction: Part of the given images that becomes test if no row is test.
-        seed: Decides which images are split off.
-        decoding: Options of decoding.
+    A label is a name or a whole number. The classes are the labels of train, sorted, numbers by value. Paths are
+    relative to `root`, by default the folder of the file, and stay inside. The other parameters are those of
+    `read_folder`.
 
     Raises:
         ValueError: A column or an image is missing, or a row is wrong; names the file and the row.
@@ -89,8 +75,7 @@ def read_csv(
     if not labels:
         raise ValueError(f"{path}: no train rows; the column split holds train, val or test, or is left out")
     refuse_one_class(sorted(labels), str(path))
-    are_numbers = all(label.isascii() and label.isdecimal() for label in labels)
-    classes = sorted(labels, key=int) if are_numbers else sorted(labels)
+    classes = sorted(labels, key=int if all(label.isascii() and label.isdecimal() for label in labels) else None)
     targets = {label: target for target, label in enumerate(classes)}
     files: dict[str, list[ImageFile]] = defaultdict(list)
     for file, label, split in rows:

@@ -13,14 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vpt.data.transforms.preprocessing import (
-    NO_BOXES,
-    Boxes,
-    Preprocessing,
-    fit_into,
-    letterbox,
-    to_tensor,
-)
+from vpt.data.transforms.preprocessing import NO_BOXES, Boxes, Preprocessing, fit_into, letterbox, to_tensor
 from vpt.data.transforms.steps import Augmentation
 
 MIN_VISIBILITY = 0.2

@@ -42,10 +42,7 @@ class Augmentation:
     """
 
     def __init__(
-        self,
-        steps: Sequence[Mapping[str, Any]],
-        preprocessing: Preprocessing,
-        min_visibility: float | None = None,
+        self, steps: Sequence[Mapping[str, Any]], preprocessing: Preprocessing, min_visibility: float | None = None
     ) -> None:
         self.config = [dict(step) if isinstance(step, Mapping) else step for step in steps]
         self.steps: list[tuple[str, Any]] = []
