@@ -127,12 +127,10 @@ class DataReport:
 
     def refuse_errors(self) -> None:
         """Refuse data in which anything is wrong by a `ValueError` that names the first error, and counts all."""
-        errors = [finding for finding in Finding if finding.is_error and self.counts[finding]]
-        if errors:
+        if errors := [finding for finding in Finding if finding.is_error and self.counts[finding]]:
             counted = ", ".join(f"{finding.value[0]} ({self.counts[finding]:,})" for finding in errors)
-            raise ValueError(
-                f"{self.first[errors[0]]} is the first of: {counted}; correct the files, or use strict=False"
-            )
+            first = self.first[errors[0]]
+            raise ValueError(f"{first} is the first of: {counted}; correct the files, or use strict=False")
 
 
 class Reading(TypedDict, total=False):

@@ -102,9 +102,8 @@ def _refuse_other_names(content: Mapping[str, Any], path: Path, categories: Mapp
         where = f"{path}, categories[{i}]"
         category_id, name = _value(entry, "id", int, where), _value(entry, "name", str, where)
         if categories.get(category_id, name) != name:
-            raise ValueError(
-                f"{where}: id {category_id} is {name!r}, in train {categories[category_id]!r}; use the same ids"
-            )
+            known = categories[category_id]
+            raise ValueError(f"{where}: id {category_id} is {name!r}, in train {known!r}; use the same ids")
 
 
 def _read_images(
@@ -132,16 +131,8 @@ def _read_images(
     for i, (entry, (image_id, name)) in enumerate(zip(content["images"], names.items(), strict=True)):
         where = f"{path}, images[{i}]"
         image_path = require_inside(root, folder / name, where)
-        images.append(
-            SourceImage(
-                path=image_path,
-                name=image_path.relative_to(root).as_posix(),
-                image_id=image_id,
-                where=where,
-                boxes=boxes[image_id],
-                size=(entry.get("height"), entry.get("width")),
-            )
-        )
+        name, size = image_path.relative_to(root).as_posix(), (entry.get("height"), entry.get("width"))
+        images.append(SourceImage(image_path, name, image_id, where, boxes[image_id], size=size))
     return images
 
 

@@ -75,7 +75,8 @@ def read_csv(
     if not labels:
         raise ValueError(f"{path}: no train rows; the column split holds train, val or test, or is left out")
     refuse_one_class(sorted(labels), str(path))
-    classes = sorted(labels, key=int if all(label.isascii() and label.isdecimal() for label in labels) else None)
+    are_numbers = all(label.isascii() and label.isdecimal() for label in labels)
+    classes = sorted(labels, key=int) if are_numbers else sorted(labels)
     targets = {label: target for target, label in enumerate(classes)}
     files: dict[str, list[ImageFile]] = defaultdict(list)
     for file, label, split in rows:
@@ -99,10 +100,8 @@ def _count_labels(files: Sequence[ImageFile]) -> list[str]:
     for label in range(len(labels)):
         if label not in labels:
             beyond = next(file for file in files if file.target > label)
-            raise ValueError(
-                f"{beyond.where}: label {beyond.target}, but no image of any list has label {label}; "
-                "correct it, or count the labels from 0 without a gap"
-            )
+            gap = f"label {beyond.target}, but no image of any list has label {label}"
+            raise ValueError(f"{beyond.where}: {gap}; correct it, or count the labels from 0 without a gap")
     return [str(label) for label in range(len(labels))]
 
 

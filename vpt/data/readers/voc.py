@@ -62,23 +62,16 @@ def _read_lists(root: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def _without_extension(name: str) -> str:
-    path = Path(name)
-    return path.stem if path.suffix.lower() in EXTENSIONS else name
+    return Path(name).stem if Path(name).suffix.lower() in EXTENSIONS else name
 
 
 def _read_image(root: Path, files: Mapping[str, Path], stem: str, image_id: int, where: str) -> SourceImage:
     path = files.get(stem, root / "JPEGImages" / f"{stem}.jpg")
     xml = root / "Annotations" / f"{stem}.xml"
     content = _load_xml(xml) if xml.is_file() else ElementTree.Element("annotation")
-    return SourceImage(
-        path=path,
-        name=path.relative_to(root).as_posix(),
-        image_id=image_id,
-        where=where,
-        boxes=[_read_box(entry, f"{xml}, object {i}") for i, entry in enumerate(content.findall("object"), start=1)],
-        unit=Unit.PIXEL_NUMBERS,
-        size=(content.findtext("size/height"), content.findtext("size/width")),
-    )
+    boxes = [_read_box(entry, f"{xml}, object {i}") for i, entry in enumerate(content.findall("object"), start=1)]
+    size = content.findtext("size/height"), content.findtext("size/width")
+    return SourceImage(path, path.relative_to(root).as_posix(), image_id, where, boxes, Unit.PIXEL_NUMBERS, size)
 
 
 def _load_xml(path: Path) -> ElementTree.Element:

@@ -119,14 +119,8 @@ def _listed_paths(root: Path, path: Path) -> Iterator[Path]:
 
 def _read_image(root: Path, path: Path, image_id: int, has_keypoints: bool, where: str) -> SourceImage:
     lines = numbered_lines(labels) if (labels := _label_path(root, path)).is_file() else []
-    return SourceImage(
-        path=path,
-        name=path.relative_to(root).as_posix(),
-        image_id=image_id,
-        where=where,
-        boxes=[_read_box(line, has_keypoints, place) for line, place in lines],
-        unit=Unit.FRACTIONS,
-    )
+    boxes = [_read_box(line, has_keypoints, place) for line, place in lines]
+    return SourceImage(path, path.relative_to(root).as_posix(), image_id, where, boxes, Unit.FRACTIONS)
 
 
 def _label_path(root: Path, image: Path) -> Path:
@@ -144,9 +138,8 @@ def _read_box(line: str, has_keypoints: bool, where: str) -> SourceBox:
     except ValueError:
         label, numbers = inf, []
     if not label.is_integer() or len(numbers) < 4 or not (has_keypoints or len(numbers) % 2 == 0):
-        raise ValueError(
-            f"{where}: {line[:80]!r}; must be `class cx cy w h`, or a polygon, `class x1 y1 x2 y2 x3 y3 ...`"
-        )
+        form = "`class cx cy w h`, or a polygon, `class x1 y1 x2 y2 x3 y3 ...`"
+        raise ValueError(f"{where}: {line[:80]!r}; must be {form}")
     if has_keypoints or len(numbers) == 4:
         x, y, width, height = numbers[:4]
         corners = x - width / 2, y - height / 2, x + width / 2, y + height / 2
