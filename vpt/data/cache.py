@@ -30,17 +30,12 @@ class ImageCache:
     The pixels are in one temporary file that every process maps into its memory. The file has no name, so the system
     removes it when the last process that has it open ends. Shared memory (/dev/shm) has only 64 MB in many containers.
 
-    Args:
-        reader: Decodes the RGB image of an index.
-        sizes: Width and height in the header of each image; EXIF orientation may swap them.
-
-    Raises:
-        OSError: The temporary folder has no room.
+    `reader` decodes the RGB image of an index; `sizes` are width and height in the headers, which EXIF orientation may
+    swap. An `OSError` is raised if the temporary folder has no room.
     """
 
     def __init__(self, reader: Callable[[int], Image.Image], sizes: Sequence[Size]) -> None:
-        self.reader = reader
-        self.sizes = tuple(sizes)
+        self.reader, self.sizes = reader, tuple(sizes)
         with tempfile.TemporaryFile() as file:
             reserve(file.fileno(), sum(map(num_bytes, self.sizes)) + len(self.sizes))
             self._map(os.dup(file.fileno()))
@@ -76,11 +71,7 @@ class ImageCache:
 
 
 def cache_images(samples: SamplesT, sizes: Sequence[Size]) -> SamplesT:
-    """The same samples behind an `ImageCache`; `sizes` come from `decoded_sizes`.
-
-    Raises:
-        OSError: The temporary folder has no room.
-    """
+    """The same samples behind an `ImageCache`, which raises an `OSError`; `sizes` come from `decoded_sizes`."""
     return replace(samples, reader=ImageCache(samples.read, sizes))
 
 

@@ -44,12 +44,8 @@ TURNS = {
 class Decoding:
     """Options of decoding.
 
-    Args:
-        max_pixels: Larger images are refused by the size in their header, before they are decoded.
-        background: The colour behind transparent images: a name, or "#RRGGBB".
-
-    Raises:
-        ValueError: The background is not an opaque colour.
+    Images of more than `max_pixels` are refused by the size in their header, before they are decoded. The `background`
+    of transparent images is the name of an opaque colour, or "#RRGGBB".
     """
 
     max_pixels: int = MAX_PIXELS
@@ -66,10 +62,7 @@ class ImageError(ValueError):
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, background: str = "white") -> Image.Image:
     """Read an image file as RGB, upright and fully decoded; of an animation the first frame.
 
-    Args:
-        path: The file; its content decides the format, not its name.
-        max_pixels: Larger images are refused by the size in their header, before they are decoded.
-        background: The colour behind a transparent image: a name, or "#RRGGBB".
+    Its content decides the format, not its name. For the other parameters see `Decoding`.
 
     Raises:
         ImageError: The file is missing, empty, truncated, not an image, too large, or holds floating point values.
@@ -81,10 +74,7 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, background: str =
 
 
 def check_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Raise what `read_image` would raise, as far as the header shows; takes a tenth of a millisecond.
-
-    Returns:
-        Width and height in the header, before EXIF orientation is applied.
+    """Width and height in the header, before EXIF orientation is applied; takes a tenth of a millisecond.
 
     Raises:
         ImageError: The file is missing, empty, not an image, or too large.
@@ -94,12 +84,9 @@ def check_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, in
 
 
 def read_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """Height and width of the upright image, those of the stored one, and the EXIF orientation.
+    """Height and width of the upright image, those of the stored one, and the EXIF orientation, 1 unless it is 5 to 8.
 
-    The orientation is 1 unless the image is stored on its side (5, 6, 7 or 8).
-
-    Raises:
-        ImageError: As `check_image`, or the EXIF data are broken.
+    Raises an `ImageError` as `check_image`, or if the EXIF data are broken.
     """
     with _opened(path, max_pixels) as image:
         orientation = _orientation(image)
@@ -143,9 +130,7 @@ def find_images(path: str | Path) -> list[Path]:
 
 
 def split_pattern(path: Path) -> tuple[Path, str]:
-    """The folder that a pattern starts from, and the rest; "" if the path is not a pattern.
-
-    Names that exist are taken literally.
+    """The folder that a pattern starts from, and the rest, or ""; names that exist are taken literally.
 
     Example:
         >>> split_pattern(Path("photos/20*/**/*.jpg"))
@@ -163,8 +148,7 @@ def split_pattern(path: Path) -> tuple[Path, str]:
 def _walk(folder: Path) -> list[Path]:
     found, visited = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in visited:
+        if (real := os.path.realpath(parent)) in visited:
             folders.clear()
             continue
         visited.add(real)
@@ -175,10 +159,6 @@ def _walk(folder: Path) -> list[Path]:
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     """Turn an image upright and convert it to RGB: transparency over a colour, 16-bit grey divided by 257.
-
-    Args:
-        image: A decoded image of any mode but floating point.
-        background: A colour, by name or as "#RRGGBB".
 
     Raises:
         ImageError: The mode is floating point or unknown, or its values are not 16-bit grey.
@@ -201,8 +181,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     """A file with its header read and its size checked; every error here and in the block names the file."""
     try:
         with _without_warnings(), _open(path) as image:
-            num_pixels = image.width * image.height
-            if num_pixels > max_pixels:
+            if (num_pixels := image.width * image.height) > max_pixels:
                 raise ImageError(f"{num_pixels:,} pixels are more than the {max_pixels:,} allowed; shrink the image")
             yield image
     except ImageError as error:
@@ -210,8 +189,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: too many pixels ({error}); shrink the image") from error
     except UnidentifiedImageError as error:
-        is_empty = Path(path).stat().st_size == 0
-        reason = "the file is empty" if is_empty else "not an image, or its header is broken"
+        reason = "not an image, or its header is broken" if Path(path).stat().st_size else "the file is empty"
         raise ImageError(f"{path}: {reason}; formats: {', '.join(FORMATS)}") from error
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such file") from error
@@ -236,10 +214,8 @@ def _orientation(image: Image.Image) -> int:
         # Pillow's own method for PNG would decode the image, for the rare EXIF data that follow it.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ImageError(
-            f"broken EXIF data ({reason}), so that the orientation is unknown; save it without them"
-        ) from error
+        reason = f"broken EXIF data ({' '.join(str(error).split())}), so that the orientation is unknown"
+        raise ImageError(f"{reason}; save it without them") from error
     return orientation if orientation in tuple(TURNS) else 1
 
 

@@ -26,17 +26,11 @@ def stable_seed(*parts: int | str) -> int:
         >>> stable_seed(0, 1, 2)
         1772749440416956875
     """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
     """Keys `(epoch, index)` of one epoch, in order or shuffled by seed and epoch only.
-
-    Args:
-        num_samples: Length of the data set.
-        seed: Decides the order of every epoch.
-        shuffle: Draw a new order each epoch.
 
     Example:
         >>> sampler = EpochSampler(3, seed=0, shuffle=False)
@@ -46,9 +40,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
     """
 
     def __init__(self, num_samples: int, seed: int = 0, shuffle: bool = False) -> None:
-        self.num_samples = num_samples
-        self.seed = seed
-        self.shuffle = shuffle
+        self.num_samples, self.seed, self.shuffle = num_samples, seed, shuffle
         self.epoch, self.num_skipped = 0, 0
 
     def set_epoch(self, epoch: int, num_skipped: int = 0) -> None:
@@ -82,20 +74,9 @@ def build_loader(
 ) -> DataLoader[Any]:
     """Build a loader of batches: images (B, 3, H, W) float32 and targets (B,) int64, or what `collate_fn` makes.
 
-    Call `loader.sampler.set_epoch(epoch)` before each epoch.
-
-    Args:
-        dataset: Has a length, and returns (image, target) for a key (epoch, index).
-        batch_size: Images in a batch.
-        shuffle: Draw a new order each epoch.
-        seed: Decides the order.
-        num_workers: Loader processes; 0 reads in this one, with the same result.
-        collate_fn: Makes a batch of a list of items; by default that of torch.
-        timeout_s: Seconds that a loader process may take for a batch; then iterating raises a `LoaderError`, as it does
-            when a process dies.
-
-    Raises:
-        ValueError: The data set is empty.
+    The data set has a length, not 0, and returns (image, target) for a key (epoch, index). Call
+    `loader.sampler.set_epoch(epoch)` before each epoch. With 0 workers this process reads, with the same result.
+    Iterating raises a `LoaderError` if a loader process dies, or takes more than `timeout_s` seconds for a batch.
     """
     num_samples = len(dataset)  # type: ignore[arg-type]
     if num_samples == 0:

@@ -25,20 +25,16 @@ from vpt.data.loaders import stable_seed
 
 Size = tuple[int, int]  # height, width in pixels
 Target = dict[str, Tensor]
-BoxTransform = Callable[
-    [Image.Image, NDArray[np.float32], int], tuple[Tensor, NDArray[np.float32], NDArray[np.int64]]
-]  # (RGB image, boxes, seed) -> tensor, the boxes that remain, their indices
+# (RGB image, boxes, seed) -> tensor, the boxes that remain, their indices
+BoxTransform = Callable[[Image.Image, NDArray[np.float32], int], tuple[Tensor, NDArray[np.float32], NDArray[np.int64]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples(ABC):
     """One split: for each image a name, a way to read it, and the labels that a subclass adds.
 
-    Args:
-        classes: The class names, by class number.
-        names: A relative path, or another printable name, of each image.
-        reader: Returns the RGB image of an index; must be picklable, since loader processes get a copy.
-        paths: The file of each image; empty if the images are not files.
+    Names are relative paths or other printable ones. `reader` returns the RGB image of an index; it must be picklable,
+    since loader processes get a copy. `paths` is empty if the images are not files.
     """
 
     PER_IMAGE: ClassVar[tuple[str, ...]] = ("names", "paths")  # fields with a value for each image
@@ -56,11 +52,7 @@ class Samples(ABC):
         return len(self.names)
 
     def read(self, index: int) -> Image.Image:
-        """Read an image, upright, mode RGB.
-
-        Raises:
-            ImageError: It cannot be read.
-        """
+        """Read an image, upright, mode RGB, or raise an `ImageError`."""
         return self.reader(index)
 
     def take(self, indices: Sequence[int]) -> Self:
@@ -93,11 +85,7 @@ class Samples(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationSamples(Samples):
-    """Samples with one class for each image.
-
-    Args:
-        targets: A number in [0, K) for each image.
-    """
+    """Samples with one class for each image: `targets` are numbers in [0, K)."""
 
     PER_IMAGE = (*Samples.PER_IMAGE, "targets")
 
@@ -198,11 +186,7 @@ def data_digest(splits: Mapping[str, Samples]) -> str:
 
 
 def check_readable(samples: Samples, decoding: Decoding = DEFAULT_DECODING) -> None:
-    """Check the header of every image file; nothing is decoded.
-
-    Raises:
-        ImageError: Images are missing, broken or too large; names the first and counts the others.
-    """
+    """Raise an `ImageError` if image files are missing, broken or too large by their headers; nothing is decoded."""
     reasons = []
     for path in samples.paths:
         try:
@@ -213,14 +197,7 @@ def check_readable(samples: Samples, decoding: Decoding = DEFAULT_DECODING) -> N
 
 
 def refuse_unreadable(reasons: Sequence[str]) -> None:
-    """Raise an error about images that cannot be read, if there are any.
-
-    Args:
-        reasons: What is wrong with each, with its path.
-
-    Raises:
-        ImageError: Names the first and counts the others.
-    """
+    """If there are reasons, raise an `ImageError` that names the first and counts the others."""
     if reasons:
         others = f"; {len(reasons) - 1} more cannot be read" if len(reasons) > 1 else ""
         raise ImageError(f"{reasons[0]}{others}; replace or remove what cannot be read")
@@ -235,11 +212,7 @@ class FileReader:
     sizes: tuple[Size, ...] = ()
 
     def __call__(self, index: int) -> Image.Image:
-        """Read an image, mode RGB.
-
-        Raises:
-            ImageError: It cannot be read, or has another size.
-        """
+        """Read an image, mode RGB; an `ImageError` if it cannot be read, or has another size."""
         path = self.paths[index]
         image = read_image(path, self.decoding.max_pixels, self.decoding.background)
         if self.sizes and (image.height, image.width) != self.sizes[index]:
@@ -263,19 +236,12 @@ class _TakenReader:
 class SampleDataset(Dataset[Any], ABC, Generic[SamplesT]):
     """Samples behind a transform.
 
-    A key is `(epoch, index)`, or an index, which means epoch 0. The transform gets a seed made of `seed`, epoch and
-    index, so that an item depends on nothing else.
-
-    Args:
-        samples: One split.
-        transform: Called with the RGB image, what the subclass adds, and the seed.
-        seed: The seed of the run.
+    A key is `(epoch, index)`, or an index, which means epoch 0. The transform is called with the RGB image, what the
+    subclass adds, and a seed made of `seed`, epoch and index, so that an item depends on nothing else.
     """
 
     def __init__(self, samples: SamplesT, transform: Callable[..., Any], seed: int = 0) -> None:
-        self.samples = samples
-        self.transform = transform
-        self.seed = seed
+        self.samples, self.transform, self.seed = samples, transform, seed
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)

@@ -16,33 +16,20 @@ def stratified_split(
     """Hold out a fraction of each class: (indices to keep, indices held out), both ascending.
 
     A class of two or more keeps at least one and, if the fraction is not 0, has at least one held out. With names an
-    image's place depends on its name, so that a new image moves at most one other of its class.
-
-    Args:
-        targets: The class of each image.
-        fraction: In [0, 1).
-        seed: Decides which images are held out.
-        names: A name for each image; by default its index.
-
-    Raises:
-        ValueError: The fraction is out of range.
+    image's place depends on its name, by default its index, so that a new image moves at most one other of its class.
+    A fraction outside of [0, 1) is a `ValueError`.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction={fraction}: must be in [0, 1)")
     held = set()
     for indices in _shuffled_by_class(targets, seed, names or range(len(targets))).values():
         if fraction > 0 and len(indices) > 1:
-            num_held = min(max(round(fraction * len(indices)), 1), len(indices) - 1)
-            held.update(indices[:num_held])
+            held.update(indices[: min(max(round(fraction * len(indices)), 1), len(indices) - 1)])
     return [i for i in range(len(targets)) if i not in held], sorted(held)
 
 
 def take_per_class(samples: ClassificationSamples, num: int, seed: int) -> ClassificationSamples:
-    """Take `num` images of each class, chosen by seed: the k-shot setting.
-
-    Raises:
-        ValueError: `num` is not positive, or a class has fewer images.
-    """
+    """Take `num` > 0 images of each class, chosen by seed (k-shot); a `ValueError` if a class has fewer."""
     if num < 1:
         raise ValueError(f"num_per_class={num}: must be at least 1, or null for all images")
     by_class = _shuffled_by_class(samples.targets, seed, samples.names)
@@ -57,14 +44,8 @@ def split_off(
 ) -> dict[str, SamplesT]:
     """Split test and val off train where they are missing; the result depends on names, labels and seed only.
 
-    Args:
-        splits: Samples by split, with train.
-        val_fraction: Part of the given train that becomes val.
-        test_fraction: Part of the given train that becomes test.
-        seed: Decides which images.
-
     Raises:
-        ValueError: A fraction is out of range, or train has too few images.
+        ValueError: A fraction of the given train is out of range, or train has too few images.
     """
     if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
         raise ValueError(

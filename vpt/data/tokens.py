@@ -23,17 +23,11 @@ DAY_S = 24 * 3600
 
 
 class TokenDataset(Dataset[tuple[Tensor, int]]):
-    """Tokens and targets, by the keys of a `ClassificationDataset`.
-
-    Args:
-        tokens: The output of a backbone for each image, (num, N, D) or (num, D).
-        targets: The class of each image.
-    """
+    """Tokens of a backbone, (num, N, D) or (num, D), and targets, by the keys of a `ClassificationDataset`."""
 
     def __init__(self, tokens: Tensor, targets: Sequence[int]) -> None:
         assert len(tokens) == len(targets)
-        self.tokens = tokens
-        self.targets = targets
+        self.tokens, self.targets = tokens, targets
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
         index = key[1] if isinstance(key, tuple) else key
@@ -47,15 +41,11 @@ class TokenFolder:
     """Files of tokens by key, mapped into memory when they are read.
 
     A file holds the bytes of the tokens and their sha256. It is complete or absent, also if two runs write it at once.
-
-    Args:
-        path: The folder; created by the first write.
-        max_bytes: Limit of all files together; the least recently used ones are removed.
+    The first write creates the folder. Beyond `max_bytes` in all the least recently used files are removed.
     """
 
     def __init__(self, path: Path, max_bytes: float) -> None:
-        self.path = path
-        self.max_bytes = max_bytes
+        self.path, self.max_bytes = path, max_bytes
 
     def read(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
         """The tokens of a key; None if there are none, or the file is damaged."""
@@ -73,11 +63,7 @@ class TokenFolder:
         return content[:size].view(dtype).view(*shape)
 
     def write(self, key: str, parts: Iterable[Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
-        """Write tokens that are passed in parts, in order of their rows.
-
-        Raises:
-            OSError: The disk is full, or the folder cannot be written to.
-        """
+        """Write tokens passed in parts, in order of their rows; an `OSError` if the disk is full or not writable."""
         size = math.prod(shape) * dtype.itemsize + DIGEST_BYTES
         self._make_room(size)
         write_chunks(self.path / f"{key}.tokens", _with_digest(parts), size)

@@ -36,16 +36,10 @@ class LoaderError(RuntimeError):
 
 
 class WorkerLoader(DataLoader[Any]):
-    """A `DataLoader` with processes, for keys `(epoch, index)`.
+    """A `DataLoader` with processes, at least one, which live as long as it, for keys `(epoch, index)`.
 
-    Args:
-        dataset: Returns an item for a key; its `samples.names`, if it has them, name images in errors.
-        batch_size: Items in a batch.
-        sampler: Yields the keys.
-        num_workers: Processes, at least one; they live as long as the loader.
-        collate_fn: Makes a batch of a list of items; by default that of torch.
-        timeout_s: Seconds after which a missing batch is an error.
-        options: Further arguments of `DataLoader`.
+    If the data set has `samples.names`, they name images in errors. A missing batch is an error after `timeout_s`
+    seconds. The other arguments are those of `DataLoader`.
     """
 
     def __init__(
@@ -74,11 +68,7 @@ class WorkerLoader(DataLoader[Any]):
         self._last: _Batches | None = None
 
     def __iter__(self) -> Any:
-        """The batches of an epoch.
-
-        Raises:
-            LoaderError: A process died or hangs; also raised while the batches are read.
-        """
+        """The batches of an epoch; also while they are read, a `LoaderError` if a process died or hangs."""
         if self._last is not None and not self._last.is_finished:
             self.end_workers()  # they still work on the epoch that was interrupted
         self._last = _Batches(self._start(), self.marks, self.timeout_s)
@@ -179,11 +169,8 @@ class _Marks:
         """A line on a process: which, what happened, its last image, what to try."""
         index = self._last[number]
         name = "none yet" if index < 0 else self.names[index] if index < len(self.names) else f"number {index}"
-        what, advice = ending
-        return (
-            f"loader process {number + 1} of {self.num_workers} (pid {worker.pid}) {what}; "
-            f"last image read: {name}; {advice}"
-        )
+        process = f"loader process {number + 1} of {self.num_workers} (pid {worker.pid})"
+        return f"{process} {ending[0]}; last image read: {name}; {ending[1]}"
 
 
 class _WorkerDataset(Dataset[Any]):
@@ -196,8 +183,7 @@ class _WorkerDataset(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Any:
-        worker = get_worker_info()
-        number = 0 if worker is None else worker.id
+        number = 0 if (worker := get_worker_info()) is None else worker.id
         try:
             items = []
             for key in keys:
@@ -231,10 +217,12 @@ class _Failure:
 def start_worker(_: Any) -> None:
     """Use one thread, and ignore the signals that a scheduler sends to all processes: the main process handles them."""
     torch.set_num_threads(1)
-    for names, action in ((IGNORED, signal.SIG_IGN), (FATAL, signal.SIG_DFL)):  # torch would print on fatal signals
-        for name in names:
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), action)
+    actions = dict.fromkeys(IGNORED, signal.SIG_IGN) | dict.fromkeys(
+        FATAL, signal.SIG_DFL
+    )  # torch would print on fatal
+    for name, action in actions.items():
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), action)
 
 
 def _identity(batch: Any) -> Any:

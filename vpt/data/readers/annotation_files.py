@@ -17,11 +17,7 @@ Value = TypeVar("Value")
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark, which spreadsheets write.
-
-    Raises:
-        ValueError: There is no such file, or it is not UTF-8.
-    """
+    """The text of a file that must exist and be UTF-8, without a byte order mark, which spreadsheets write."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -44,23 +40,14 @@ def inside(root: Path, path: Path) -> Path | None:
 
 
 def require_inside(root: Path, path: Path, where: str) -> Path:
-    """The path without its dots.
-
-    Raises:
-        ValueError: It leaves the root; `where` names the file and the place in it.
-    """
-    found = inside(root, path)
-    if found is None:
+    """The path without its dots; a `ValueError` at the place `where` if it leaves the root."""
+    if (found := inside(root, path)) is None:
         raise ValueError(f"{where}: {path} is outside of root={root}; use paths inside of it")
     return found
 
 
 def by_split(entries: Iterable[tuple[str, Value]], where: str) -> dict[str, Value]:
-    """Values by split, of the entries that are named as a split.
-
-    Raises:
-        ValueError: Two entries are the same split, such as val and valid; `where` names their source.
-    """
+    """Values of the entries named as a split; a `ValueError` if two are the same one, such as val and valid."""
     found: dict[str, tuple[str, Value]] = {}
     for name, value in entries:
         split = SPLIT_OF.get(name.lower())
@@ -72,24 +59,15 @@ def by_split(entries: Iterable[tuple[str, Value]], where: str) -> dict[str, Valu
 
 
 def require_train(root: Path, splits: Mapping[str, object], layout: str) -> None:
-    """Refuse splits without train.
-
-    Raises:
-        ValueError: There is no train; names the expected layout.
-    """
+    """Refuse splits without train by a `ValueError` that names the expected layout."""
     if "train" not in splits:
         found = f"{', '.join(splits)} but no train" if splits else "nothing"
         raise ValueError(f"{root}: {found} found; expected {layout}")
 
 
 def refuse_equal_names(classes: Sequence[str], where: str) -> None:
-    """Refuse two classes of the same name.
-
-    Raises:
-        ValueError: There are two; `where` names the file.
-    """
-    equal = sorted(name for name, count in Counter(classes).items() if count > 1)
-    if equal:
+    """Refuse two classes of the same name by a `ValueError`; `where` names the file."""
+    if equal := sorted(name for name, count in Counter(classes).items() if count > 1):
         raise ValueError(f"{where}: two classes are named {equal[0]!r}; rename one of them")
 
 

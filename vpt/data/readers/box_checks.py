@@ -38,42 +38,25 @@ class Unit(Enum):
 
 @dataclass(frozen=True)
 class SourceBox:
-    """A box as declared in its file.
-
-    Args:
-        corners: x1, y1, x2, y2, unchecked.
-        category: The id of its class or its name, whichever the file has.
-        where: The file and the place in it.
-        crowd: Whether loss and matching ignore it.
-    """
+    """A box as declared in its file, unchecked."""
 
     corners: Corners
-    category: int | str
-    where: str
-    crowd: bool = False
+    category: int | str  # the id of its class or its name, whichever the file has
+    where: str  # the file and the place in it
+    crowd: bool = False  # whether loss and matching ignore it
 
 
 @dataclass(frozen=True)
 class SourceImage:
-    """An image and its boxes as declared in their files.
-
-    Args:
-        path: The image file.
-        name: The path, relative to the root.
-        image_id: Its id in outputs.
-        where: The place that names the image, for errors.
-        boxes: Its boxes.
-        unit: The unit of their corners.
-        size: Declared height and width, unchecked, or None.
-    """
+    """An image and its boxes as declared in their files."""
 
     path: Path
-    name: str
-    image_id: int
-    where: str
+    name: str  # the path, relative to the root
+    image_id: int  # in outputs
+    where: str  # the place that names the image, for errors
     boxes: Sequence[SourceBox]
     unit: Unit = Unit.PIXELS
-    size: tuple[object, object] = (None, None)
+    size: tuple[object, object] = (None, None)  # declared height and width, unchecked, or None
 
 
 @dataclass(frozen=True)
@@ -137,24 +120,17 @@ class DataReport:
 
     def findings(self) -> list[str]:
         """A line for each type of finding."""
-        found = [(finding, *finding.value) for finding in Finding if self.counts[finding]]
-        return [
-            f"{what}: {self.counts[finding]:,}, {action}; first {self.first[finding]}"
-            for finding, what, action in found
+        found = [
+            (self.counts[finding], self.first[finding], *finding.value) for finding in Finding if self.counts[finding]
         ]
+        return [f"{what}: {count:,}, {action}; first {first}" for count, first, what, action in found]
 
     def refuse_errors(self) -> None:
-        """Refuse data in which anything is wrong.
-
-        Raises:
-            ValueError: Names the first error of the data, and counts all.
-        """
-        errors = [finding for finding in Finding if finding.is_error and self.counts[finding]]
-        if errors:
+        """Refuse data in which anything is wrong by a `ValueError` that names the first error, and counts all."""
+        if errors := [finding for finding in Finding if finding.is_error and self.counts[finding]]:
             counted = ", ".join(f"{finding.value[0]} ({self.counts[finding]:,})" for finding in errors)
-            raise ValueError(
-                f"{self.first[errors[0]]} is the first of: {counted}; correct the files, or use strict=False"
-            )
+            first = self.first[errors[0]]
+            raise ValueError(f"{first} is the first of: {counted}; correct the files, or use strict=False")
 
 
 class Reading(TypedDict, total=False):
@@ -211,10 +187,7 @@ def make_samples(
 
 
 def _check_splits(
-    categories: Mapping[int, str],
-    images: Mapping[str, Iterable[SourceImage]],
-    report: DataReport,
-    decoding: Decoding,
+    categories: Mapping[int, str], images: Mapping[str, Iterable[SourceImage]], report: DataReport, decoding: Decoding
 ) -> dict[str, DetectionSamples]:
     labels = {key: label for label, category in enumerate(categories.items()) for key in category}
     seen: dict[Path, SourceImage] = {}
@@ -276,9 +249,8 @@ def check_image_boxes(
     if is_on_side:
         report.add(Finding.TURNED, str(image.path))
     elif declared != upright:
-        report.add(
-            Finding.SIZE, f"{image.where}: {format_size(declared)} declared, {image.path} has {format_size(upright)}"
-        )
+        sizes = f"{format_size(declared)} declared, {image.path} has {format_size(upright)}"
+        report.add(Finding.SIZE, f"{image.where}: {sizes}")
     boxes = list(_check_boxes(image, labels, upright, orientation if is_on_side else 1, report))
     if not boxes:
         report.add(Finding.BACKGROUND, str(image.path))

@@ -15,22 +15,11 @@ from vpt.data.readers.yolo import YOLO_LAYOUT, find_yaml, read_yolo
 from vpt.data.samples import DetectionSamples
 
 LAYOUTS = {"coco": COCO_LAYOUT, "yolo": YOLO_LAYOUT, "voc": VOC_LAYOUT}
-READERS: dict[str, Callable[..., dict[str, DetectionSamples]]] = {
-    "coco": read_coco,
-    "yolo": read_yolo,
-    "voc": read_voc,
-}
+READERS: dict[str, Callable[..., dict[str, DetectionSamples]]] = {"coco": read_coco, "yolo": read_yolo, "voc": read_voc}
 
 
 def read_detection(root: str | Path, format: str = "auto", **reading: Unpack[Reading]) -> dict[str, DetectionSamples]:
-    """Read images with boxes.
-
-    A missing val is split off train, and so is test if `test_fraction` is not 0.
-
-    Args:
-        root: The folder.
-        format: coco, yolo or voc; auto detects it.
-        reading: val_fraction, test_fraction, seed, strict, report and decoding, see `make_samples`.
+    """Read images with boxes: coco, yolo or voc; auto detects the format. `reading` is for `make_samples`.
 
     Raises:
         ValueError: None of the formats is found, or more than one; or what the reader of the format refuses.
@@ -56,11 +45,7 @@ def trees_root() -> Path:
 
 
 def find_formats(root: str | Path) -> list[str]:
-    """The formats among coco, yolo and voc whose files a folder has.
-
-    Raises:
-        ValueError: It is no folder.
-    """
+    """The formats among coco, yolo and voc whose files a folder has; a `ValueError` if it is no folder."""
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"root={root} is no folder")

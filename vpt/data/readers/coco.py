@@ -7,13 +7,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, Unpack
 
-from vpt.data.readers.annotation_files import (
-    by_split,
-    read_text,
-    refuse_equal_names,
-    require_inside,
-    require_train,
-)
+from vpt.data.readers.annotation_files import by_split, read_text, refuse_equal_names, require_inside, require_train
 from vpt.data.readers.box_checks import Reading, SourceBox, SourceImage, make_samples
 from vpt.data.samples import DetectionSamples
 from vpt.data.splits import SPLIT_OF, SPLITS
@@ -29,19 +23,14 @@ def read_coco(
     The classes are the categories of train by ascending id, without the one that Roboflow adds for the data set as a
     whole; categories of other splits are matched by id. `iscrowd` becomes crowd. The images of a split are in the first
     of these folders that has any of them: that of its file; a folder of the root or of images/ that is named as the
-    file (train2017) or the split; images/; the root.
-
-    Args:
-        root: The folder of all images.
-        annotations: The file of each split, relative to the root or absolute.
-        reading: val_fraction, test_fraction, seed, strict, report and decoding, see `make_samples`.
+    file (train2017) or the split; images/; the root. `annotations` has the file of each split, relative to the root or
+    absolute; `reading` is for `make_samples`.
 
     Raises:
         ValueError: A file is missing or not COCO JSON, with its name and the key; or there is nothing to train on.
     """
     root = Path(root)
-    unknown = sorted(set(annotations or ()) - set(SPLITS))
-    if unknown:
+    if unknown := sorted(set(annotations or ()) - set(SPLITS)):
         raise ValueError(f"annotations: unknown key {unknown[0]!r}; allowed: {', '.join(SPLITS)}")
     if annotations is None:
         files = by_split(find_json(root), str(root))
@@ -102,11 +91,7 @@ def _read_categories(content: Mapping[str, Any], path: Path) -> dict[int, str]:
     used = {
         _value(entry, "category_id", int, f"{path}, annotations[{i}]") for i, entry in enumerate(content["annotations"])
     }
-    kept = {
-        category_id: names[category_id]
-        for category_id in sorted(names)
-        if category_id in used or names[category_id] not in parents
-    }
+    kept = {key: name for key, name in sorted(names.items()) if key in used or name not in parents}
     refuse_equal_names(list(kept.values()), f"{path}, categories")
     return kept
 
@@ -117,9 +102,8 @@ def _refuse_other_names(content: Mapping[str, Any], path: Path, categories: Mapp
         where = f"{path}, categories[{i}]"
         category_id, name = _value(entry, "id", int, where), _value(entry, "name", str, where)
         if categories.get(category_id, name) != name:
-            raise ValueError(
-                f"{where}: id {category_id} is {name!r}, in train {categories[category_id]!r}; use the same ids"
-            )
+            known = categories[category_id]
+            raise ValueError(f"{where}: id {category_id} is {name!r}, in train {known!r}; use the same ids")
 
 
 def _read_images(
@@ -147,16 +131,8 @@ def _read_images(
     for i, (entry, (image_id, name)) in enumerate(zip(content["images"], names.items(), strict=True)):
         where = f"{path}, images[{i}]"
         image_path = require_inside(root, folder / name, where)
-        images.append(
-            SourceImage(
-                path=image_path,
-                name=image_path.relative_to(root).as_posix(),
-                image_id=image_id,
-                where=where,
-                boxes=boxes[image_id],
-                size=(entry.get("height"), entry.get("width")),
-            )
-        )
+        name, size = image_path.relative_to(root).as_posix(), (entry.get("height"), entry.get("width"))
+        images.append(SourceImage(image_path, name, image_id, where, boxes[image_id], size=size))
     return images
 
 

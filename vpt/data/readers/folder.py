@@ -31,15 +31,9 @@ def read_folder(
 ) -> dict[str, ClassificationSamples]:
     """Read class folders, inside train/, val/ and test/ or directly in the root.
 
-    A missing val/ (or valid/, validation/) is split off train, and so is test/ if `test_fraction` is not 0. These names
-    are case-insensitive. Images in subfolders of a class folder belong to that class.
-
-    Args:
-        root: The folder.
-        val_fraction: Part of the given images that becomes val if there is no val/.
-        test_fraction: Part of the given images that becomes test if there is no test/.
-        seed: Decides which images are split off.
-        decoding: Options of decoding.
+    The parts `val_fraction` and `test_fraction` of the given images, chosen by `seed`, become val and test if there is
+    no val/ (or valid/, validation/) or test/. These names are case-insensitive. Images in subfolders of a class folder
+    belong to that class.
 
     Raises:
         ValueError: No images, one class only, an empty class folder, or a class that train does not have.
@@ -66,12 +60,9 @@ def _refuse_one_class_folder(root: Path, folder: Path) -> NoReturn:
     """Raise an error that names the class folders if they are in another folder."""
     (only,) = _subfolders(folder)
     wrapped = _several_classes_below(only)
+    advice = f"did you mean root={wrapped}?" if folder == root else f"move the class folders of {wrapped} to {folder}"
     if wrapped is None:
         advice = f"add a folder for each other class, {folder}/<class>/<image>"
-    elif folder == root:
-        advice = f"did you mean root={wrapped}?"
-    else:
-        advice = f"move the class folders of {wrapped} to {folder}"
     raise ValueError(f"{folder}: only one class folder, {only.name}; {advice}")
 
 
@@ -96,5 +87,4 @@ def _find_files(root: Path, folder: Path, classes: Sequence[str]) -> Iterator[Im
         if not paths:
             raise ValueError(f"{class_folder}: no images; add some, or remove the folder. Expected {FOLDER_LAYOUT}")
         target = classes.index(class_folder.name)
-        for path in paths:
-            yield ImageFile(path, path.relative_to(root).as_posix(), target, where=str(path))
+        yield from (ImageFile(path, path.relative_to(root).as_posix(), target, str(path)) for path in paths)

@@ -36,18 +36,10 @@ def read_list(
 ) -> dict[str, ClassificationSamples]:
     """Read list files of lines `relative/path label`: the VTAB-1k layout of SSF and NOAH.
 
-    The labels of all lists together are 0, 1, ... without a gap, and are the names of the classes. Train may lack some:
-    of the 397 classes of SUN397, VTAB's 800 train images show 309.
-
-    Args:
-        root: The folder of the lists; paths in them are relative to it and stay inside.
-        train: Name of the list for train.
-        val: Name of the list for val; null splits it off train.
-        test: Name of the list for test; null splits it off train, if `test_fraction` is not 0.
-        val_fraction: Part of the given train that becomes val if `val` is null.
-        test_fraction: Part of the given train that becomes test if `test` is null.
-        seed: Decides which images are split off.
-        decoding: Options of decoding.
+    The lists `train`, `val` and `test` are in `root`; paths in them are relative to it and stay inside. A list that is
+    null is split off train. The labels of all lists together are 0, 1, ... without a gap, and are the names of the
+    classes. Train may lack some: of the 397 classes of SUN397, VTAB's 800 train images show 309. The other parameters
+    are those of `read_folder`.
 
     Raises:
         ValueError: A list, an image or a label is missing, or a line is wrong; names the file and the line.
@@ -70,15 +62,9 @@ def read_csv(
 ) -> dict[str, ClassificationSamples]:
     """Read a CSV file with the columns path, label and, optionally, split.
 
-    A label is a name or a whole number. The classes are the labels of train, sorted, numbers by value.
-
-    Args:
-        path: The file.
-        root: The folder that paths are relative to, and stay inside; by default that of the file.
-        val_fraction: Part of the given images that becomes val if no row is val.
-        test_fraction: Part of the given images that becomes test if no row is test.
-        seed: Decides which images are split off.
-        decoding: Options of decoding.
+    A label is a name or a whole number. The classes are the labels of train, sorted, numbers by value. Paths are
+    relative to `root`, by default the folder of the file, and stay inside. The other parameters are those of
+    `read_folder`.
 
     Raises:
         ValueError: A column or an image is missing, or a row is wrong; names the file and the row.
@@ -114,10 +100,8 @@ def _count_labels(files: Sequence[ImageFile]) -> list[str]:
     for label in range(len(labels)):
         if label not in labels:
             beyond = next(file for file in files if file.target > label)
-            raise ValueError(
-                f"{beyond.where}: label {beyond.target}, but no image of any list has label {label}; "
-                "correct it, or count the labels from 0 without a gap"
-            )
+            gap = f"label {beyond.target}, but no image of any list has label {label}"
+            raise ValueError(f"{beyond.where}: {gap}; correct it, or count the labels from 0 without a gap")
     return [str(label) for label in range(len(labels))]
 
 

@@ -73,30 +73,22 @@ def read_torchvision(
 ) -> dict[str, ClassificationSamples]:
     """Read a data set of torchvision by its class name.
 
-    Official splits are used; a missing val is split off train, and so is a missing test.
-
-    Args:
-        name: A key of `TORCHVISION`.
-        root: The folder of the files of torchvision.
-        download: Download missing files; the only use of the network.
-        val_fraction: Part of the images that becomes val if there is no official val.
-        test_fraction: Part of the images that becomes test if there is no official test.
-        seed: Decides which images are split off.
-        decoding: Options of decoding; `max_pixels` applies to images that are files.
+    Official splits are used; a missing val or test is split off train. `root` is the folder of the files; `download` of
+    missing ones is the only use of the network. `max_pixels` applies to images that are files. The other parameters are
+    those of `read_folder`.
 
     Raises:
-        ValueError: The name is unknown, or the files are missing.
+        ValueError: The name is no key of `TORCHVISION`, or the files are missing.
     """
     if name not in TORCHVISION:
         nearest = get_close_matches(name, TORCHVISION, n=1, cutoff=0.0)[0]
         raise ValueError(f"name={name!r}: unknown; did you mean {nearest!r}? Allowed: {', '.join(sorted(TORCHVISION))}")
     source = TORCHVISION[name]
     found = {split: _open_torchvision(name, split, Path(root), download, decoding) for split in source.splits}
-    num_classes = 1 + max(found["train"].targets)
-    classes = found["train"].classes or tuple(str(i) for i in range(num_classes))
+    classes = found["train"].classes or tuple(map(str, range(1 + max(found["train"].targets))))
     refuse_one_class(classes, f"torchvision's {name} in {root}")
-    splits = {split: replace(samples, classes=classes) for split, samples in found.items()}
-    return split_off(splits, val_fraction, test_fraction, seed)
+    found = {split: replace(samples, classes=classes) for split, samples in found.items()}
+    return split_off(found, val_fraction, test_fraction, seed)
 
 
 @dataclass(frozen=True)
@@ -128,11 +120,7 @@ def _open_torchvision(name: str, split: str, root: Path, download: bool, decodin
     names = tuple(Path(os.path.relpath(file, root)).as_posix() for file in files)
     paths = tuple(map(Path, files))
     samples = ClassificationSamples(
-        classes=classes,
-        targets=tuple(map(int, targets)),
-        names=names,
-        reader=FileReader(paths, decoding),
-        paths=paths,
+        classes=classes, targets=tuple(map(int, targets)), names=names, reader=FileReader(paths, decoding), paths=paths
     )
     return samples.take(sorted(range(len(names)), key=names.__getitem__))  # SUN397 is listed in the order of the disk
 
@@ -157,11 +145,7 @@ def _construct(name: str, split: str, root: Path, download: bool) -> Any:
 
 @contextmanager
 def _guarded_extraction() -> Iterator[None]:
-    """Make torchvision extract archives by `vpt.storage.archives` inside this block.
-
-    Raises:
-        ValueError: This version of torchvision extracts in another way, so that nothing would be guarded.
-    """
+    """Make torchvision extract archives by `vpt.storage.archives` inside this block, or refuse its version."""
     from torchvision.datasets import utils
 
     try:

@@ -19,11 +19,8 @@ def read_voc(root: str | Path, **reading: Unpack[Reading]) -> dict[str, Detectio
     Corners are pixel numbers, counted from 1, and the last pixel belongs to the box: (1, 1, W, H) is the whole image,
     and becomes (0, 0, W, H); boxes of a tool that counts from 0 begin a pixel early. Difficult objects become crowd,
     since the VOC evaluation ignores them. The classes are the names in train, sorted. Without a list of train, trainval
-    is train; without any list, all XML files are. A listed image without an XML file has no boxes.
-
-    Args:
-        root: The folder of Annotations/ and JPEGImages/.
-        reading: val_fraction, test_fraction, seed, strict, report and decoding, see `make_samples`.
+    is train; without any list, all XML files are. A listed image without an XML file has no boxes. `reading` is for
+    `make_samples`.
 
     Raises:
         ValueError: A file is missing or wrong, with its name; or there is nothing to train on.
@@ -65,23 +62,16 @@ def _read_lists(root: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def _without_extension(name: str) -> str:
-    path = Path(name)
-    return path.stem if path.suffix.lower() in EXTENSIONS else name
+    return Path(name).stem if Path(name).suffix.lower() in EXTENSIONS else name
 
 
 def _read_image(root: Path, files: Mapping[str, Path], stem: str, image_id: int, where: str) -> SourceImage:
     path = files.get(stem, root / "JPEGImages" / f"{stem}.jpg")
     xml = root / "Annotations" / f"{stem}.xml"
     content = _load_xml(xml) if xml.is_file() else ElementTree.Element("annotation")
-    return SourceImage(
-        path=path,
-        name=path.relative_to(root).as_posix(),
-        image_id=image_id,
-        where=where,
-        boxes=[_read_box(entry, f"{xml}, object {i}") for i, entry in enumerate(content.findall("object"), start=1)],
-        unit=Unit.PIXEL_NUMBERS,
-        size=(content.findtext("size/height"), content.findtext("size/width")),
-    )
+    boxes = [_read_box(entry, f"{xml}, object {i}") for i, entry in enumerate(content.findall("object"), start=1)]
+    size = content.findtext("size/height"), content.findtext("size/width")
+    return SourceImage(path, path.relative_to(root).as_posix(), image_id, where, boxes, Unit.PIXEL_NUMBERS, size)
 
 
 def _load_xml(path: Path) -> ElementTree.Element:
@@ -103,5 +93,4 @@ def _read_box(entry: ElementTree.Element, where: str) -> SourceBox:
         x1, y1, x2, y2 = (float(entry.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax"))
     except ValueError as error:
         raise ValueError(f"{where}: bndbox must have a number in each of xmin, ymin, xmax, ymax") from error
-    is_difficult = entry.findtext("difficult", "").strip() == "1"
-    return SourceBox((x1, y1, x2, y2), name, where, crowd=is_difficult)
+    return SourceBox((x1, y1, x2, y2), name, where, crowd=entry.findtext("difficult", "").strip() == "1")

@@ -31,11 +31,8 @@ def read_yolo(root: str | Path, **reading: Unpack[Reading]) -> dict[str, Detecti
     An entry of data.yaml is a folder, a file that lists images, or a list of these. The labels of images/x.jpg are in
     labels/x.txt, or beside the image if no folder above it is named images; an image without such a file has no boxes.
     A line is `class cx cy w h`, or a polygon, `class x1 y1 x2 y2 ...`, which becomes its bounding box, or a pose (if
-    data.yaml has `kpt_shape`), of which the box is read; all in fractions of the upright image's sides.
-
-    Args:
-        root: The folder of data.yaml and all images.
-        reading: val_fraction, test_fraction, seed, strict, report and decoding, see `make_samples`.
+    data.yaml has `kpt_shape`), of which the box is read; all in fractions of the upright image's sides. `root` has
+    data.yaml and all images; `reading` is for `make_samples`.
 
     Raises:
         ValueError: A file or a line is wrong, with its name and number; or there is nothing to train on.
@@ -121,16 +118,9 @@ def _listed_paths(root: Path, path: Path) -> Iterator[Path]:
 
 
 def _read_image(root: Path, path: Path, image_id: int, has_keypoints: bool, where: str) -> SourceImage:
-    labels = _label_path(root, path)
-    lines = numbered_lines(labels) if labels.is_file() else []
-    return SourceImage(
-        path=path,
-        name=path.relative_to(root).as_posix(),
-        image_id=image_id,
-        where=where,
-        boxes=[_read_box(line, has_keypoints, place) for line, place in lines],
-        unit=Unit.FRACTIONS,
-    )
+    lines = numbered_lines(labels) if (labels := _label_path(root, path)).is_file() else []
+    boxes = [_read_box(line, has_keypoints, place) for line, place in lines]
+    return SourceImage(path, path.relative_to(root).as_posix(), image_id, where, boxes, Unit.FRACTIONS)
 
 
 def _label_path(root: Path, image: Path) -> Path:
@@ -148,9 +138,8 @@ def _read_box(line: str, has_keypoints: bool, where: str) -> SourceBox:
     except ValueError:
         label, numbers = inf, []
     if not label.is_integer() or len(numbers) < 4 or not (has_keypoints or len(numbers) % 2 == 0):
-        raise ValueError(
-            f"{where}: {line[:80]!r}; must be `class cx cy w h`, or a polygon, `class x1 y1 x2 y2 x3 y3 ...`"
-        )
+        form = "`class cx cy w h`, or a polygon, `class x1 y1 x2 y2 x3 y3 ...`"
+        raise ValueError(f"{where}: {line[:80]!r}; must be {form}")
     if has_keypoints or len(numbers) == 4:
         x, y, width, height = numbers[:4]
         corners = x - width / 2, y - height / 2, x + width / 2, y + height / 2

@@ -13,14 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vpt.data.transforms.preprocessing import (
-    NO_BOXES,
-    Boxes,
-    Preprocessing,
-    fit_into,
-    letterbox,
-    to_tensor,
-)
+from vpt.data.transforms.preprocessing import NO_BOXES, Boxes, Preprocessing, fit_into, letterbox, to_tensor
 from vpt.data.transforms.steps import Augmentation
 
 MIN_VISIBILITY = 0.2
@@ -29,9 +22,6 @@ ROOM = 2  # an image is shrunk to this multiple of the input before it is augmen
 
 class DetectionEvalTransform:
     """Letterbox and normalise: the same square for every image.
-
-    Args:
-        preprocessing: The preprocessing of the backbone.
 
     Example:
         >>> half = (0.5, 0.5, 0.5)
@@ -47,11 +37,7 @@ class DetectionEvalTransform:
     def __call__(
         self, image: Image.Image, boxes: Boxes = NO_BOXES, seed: int = 0
     ) -> tuple[Tensor, Boxes, NDArray[np.int64]]:
-        """Convert an RGB image to a normalised float32 tensor (3, H, W); the seed is not used.
-
-        Returns:
-            The tensor; the boxes (n, 4) float32 in its pixels; their indices (n,) int64.
-        """
+        """The normalised float32 tensor (3, H, W), the boxes (n, 4) float32 in its pixels, and their indices (n,)."""
         image, boxes = letterbox(image, boxes, self.preprocessing)
         return to_tensor(np.asarray(image), self.preprocessing), boxes, np.arange(len(boxes))
 
@@ -64,17 +50,12 @@ class DetectionTrainTransform:
 
     The steps get the original image, or one shrunk to twice the input if it is larger, so that a crop can enlarge its
     content. A box is clipped after each step, and dropped with less than `min_visibility` of its area, or a side under
-    a pixel. With an empty list this is `DetectionEvalTransform`.
-
-    Args:
-        preprocessing: The preprocessing of the backbone.
-        augment: Steps in order, each `{"name": a transform of albumentations, **its arguments}`. Empty areas are filled
-            with a grey as bright as the mean, unless a step has `fill`.
-        min_visibility: The part of a box that must remain, in [0, 1).
+    a pixel. With an empty list this is `DetectionEvalTransform`. `augment` has the steps in order, as `TrainTransform`.
+    Empty areas are filled with a grey as bright as the mean, unless a step has `fill`.
 
     Raises:
-        ValueError: A name or an argument that albumentations does not know, a value that it refuses, or a step that
-            would not move boxes with the image.
+        ValueError: A `min_visibility` outside of [0, 1), an unknown name or argument, a value that albumentations
+            refuses, or a step that would not move boxes with the image.
 
     Example:
         >>> half = (0.5, 0.5, 0.5)
@@ -106,12 +87,7 @@ class DetectionTrainTransform:
         return bool(self.augment.steps)
 
     def __call__(self, image: Image.Image, boxes: Boxes, seed: int) -> tuple[Tensor, Boxes, NDArray[np.int64]]:
-        """Augment an RGB image and its boxes; the result depends on these and the seed alone.
-
-        Returns:
-            The normalised float32 tensor (3, H, W); the boxes (m, 4) float32 that remain, in its pixels; the indices
-            (m,) int64 that they had.
-        """
+        """The normalised float32 tensor (3, H, W), the boxes (m, 4) float32 that remain in it, and their old indices."""
         kept = np.arange(len(boxes))
         if self.augment.steps:
             height, width = (ROOM * side for side in self.preprocessing.size)

@@ -20,9 +20,6 @@ from vpt.data.transforms.steps import Augmentation
 class EvalTransform:
     """Resize, crop and normalise, as timm does for evaluation.
 
-    Args:
-        preprocessing: The preprocessing of the backbone.
-
     Example:
         >>> half = (0.5, 0.5, 0.5)
         >>> transform = EvalTransform(Preprocessing(size=(64, 64), mean=half, std=half))
@@ -45,12 +42,9 @@ class TrainTransform:
     """Random augmentation by albumentations, then normalisation.
 
     If the steps always end at `preprocessing.size` (a `RandomResizedCrop`, say), they get the original image; otherwise
-    the resize and crop of evaluation come first. With an empty list this is `EvalTransform`.
-
-    Args:
-        preprocessing: The preprocessing of the backbone.
-        augment: Steps in order, each `{"name": a transform of albumentations, **its arguments}`. `RandomResizedCrop`
-            takes its size from `preprocessing`, and averages areas when it shrinks an image.
+    the resize and crop of evaluation come first. With an empty list this is `EvalTransform`. `augment` has the steps in
+    order, each `{"name": a transform of albumentations, **its arguments}`. `RandomResizedCrop` takes its size from
+    `preprocessing`, and averages areas when it shrinks an image.
 
     Raises:
         ValueError: A name or an argument that albumentations does not know, or a value that it refuses.

@@ -15,12 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 INTERPOLATIONS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
+    name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 }
 CROP_MODES = ("center", "squash", "letterbox")
 MAX_SIZE = 4096  # pixels; a preprocessing may come from an untrusted task file
@@ -59,9 +54,8 @@ class Preprocessing:
         _check("size", self.size, _are_numbers(self.size, 2, int, 1, MAX_SIZE), f"2 integers in [1, {MAX_SIZE}]")
         _check("mean", self.mean, _are_numbers(self.mean, 3, float, -math.inf, math.inf), "3 finite numbers")
         _check("std", self.std, _are_numbers(self.std, 3, float, 1e-6, math.inf), "3 positive finite numbers")
-        _check(
-            "interpolation", self.interpolation, self.interpolation in tuple(INTERPOLATIONS), ", ".join(INTERPOLATIONS)
-        )
+        is_known = self.interpolation in tuple(INTERPOLATIONS)
+        _check("interpolation", self.interpolation, is_known, ", ".join(INTERPOLATIONS))
         is_crop_pct = _are_numbers((self.crop_pct,), 1, float, MIN_CROP_PCT, 1.0)
         _check("crop_pct", self.crop_pct, is_crop_pct, f"a number in [{MIN_CROP_PCT}, 1]")
         _check("crop_mode", self.crop_mode, self.crop_mode in CROP_MODES, ", ".join(CROP_MODES))
@@ -72,11 +66,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Preprocessing":
-        """Read the result of `to_dict`; every field is required, and no other is allowed.
-
-        Raises:
-            ValueError: A key is missing or unknown, or a value is out of range.
-        """
+        """Read the result of `to_dict`; a `ValueError` if a key is missing or unknown, or a value is out of range."""
         keys = {field.name for field in fields(cls)}
         if set(values) != keys:
             missing, unknown = sorted(keys - set(values)), sorted(set(values) - keys)
@@ -145,15 +135,8 @@ def letterbox(image: Image.Image, boxes: Boxes, preprocessing: Preprocessing) ->
     """Resize an image, antialiased, to the largest size that fits into the input, at its upper left corner.
 
     The aspect ratio stays. The rest is filled with the mean colour, which is zero after normalisation but for rounding.
-    `crop_pct` and `crop_mode` are not used: a detector sees the whole image.
-
-    Args:
-        image: An RGB image.
-        boxes: (n, 4) float32 in its pixels.
-        preprocessing: Size of the input, interpolation and mean.
-
-    Returns:
-        The input image, and the boxes (n, 4) float32 in its pixels; `unletterbox` inverts this.
+    `crop_pct` and `crop_mode` are not used: a detector sees the whole image. The boxes, (n, 4) float32, are in pixels
+    of the image before, and of the input after; `unletterbox` inverts this.
     """
     resized, boxes = fit_into(image, boxes, preprocessing.size, preprocessing)
     filled = Image.new("RGB", preprocessing.size[::-1], mean_colour(preprocessing))
@@ -162,12 +145,7 @@ def letterbox(image: Image.Image, boxes: Boxes, preprocessing: Preprocessing) ->
 
 
 def unletterbox(boxes: Boxes, size: tuple[int, int], preprocessing: Preprocessing) -> Boxes:
-    """Convert boxes (n, 4) in pixels of the input to pixels of the original image, and clip them to it.
-
-    Args:
-        boxes: In pixels of the input.
-        size: Height and width of the image before `letterbox`.
-        preprocessing: As for `letterbox`.
+    """Convert boxes (n, 4) in pixels of the input to pixels of the image of this height and width, and clip them to it.
 
     Example:
         >>> preprocessing = Preprocessing(size=(64, 64), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -175,9 +153,8 @@ def unletterbox(boxes: Boxes, size: tuple[int, int], preprocessing: Preprocessin
         >>> unletterbox(boxes, (80, 100), preprocessing).round(3).tolist()
         [[10.0, 20.0, 30.0, 80.0]]
     """
-    height, width = size
     boxes = _scale(boxes, letterboxed_size(size, preprocessing), size)
-    return boxes.clip(0, np.array([width, height, width, height], dtype=np.float32))
+    return boxes.clip(0, np.array([*size[::-1], *size[::-1]], dtype=np.float32))
 
 
 def letterboxed_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
@@ -208,7 +185,6 @@ def fit_into(
 def _scale(boxes: Boxes, old: tuple[int, int], new: tuple[int, int]) -> Boxes:
     """Boxes in an image of height and width `old` -> boxes in the same image of `new`; the ratio may differ."""
     x, y = new[1] / old[1], new[0] / old[0]
-    scaled: Boxes = (boxes * np.array([x, y, x, y])).astype(
-        np.float32
-    )  # in float64, so that a box at the border stays there
+    # in float64, so that a box at the border stays there
+    scaled: Boxes = (boxes * np.array([x, y, x, y])).astype(np.float32)
     return scaled

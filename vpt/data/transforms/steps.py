@@ -31,10 +31,8 @@ NOT_FOR_AUGMENT = {
 class Augmentation:
     """Steps that are applied in order and draw from two generators made of the seed, and from nothing else.
 
-    Args:
-        steps: Each `{"name": a transform of albumentations, **its arguments}`.
-        preprocessing: Size and mean of the input.
-        min_visibility: With a number the steps take boxes, too: a box remains if this part of its area does.
+    A step is `{"name": a transform of albumentations, **its arguments}`. With a number as `min_visibility` the steps
+    take boxes, too: a box remains if this part of its area does.
 
     Raises:
         ValueError: An unknown name or argument, a value that albumentations refuses, or a step that would not move
@@ -42,10 +40,7 @@ class Augmentation:
     """
 
     def __init__(
-        self,
-        steps: Sequence[Mapping[str, Any]],
-        preprocessing: Preprocessing,
-        min_visibility: float | None = None,
+        self, steps: Sequence[Mapping[str, Any]], preprocessing: Preprocessing, min_visibility: float | None = None
     ) -> None:
         self.config = [dict(step) if isinstance(step, Mapping) else step for step in steps]
         self.steps: list[tuple[str, Any]] = []
@@ -59,13 +54,9 @@ class Augmentation:
     def __call__(
         self, pixels: NDArray[np.uint8], seed: int, rows: NDArray[Any] | None = None, only_certain: bool = False
     ) -> tuple[NDArray[np.uint8], NDArray[Any]]:
-        """Apply the steps.
+        """Apply the steps, or only those that are always applied, to pixels (H, W, 3).
 
-        Args:
-            pixels: (H, W, 3).
-            seed: Decides what is random.
-            rows: Boxes and a fifth column that stays with its box, (n, 5); None without boxes.
-            only_certain: Skip steps that are not always applied.
+        Rows are boxes and a fifth column that stays with its box, (n, 5); None without boxes.
 
         Raises:
             ValueError: A step fails, or with boxes returns no image (H, W, 3) uint8.
@@ -81,15 +72,14 @@ class Augmentation:
             if only_certain and step.p < 1:
                 continue
             step.set_random_state(*generators)
-            boxes = {} if rows is None else {"bboxes": rows}
             try:
-                result = step(image=pixels, **boxes)
+                result = step(image=pixels, **({} if rows is None else {"bboxes": rows}))
             except Exception as error:  # albumentations and OpenCV raise almost anything
-                raise ValueError(
-                    f"augment: {name} cannot be applied to {pixels.shape[0]} x {pixels.shape[1]} pixels"
-                    f"{'' if rows is None else f' and {len(rows)} boxes'} ({error!r}); change its arguments, or "
-                    "remove it"
-                ) from error
+                data = (
+                    f"{pixels.shape[0]} x {pixels.shape[1]} pixels{'' if rows is None else f' and {len(rows)} boxes'}"
+                )
+                reason = f"{name} cannot be applied to {data} ({error!r})"
+                raise ValueError(f"augment: {reason}; change its arguments, or remove it") from error
             pixels = result["image"]
             if rows is not None:
                 rows = np.reshape(result["bboxes"], (-1, 5))
@@ -150,15 +140,11 @@ def _build_box_step(step: object, where: str, preprocessing: Preprocessing, min_
 def _find_transform(name: object, where: str) -> Any:
     """Find a transform by name; nothing but a transform of albumentations is ever returned."""
     library = _albumentations()
-    valid = [
-        key
-        for key, value in vars(library).items()
-        if isinstance(value, type) and issubclass(value, library.BasicTransform) and key not in NOT_FOR_AUGMENT
-    ]
+    types = {key: value for key, value in vars(library).items() if isinstance(value, type)}
+    valid = [key for key in types if issubclass(types[key], library.BasicTransform) and key not in NOT_FOR_AUGMENT]
     if name not in valid:
-        raise ValueError(
-            f"{where}: {name!r} is not a transform of albumentations{_hint(str(name), valid)}; {STEP_FORM}"
-        )
+        hint = _hint(str(name), valid)
+        raise ValueError(f"{where}: {name!r} is not a transform of albumentations{hint}; {STEP_FORM}")
     return getattr(library, str(name))
 
 
