@@ -115,15 +115,11 @@ def held_out_top1(student: nn.Module, head: nn.Module, images: Tensor, labels: T
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    for name in ("teacher", "images", "output"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--start-from", type=Path, help="weights of an earlier stage, in place of the teacher's blocks")
-    parser.add_argument("--epochs", type=float, default=24)
-    parser.add_argument("--views", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=7e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    for name, default in {"epochs": 24.0, "views": 4, "batch-size": 128, "lr": 7e-4, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)

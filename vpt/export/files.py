@@ -31,9 +31,8 @@ def describe_task(metadata: TaskMetadata) -> dict[str, Any]:
 
 def describe_backbone(metadata: TaskMetadata) -> dict[str, Any]:
     """Metadata of an exported backbone, from one of the tasks that it serves."""
-    values = metadata.to_json()
-    common = {name: values[name] for name in ("kind", "backbone", "fingerprint", "versions")}
-    return common | {"size": metadata.preprocessing["size"]}
+    names, values = ("kind", "backbone", "fingerprint", "versions"), metadata.to_json()
+    return {name: values[name] for name in names} | {"size": metadata.preprocessing["size"]}
 
 
 def write_model(model: Traceable, path: Path, metadata: Mapping[str, Any]) -> None:

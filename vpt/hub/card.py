@@ -50,7 +50,7 @@ def model_card(metadata: TaskMetadata, repo_id: str, tensors: Mapping[str, Tenso
     usage = task_type_named(metadata.task_type).usage
     names = {"repo_id": json.dumps(repo_id), "backbone": json.dumps(metadata.backbone, ensure_ascii=False)}
     sections = [
-        f"# {_text(_name(repo_id))}",
+        f"# {_text(repo_id.rpartition('/')[2])}",
         "A task for `vpt`: learned parameters for a pretrained vision transformer, without its weights, as in "
         "[Visual Prompt Tuning](https://arxiv.org/abs/2203.12119) (Jia et al., 2022).",
         _table(["", ""], list(_facts(metadata, tensors).items())),
@@ -81,7 +81,7 @@ def _card_data(metadata: TaskMetadata, repo_id: str) -> "ModelCardData":
         pipeline_tag=task_type_named(metadata.task_type).pipeline_tag,
         tags=["visual-prompt-tuning", "parameter-efficient"],
         base_model=f"timm/{architecture}.{tag}" if is_on_hub else None,
-        model_name=_name(repo_id) if results else None,
+        model_name=repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,
     )
 
@@ -174,10 +174,6 @@ def _metrics_table(metadata: TaskMetadata) -> str:
 def _table(head: list[str], rows: list[Any]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _name(repo_id: str) -> str:
-    return repo_id.rpartition("/")[2]
 
 
 def _numbers(values: list[float]) -> str:

@@ -42,8 +42,7 @@ class Batcher(Generic[Job, Result]):
     """Runs jobs in batches, on one thread.
 
     Args:
-        run: Returns a result for each job of a batch. An exception in place of a result fails that job; one that is
-            raised fails the whole batch.
+        run: Returns a result, or an exception, for each job of a batch; one that is raised fails the whole batch.
         group: Only jobs of the same group share a batch.
         max_batch: Most jobs in a batch.
         max_wait_ms: How long a job may wait for others, in milliseconds, not counting earlier batches.

@@ -81,8 +81,7 @@ def read_folder(folder: str | Path) -> Task:
 
     Raises:
         FileNotFoundError: One of the two files is missing.
-        ValueError: A file is damaged, the folder is of another type of adapter, or the config does not match the
-            metadata of the tensors, which a sha256 protects.
+        ValueError: A file is damaged, the adapter is of another type, or the config does not match the metadata.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG_NAME)
