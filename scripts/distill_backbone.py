@@ -33,13 +33,11 @@ HELD_OUT_PER_CLASS = 10
 
 def read_images(folder: Path) -> tuple[Tensor, Tensor]:
     """Read `folder/wnid/*.JPEG`: images (num, 3, 64, 64) uint8, and their ImageNet-1k labels (num,)."""
-    info = ImageNetInfo()
-    labels_of = {wnid: i for i, wnid in enumerate(info.label_names())}
-    images, labels = [], []
-    for path in sorted(folder.glob("*/*.JPEG")):
-        images.append(np.asarray(Image.open(path).convert("RGB")))
-        labels.append(labels_of[path.parent.name])
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+    labels_of = {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
+    paths = sorted(folder.glob("*/*.JPEG"))
+    images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    labels = torch.tensor([labels_of[path.parent.name] for path in paths])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 
 def split_held_out(labels: Tensor) -> tuple[Tensor, Tensor]:

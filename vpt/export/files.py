@@ -39,9 +39,7 @@ def write_model(model: Traceable, path: Path, metadata: Mapping[str, Any]) -> No
     """Trace a model and write it to a file, ONNX or torch.export's by its suffix; an interruption leaves it incomplete.
 
     The metadata, plain JSON values, is in ONNX under the metadata key "vpt", in a .pt2 the extra file "vpt.json".
-
-    Raises:
-        ValueError: The model is too large for one file of ONNX, or torch cannot export it.
+    ValueError if the model is too large for one file of ONNX, or torch cannot export it.
     """
     text = json.dumps({**metadata, "inputs": list(model.inputs), "outputs": list(model.outputs)}, ensure_ascii=False)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())

@@ -67,8 +67,7 @@ class FixedPrompt(nn.Module):
 class ExportedModel(Traceable):
     """Images (B, 3, H, W) -> the raw outputs of one task, see `TaskModel.forward_tensors`.
 
-    Raises:
-        ValueError: The model cannot be traced, or the backbone is not held in float32.
+    ValueError if the model cannot be traced, or the backbone is not held in float32.
     """
 
     def __init__(self, model: TaskModel) -> None:
@@ -96,10 +95,8 @@ class SharedModel(Traceable):
     """Images, each of one of T tasks, and the prompts and heads of the tasks -> logits (B, K).
 
     `pack_tasks` makes the inputs that describe the tasks. Where tasks differ in numbers of tokens and classes they are
-    padded, and padding is masked: results are those of each task's own model.
-
-    Raises:
-        ValueError: The attention of a block cannot be masked, or the ViT is not held in float32.
+    padded, and padding is masked: results are those of each task's own model. ValueError if the attention of a block
+    cannot be masked, or the ViT is not held in float32.
     """
 
     inputs: ClassVar[Axes] = MappingProxyType(

@@ -99,7 +99,6 @@ def _licence(licence: str) -> tuple[str | None, str | None]:
 
 
 def _results(metadata: TaskMetadata) -> "list[EvalResult]":
-    """The metrics that are numbers, as the hub has them."""
     from huggingface_hub import EvalResult
 
     dataset = (metadata.config or {}).get("dataset")
@@ -164,16 +163,13 @@ def _metrics_table(metadata: TaskMetadata) -> str:
     """A row for each metric, a column for each split."""
     splits = list(islice(metadata.metrics, MAX_LISTED))
     names = dict.fromkeys(name for split in splits for name in metadata.metrics[split])
-    rows = []
-    for name in islice(names, MAX_LISTED):
-        values = [metadata.metrics[split].get(name) for split in splits]
-        rows.append([_text(name), *("" if value is None else f"{value:.4g}" for value in values)])
+    found = {name: [metadata.metrics[split].get(name) for split in splits] for name in islice(names, MAX_LISTED)}
+    rows = [[_text(name), *("" if x is None else f"{x:.4g}" for x in values)] for name, values in found.items()]
     return _table(["", *map(_text, splits)], rows)
 
 
 def _table(head: list[str], rows: list[Any]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
 def _numbers(values: list[float]) -> str:

@@ -1,7 +1,6 @@
 """Task files on the Hugging Face Hub: a repository with `task.safetensors` and a model card, `README.md`.
 
-Downloaded files are checked like any untrusted file, see `vpt.models.task_file`. `huggingface_hub` reads HF_ENDPOINT,
-HF_HOME, HF_TOKEN and HF_HUB_OFFLINE from the environment.
+Downloaded files are not trusted, see `vpt.models.task_file`; HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply.
 """
 
 import json
@@ -96,13 +95,10 @@ def download(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """Download the task file of a repository unless it is cached, check it, and return its path.
-
-    Without a network the newest copy in the cache is used.
+    """Download and check the task file of a repository, or use the newest in the cache if offline; return its path.
 
     Args:
-        repo_id: The repository, such as "ann/pets". A local task file of this name, or a folder with a
-            `task.safetensors`, such as a run, takes precedence; the other arguments are not used then.
+        repo_id: Such as "ann/pets"; a local task file, or folder with a `task.safetensors`, of this name comes first.
         revision: A branch, tag or commit; main by default.
         token: For the hub; by default that of HF_TOKEN or `hf auth login`.
         cache_dir: Folder of downloaded files; by default that of `huggingface_hub`.

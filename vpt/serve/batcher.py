@@ -124,8 +124,7 @@ class Batcher(Generic[Job, Result]):
                     return
             for errand, future in errands:
                 _fulfil(future, errand)
-            running = [entry for entry in batch if entry.future.set_running_or_notify_cancel()]
-            if running:
+            if running := [entry for entry in batch if entry.future.set_running_or_notify_cancel()]:
                 self._run_batch(running)
 
     def _next_batch(self) -> "list[_Waiting[Job, Result]]":
@@ -155,9 +154,8 @@ class Batcher(Generic[Job, Result]):
         return (first if is_due else full)[: self._max_batch]
 
     def _run_batch(self, batch: "list[_Waiting[Job, Result]]") -> None:
-        results: Sequence[Result | Exception]
         try:
-            results = self._run([entry.job for entry in batch])
+            results: Sequence[Result | Exception] = self._run([entry.job for entry in batch])
             assert len(results) == len(batch)
         except Exception as error:  # later batches must still run
             self.totals.failed_batches += 1
@@ -176,7 +174,6 @@ class Batcher(Generic[Job, Result]):
 
 
 def _fulfil(future: "Future[Result]", function: Callable[[], Result]) -> None:
-    """Set the result of a function on a future, unless it was cancelled."""
     if not future.set_running_or_notify_cancel():
         return
     try:

@@ -329,7 +329,6 @@ def _name(file: Path, root: Path) -> str:
 
 
 def _without_path(file: Path, root: Path, error: Exception) -> str:
-    """An error with the name of the file relative to the folder."""
     return f"{_name(file, root)}: {str(error).removeprefix(f'{file}: ')}"
 
 
