@@ -49,7 +49,10 @@ def write_model(model: Traceable, path: Path, metadata: Mapping[str, Any]) -> No
     try:
         # With gradients torch selects another attention kernel, whose result has another memory layout.
         with torch.no_grad(), _quiet():
-            exported = _trace(model)
+            examples = tuple(model.examples().values())
+            exported = torch.export.export(model, examples, dynamic_shapes=_dimensions(model))
+            for node in exported.graph.nodes:
+                node.meta.pop("stack_trace", None)  # contains paths of this machine
             if is_onnx:
                 _write_onnx(exported, model, path, text)
             else:
@@ -82,14 +85,6 @@ def open_model(path: Path) -> Run:
         return {name: tensor.numpy() for name, tensor in zip(metadata["outputs"], found, strict=True)}
 
     return run
-
-
-def _trace(model: Traceable) -> torch.export.ExportedProgram:
-    examples = model.examples()
-    exported = torch.export.export(model, tuple(examples.values()), dynamic_shapes=_dimensions(model))
-    for node in exported.graph.nodes:
-        node.meta.pop("stack_trace", None)  # contains paths of this machine
-    return exported
 
 
 def _dimensions(model: Traceable) -> dict[str, dict[int, Any]]:

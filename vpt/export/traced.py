@@ -39,10 +39,7 @@ class Traceable(nn.Module, ABC):
 
 
 class FixedPrompt(nn.Module):
-    """A prompt source whose keys and values are buffers, computed when it is made.
-
-    `num_read` tokens of the last block will be read; None is all.
-    """
+    """A prompt source with keys and values in buffers, for `num_read` tokens of the last block; None is all."""
 
     def __init__(self, backbone: PromptedViT, num_read: int | None) -> None:
         super().__init__()
@@ -195,10 +192,9 @@ def outputs_of(model: TaskModel, images: Tensor) -> dict[str, Tensor]:
 
 
 def _check_float32(vit: ViT) -> None:
-    if dtypes := {parameter.dtype for parameter in vit.parameters()} - {torch.float32}:
-        raise ValueError(
-            f"{name_of(vit)} is held in {dtypes.pop()}; exported models are float32: load it without dtype"
-        )
+    if others := {parameter.dtype for parameter in vit.parameters()} - {torch.float32}:
+        dtype = others.pop()
+        raise ValueError(f"{name_of(vit)} is held in {dtype}; exported models are float32: load it without dtype")
 
 
 def _black_images(vit: ViT) -> Tensor:

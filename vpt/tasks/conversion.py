@@ -75,17 +75,15 @@ def read_folder(folder: str | Path) -> Task:
         FileNotFoundError: One of the two files is missing.
         ValueError: A file is damaged, the adapter is of another type, or the config does not match the metadata.
     """
-    folder = Path(folder)
-    config = _read_config(folder / CONFIG_NAME)
+    folder, config_path = Path(folder), Path(folder, CONFIG_NAME)
+    config = _read_config(config_path)
     if config.get("peft_type") != PEFT_TYPE:
         found = json.dumps(config.get("peft_type"))[:100]
-        raise ValueError(f"{folder / CONFIG_NAME}: peft_type is {found}; only {PEFT_TYPE} can be read")
+        raise ValueError(f"{config_path}: peft_type is {found}; only {PEFT_TYPE} can be read")
     metadata, tensors = open_task(folder / WEIGHTS_NAME)
     wanted = _peft_config(metadata)
     if odd := sorted(key for key in config.keys() | wanted.keys() if config.get(key, ...) != wanted.get(key, ...)):
-        raise ValueError(
-            f"{folder / CONFIG_NAME}: its {odd[0][:100]} does not match {WEIGHTS_NAME}; get a fresh copy of both"
-        )
+        raise ValueError(f"{config_path}: its {odd[0][:100]} does not match {WEIGHTS_NAME}; get a fresh copy of both")
     return metadata, tensors
 
 
@@ -206,9 +204,8 @@ def _unpickle(path: Path) -> Any:
         with torch.serialization.safe_globals([(target, name) for name, target in names.items()]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and the pickle each raise their own types
-        raise ValueError(
-            f"{path}: not a .pth file that can be read safely ({_reason(error)}); nothing in it was run"
-        ) from error
+        what = f"not a .pth file that can be read safely ({_reason(error)})"
+        raise ValueError(f"{path}: {what}; nothing in it was run") from error
 
 
 def _reason(error: BaseException) -> str:
