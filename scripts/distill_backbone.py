@@ -33,13 +33,11 @@ HELD_OUT_PER_CLASS = 10
 
 def read_images(folder: Path) -> tuple[Tensor, Tensor]:
     """Read `folder/wnid/*.JPEG`: images (num, 3, 64, 64) uint8, and their ImageNet-1k labels (num,)."""
-    info = ImageNetInfo()
-    labels_of = {wnid: i for i, wnid in enumerate(info.label_names())}
-    images, labels = [], []
-    for path in sorted(folder.glob("*/*.JPEG")):
-        images.append(np.asarray(Image.open(path).convert("RGB")))
-        labels.append(labels_of[path.parent.name])
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+    labels_of = {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
+    paths = sorted(folder.glob("*/*.JPEG"))
+    images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    labels = torch.tensor([labels_of[path.parent.name] for path in paths])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 
 def split_held_out(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,15 +113,11 @@ def held_out_top1(student: nn.Module, head: nn.Module, images: Tensor, labels: T
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    for name in ("teacher", "images", "output"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--start-from", type=Path, help="weights of an earlier stage, in place of the teacher's blocks")
-    parser.add_argument("--epochs", type=float, default=24)
-    parser.add_argument("--views", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=7e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    for name, default in {"epochs": 24.0, "views": 4, "batch-size": 128, "lr": 7e-4, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)

@@ -49,10 +49,8 @@ Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels from the upper left 
 
 def read_boxes(xml: bytes) -> list[Box]:
     """Boxes of a Pascal VOC file, whose pixels are counted from 1, with inclusive corners."""
-    corners = (
-        [int(box.findtext(key, "")) for key in ("xmin", "ymin", "xmax", "ymax")]
-        for box in ElementTree.fromstring(xml).iter("bndbox")
-    )
+    keys = ("xmin", "ymin", "xmax", "ymax")
+    corners = ([int(box.findtext(key, "")) for key in keys] for box in ElementTree.fromstring(xml).iter("bndbox"))
     return [(x1 - 1, y1 - 1, x2, y2) for x1, y1, x2, y2 in corners]
 
 

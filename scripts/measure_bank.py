@@ -25,8 +25,7 @@ from vpt.engine.console import format_table
 from vpt.engine.measure import count_flops, median_ratio, time_rounds
 from vpt.models.vit import load_vit
 
-NUM_TASKS = 8
-LAST_BLOCKS = 3
+NUM_TASKS, LAST_BLOCKS = 8, 3
 
 
 @dataclass

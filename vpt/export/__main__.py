@@ -69,7 +69,9 @@ def main() -> None:
 def export(options: ExportOptions) -> None:
     """Trace, write, load again and compare with torch; only then is the output written."""
     output = Path(options.output).expanduser()
-    _check_options(options, output)
+    check_file("output", output, [FORMATS[options.format]])
+    if missing := [name for name in PACKAGES[options.format] if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"format={options.format} needs {', '.join(missing)}, not installed; type {INSTALL}")
     paths = _task_files(options)
 
     from vpt.export.files import describe_backbone, describe_task, write_model
@@ -103,13 +105,6 @@ def export(options: ExportOptions) -> None:
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB in {seconds:.0f} s; largest difference {difference:.1e}")
 
 
-def _check_options(options: ExportOptions, output: Path) -> None:
-    """Refuse an output that cannot be written, before anything is loaded."""
-    check_file("output", output, [FORMATS[options.format]])
-    if missing := [name for name in PACKAGES[options.format] if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"format={options.format} needs {', '.join(missing)}, not installed; type {INSTALL}")
-
-
 def _task_files(options: ExportOptions) -> list[Path]:
     """The task files that are named; several only to check a shared model with."""
     is_one = not options.shared or Path(options.task).expanduser().is_file()
@@ -129,8 +124,7 @@ def _check_tasks(options: ExportOptions, paths: Sequence[Path], tasks: Sequence[
     for path, task in zip(paths, tasks, strict=True):
         if options.shared:
             check_shareable(path, task, tasks[0])
-        reason = None if options.shared else model_named(task.task_type).why_not_exported(task.head)
-        if reason is not None:
+        elif (reason := model_named(task.task_type).why_not_exported(task.head)) is not None:
             raise ConfigError(f"task={path}: {reason}")
         if (size := task.preprocessing["size"]) != (first := tasks[0].preprocessing["size"]):
             raise ConfigError(f"task={path}: made for images of {size} px, the first task for {first} px")
@@ -154,9 +148,9 @@ def _load(options: ExportOptions, paths: Sequence[Path], tasks: Sequence["TaskMe
     from vpt.models.task_file import load_task
     from vpt.models.vit import load_vit
 
-    height, width = tasks[0].preprocessing["size"]
+    size = tuple(tasks[0].preprocessing["size"])
     with config_keys(name="backbone"):
-        vit = load_vit(options.backbone or tasks[0].backbone, checkpoint=options.checkpoint, img_size=(height, width))
+        vit = load_vit(options.backbone or tasks[0].backbone, checkpoint=options.checkpoint, img_size=size)
     models = [load_task(path, vit) for path in paths]
     for model in models:
         fold_adapters(model.backbone.vit)
@@ -188,10 +182,7 @@ def _largest_difference(
     samples: Sequence["Image"],
     packed: "dict[str, NDArray[Any]] | None",
 ) -> float:
-    """Largest difference between the results of a file and those of the models, image by image; nan if one is nan.
-
-    Outputs in pixels are divided by the longer side of the input.
-    """
+    """Largest difference of the file's results from the models'; pixels by the longer side of the input; nan if any."""
     import numpy as np
     import torch
 

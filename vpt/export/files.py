@@ -31,18 +31,15 @@ def describe_task(metadata: TaskMetadata) -> dict[str, Any]:
 
 def describe_backbone(metadata: TaskMetadata) -> dict[str, Any]:
     """Metadata of an exported backbone, from one of the tasks that it serves."""
-    values = metadata.to_json()
-    common = {name: values[name] for name in ("kind", "backbone", "fingerprint", "versions")}
-    return common | {"size": metadata.preprocessing["size"]}
+    names, values = ("kind", "backbone", "fingerprint", "versions"), metadata.to_json()
+    return {name: values[name] for name in names} | {"size": metadata.preprocessing["size"]}
 
 
 def write_model(model: Traceable, path: Path, metadata: Mapping[str, Any]) -> None:
     """Trace a model and write it to a file, ONNX or torch.export's by its suffix; an interruption leaves it incomplete.
 
     The metadata, plain JSON values, is in ONNX under the metadata key "vpt", in a .pt2 the extra file "vpt.json".
-
-    Raises:
-        ValueError: The model is too large for one file of ONNX, or torch cannot export it.
+    ValueError if the model is too large for one file of ONNX, or torch cannot export it.
     """
     text = json.dumps({**metadata, "inputs": list(model.inputs), "outputs": list(model.outputs)}, ensure_ascii=False)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
@@ -52,7 +49,10 @@ def write_model(model: Traceable, path: Path, metadata: Mapping[str, Any]) -> No
     try:
         # With gradients torch selects another attention kernel, whose result has another memory layout.
         with torch.no_grad(), _quiet():
-            exported = _trace(model)
+            examples = tuple(model.examples().values())
+            exported = torch.export.export(model, examples, dynamic_shapes=_dimensions(model))
+            for node in exported.graph.nodes:
+                node.meta.pop("stack_trace", None)  # contains paths of this machine
             if is_onnx:
                 _write_onnx(exported, model, path, text)
             else:
@@ -85,14 +85,6 @@ def open_model(path: Path) -> Run:
         return {name: tensor.numpy() for name, tensor in zip(metadata["outputs"], found, strict=True)}
 
     return run
-
-
-def _trace(model: Traceable) -> torch.export.ExportedProgram:
-    examples = model.examples()
-    exported = torch.export.export(model, tuple(examples.values()), dynamic_shapes=_dimensions(model))
-    for node in exported.graph.nodes:
-        node.meta.pop("stack_trace", None)  # contains paths of this machine
-    return exported
 
 
 def _dimensions(model: Traceable) -> dict[str, dict[int, Any]]:

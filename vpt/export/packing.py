@@ -62,11 +62,7 @@ def pack_tasks(paths: Sequence[str | Path], depth: int) -> dict[str, NDArray[Any
 
 
 def check_shareable(path: Path, metadata: TaskMetadata, first: TaskMetadata) -> None:
-    """Refuse a task that cannot share the backbone with the first one.
-
-    Raises:
-        ValueError: It has no linear head, a tuned or another backbone, or a prompt without tokens.
-    """
+    """ValueError for a task without a linear head, with a tuned or another backbone, or a prompt without tokens."""
     if not model_named(metadata.task_type).has_linear_head:
         raise ValueError(f"{path}: a task of type {metadata.task_type} cannot share a backbone; export it alone")
     if metadata.prompt is not None and metadata.prompt["kind"] == "kv":

@@ -39,10 +39,7 @@ class Traceable(nn.Module, ABC):
 
 
 class FixedPrompt(nn.Module):
-    """A prompt source whose keys and values are buffers, computed when it is made.
-
-    `num_read` tokens of the last block will be read; None is all.
-    """
+    """A prompt source with keys and values in buffers, for `num_read` tokens of the last block; None is all."""
 
     def __init__(self, backbone: PromptedViT, num_read: int | None) -> None:
         super().__init__()
@@ -67,8 +64,7 @@ class FixedPrompt(nn.Module):
 class ExportedModel(Traceable):
     """Images (B, 3, H, W) -> the raw outputs of one task, see `TaskModel.forward_tensors`.
 
-    Raises:
-        ValueError: The model cannot be traced, or the backbone is not held in float32.
+    ValueError if the model cannot be traced, or the backbone is not held in float32.
     """
 
     def __init__(self, model: TaskModel) -> None:
@@ -96,10 +92,8 @@ class SharedModel(Traceable):
     """Images, each of one of T tasks, and the prompts and heads of the tasks -> logits (B, K).
 
     `pack_tasks` makes the inputs that describe the tasks. Where tasks differ in numbers of tokens and classes they are
-    padded, and padding is masked: results are those of each task's own model.
-
-    Raises:
-        ValueError: The attention of a block cannot be masked, or the ViT is not held in float32.
+    padded, and padding is masked: results are those of each task's own model. ValueError if the attention of a block
+    cannot be masked, or the ViT is not held in float32.
     """
 
     inputs: ClassVar[Axes] = MappingProxyType(
@@ -198,10 +192,9 @@ def outputs_of(model: TaskModel, images: Tensor) -> dict[str, Tensor]:
 
 
 def _check_float32(vit: ViT) -> None:
-    if dtypes := {parameter.dtype for parameter in vit.parameters()} - {torch.float32}:
-        raise ValueError(
-            f"{name_of(vit)} is held in {dtypes.pop()}; exported models are float32: load it without dtype"
-        )
+    if others := {parameter.dtype for parameter in vit.parameters()} - {torch.float32}:
+        dtype = others.pop()
+        raise ValueError(f"{name_of(vit)} is held in {dtype}; exported models are float32: load it without dtype")
 
 
 def _black_images(vit: ViT) -> Tensor:

@@ -50,7 +50,7 @@ def model_card(metadata: TaskMetadata, repo_id: str, tensors: Mapping[str, Tenso
     usage = task_type_named(metadata.task_type).usage
     names = {"repo_id": json.dumps(repo_id), "backbone": json.dumps(metadata.backbone, ensure_ascii=False)}
     sections = [
-        f"# {_text(_name(repo_id))}",
+        f"# {_text(repo_id.rpartition('/')[2])}",
         "A task for `vpt`: learned parameters for a pretrained vision transformer, without its weights, as in "
         "[Visual Prompt Tuning](https://arxiv.org/abs/2203.12119) (Jia et al., 2022).",
         _table(["", ""], list(_facts(metadata, tensors).items())),
@@ -81,7 +81,7 @@ def _card_data(metadata: TaskMetadata, repo_id: str) -> "ModelCardData":
         pipeline_tag=task_type_named(metadata.task_type).pipeline_tag,
         tags=["visual-prompt-tuning", "parameter-efficient"],
         base_model=f"timm/{architecture}.{tag}" if is_on_hub else None,
-        model_name=_name(repo_id) if results else None,
+        model_name=repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,
     )
 
@@ -99,7 +99,6 @@ def _licence(licence: str) -> tuple[str | None, str | None]:
 
 
 def _results(metadata: TaskMetadata) -> "list[EvalResult]":
-    """The metrics that are numbers, as the hub has them."""
     from huggingface_hub import EvalResult
 
     dataset = (metadata.config or {}).get("dataset")
@@ -164,20 +163,13 @@ def _metrics_table(metadata: TaskMetadata) -> str:
     """A row for each metric, a column for each split."""
     splits = list(islice(metadata.metrics, MAX_LISTED))
     names = dict.fromkeys(name for split in splits for name in metadata.metrics[split])
-    rows = []
-    for name in islice(names, MAX_LISTED):
-        values = [metadata.metrics[split].get(name) for split in splits]
-        rows.append([_text(name), *("" if value is None else f"{value:.4g}" for value in values)])
+    found = {name: [metadata.metrics[split].get(name) for split in splits] for name in islice(names, MAX_LISTED)}
+    rows = [[_text(name), *("" if x is None else f"{x:.4g}" for x in values)] for name, values in found.items()]
     return _table(["", *map(_text, splits)], rows)
 
 
 def _table(head: list[str], rows: list[Any]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _name(repo_id: str) -> str:
-    return repo_id.rpartition("/")[2]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
 def _numbers(values: list[float]) -> str:

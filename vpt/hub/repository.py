@@ -1,7 +1,6 @@
 """Task files on the Hugging Face Hub: a repository with `task.safetensors` and a model card, `README.md`.
 
-Downloaded files are checked like any untrusted file, see `vpt.models.task_file`. `huggingface_hub` reads HF_ENDPOINT,
-HF_HOME, HF_TOKEN and HF_HUB_OFFLINE from the environment.
+Downloaded files are not trusted, see `vpt.models.task_file`; HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply.
 """
 
 import json
@@ -36,21 +35,9 @@ def push_to_hub(
 ) -> str:
     """Upload a task file and its card to a repository of the hub, in one commit; return the URL of the commit.
 
-    The repository is created if missing; files of these two names are replaced.
-
-    Args:
-        path: A task file; it is checked first.
-        repo_id: The repository, such as "ann/pets"; without "ann/", of the owner of the token.
-        private: Create a private repository; an existing public one is refused.
-        token: For the hub; by default that of HF_TOKEN or `hf auth login`.
-        revision: The branch, created if missing; main by default.
-        message: Of the commit.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, `repo_id` is invalid, or the repository is public but should be private.
-        PermissionError: The token may not write there.
-        ConnectionError: The hub cannot be reached.
+    The file is checked first. The repository, such as "ann/pets" or, for the owner of the token, "pets", and the branch
+    `revision` are created if missing; files of these two names are replaced. For the token and errors see `download`;
+    ValueError also if `private`, and the repository exists and is public.
     """
     path = Path(path)
     metadata, tensors = open_task(path)
@@ -96,13 +83,10 @@ def download(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """Download the task file of a repository unless it is cached, check it, and return its path.
-
-    Without a network the newest copy in the cache is used.
+    """Download and check the task file of a repository, or use the newest in the cache if offline; return its path.
 
     Args:
-        repo_id: The repository, such as "ann/pets". A local task file of this name, or a folder with a
-            `task.safetensors`, such as a run, takes precedence; the other arguments are not used then.
+        repo_id: Such as "ann/pets"; a local task file, or folder with a `task.safetensors`, of this name comes first.
         revision: A branch, tag or commit; main by default.
         token: For the hub; by default that of HF_TOKEN or `hf auth login`.
         cache_dir: Folder of downloaded files; by default that of `huggingface_hub`.
@@ -143,9 +127,8 @@ def _find_local(repo_id: str | Path) -> Path | None:
     if not path.is_dir():
         return path if path.is_file() else None
     if not (path / TASK_FILE).is_file():
-        raise FileNotFoundError(
-            f"{path}: this folder has no {TASK_FILE}; name another one, or change the folder to use a repository"
-        )
+        advice = "name another one, or change the folder to use a repository"
+        raise FileNotFoundError(f"{path}: this folder has no {TASK_FILE}; {advice}")
     return path / TASK_FILE
 
 
@@ -211,9 +194,8 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> Except
         return _explain_answer(error, where)
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
         return ValueError(f"{where}: {_one_line(error)}")
-    return ConnectionError(
-        f"{where}: the transfer with {constants.ENDPOINT} failed ({_one_line(error)}); check the network and try again"
-    )
+    what = f"the transfer with {constants.ENDPOINT} failed ({_one_line(error)})"
+    return ConnectionError(f"{where}: {what}; check the network and try again")
 
 
 def _explain_answer(error: Any, where: str) -> Exception:
@@ -228,9 +210,8 @@ def _explain_answer(error: Any, where: str) -> Exception:
     if isinstance(error, errors.EntryNotFoundError):
         return FileNotFoundError(f"{where}: has no {TASK_FILE}, so it is not a repository of a vpt task")
     if status == 404:
-        return FileNotFoundError(
-            f"{where}: no such repository on {constants.ENDPOINT}, so no {TASK_FILE}; if it is private, {LOG_IN}"
-        )
+        what = f"no such repository on {constants.ENDPOINT}, so no {TASK_FILE}"
+        return FileNotFoundError(f"{where}: {what}; if it is private, {LOG_IN}")
     reason = plain(error.server_message or "without a reason", 300)
     return ConnectionError(f"{where}: {constants.ENDPOINT} answered {status} ({reason}); try again later")
 

@@ -161,7 +161,10 @@ def _check_change(request: Request, settings: Settings) -> None:
 def _add_page(app: FastAPI) -> None:
     """The page at /, whose policy allows its own script only."""
     html = files("vpt.serve").joinpath("page.html").read_text(encoding="utf-8")
-    hashes = {tag: _digest(html, tag) for tag in ("script", "style")}
+    hashes = {}  # of the only element of each name
+    for tag in ("script", "style"):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        hashes[tag] = "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; script-src '{hashes['script']}'; style-src '{hashes['style']}'; img-src blob: data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -171,12 +174,6 @@ def _add_page(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         return HTMLResponse(html, headers=headers)
-
-
-def _digest(html: str, tag: str) -> str:
-    """Hash of the only element of this name, for a Content-Security-Policy."""
-    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 
 def _add_handlers(app: FastAPI) -> None:

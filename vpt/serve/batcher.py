@@ -42,8 +42,7 @@ class Batcher(Generic[Job, Result]):
     """Runs jobs in batches, on one thread.
 
     Args:
-        run: Returns a result for each job of a batch. An exception in place of a result fails that job; one that is
-            raised fails the whole batch.
+        run: Returns a result, or an exception, for each job of a batch; one that is raised fails the whole batch.
         group: Only jobs of the same group share a batch.
         max_batch: Most jobs in a batch.
         max_wait_ms: How long a job may wait for others, in milliseconds, not counting earlier batches.
@@ -125,8 +124,7 @@ class Batcher(Generic[Job, Result]):
                     return
             for errand, future in errands:
                 _fulfil(future, errand)
-            running = [entry for entry in batch if entry.future.set_running_or_notify_cancel()]
-            if running:
+            if running := [entry for entry in batch if entry.future.set_running_or_notify_cancel()]:
                 self._run_batch(running)
 
     def _next_batch(self) -> "list[_Waiting[Job, Result]]":
@@ -156,9 +154,8 @@ class Batcher(Generic[Job, Result]):
         return (first if is_due else full)[: self._max_batch]
 
     def _run_batch(self, batch: "list[_Waiting[Job, Result]]") -> None:
-        results: Sequence[Result | Exception]
         try:
-            results = self._run([entry.job for entry in batch])
+            results: Sequence[Result | Exception] = self._run([entry.job for entry in batch])
             assert len(results) == len(batch)
         except Exception as error:  # later batches must still run
             self.totals.failed_batches += 1
@@ -177,7 +174,6 @@ class Batcher(Generic[Job, Result]):
 
 
 def _fulfil(future: "Future[Result]", function: Callable[[], Result]) -> None:
-    """Set the result of a function on a future, unless it was cancelled."""
     if not future.set_running_or_notify_cancel():
         return
     try:

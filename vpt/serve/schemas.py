@@ -143,18 +143,9 @@ def read_upload(upload: Upload) -> Image.Image:
 
 def describe(name: str, metadata: TaskMetadata, num_bytes: int) -> TaskDescription:
     """The public description of a task, without the config of its training, which may name folders."""
-    return TaskDescription(
-        name=name,
-        task_type=metadata.task_type,
-        classes=metadata.class_names,
-        backbone=metadata.backbone,
-        prompt=metadata.prompt,
-        preprocessing=metadata.preprocessing,
-        metrics=metadata.metrics,
-        licence=metadata.licence,
-        note=metadata.note,
-        bytes=num_bytes,
-    )
+    fields = ("task_type", "backbone", "prompt", "preprocessing", "metrics", "licence", "note")
+    shown = {field: getattr(metadata, field) for field in fields}
+    return TaskDescription(name=name, classes=metadata.class_names, bytes=num_bytes, **shown)
 
 
 class _NamedBytes(io.BytesIO):

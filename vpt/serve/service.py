@@ -123,9 +123,8 @@ class Service:
             write_bytes(target, data)
         except OSError as error:
             self._change(self._put_into_bank, name, None if is_new else target)
-            raise HTTPException(
-                507, f"{target.name} cannot be written ({error.strerror}); nothing has changed"
-            ) from error
+            what = f"{target.name} cannot be written ({error.strerror})"
+            raise HTTPException(507, f"{what}; nothing has changed") from error
         return is_new
 
     def delete(self, name: str) -> None:

@@ -96,7 +96,10 @@ def list_tasks(folder: Path, _: NoOptions) -> bool:
     rows, refused = [], []
     for file in _find(folder):
         try:
-            rows.append([_name(file, folder), *_describe(file)])
+            metadata, tensors = _open(file)
+            cells = [metadata.task_type, metadata.backbone, _prompt(metadata), str(metadata.num_classes)]
+            cells += [f"{file.stat().st_size / 1000:,.0f}", _dtypes(tensors), _metric(metadata)]
+            rows.append([_name(file, folder), *cells])
         except (ValueError, OSError) as error:
             refused.append(f"refused: {_without_path(file, folder, error)}")
     if rows:
@@ -203,10 +206,9 @@ def _find(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ConfigError(f"{path}: no such file or folder")
-    files = sorted(file for file in path.rglob("*.safetensors") if not file.name.startswith("."))
-    if not files:
-        raise ConfigError(f"{path}: contains no task files (.safetensors)")
-    return files
+    if files := sorted(file for file in path.rglob("*.safetensors") if not file.name.startswith(".")):
+        return files
+    raise ConfigError(f"{path}: contains no task files (.safetensors)")
 
 
 def _open(path: Path) -> "tuple[TaskMetadata, dict[str, Tensor]]":
@@ -288,13 +290,6 @@ def _read_original(path: Path, options: ConvertOptions) -> "tuple[TaskMetadata, 
     return task_of(original, vit, num_classes=options.num_classes, **crop)
 
 
-def _describe(file: Path) -> list[str]:
-    """The cells of a task file in the table, without its name."""
-    metadata, tensors = _open(file)
-    cells = [metadata.task_type, metadata.backbone, _prompt(metadata), str(metadata.num_classes)]
-    return [*cells, f"{file.stat().st_size / 1000:,.0f}", _dtypes(tensors), _metric(metadata)]
-
-
 def _prompt(metadata: "TaskMetadata") -> str:
     from vpt.models.prompts import format_blocks
 
@@ -334,7 +329,6 @@ def _name(file: Path, root: Path) -> str:
 
 
 def _without_path(file: Path, root: Path, error: Exception) -> str:
-    """An error with the name of the file relative to the folder."""
     return f"{_name(file, root)}: {str(error).removeprefix(f'{file}: ')}"
 
 

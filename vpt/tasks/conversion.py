@@ -1,10 +1,8 @@
 """Conversion of tasks to and from a PEFT-style folder, and from prompts of the original VPT code.
 
-A PEFT-style folder has the file names and the keys of PEFT. A `.pth` of the original code has prompts, and a head if it
-is a whole state dict; the other metadata of a task file comes from the backbone.
-
-Files are not trusted. Pickles are read with `weights_only`, and NumPy arrays in them become two small classes of this
-module, so that no code of NumPy runs on them either.
+A PEFT-style folder has the file names and keys of PEFT. A `.pth` of the original code has prompts, and a head if it is
+a whole state dict; other metadata comes from the backbone. Files are not trusted: pickles are read with `weights_only`,
+and NumPy arrays in them become two small classes of this module, so that no code of NumPy runs on them either.
 
 Legend: P prompt tokens, D embed_dim, L prompted blocks, K classes.
 """
@@ -36,12 +34,8 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE = "VISUAL_PROMPT_TUNING"  # unknown to PEFT, which refuses it
 
 PICKLE_ENDINGS = (".pth", ".pt")
-ROLES = {  # by the last part of a key, in a file of prompts and in a state dict
-    "shallow_prompt": "shallow",
-    "deep_prompt": "deep",
-    "prompt_embeddings": "shallow",
-    "deep_prompt_embeddings": "deep",
-}
+ROLES = {"shallow_prompt": "shallow", "deep_prompt": "deep"}  # by the last part of a key in a file of prompts
+ROLES |= {"prompt_embeddings": "shallow", "deep_prompt_embeddings": "deep"}  # in a state dict
 HEAD = {"head.last_layer.weight": "weight", "head.last_layer.bias": "bias"}
 PICKLED_FLOATS = ("f2", "f4", "f8")
 # The original code normalises with ImageNet's numbers, whatever the backbone, and resizes as torchvision does.
@@ -64,9 +58,7 @@ class OriginalPrompt:
 def write_folder(folder: str | Path, metadata: TaskMetadata, tensors: Mapping[str, Tensor]) -> Path:
     """Write a task as a PEFT-style folder, the config last; return its path.
 
-    Raises:
-        FileExistsError: The folder is not empty, or is a file.
-        ValueError: The tensors do not match the metadata.
+    FileExistsError if the folder is not empty, or is a file; ValueError if the tensors do not match the metadata.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -81,20 +73,17 @@ def read_folder(folder: str | Path) -> Task:
 
     Raises:
         FileNotFoundError: One of the two files is missing.
-        ValueError: A file is damaged, the folder is of another type of adapter, or the config does not match the
-            metadata of the tensors, which a sha256 protects.
+        ValueError: A file is damaged, the adapter is of another type, or the config does not match the metadata.
     """
-    folder = Path(folder)
-    config = _read_config(folder / CONFIG_NAME)
+    folder, config_path = Path(folder), Path(folder, CONFIG_NAME)
+    config = _read_config(config_path)
     if config.get("peft_type") != PEFT_TYPE:
         found = json.dumps(config.get("peft_type"))[:100]
-        raise ValueError(f"{folder / CONFIG_NAME}: peft_type is {found}; only {PEFT_TYPE} can be read")
+        raise ValueError(f"{config_path}: peft_type is {found}; only {PEFT_TYPE} can be read")
     metadata, tensors = open_task(folder / WEIGHTS_NAME)
     wanted = _peft_config(metadata)
     if odd := sorted(key for key in config.keys() | wanted.keys() if config.get(key, ...) != wanted.get(key, ...)):
-        raise ValueError(
-            f"{folder / CONFIG_NAME}: its {odd[0][:100]} does not match {WEIGHTS_NAME}; get a fresh copy of both"
-        )
+        raise ValueError(f"{config_path}: its {odd[0][:100]} does not match {WEIGHTS_NAME}; get a fresh copy of both")
     return metadata, tensors
 
 
@@ -131,16 +120,13 @@ def read_original(path: str | Path) -> OriginalPrompt:
 
 
 def task_of(original: OriginalPrompt, vit: ViT, *, num_classes: int | None = None, crop_mode: str = "center") -> Task:
-    """Make a classification task from prompts of the original code.
+    """Make a classification task from prompts of the original code; ValueError if they, or the head, do not fit.
 
     Args:
         original: Content of the file.
         vit: The backbone that the prompts were trained on, which the file does not name.
         num_classes: K; required if the file has no head. The head is then zero, as the note states.
         crop_mode: Preprocessing: "center" for FGVC (256 px, then the middle 224), "squash" for VTAB.
-
-    Raises:
-        ValueError: The prompts or the head do not fit the backbone or the number of classes, or it is missing.
     """
     if crop_mode not in CROPS:
         raise ValueError(f"crop_mode={crop_mode}: must be one of {', '.join(CROPS)}")
@@ -218,9 +204,8 @@ def _unpickle(path: Path) -> Any:
         with torch.serialization.safe_globals([(target, name) for name, target in names.items()]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and the pickle each raise their own types
-        raise ValueError(
-            f"{path}: not a .pth file that can be read safely ({_reason(error)}); nothing in it was run"
-        ) from error
+        what = f"not a .pth file that can be read safely ({_reason(error)})"
+        raise ValueError(f"{path}: {what}; nothing in it was run") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -26,11 +26,8 @@ def write_peft_folder(folder: str | Path, metadata: TaskMetadata, tensors: Mappi
 
     PEFT reads it onto the timm model with a head of as many classes:
     `PeftModel.from_pretrained(timm.create_model(NAME, pretrained=True, num_classes=K), folder)`. Preprocessing and
-    class names are lost, and it cannot be converted back: keep the task file.
-
-    Raises:
-        FileExistsError: The folder is not empty, or is a file.
-        ValueError: PEFT cannot represent the task.
+    class names are lost, and it cannot be converted back: keep the task file. FileExistsError if the folder is not
+    empty, or is a file; ValueError if PEFT cannot represent the task.
     """
     folder, reason = Path(folder), why_no_peft_folder(metadata)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
