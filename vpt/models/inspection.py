@@ -79,7 +79,7 @@ def inspect_attention(
 ) -> Iterator[BlockAttention]:
     """Yield the attention of blocks, one after the other, so that the weights of one block are in memory at a time.
 
-    `images` are normalised (B, 3, H, W); weights take 4 B h N (P + N) bytes. `blocks` is "all", "first:k", "last:k" or a
+    `images` are normalised (B, 3, H, W); weights take 4 B h N (P + N) bytes. `blocks`: "all", "first:k", "last:k" or a
     list of indices; blocks behind the last one are not run. `prompted=False` leaves the prompt out. In train mode its
     dropout is active.
 
@@ -188,7 +188,7 @@ def nearest_patches(
 ) -> Iterator[NearestPatches]:
     """For each prompted block, the patches that are nearest to its prompt tokens, by the cosine.
 
-    Patch tokens are those of normalised images (B, 3, H, W) that enter the block when there is no prompt, since a prompt
+    Patch tokens are those of normalised images (B, 3, H, W) that enter the block without a prompt, since a prompt
     changes those of later blocks. `num` is k, or fewer if there are not as many. `among` (B, rows, columns) bool limits
     the patches that may be found.
 

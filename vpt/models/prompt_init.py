@@ -79,7 +79,7 @@ def start_from_task(backbone: PromptedViT, path: str | Path) -> None:
         raise ValueError(f"{path}: is for the backbone {metadata.backbone}; its prompt does not fit another backbone")
     if prompt is None or metadata.prompt is None:
         raise ValueError(f"{path}: {'the backbone has no prompt to initialise' if prompt is None else 'has no prompt'}")
-    layouts = (
+    layouts: tuple[Any, Any] = (
         (prompt.variant, prompt.num_tokens, prompt.blocks),
         map(metadata.prompt.get, ("kind", "num_tokens", "blocks")),
     )

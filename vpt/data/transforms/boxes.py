@@ -87,7 +87,7 @@ class DetectionTrainTransform:
         return bool(self.augment.steps)
 
     def __call__(self, image: Image.Image, boxes: Boxes, seed: int) -> tuple[Tensor, Boxes, NDArray[np.int64]]:
-        """The normalised float32 tensor (3, H, W), the boxes (m, 4) float32 that remain in it, and their old indices."""
+        """The normalised float32 tensor (3, H, W), the boxes (m, 4) float32 that remain, and their old indices."""
         kept = np.arange(len(boxes))
         if self.augment.steps:
             height, width = (ROOM * side for side in self.preprocessing.size)
