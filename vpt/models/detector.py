@@ -130,7 +130,7 @@ class Detector(TaskModel):
         Args:
             images: Normalised; H and W are multiples of the largest stride.
             targets: For each image "boxes" (G, 4) in pixels, "labels" (G,) and, if there are crowds, "crowd" (G,) bool.
-            sizes: In eval mode, height and width of the upper left part of each input that boxes are clipped to.
+            sizes: In eval mode, height and width of the part of each input, at its upper left, to which boxes are cut.
 
         Raises:
             ValueError: There are no targets in train mode, or H and W are no such multiples.
