@@ -71,7 +71,7 @@ class ImageCache:
 
 
 def cache_images(samples: SamplesT, sizes: Sequence[Size]) -> SamplesT:
-    """The same samples behind an `ImageCache`, which raises an `OSError`; `sizes` come from `decoded_sizes`."""
+    """The same samples behind an `ImageCache`, which may raise `OSError`; `sizes` come from `decoded_sizes`."""
     return replace(samples, reader=ImageCache(samples.read, sizes))
 
 

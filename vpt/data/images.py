@@ -45,7 +45,7 @@ class Decoding:
     """Options of decoding.
 
     Images of more than `max_pixels` are refused by the size in their header, before they are decoded. The `background`
-    of transparent images is the name of an opaque colour, or "#RRGGBB".
+    of transparent images is the name of an opaque colour, or "#RRGGBB"; anything else is a `ValueError`.
     """
 
     max_pixels: int = MAX_PIXELS
@@ -62,7 +62,7 @@ class ImageError(ValueError):
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, background: str = "white") -> Image.Image:
     """Read an image file as RGB, upright and fully decoded; of an animation the first frame.
 
-    Its content decides the format, not its name. For the other parameters see `Decoding`.
+    The content of the file decides the format, not its name. For the other parameters see `Decoding`.
 
     Raises:
         ImageError: The file is missing, empty, truncated, not an image, too large, or holds floating point values.
@@ -77,7 +77,7 @@ def check_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, in
     """Width and height in the header, before EXIF orientation is applied; takes a tenth of a millisecond.
 
     Raises:
-        ImageError: The file is missing, empty, not an image, or too large.
+        ImageError: As `read_image`, as far as the header shows: missing, empty, not an image, or too large.
     """
     with _opened(path, max_pixels) as image:
         return image.size

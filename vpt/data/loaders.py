@@ -74,9 +74,13 @@ def build_loader(
 ) -> DataLoader[Any]:
     """Build a loader of batches: images (B, 3, H, W) float32 and targets (B,) int64, or what `collate_fn` makes.
 
-    The data set has a length, not 0, and returns (image, target) for a key (epoch, index). Call
-    `loader.sampler.set_epoch(epoch)` before each epoch. With 0 workers this process reads, with the same result.
-    Iterating raises a `LoaderError` if a loader process dies, or takes more than `timeout_s` seconds for a batch.
+    The data set has a length, and returns (image, target) for a key (epoch, index). `shuffle` draws a new order each
+    epoch, by `seed`; call `loader.sampler.set_epoch(epoch)` before each. With 0 workers this process reads, with the
+    same result. By default `collate_fn` is that of torch.
+
+    Raises:
+        ValueError: The data set is empty.
+        LoaderError: While iterating: a loader process dies, or takes more than `timeout_s` seconds for a batch.
     """
     num_samples = len(dataset)  # type: ignore[arg-type]
     if num_samples == 0:

@@ -29,7 +29,7 @@ def stratified_split(
 
 
 def take_per_class(samples: ClassificationSamples, num: int, seed: int) -> ClassificationSamples:
-    """Take `num` > 0 images of each class, chosen by seed (k-shot); a `ValueError` if a class has fewer."""
+    """Take `num` images of each class, chosen by seed (k-shot); a `ValueError` if a class has fewer, or `num` < 1."""
     if num < 1:
         raise ValueError(f"num_per_class={num}: must be at least 1, or null for all images")
     by_class = _shuffled_by_class(samples.targets, seed, samples.names)

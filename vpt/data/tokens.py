@@ -63,7 +63,7 @@ class TokenFolder:
         return content[:size].view(dtype).view(*shape)
 
     def write(self, key: str, parts: Iterable[Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
-        """Write tokens passed in parts, in order of their rows; an `OSError` if the disk is full or not writable."""
+        """Write tokens passed in parts, in order of rows; an `OSError` if the disk is full, or no write is allowed."""
         size = math.prod(shape) * dtype.itemsize + DIGEST_BYTES
         self._make_room(size)
         write_chunks(self.path / f"{key}.tokens", _with_digest(parts), size)

@@ -217,11 +217,8 @@ class _Failure:
 def start_worker(_: Any) -> None:
     """Use one thread, and ignore the signals that a scheduler sends to all processes: the main process handles them."""
     torch.set_num_threads(1)
-    actions = dict.fromkeys(IGNORED, signal.SIG_IGN) | dict.fromkeys(
-        FATAL, signal.SIG_DFL
-    )  # torch would print on fatal
-    for name, action in actions.items():
-        if hasattr(signal, name):
+    for names, action in ((IGNORED, signal.SIG_IGN), (FATAL, signal.SIG_DFL)):  # torch would print on fatal signals
+        for name in (name for name in names if hasattr(signal, name)):
             signal.signal(getattr(signal, name), action)
 
 

@@ -120,10 +120,8 @@ class DataReport:
 
     def findings(self) -> list[str]:
         """A line for each type of finding."""
-        found = [
-            (self.counts[finding], self.first[finding], *finding.value) for finding in Finding if self.counts[finding]
-        ]
-        return [f"{what}: {count:,}, {action}; first {first}" for count, first, what, action in found]
+        found = [(finding, *finding.value) for finding in Finding if self.counts[finding]]
+        return [f"{what}: {self.counts[key]:,}, {action}; first {self.first[key]}" for key, what, action in found]
 
     def refuse_errors(self) -> None:
         """Refuse data in which anything is wrong by a `ValueError` that names the first error, and counts all."""

@@ -37,7 +37,10 @@ class DetectionEvalTransform:
     def __call__(
         self, image: Image.Image, boxes: Boxes = NO_BOXES, seed: int = 0
     ) -> tuple[Tensor, Boxes, NDArray[np.int64]]:
-        """The normalised float32 tensor (3, H, W), the boxes (n, 4) float32 in its pixels, and their indices (n,)."""
+        """The normalised float32 tensor (3, H, W), the boxes (n, 4) float32 in its pixels, their indices (n,) int64.
+
+        The seed is not used.
+        """
         image, boxes = letterbox(image, boxes, self.preprocessing)
         return to_tensor(np.asarray(image), self.preprocessing), boxes, np.arange(len(boxes))
 
@@ -87,7 +90,11 @@ class DetectionTrainTransform:
         return bool(self.augment.steps)
 
     def __call__(self, image: Image.Image, boxes: Boxes, seed: int) -> tuple[Tensor, Boxes, NDArray[np.int64]]:
-        """The normalised float32 tensor (3, H, W), the boxes (m, 4) float32 that remain, and their old indices."""
+        """Augment an RGB image and its boxes; the result depends on these and the seed alone.
+
+        Returned are the normalised float32 tensor (3, H, W), the boxes (m, 4) float32 that remain, in its pixels, and
+        the indices (m,) int64 that they had.
+        """
         kept = np.arange(len(boxes))
         if self.augment.steps:
             height, width = (ROOM * side for side in self.preprocessing.size)

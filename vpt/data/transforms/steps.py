@@ -54,7 +54,7 @@ class Augmentation:
     def __call__(
         self, pixels: NDArray[np.uint8], seed: int, rows: NDArray[Any] | None = None, only_certain: bool = False
     ) -> tuple[NDArray[np.uint8], NDArray[Any]]:
-        """Apply the steps, or only those that are always applied, to pixels (H, W, 3).
+        """Apply the steps, or with `only_certain` those that are always applied, to pixels (H, W, 3).
 
         Rows are boxes and a fifth column that stays with its box, (n, 5); None without boxes.
 
@@ -75,10 +75,10 @@ class Augmentation:
             try:
                 result = step(image=pixels, **({} if rows is None else {"bboxes": rows}))
             except Exception as error:  # albumentations and OpenCV raise almost anything
-                data = (
-                    f"{pixels.shape[0]} x {pixels.shape[1]} pixels{'' if rows is None else f' and {len(rows)} boxes'}"
+                counted = "" if rows is None else f" and {len(rows)} boxes"
+                reason = (
+                    f"{name} cannot be applied to {pixels.shape[0]} x {pixels.shape[1]} pixels{counted} ({error!r})"
                 )
-                reason = f"{name} cannot be applied to {data} ({error!r})"
                 raise ValueError(f"augment: {reason}; change its arguments, or remove it") from error
             pixels = result["image"]
             if rows is not None:
