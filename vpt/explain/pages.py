@@ -75,11 +75,9 @@ def image_page(explanation: Explanation, number: int) -> Pixels:
     view, task_type = result.view, task_type_named(explanation.model.task_type)
     height, width, _ = view.pixels.shape
     title = [f"image {number:02d}: {'/'.join(Path(view.name).parts[-2:])}", task_type.caption(result.found)]
-    if explanation.model.backbone.prompt is None:
-        title.append(f"{source} to patches, 1 is uniform; no prompt")
-    else:
-        title.append(f"{source} to patches without and with the prompt, 1 is uniform; patches to prompt")
-    title.append(f"{width} x {height} pixels; dark: 0, bright: upper end of the scale")
+    is_bare = explanation.model.backbone.prompt is None
+    maps = ", 1 is uniform; no prompt" if is_bare else " without and with the prompt, 1 is uniform; patches to prompt"
+    title += [f"{source} to patches{maps}", f"{width} x {height} pixels; dark: 0, bright: upper end of the scale"]
     frames = task_type.frames(result.found)
     names = sorted({text for _, text in frames})
     labels = [names.index(text) for _, text in frames]
