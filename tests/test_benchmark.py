@@ -158,13 +158,6 @@ def test_without_peft_lora_is_skipped(monkeypatch, capsys, tmp_path):
     assert "lora is skipped: peft is not installed; type uv pip install" in capsys.readouterr().out
 
 
-def test_without_matplotlib_no_plot_is_drawn(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
-    benchmark.benchmark(read_options("only=deep", f"output={tmp_path}"))
-    assert {path.name for path in tmp_path.iterdir()} == {"benchmark.csv", "benchmark.json"}
-    assert "matplotlib is not installed; type uv pip install" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("rounds", [0, 1])
 def test_an_interrupted_run_writes_its_complete_rounds(monkeypatch, capsys, tmp_path, rounds):
     def interrupted(functions, *_):

@@ -1,6 +1,5 @@
 """python -m vpt.benchmark: what prompts cost, side by side with the bare ViT, full fine-tuning and LoRA."""
 
-import importlib.util
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,8 +87,6 @@ def benchmark(options: BenchmarkOptions) -> bool:
     from vpt.benchmark import tables
     from vpt.engine.measure import check_attention_is_counted, describe_machine
 
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"no plot will be drawn: matplotlib is not installed; type {building.INSTALL}")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = build.pick_device(options.device)
@@ -106,9 +103,8 @@ def benchmark(options: BenchmarkOptions) -> bool:
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        raise ConfigError(
-            f"batch_size={options.batch_size}: out of memory; make it or num_tokens smaller, or use only=..."
-        ) from error
+        message = "out of memory; make it or num_tokens smaller, or use only=..."
+        raise ConfigError(f"batch_size={options.batch_size}: {message}") from error
     machine = describe_machine(device)
     compiled = ", compiled" if options.compile else ""
     where = machine["gpu"] or f"{machine['cpu']}, threads={machine['threads']}"

@@ -85,9 +85,9 @@ def _build_prompted(name: str, num_tokens: int | None, vit: Any, images: Tensor,
     options: dict[str, Any] = {"num_tokens": num_tokens or 1, "impl": impl if impl == "concat" else "auto"}
     if variant == "last":
         options["blocks"] = f"last:{max(1, len(vit.blocks) // 4)}"
+    prompt: Any = {"linear": None, "last": "deep"}.get(variant, variant)
 
     def build() -> TaskModel:
-        prompt: Any = {"linear": None, "last": "deep"}.get(variant, variant)
         backbone = PromptedViT(vit, prompt, **options)
         # With a head of zeros all gradients would be zero, which a GPU multiplies faster than others.
         return create_model(backbone, num_classes=num_classes, head_init="paper").to(images.device)
@@ -109,9 +109,8 @@ def _add_lora(vit: Any, images: Tensor, log: Log) -> nn.Module | None:
     except ImportError:
         log(f"lora is skipped: peft is not installed; type {INSTALL}")
         return None
-    adapted: nn.Module = inject_adapter_in_model(
-        LoraConfig(r=8, target_modules=["qkv", "q_proj", "k_proj", "v_proj"]), vit
-    )
+    config = LoraConfig(r=8, target_modules=["qkv", "q_proj", "k_proj", "v_proj"])
+    adapted: nn.Module = inject_adapter_in_model(config, vit)
     adapted(images.clone().requires_grad_()).sum().backward()  # has a gradient even if no adapter is used
     if any(parameter.requires_grad and parameter.grad is None for parameter in adapted.parameters()):
         log("lora is skipped: this ViT bypasses adapters of its projections")
@@ -142,16 +141,10 @@ def measure(subjects: Sequence[Subject], options: "BenchmarkOptions", device: to
 
 def _count(subject: Subject, options: "BenchmarkOptions", device: torch.device) -> Iterator[tuple[str, Any]]:
     """Count FLOPs and memory; yields the name of each pass and the function to time, warmed up."""
-
-    def fast(model: nn.Module) -> Any:
-        return torch.compile(model) if options.compile else model
-
+    fast: Any = torch.compile if options.compile else lambda model: model
     if subject.inferring is not None:
-        measuring.inference(
-            subject.inferring, subject.inputs
-        )()  # the first call caches the keys and values of a prompt
-        flops = measuring.count_flops(measuring.inference(subject.inferring, subject.inputs))
-        subject.passes["forward"] = Pass(flops)
+        measuring.inference(subject.inferring, subject.inputs)()  # the first call caches the prompt's keys and values
+        subject.passes["forward"] = Pass(measuring.count_flops(measuring.inference(subject.inferring, subject.inputs)))
         forward = measuring.inference(fast(subject.inferring), subject.inputs)
         forward()
         yield "forward", forward
@@ -162,9 +155,8 @@ def _count(subject: Subject, options: "BenchmarkOptions", device: torch.device) 
     compiled = fast(model)
     step = measuring.training_step(compiled, inputs, targets, optimizer)
     step()
-    saved = measuring.count_saved_bytes(
-        measuring.training_loss(compiled, inputs, targets), measuring.model_tensors(model)
-    )
+    loss = measuring.training_loss(compiled, inputs, targets)
+    saved = measuring.count_saved_bytes(loss, measuring.model_tensors(model))
     peak = measuring.peak_bytes(step, device)
     held = measuring.count_held_bytes(model, optimizer)  # as if only this subject were in memory
     subject.passes["step"] = Pass(flops, saved, None if peak is None else peak + held)

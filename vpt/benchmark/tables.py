@@ -1,7 +1,6 @@
 """Tables, files and plot of the benchmark."""
 
 import csv
-import importlib.util
 import io
 import statistics
 from collections.abc import Sequence
@@ -95,7 +94,7 @@ def _cell(value: float | None, scale: float, spec: str) -> str:
 
 
 def write_files(folder: Path, rows: Sequence[dict[str, Any]], record: dict[str, Any], title: str) -> list[str]:
-    """Write the CSV, the record of the measurement and, with matplotlib, the plot; returns their names."""
+    """Write the CSV, the record of the measurement and, if a prompt was measured, the plot; returns their names."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -103,7 +102,7 @@ def write_files(folder: Path, rows: Sequence[dict[str, Any]], record: dict[str, 
     write_bytes(folder / "benchmark.csv", buffer.getvalue().encode())
     write_json(folder / "benchmark.json", record)
     names = ["benchmark.csv", "benchmark.json"]
-    if importlib.util.find_spec("matplotlib") is not None and set(LINES) & {row["subject"] for row in rows}:
+    if set(LINES) & {row["subject"] for row in rows}:
         write_bytes(folder / "benchmark.png", _draw(rows, title))
         names.append("benchmark.png")
     return names
@@ -113,11 +112,8 @@ def _draw(rows: Sequence[dict[str, Any]], title: str) -> bytes:
     """PNG of ratios against P: inference to the bare ViT, training step to the concat path."""
     from matplotlib.figure import Figure
 
-    styles = {
-        "flops": ("FLOPs", "-", "o"),
-        "time": ("time", "--", "^"),
-        "saved": ("bytes saved for backward", ":", "s"),
-    }
+    saved = ("bytes saved for backward", ":", "s")
+    styles = {"flops": ("FLOPs", "-", "o"), "time": ("time", "--", "^"), "saved": saved}
     panels = (("Inference", "forward", "bare"), ("Training step", "step", "concat"))
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     figure.suptitle(title, fontsize=9, color="0.4")
@@ -126,10 +122,8 @@ def _draw(rows: Sequence[dict[str, Any]], title: str) -> bytes:
         for name, (color, width) in LINES.items():
             for quantity, (label, line, marker) in styles.items():
                 column = f"{kind}_{quantity}_vs_{reference}"
-                points = [
-                    (row["num_tokens"], row[column]) for row in rows if row["subject"] == name and row.get(column)
-                ]
-                if points:
+                of_subject = [row for row in rows if row["subject"] == name]
+                if points := [(row["num_tokens"], row[column]) for row in of_subject if row.get(column)]:
                     style = {"linestyle": line, "marker": marker, "markersize": 5}
                     axes.plot(*zip(*points, strict=True), color=color, linewidth=width if line == "-" else 1.5, **style)
                     drawn |= {name: {"color": color, "linewidth": width}, label: {"color": "0.3", **style}}

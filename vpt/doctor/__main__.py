@@ -63,13 +63,7 @@ def main() -> None:
 
 
 def examine(config: Config, output: Path | None, command: str) -> bool:
-    """Check a data set, print the report and write it as JSON; returns whether there are no errors.
-
-    Args:
-        config: Of the run that would train on the data.
-        output: The JSON file, or None.
-        command: The command that would train on the data.
-    """
+    """Check the data of a run, print the report, write it as JSON; returns whether there are no errors."""
     from vpt.doctor.report import check
     from vpt.storage.files import write_json
 

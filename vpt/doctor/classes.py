@@ -15,17 +15,10 @@ Counts = dict[str, NDArray[np.int64]]
 
 
 def find_class_problems(task_type: TaskType, classes: tuple[str, ...], counts: Counts) -> Iterator[Finding]:
-    """Classes that are empty in a split or small in train, and imbalance.
-
-    Args:
-        task_type: Of the run.
-        classes: Their names.
-        counts: Images or boxes of each class (K,), by split.
-    """
+    """Classes that are empty in a split or small in train, and imbalance; counts are (K,), by split."""
     counted = task_type.counted
     for split, of_split in counts.items():
-        missing = [classes[label] for label in np.flatnonzero(of_split == 0)]
-        if missing:
+        if missing := [classes[label] for label in np.flatnonzero(of_split == 0)]:
             effect = "they cannot be learned" if split == "train" else f"{split} cannot evaluate them"
             message = f"{share(len(missing), len(classes))} classes have no {counted}, {effect}: {some(missing)}"
             yield Finding(Level.warning, "missing_class", message, split)

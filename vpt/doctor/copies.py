@@ -25,13 +25,7 @@ class _Member:
 
 
 def find_copies(splits: Mapping[str, Any], scans: Mapping[str, SplitScan], *, has_labels: bool) -> Iterator[Finding]:
-    """Images with equal pixels, as findings `leakage`, `duplicates` and `contradiction`.
-
-    Args:
-        splits: Samples by split.
-        scans: Of each split.
-        has_labels: Whether the samples have labels to compare.
-    """
+    """Images with equal pixels, as findings `leakage`, `duplicates` and, of samples with labels, `contradiction`."""
     leaks: dict[str, list[File]] = {split: [] for split in splits}
     twins: dict[str, list[File]] = {split: [] for split in splits}
     contradictions: list[File] = []
@@ -47,9 +41,7 @@ def find_copies(splits: Mapping[str, Any], scans: Mapping[str, SplitScan], *, ha
             first, *others = [f"labelled {splits[one.split].label_text(one.index)}" for one in group]
             if any(label != first for label in others):
                 contradictions.append(File(group[0].name, group[0].split, first))
-                contradictions += [
-                    one.duplicates(group[0], label) for one, label in zip(group[1:], others, strict=True)
-                ]
+                contradictions += [one.duplicates(group[0], of) for one, of in zip(group[1:], others, strict=True)]
     for split, files in leaks.items():
         text = f"also in another split, which makes the metrics of {split} too high; keep each image in one split"
         yield from _finding(Level.error, "leakage", text, split, files)
@@ -76,8 +68,7 @@ def _groups(splits: Mapping[str, Any], scans: Mapping[str, SplitScan]) -> Iterat
     starts = np.flatnonzero(np.diff(hashes[by_hash], prepend=hashes[by_hash][:1] + np.uint64(1)))
     groups = [group for group in np.split(by_hash, starts[1:]) if len(group) > 1]
     for group in sorted(groups, key=lambda group: int(group[0])):
-        located = [(order[where[at]], int(places[at])) for at in group]
         yield [
             _Member(split, index, splits[split].names[index], int(scans[split].columns["file"][index]))
-            for split, index in located
+            for split, index in ((order[where[at]], int(places[at])) for at in group)
         ]

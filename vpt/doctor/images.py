@@ -34,11 +34,7 @@ def find_unreadable(
 ) -> Iterator[Finding]:
     """Images that cannot be read or are too large: errors, unless training would skip them.
 
-    Args:
-        config: Of the run.
-        splits: Samples by split.
-        scans: Of each split.
-        left_out: Names of train images that the reader skipped, and the reasons.
+    `left_out` has the names of train images that the reader skipped, and the reasons.
     """
     for split, of_split in scans.items():
         known = left_out if split == "train" else []
@@ -49,8 +45,7 @@ def find_unreadable(
             yield Finding(level, "unreadable", message, split, tuple(File(name, split, why) for name, why in known))
         large = set(of_split.odd(Oddity.TOO_LARGE))
         for code, what, is_large in (("unreadable", "cannot be read", False), ("too_large", "are too large", True)):
-            errors = {index: text for index, text in of_split.errors.items() if (index in large) is is_large}
-            if errors:
+            if errors := {index: text for index, text in of_split.errors.items() if (index in large) is is_large}:
                 yield _of_images(level, code, f"{what}; {fate}", split, splits[split].names, errors)
 
 
@@ -75,8 +70,7 @@ def find_unusual(config: Config, splits: Mapping[str, Any], scans: Mapping[str, 
     """Unusual files: animated, 16-bit, rotated by EXIF, CMYK, transparent, a wrong extension."""
     for split, of_split in scans.items():
         for oddity, (code, text) in ODDITIES.items():
-            found = dict.fromkeys((index for index in of_split.odd(oddity) if index not in of_split.errors), "")
-            if found:
+            if found := dict.fromkeys((index for index in of_split.odd(oddity) if index not in of_split.errors), ""):
                 text = text.format(background=config.data.background)
                 yield _of_images(Level.note, code, text, split, splits[split].names, found)
 

@@ -19,23 +19,14 @@ UNSPLIT = "train"  # the split of images for which no split is given
 
 @dataclass(frozen=True)
 class Reading:
-    """A data set as far as it can be read.
-
-    Args:
-        splits: Samples by split.
-        report: What the reader found in labels.
-        split_off: Splits taken from the given train.
-        refusal: Why training would refuse the data at once; None if it would not.
-        has_labels: Whether the samples have the labels that training would use.
-        root: The folder of the images, if they are files.
-    """
+    """A data set as far as it can be read: samples by split."""
 
     splits: dict[str, Any]
-    report: DataReport
-    split_off: tuple[str, ...] = ()
-    refusal: str | None = None
-    has_labels: bool = True
-    root: Path | None = None
+    report: DataReport  # what the reader found in labels
+    split_off: tuple[str, ...] = ()  # splits taken from the given train
+    refusal: str | None = None  # why training would refuse the data at once
+    has_labels: bool = True  # those that training would use
+    root: Path | None = None  # of the images, if they are files
 
 
 def read_data(config: Config) -> Reading:
@@ -55,12 +46,10 @@ def read_data(config: Config) -> Reading:
         loose = {} if root is None else _read_loosely(root)
         if not any(map(len, loose.values())):
             raise ConfigError(str(error)) from error
-        has_labels = config.dataset.reader == "folder"
-        return Reading(loose, task_type.report, refusal=str(error), has_labels=has_labels, root=root)
+        return Reading(loose, task_type.report, (), str(error), config.dataset.reader == "folder", root)
     whole = replace(dataset, val_fraction=0.0, test_fraction=0.0)
     given = task_type_of(replace(config, dataset=whole)).read_all()
-    split_off = tuple(split for split in splits if split not in given)
-    return Reading(splits, task_type.report, split_off, root=root)
+    return Reading(splits, task_type.report, tuple(split for split in splits if split not in given), root=root)
 
 
 def _root_of(config: Config) -> Path | None:
@@ -81,9 +70,9 @@ def _read_loosely(root: Path) -> dict[str, ClassificationSamples]:
     for path in find_images(root):
         parts = path.relative_to(root).parts[:-1]
         split = SPLIT_OF.get(parts[0].lower(), UNSPLIT) if has_splits and parts else UNSPLIT
-        below = parts[1:] if has_splits else parts
-        rows[split].append((path, below[0] if below else "."))
-        folders[below[0] if below else "."] += 1
+        name = next(iter(parts[1:] if has_splits else parts), ".")
+        rows[split].append((path, name))
+        folders[name] += 1
     for parent in [entry for entry in root.iterdir() if _split_of(entry)] if has_splits else [root]:
         folders.update({entry.name: 0 for entry in parent.iterdir() if entry.is_dir() and entry.name[0] != "."})
     classes = tuple(sorted(folders))
@@ -97,10 +86,6 @@ def _split_of(folder: Path) -> str | None:
 def _loose_samples(root: Path, classes: tuple[str, ...], rows: list[tuple[Path, str]]) -> ClassificationSamples:
     paths = tuple(path for path, _ in rows)
     number = {name: target for target, name in enumerate(classes)}
-    return ClassificationSamples(
-        classes=classes,
-        targets=tuple(number[name] for _, name in rows),
-        names=tuple(path.relative_to(root).as_posix() for path in paths),
-        reader=FileReader(paths),
-        paths=paths,
-    )
+    targets = tuple(number[name] for _, name in rows)
+    names = tuple(path.relative_to(root).as_posix() for path in paths)
+    return ClassificationSamples(classes=classes, targets=targets, names=names, reader=FileReader(paths), paths=paths)

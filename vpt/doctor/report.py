@@ -23,26 +23,15 @@ MANY = 20  # classes; of more, the table shows the largest and the smallest
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """Findings about a data set and what training would do with it.
-
-    Args:
-        config: Of the run that would train on it.
-        task_type: Of the run.
-        reading: Samples and what the reader found.
-        scans: Scan of the images, by split.
-        counts: Images or boxes of each class, by split; empty if labels could not be read.
-        input: Of the backbone; None if not known here.
-        findings: Errors first, then warnings, then notes.
-        plan: What training would do.
-    """
+    """Findings about a data set and what training would do with it."""
 
     config: Config
     task_type: TaskType
     reading: Reading
-    scans: dict[str, SplitScan]
-    counts: Counts
-    input: Input | None
-    findings: list[Finding]
+    scans: dict[str, SplitScan]  # by split
+    counts: Counts  # images or boxes of each class, by split; empty if labels could not be read
+    input: Input | None  # of the backbone; None if not known here
+    findings: list[Finding]  # errors first, then warnings, then notes
     plan: Plan
 
     @property
@@ -75,14 +64,12 @@ class DoctorReport:
         return dict(storable(content))
 
     def _split_dict(self, split: str) -> dict[str, Any]:
-        scan = self.scans[split]
-        counts = self.counts.get(split)
+        scan, counts = self.scans[split], self.counts.get(split)
         by_class = None if counts is None else dict(zip(self.classes, counts.tolist(), strict=True))
-        names = ("smallest", "median", "largest")
         return {
             "images": len(scan.columns),
             "unreadable": len(scan.errors),
-            "sizes": dict(zip(names, _sizes_of(scan), strict=False)) or None,
+            "sizes": dict(zip(("smallest", "median", "largest"), _sizes_of(scan), strict=False)) or None,
             self.task_type.counted + "_of_class": by_class,
         }
 
@@ -100,8 +87,7 @@ class DoctorReport:
         rows = [[name, *(f"{num:,}" for num in row)] for name, *row in zip(self.classes, *columns, strict=True)]
         if len(rows) > MANY:
             order = np.argsort(-self.counts["train"], kind="stable")
-            ends = [*order[: MANY // 2], *order[-MANY // 2 :]]
-            rows = [rows[label] for label in ends]
+            rows = [rows[label] for label in (*order[: MANY // 2], *order[-MANY // 2 :])]
         heading = f"{len(self.classes):,} classes, {self.task_type.counted}"
         heading += f"; the {MANY // 2} largest and the {MANY // 2} smallest" if len(self.classes) > MANY else ""
         return f"{heading}\n{format_table(rows, ['class', *self.counts])}"
@@ -116,11 +102,7 @@ class DoctorReport:
 
 
 def check(config: Config, command: str) -> DoctorReport:
-    """Read a data set, decode every image once, and report.
-
-    Args:
-        config: Of the run that would train on it.
-        command: The command of that run, for the report.
+    """Read the data set of a run, decode every image once, and report; `command` is that of the run.
 
     Raises:
         ValueError: There are no images in the configured place, or the backbone is unknown.
@@ -166,8 +148,7 @@ def storable(value: Any) -> Any:
 def _format_findings(findings: Sequence[Finding]) -> Iterator[str]:
     """All findings, under a heading for each level."""
     for level in Level:
-        members = [finding for finding in findings if finding.level is level]
-        if members:
+        if members := [finding for finding in findings if finding.level is level]:
             heading = f"{len(members)} {level.value}{'s' if len(members) > 1 else ''}"
             yield "\n".join([heading, *(line for finding in members for line in finding.lines())])
     if not findings:

@@ -49,30 +49,19 @@ class Oddity(IntFlag):
 
 @dataclass(frozen=True)
 class ImageScan:
-    """The scan of an image.
+    """The scan of an image."""
 
-    Args:
-        index: In its split.
-        row: file, pixels, height, width, oddities, see `COLUMNS`; zeros where unknown.
-        error: Why it cannot be read, or None.
-    """
-
-    index: int
-    row: tuple[int, int, int, int, int]
-    error: str | None
+    index: int  # in its split
+    row: tuple[int, int, int, int, int]  # file, pixels, height, width, oddities, see `COLUMNS`; zeros where unknown
+    error: str | None  # why it cannot be read
 
 
 @dataclass
 class SplitScan:
-    """The scan of a split.
+    """The scan of a split."""
 
-    Args:
-        columns: (n,), see `COLUMNS`; height and width of the upright images.
-        errors: Why images cannot be read, by index.
-    """
-
-    columns: NDArray[np.void]
-    errors: dict[int, str] = field(default_factory=dict)
+    columns: NDArray[np.void]  # (n,), see `COLUMNS`; height and width of the upright images
+    errors: dict[int, str] = field(default_factory=dict)  # why images cannot be read, by index
 
     @property
     def readable(self) -> NDArray[np.int64]:
@@ -81,8 +70,7 @@ class SplitScan:
 
     def odd(self, oddity: Oddity) -> list[int]:
         """Indices of the images with this property, ascending."""
-        found: list[int] = np.flatnonzero(self.columns["oddities"] & oddity.value).tolist()
-        return found
+        return list(np.flatnonzero(self.columns["oddities"] & oddity.value).tolist())
 
 
 class ScanDataset:
@@ -92,16 +80,15 @@ class ScanDataset:
         self.samples, self.max_pixels = samples, max_pixels
 
     def __getitem__(self, key: tuple[int, int]) -> ImageScan:
-        _, index = key
-        path = self.samples.paths[index] if self.samples.paths else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about metadata that is not used
-            return self._scan(index, path)
+            return self._scan(key[1])
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def _scan(self, index: int, path: Path | None) -> ImageScan:
+    def _scan(self, index: int) -> ImageScan:
+        path = self.samples.paths[index] if self.samples.paths else None
         if path is not None and not path.is_file():  # a pipe would be read for ever
             what = "not a plain file" if path.exists() else "no such file"
             return ImageScan(index, (0, 0, 0, 0, 0), what)
@@ -115,15 +102,9 @@ class ScanDataset:
 
 
 def scan_images(config: Config, splits: Mapping[str, Any]) -> dict[str, SplitScan]:
-    """Scan every image of all splits once, in as many processes as training would use.
-
-    Args:
-        config: Of the run, with `num_workers` and `data.max_pixels`.
-        splits: Samples by split.
-    """
-    datasets = {
-        split: ScanDataset(samples, config.data.max_pixels) for split, samples in splits.items() if len(samples)
-    }
+    """Scan every image of all splits once, in as many processes as training would use."""
+    most = config.data.max_pixels
+    datasets = {split: ScanDataset(samples, most) for split, samples in splits.items() if len(samples)}
     loaders = build_loaders(config, datasets, list)
     found = {split: SplitScan(np.zeros(len(samples), COLUMNS)) for split, samples in splits.items()}
     with Progress(sum(map(len, loaders.values())), "scan") as progress:
@@ -165,9 +146,8 @@ def find_oddities(path: Path, max_pixels: int) -> Oddity:
 
 
 def _oddities_of(image: Image.Image, path: Path, max_pixels: int) -> Oddity:
-    has_frames = (
-        bool(getattr(image, "is_animated", False)) and image.format != "MPO"
-    )  # a photo of a phone, with its preview
+    # An MPO is a photo of a phone, with its preview.
+    has_frames = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
     suffix = path.suffix.lower()
     orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     found = {

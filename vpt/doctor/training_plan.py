@@ -31,25 +31,15 @@ class Input:
 
 @dataclass(frozen=True)
 class Plan:
-    """What training would do.
-
-    Args:
-        would_run: Whether no finding stops it.
-        stops_at: The code of the first finding that stops it.
-        images: Number of images used in each split.
-        split_off: Splits taken from the given train.
-        steps_per_epoch: Optimiser steps.
-        steps: Of all epochs.
-        next: The command to type, or what to fix first.
-    """
+    """What training would do."""
 
     would_run: bool
-    stops_at: str | None
-    images: dict[str, int]
-    split_off: tuple[str, ...]
-    steps_per_epoch: int
+    stops_at: str | None  # the code of the first finding that stops it
+    images: dict[str, int]  # number used, by split
+    split_off: tuple[str, ...]  # splits taken from the given train
+    steps_per_epoch: int  # of the optimiser
     steps: int
-    next: str
+    next: str  # the command to type, or what to fix first
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
@@ -73,27 +63,11 @@ def input_of(config: Config, task_type: TaskType) -> Input | None:
 def make_plan(
     config: Config, used: Mapping[str, int], split_off: tuple[str, ...], findings: Sequence[Finding], command: str
 ) -> Plan:
-    """What training would do.
-
-    Args:
-        config: Of the run.
-        used: Number of images of each split that training would use.
-        split_off: Splits taken from the given train.
-        findings: All of them, errors first.
-        command: The command that trains on these data.
-    """
+    """What training would do with `used` images of each split; findings have errors first; `command` trains."""
     stops = [finding for finding in findings if finding.level is Level.error and finding.code != "leakage"]
-    batches = math.ceil(used["train"] / config.train.batch_size)
-    steps = math.ceil(batches / config.train.accumulation)
-    return Plan(
-        would_run=not stops,
-        stops_at=stops[0].code if stops else None,
-        images=dict(used),
-        split_off=split_off,
-        steps_per_epoch=steps,
-        steps=steps * config.train.epochs,
-        next=_next(config, findings, used["train"], command),
-    )
+    steps = math.ceil(math.ceil(used["train"] / config.train.batch_size) / config.train.accumulation)
+    stops_at, then = stops[0].code if stops else None, _next(config, findings, used["train"], command)
+    return Plan(not stops, stops_at, dict(used), split_off, steps, steps * config.train.epochs, then)
 
 
 def _next(config: Config, findings: Sequence[Finding], num_train: int, command: str) -> str:

@@ -36,8 +36,7 @@ class ExplainOptions:
     """Options of `python -m vpt.explain`."""
 
     input: str = option(
-        about="an image, a folder with its sub-folders, or a pattern in quotes such as 'photos/**/*.jpg'",
-        shown="PATH",
+        about="an image, a folder with its sub-folders, or a pattern in quotes such as 'photos/**/*.jpg'", shown="PATH"
     )
     output: str = option(about="a new folder, or one that this command wrote", shown="FOLDER")
     run: str | None = option(None, "a run folder, such as runs/quickstart", shown="FOLDER")
@@ -67,7 +66,6 @@ def explain(options: ExplainOptions) -> list[str]:
     output = Path(options.output).expanduser()
     paths, num_found = _find(options)
     _check_output(output)
-
     from vpt.explain.numbers import explain_images
     from vpt.explain.pages import write_explanation
 

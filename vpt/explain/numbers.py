@@ -35,17 +35,11 @@ NUM_NEAREST = 8
 
 @dataclass(frozen=True)
 class ImageView:
-    """An image as the backbone receives it.
+    """An image as the backbone receives it."""
 
-    Args:
-        name: Its path.
-        image: (3, H, W), normalised.
-        pixels: (h, w, 3) uint8, the input without the fill of a letterbox.
-    """
-
-    name: str
-    image: Tensor
-    pixels: NDArray[np.uint8]
+    name: str  # its path
+    image: Tensor  # (3, H, W), normalised
+    pixels: NDArray[np.uint8]  # (h, w, 3), the input without the fill of a letterbox
 
     def is_inside(self, grid_size: tuple[int, int]) -> NDArray[np.bool_]:
         """(rows, columns), whether a patch of the input shows a part of the image."""
@@ -53,8 +47,7 @@ class ImageView:
             np.arange(num) * total / num < side
             for num, total, side in zip(grid_size, self.image.shape[1:], self.pixels.shape[:2], strict=True)
         )
-        inside: NDArray[np.bool_] = rows[:, None] & columns
-        return inside
+        return np.asarray(rows[:, None] & columns, np.bool_)
 
 
 def view_image(name: str, image: Image.Image, preprocessing: Preprocessing) -> ImageView:
@@ -67,47 +60,28 @@ def view_image(name: str, image: Image.Image, preprocessing: Preprocessing) -> I
 
 @dataclass(frozen=True)
 class ImageAttention:
-    """Prediction and attention for one image.
-
-    Args:
-        view: The image.
-        found: The prediction, as `TaskType.explain` returns it.
-        shares: By block with a prompt, the share of attention that goes to it, by source: "cls" and "patches"; and
-            "uniform", the share if all tokens got the same attention.
-        use: By block with a prompt, (P,) the share of all attention that goes to each prompt token.
-        maps: By chosen block, attention of CLS, or of all patches where there is no CLS, to each patch; 1 is uniform.
-        bare_maps: The same without the prompt; empty if there is no prompt.
-        prompt_maps: By chosen block with a prompt, the share of each patch's attention that goes to it.
-    """
+    """Prediction and attention for one image; `shares` and `use` are by block with a prompt, maps by chosen block."""
 
     view: ImageView
-    found: dict[str, Any]
+    found: dict[str, Any]  # the prediction, as `TaskType.explain` returns it
+    # Of the attention of "cls" and "patches", what goes to the prompt; "uniform": if all tokens got the same attention.
     shares: dict[int, dict[str, float]]
-    use: dict[int, Tensor]
-    maps: Maps
-    bare_maps: Maps
-    prompt_maps: Maps
+    use: dict[int, Tensor]  # (P,) the share of all attention that goes to each prompt token
+    maps: Maps  # attention of CLS, or of all patches where there is no CLS, to each patch; 1 is uniform
+    bare_maps: Maps  # the same without the prompt; empty if there is no prompt
+    prompt_maps: Maps  # the share of each patch's attention that goes to the prompt, where there is one
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Attention of a task for some images, and its prompt tokens.
+    """Attention of a task for some images, and its prompt tokens."""
 
-    Args:
-        origin: The option that names the task, such as "run=runs/quickstart".
-        model: The task, on its backbone.
-        blocks: Those with maps.
-        images: Results for each image.
-        similarities: Similarity of the prompt tokens of each prompted block; empty if there are no tokens.
-        nearest: The patches of all images that are most similar to them.
-    """
-
-    origin: str
+    origin: str  # the option that names the task, such as "run=runs/quickstart"
     model: TaskModel
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...]  # those with maps
     images: list[ImageAttention]
-    similarities: list[TokenSimilarity]
-    nearest: list[NearestPatches]
+    similarities: list[TokenSimilarity]  # of the prompt tokens of each prompted block; empty if there are no tokens
+    nearest: list[NearestPatches]  # the patches of all images that are most similar to them
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -152,29 +126,22 @@ class Explanation:
             ],
             "attention_to_prompt": [self._attention(block) for block in self.prompted],
             "prompt_tokens": [
-                {
-                    "block": found.block,
-                    "mean_cosine": found.mean_cosine,
-                    "effective_rank": found.effective_rank,
-                    "cosines": found.cosines.tolist(),
-                }
+                {name: getattr(found, name) for name in ("block", "mean_cosine", "effective_rank")}
+                | {"cosines": found.cosines.tolist()}
                 for found in self.similarities
             ],
             "nearest_patches": [self._nearest(found) for found in self.nearest],
         }
 
     def _attention(self, block: int) -> dict[str, Any]:
-        shares = {source: [image.shares[block][source] for image in self.images] for source in self.sources}
+        uniform, shares = self.share(block, "uniform"), {of: self.share(block, of) for of in self.sources}
         return {
             "block": block,
             "num_tokens": len(self.images[0].use[block]),
-            "uniform": self.share(block, "uniform"),
-            **{source: self.share(block, source) for source in self.sources},
-            **{
-                f"{source}_over_uniform": self.share(block, source) / self.share(block, "uniform")
-                for source in self.sources
-            },
-            **{f"{source}_by_image": values for source, values in shares.items()},
+            "uniform": uniform,
+            **shares,
+            **{f"{of}_over_uniform": share / uniform for of, share in shares.items()},
+            **{f"{of}_by_image": [image.shares[block][of] for image in self.images] for of in shares},
             "tokens_in_use": self.tokens_in_use(block),
         }
 
@@ -194,16 +161,8 @@ class Explanation:
 
 @torch.no_grad()
 def explain_images(origin: str, model: TaskModel, views: Sequence[ImageView], blocks: Sequence[int]) -> Explanation:
-    """Measure the attention for images, one by one, and compare the prompt tokens.
-
-    Args:
-        origin: The option that names the task.
-        model: In eval mode.
-        views: At least one.
-        blocks: Indices of the blocks with maps.
-    """
-    backbone = model.backbone
-    device = next(model.parameters()).device
+    """Measure the attention of a model in eval mode for at least one image, and compare the prompt tokens."""
+    backbone, device = model.backbone, next(model.parameters()).device
     images = [_measure(model, view, set(blocks), device) for view in views]
     similarities, nearest = [], []
     if has_tokens(backbone):
@@ -228,8 +187,8 @@ def _measure(model: TaskModel, view: ImageView, chosen: set[int], device: torch.
             result.use[block] = attention.to_prompt[0].mean(0).cpu()
         if block in chosen:
             result.maps[block] = _array(attention.patch_map)
-        if block in chosen and is_prompted:
-            result.prompt_maps[block] = _array(attention.prompt_map)
+            if is_prompted:
+                result.prompt_maps[block] = _array(attention.prompt_map)
     if backbone.prompt is not None:
         for attention in inspect_attention(backbone, image, sorted(chosen), prompted=False):
             result.bare_maps[attention.block] = _array(attention.patch_map)
@@ -238,5 +197,4 @@ def _measure(model: TaskModel, view: ImageView, chosen: set[int], device: torch.
 
 def _array(maps: Tensor) -> NDArray[np.float64]:
     """The map of the one image, (1, rows, columns)."""
-    values: NDArray[np.float64] = maps[0].double().cpu().numpy()
-    return values
+    return np.asarray(maps[0].double().cpu().numpy(), np.float64)

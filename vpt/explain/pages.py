@@ -12,13 +12,7 @@ from PIL import Image
 from vpt.engine.monitor import Monitor
 from vpt.explain.numbers import Explanation, ImageAttention
 from vpt.models.inspection import NearestPatches
-from vpt.plots.attention import (
-    Curve,
-    attention_page,
-    line_charts,
-    patch_with_surroundings,
-    similarity_matrices,
-)
+from vpt.plots.attention import Curve, attention_page, line_charts, patch_with_surroundings, similarity_matrices
 from vpt.plots.boxes import class_colour, draw_boxes
 from vpt.plots.figure import INK, Pixels
 from vpt.plots.grid import image_grid
@@ -44,11 +38,7 @@ def is_own_folder(folder: Path) -> bool:
 
 
 def write_explanation(explanation: Explanation, folder: Path) -> list[Path]:
-    """Write numbers, figures and TensorBoard events; those of an earlier explanation are replaced.
-
-    Returns:
-        The files of the figures.
-    """
+    """Write numbers, figures and TensorBoard events in place of earlier ones; returns the files of the figures."""
     for old in folder.iterdir() if folder.is_dir() else ():
         if OWN.fullmatch(old.name):
             old.unlink()
@@ -74,8 +64,9 @@ def make_pages(explanation: Explanation) -> Iterator[tuple[str, Pixels]]:
         yield "prompt", prompt_page(explanation)
     if explanation.similarities:
         yield "similarity", similarity_page(explanation)
-    for found in (found for found in explanation.nearest if found.block in explanation.blocks):
-        yield f"nearest_block_{found.block:02d}", nearest_page(explanation, found)
+    for found in explanation.nearest:
+        if found.block in explanation.blocks:
+            yield f"nearest_block_{found.block:02d}", nearest_page(explanation, found)
 
 
 def image_page(explanation: Explanation, number: int) -> Pixels:
@@ -84,11 +75,9 @@ def image_page(explanation: Explanation, number: int) -> Pixels:
     view, task_type = result.view, task_type_named(explanation.model.task_type)
     height, width, _ = view.pixels.shape
     title = [f"image {number:02d}: {'/'.join(Path(view.name).parts[-2:])}", task_type.caption(result.found)]
-    if explanation.model.backbone.prompt is None:
-        title.append(f"{source} to patches, 1 is uniform; no prompt")
-    else:
-        title.append(f"{source} to patches without and with the prompt, 1 is uniform; patches to prompt")
-    title.append(f"{width} x {height} pixels; dark: 0, bright: upper end of the scale")
+    is_bare = explanation.model.backbone.prompt is None
+    maps = ", 1 is uniform; no prompt" if is_bare else " without and with the prompt, 1 is uniform; patches to prompt"
+    title += [f"{source} to patches{maps}", f"{width} x {height} pixels; dark: 0, bright: upper end of the scale"]
     frames = task_type.frames(result.found)
     names = sorted({text for _, text in frames})
     labels = [names.index(text) for _, text in frames]
@@ -100,11 +89,8 @@ def image_page(explanation: Explanation, number: int) -> Pixels:
 def prompt_page(explanation: Explanation) -> Pixels:
     """Attention to the prompt, and the number of prompt tokens in use, over the blocks."""
     blocks, images = explanation.prompted, explanation.images
-    names = {
-        "uniform": "uniform attention",
-        "cls": "CLS (points: each image)",
-        "patches": "patches (points: each image)",
-    }
+    points = "(points: each image)"
+    names = {"uniform": "uniform attention", "cls": f"CLS {points}", "patches": f"patches {points}"}
     shares = [
         Curve(
             names[source],
@@ -172,8 +158,7 @@ def _maps(result: ImageAttention, block: int) -> list[tuple[NDArray[np.float64],
     if result.bare_maps and block in result.prompt_maps:
         to_prompt, uniform = result.prompt_maps[block], result.shares[block]["uniform"]
         highest = float(to_prompt[inside].max())
-        caption = f"patches to prompt\n0 to {highest:.0%}; uniform: {uniform:.0%}"
-        cells.append((to_prompt / (highest or 1), caption))
+        cells.append((to_prompt / (highest or 1), f"patches to prompt\n0 to {highest:.0%}; uniform: {uniform:.0%}"))
     elif result.bare_maps:
         cells.append((np.zeros_like(maps[0]), "this block has no prompt"))
     return cells
@@ -181,14 +166,11 @@ def _maps(result: ImageAttention, block: int) -> list[tuple[NDArray[np.float64],
 
 def _scalars(explanation: Explanation, block: int) -> dict[str, float]:
     """Numbers of a block for TensorBoard."""
-    scalars = {
-        f"attention_to_prompt/{source}": explanation.share(block, source)
-        for source in (*explanation.sources, "uniform")
-    }
+    sources = (*explanation.sources, "uniform")
+    scalars = {f"attention_to_prompt/{source}": explanation.share(block, source) for source in sources}
     scalars["attention_to_prompt/tokens_in_use"] = explanation.tokens_in_use(block)
-    for found in explanation.similarities:
-        if found.block == block:
-            scalars["prompt_tokens/effective_rank"] = found.effective_rank
-        if found.block == block and len(found.cosines) > 1:
+    for found in (found for found in explanation.similarities if found.block == block):
+        scalars["prompt_tokens/effective_rank"] = found.effective_rank
+        if len(found.cosines) > 1:
             scalars["prompt_tokens/mean_cosine"] = found.mean_cosine
     return scalars

@@ -23,21 +23,13 @@ _TILE = 224  # least width of a map and of a matrix
 
 @dataclass(frozen=True)
 class Curve:
-    """A line over the blocks of a chart.
+    """A line over the blocks of a chart."""
 
-    Args:
-        name: In the legend.
-        values: By block; the line has gaps where blocks are missing or values not finite.
-        colour: Of line and points.
-        dots: By block, further values that are drawn as small points.
-        is_dashed: Draw dashes without points.
-    """
-
-    name: str
-    values: Mapping[int, float]
+    name: str  # in the legend
+    values: Mapping[int, float]  # by block; the line has gaps where blocks are missing or values not finite
     colour: str
-    dots: Mapping[int, Sequence[float]] = field(default_factory=dict)
-    is_dashed: bool = False
+    dots: Mapping[int, Sequence[float]] = field(default_factory=dict)  # by block, further values, as small points
+    is_dashed: bool = False  # without points
 
 
 def attention_map(image: Pixels, values: Values, size: tuple[int, int]) -> Pixels:
@@ -60,22 +52,15 @@ def attention_map(image: Pixels, values: Values, size: tuple[int, int]) -> Pixel
 
 
 def attention_page(
-    image: Pixels,
-    size: tuple[int, int],
-    title: str,
-    rows: Sequence[tuple[str, Sequence[tuple[Values, str]]]],
+    image: Pixels, size: tuple[int, int], title: str, rows: Sequence[tuple[str, Sequence[tuple[Values, str]]]]
 ) -> Pixels:
     """Draw rows of an image and its maps; see `attention_map`.
 
-    Args:
-        image: (h, w, 3) uint8.
-        size: H and W of the input that the maps cover.
-        title: Lines of text above.
-        rows: Caption of the image, and maps with their captions; as many in each row.
+    A row is the caption of the image, and maps with their captions, as many in each row.
     """
-    cells = [
-        cell for name, maps in rows for cell in [(image, name), *((attention_map(image, m, size), c) for m, c in maps)]
-    ]
+    cells: list[tuple[Pixels, str]] = []
+    for name, maps in rows:
+        cells += [(image, name), *((attention_map(image, values, size), caption) for values, caption in maps)]
     images, captions = zip(*cells, strict=True)
     return image_grid(np.stack(images), captions, 1 + len(rows[0][1]), title=title, min_width=_TILE)
 
@@ -112,10 +97,7 @@ def patch_with_surroundings(image: Pixels, box: tuple[int, int, int, int]) -> Pi
 
     Args:
         image: (h, w, 3) uint8.
-        box: Left, top, right and bottom of the patch in pixels.
-
-    Returns:
-        Three times the height and width of the patch.
+        box: Left, top, right and bottom of the patch in pixels; the result has three times its height and width.
     """
     left, top, right, bottom = box
     w, h = right - left, bottom - top

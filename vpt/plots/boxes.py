@@ -62,7 +62,7 @@ def draw_boxes(
         crowd: (n,) whether a box is a crowd, or None if none is.
 
     Raises:
-        ValueError: If the image is not of this shape or type, or the lengths differ.
+        ValueError: The image is not of this shape or type, or the lengths differ.
 
     Example:
         >>> drawn = draw_boxes(np.zeros((64, 96, 3), np.uint8), [[10, 20, 50, 60]], [0], ["pear"], [0.9])
@@ -114,8 +114,8 @@ def boxes_page(
 
     Args:
         images: Each (H, W, 3) uint8, of any sizes; they are resized to one length of the longer side.
-        targets: For each image "boxes" (G, 4) in pixels, "labels" (G,) and optionally "crowd" (G,).
-        detections: For each image "boxes" (n, 4) in pixels, "scores" (n,) and "labels" (n,).
+        targets: Of each image: "boxes" (G, 4) in pixels, "labels" (G,) and optionally "crowd" (G,).
+        detections: Of each image: "boxes" (n, 4) in pixels, "scores" (n,) and "labels" (n,).
         classes: K names.
         captions: A heading for each row, such as the name of the file, or None.
         min_score: Lowest score of a detection that is drawn.

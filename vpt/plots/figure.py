@@ -35,8 +35,7 @@ def pixel_axes(width: int, height: int) -> Axes:
 
 def show(axes: Axes, image: Pixels, left: float, top: float, width: float, height: float) -> None:
     """Show an image in a part of pixel axes."""
-    box = (left, left + width, top + height, top)
-    axes.imshow(image, extent=box, aspect="auto", interpolation="nearest")
+    axes.imshow(image, extent=(left, left + width, top + height, top), aspect="auto", interpolation="nearest")
 
 
 def one_line(text: str, max_letters: float) -> str:

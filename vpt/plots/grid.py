@@ -5,11 +5,8 @@ from collections.abc import Sequence
 
 from vpt.plots.figure import INK, Pixels, one_line, pixel_axes, render, show
 
-RIGHT = "#188038"
-"""Colour of the caption of a right prediction."""
-WRONG = "#c5221f"
-"""Colour of the caption of a wrong prediction."""
-
+RIGHT = "#188038"  # the caption of a right prediction
+WRONG = "#c5221f"  # of a wrong one
 _GAP = 6
 _LINE = 16
 
@@ -22,16 +19,14 @@ def image_grid(
     title: str = "",
     min_width: int = 128,
 ) -> Pixels:
-    """Put images side by side, each with its caption below.
-
-    Captions and title may have several lines; a line that is too long is cut.
+    """Put images side by side, each with its caption below; a line that is too long is cut.
 
     Args:
         images: (B, H, W, 3) uint8.
-        captions: B texts, or None.
+        captions: B texts, of one or several lines.
         columns: Images in a row.
-        colours: B colours of the captions, or None for dark grey.
-        title: Text above all images.
+        colours: B colours of the captions; by default dark grey.
+        title: Above all images, of one or several lines.
         min_width: Smaller images are enlarged by an integer factor; a caption has about 18 letters in 128 pixels.
 
     Raises:

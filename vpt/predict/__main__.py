@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,8 @@ from vpt.config.errors import ConfigError
 from vpt.config.schema import option
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from vpt.predict.inputs import Inputs
-    from vpt.predict.open_tasks import OpenTasks, Prepared
+    from vpt.predict.open_tasks import OpenTasks
     from vpt.predict.progress_file import ProgressFile
     from vpt.task_types.writer import Predictions, PredictionWriter
 
@@ -124,8 +123,7 @@ def predict_run(options: PredictOptions) -> list[str]:
 def _earlier(inputs: "Inputs", writer: "PredictionWriter", progress_file: "ProgressFile", size: int) -> "Results":
     """Stored results of images that have not changed since, in batches that are complete.
 
-    Incomplete batches are predicted again, so that a batch holds the same images whether the command was stopped or
-    not, and all numbers are the same to the last digit.
+    Others are predicted again: batches of the same images give the same numbers to the last digit.
     """
     known = {_name(inputs, path): path for path in inputs.paths}
     found: dict[Path, Predictions] = {}
@@ -134,10 +132,10 @@ def _earlier(inputs: "Inputs", writer: "PredictionWriter", progress_file: "Progr
         path = known.get(entry.name)
         if path is None or inputs.stamp(path) != entry.stamp:
             continue
-        if entry.error is not None:
-            errors[path] = entry.error
-        else:
+        if entry.error is None:
             found[path] = writer.from_record(path, entry.found)
+        else:
+            errors[path] = entry.error
     valid: Results = {**{path: found[path] for path in writer.resume(found)}, **errors}
     done = [chunk for chunk in _chunks(inputs, size) if valid.keys() >= set(chunk)]
     results = {path: valid[path] for path in itertools.chain(*done)}
@@ -147,12 +145,7 @@ def _earlier(inputs: "Inputs", writer: "PredictionWriter", progress_file: "Progr
 
 
 def _predict(
-    inputs: "Inputs",
-    tasks: "OpenTasks",
-    writer: "PredictionWriter",
-    progress_file: "ProgressFile",
-    done: "Results",
-    size: int,
+    inputs: "Inputs", tasks: "OpenTasks", writer: "PredictionWriter", file: "ProgressFile", done: "Results", size: int
 ) -> "Results":
     """Results of the images that are not done yet; each batch is added to the progress file."""
     from vpt.engine.console import Progress
@@ -160,9 +153,7 @@ def _predict(
     from vpt.predict.progress_file import Entry
     from vpt.task_types.writer import PredictedImage
 
-    def prepare(image: "Image") -> "Prepared":
-        return tasks.prepare(image, keeps_image=writer.needs_images)
-
+    prepare = partial(tasks.prepare, keeps_image=writer.needs_images)
     results: Results = {}
     chunks = [chunk for chunk in _chunks(inputs, size) if not done.keys() >= set(chunk)]
     stamps = {path: inputs.stamp(path) for chunk in chunks for path in chunk}
@@ -174,12 +165,9 @@ def _predict(
             found: dict[Path, Predictions] = {}
             if good:
                 images = [PredictedImage(path, one.size, one.image) for path, one in good.items()]
-                outputs = run_model(tasks, [*good.values()])
-                found = dict(zip(good, writer.predict(images, outputs), strict=True))
+                found = dict(zip(good, writer.predict(images, run_model(tasks, [*good.values()])), strict=True))
             records = {path: writer.to_record(of_image) for path, of_image in found.items()}
-            progress_file.add(
-                [Entry(_name(inputs, path), stamps[path], records.get(path), errors.get(path)) for path in chunk]
-            )
+            file.add([Entry(_name(inputs, path), stamps[path], records.get(path), errors.get(path)) for path in chunk])
             results |= {**found, **errors}
             progress.advance(len(good))
     return results
@@ -195,8 +183,7 @@ def _find(options: PredictOptions) -> "Inputs":
         return Frames(path, options.every or 1)
     if options.every is not None:
         raise ConfigError(f"every={options.every} is for a video, and input={options.input} is none: leave it out")
-    images = ImageFiles(path)
-    if not images.paths:
+    if not (images := ImageFiles(path)).paths:
         raise ConfigError(f"input={options.input}: contains no images ({', '.join(sorted(EXTENSIONS))})")
     return images
 
@@ -227,10 +214,8 @@ def _writer(options: PredictOptions, tasks: "OpenTasks", inputs: "Inputs") -> "P
     """The writer of the tasks' type, after a check that no option is only for other types."""
     from vpt.task_types.base import task_type_named, task_types
 
-    writer = task_type_named(tasks.task_type).writer
-    others = {name for task_type in task_types().values() for name in task_type.writer.options} - {*writer.options}
-    values = asdict(options)
-    for name in others:
+    writer, values = task_type_named(tasks.task_type).writer, asdict(options)
+    for name in {name for of in task_types().values() for name in of.writer.options} - {*writer.options}:
         if values.get(name) is not None:
             raise ConfigError(f"{name}: is not for a {tasks.task_type} task, which {tasks.origin} is")
     made = writer(tasks.metadata, tasks.origin, values, inputs.root, inputs.paths)
@@ -247,14 +232,10 @@ def _command(options: PredictOptions, tasks: "OpenTasks") -> dict[str, Any]:
     """All that decides the results, by the names that messages use."""
     from vpt.version import __version__
 
-    same = ("every", "top_k", "min_score", "max_overlap", "max_detections", "classes")
     places = {"input": options.input, "drawings": options.drawings}
-    return {
-        "vpt": __version__,
-        **tasks.digests,
-        **{name: path and str(Path(path).expanduser().absolute()) for name, path in places.items()},
-        **{name: getattr(options, name) for name in same},
-    }
+    places = {name: path and str(Path(path).expanduser().absolute()) for name, path in places.items()}
+    same = ("every", "top_k", "min_score", "max_overlap", "max_detections", "classes")
+    return {"vpt": __version__, **tasks.digests, **places, **{name: getattr(options, name) for name in same}}
 
 
 if __name__ == "__main__":

@@ -36,11 +36,9 @@ class Inputs(Protocol):
         """A value that changes with the image."""
 
     def read(self, chunks: Chunks, prepare: Prepare[PreparedT]) -> Batches[PreparedT]:
-        """Prepare each image, or return why it cannot be read; at most two batches are in memory.
+        """Prepare each image, upright RGB, or return why it cannot be read; at most two batches are in memory.
 
-        Args:
-            chunks: Some of the paths, in order, batch by batch.
-            prepare: Takes an upright RGB image; called from several threads.
+        `chunks` are some of the paths, in order, batch by batch; `prepare` is called from several threads.
         """
 
 
@@ -99,8 +97,7 @@ class Frames:
 
     def read(self, chunks: Chunks, prepare: Prepare[PreparedT]) -> Batches[PreparedT]:
         """Decode all frames one by one, and drop those that are not in `chunks`."""
-        wanted = set(itertools.chain(*chunks))
-        if not wanted:
+        if not (wanted := set(itertools.chain(*chunks))):
             return
         pairs = zip(self.paths, self.video.frames(), strict=True)
         prepared = (prepare(frame) for path, frame in pairs if path in wanted)

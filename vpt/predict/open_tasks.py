@@ -25,40 +25,25 @@ from vpt.models.task_schema import TaskMetadata
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image, ready for all tasks.
+    """An image, ready for all tasks."""
 
-    Args:
-        size: Height and width in pixels.
-        inputs: (3, H, W), by preprocessing.
-        image: The RGB image itself, where it is still needed.
-    """
-
-    size: Size
-    inputs: Mapping[Preprocessing, Tensor]
-    image: Image.Image | None
+    size: Size  # height and width in pixels
+    inputs: Mapping[Preprocessing, Tensor]  # (3, H, W)
+    image: Image.Image | None  # RGB, where it is still needed
 
 
 @dataclass(frozen=True)
 class OpenTasks:
-    """Tasks of one type on one backbone, ready to predict.
+    """Tasks of one type on one backbone, ready to predict."""
 
-    Args:
-        origin: The option that named them, such as "run=runs/quickstart".
-        metadata: Of each task, by name.
-        digests: SHA-256 of each file that they come from, by a name for messages.
-        infer: Images on the device, names and sizes -> the output of each task, see `TaskBank.every`.
-        select: Name of a task and its selection -> None, see `TaskModel.select`.
-        device: The device of the models.
-        precision: The arithmetic of the forward pass.
-    """
-
-    origin: str
-    metadata: Mapping[str, TaskMetadata]
-    digests: Mapping[str, str]
+    origin: str  # the option that named them, such as "run=runs/quickstart"
+    metadata: Mapping[str, TaskMetadata]  # by name of the task
+    digests: Mapping[str, str]  # SHA-256 of each file that they come from, by a name for messages
+    # Images on the device, names and sizes -> the output of each task, see `TaskBank.every`.
     infer: Callable[[Tensor, Sequence[str], Sizes], Mapping[str, Any]]
-    select: Callable[[str, Any], None]
+    select: Callable[[str, Any], None]  # of a task by name, see `TaskModel.select`
     device: torch.device
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16"]  # of the forward pass
 
     @property
     def task_type(self) -> str:
@@ -112,12 +97,7 @@ def open_run(run_dir: Path, *, checkpoint: str | None, device: str) -> OpenTasks
 
 
 def open_task_files(text: str, *, checkpoint: str | None, device: str) -> OpenTasks:
-    """Tasks of one type on the backbone that their files name, by the names of the files.
-
-    Args:
-        text: Files, separated by commas.
-        checkpoint: Weights of the backbone; None for those of timm.
-        device: "auto", "cpu", "cuda", ...
+    """Tasks of one type on the backbone that their files, separated by commas, name; by the names of the files.
 
     Raises:
         ConfigError: A file does not exist, two have one name, or they are of different types.
@@ -128,9 +108,8 @@ def open_task_files(text: str, *, checkpoint: str | None, device: str) -> OpenTa
     first = next(iter(types))
     for name, task_type in types.items():
         if task_type != types[first]:
-            raise ConfigError(
-                f"task={text}: {first} is a {types[first]} task and {name} a {task_type} task; predict them separately"
-            )
+            odd = f"{first} is a {types[first]} task and {name} a {task_type} task"
+            raise ConfigError(f"task={text}: {odd}; predict them separately")
     bank = build.open_bank(paths, checkpoint=checkpoint, device=device)
     return OpenTasks(
         origin=f"task={text}",

@@ -19,19 +19,12 @@ Stamp = tuple[int, int] | None  # bytes, and nanoseconds of the last change; Non
 
 @dataclass(frozen=True)
 class Entry:
-    """One image that is done.
+    """One image that is done."""
 
-    Args:
-        name: Its name in the input.
-        stamp: Of its file before it was read, see `stamp_of`.
-        found: The predictions, as plain JSON values; None if it cannot be read.
-        error: Why it cannot be read; None if it can.
-    """
-
-    name: str
-    stamp: Stamp
-    found: Any
-    error: str | None = None
+    name: str  # in the input
+    stamp: Stamp  # of its file before it was read, see `stamp_of`
+    found: Any  # the predictions, as plain JSON values; None if it cannot be read
+    error: str | None = None  # why it cannot be read
 
 
 class ProgressFile:
@@ -65,8 +58,7 @@ class ProgressFile:
             self._check(head)
             self._num_whole = len(head)
             for line in file:
-                batch = _read_batch(line)
-                if batch is None:
+                if (batch := _read_batch(line)) is None:
                     return
                 self._num_whole += len(line)
                 yield from batch
@@ -108,13 +100,10 @@ class ProgressFile:
         if not isinstance(value, dict) or value.get("vpt_progress") != VERSION or "command" not in value:
             raise ValueError(f"{self.path}: not a progress file of this version; delete it, or name another output")
         was, now = dict(value["command"]), self.command
-        odd = [key for key in {**now, **was} if was.get(key) != now.get(key)]
-        if odd:
-            what = f"{odd[0]} was {was.get(odd[0])}, now {now.get(odd[0])}"
-            raise ValueError(
-                f"{self.path}: holds the progress of another command ({what}); "
-                "finish that one, delete the file, or name another output"
-            )
+        for key in {**now, **was}:
+            if was.get(key) != now.get(key):
+                what = f"another command ({key} was {was.get(key)}, now {now.get(key)}); finish that one"
+                raise ValueError(f"{self.path}: holds the progress of {what}, delete the file, or name another output")
 
 
 def stamp_of(path: Path) -> Stamp:

@@ -13,11 +13,7 @@ EXTENSIONS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"})
 
 
 class Video:
-    """Every n-th frame of a video file, in order.
-
-    Args:
-        path: The file.
-        every: Take frames 0, n, 2n, ...
+    """The frames 0, n, 2n, ... of a video file, where n is `every`.
 
     Raises:
         ImageError: The file cannot be read as a video.
@@ -26,9 +22,7 @@ class Video:
     def __init__(self, path: Path, every: int = 1) -> None:
         self.path, self.every = path, every
         with _opened(path) as capture:
-            num_frames = 0
-            while capture.grab():  # the number in the header is wrong in many files
-                num_frames += 1
+            num_frames = sum(1 for _ in iter(capture.grab, False))  # the header's number is wrong in many files
         if num_frames == 0:
             raise ImageError(f"{path}: no frame can be read; convert it to H.264 in .mp4")
         self.numbers = range(0, num_frames, every)

@@ -27,23 +27,14 @@ NUMBERS = ("score", "x1", "y1", "x2", "y2")
 
 @dataclass(frozen=True, eq=False)
 class FoundBoxes:
-    """The boxes predicted in one image.
+    """The boxes predicted in one image."""
 
-    Args:
-        path: The image file.
-        size: Height and width of the upright image.
-        image_id: Its number in the data set, such as a COCO image id, if any.
-        boxes: Corners x1, y1, x2, y2 in pixels of the upright image, (n, 4) float32.
-        scores: In [0, 1], (n,) float32.
-        labels: Class indices in [0, K), (n,) int64.
-    """
-
-    path: str
-    size: Size
-    image_id: int | None
-    boxes: NDArray[np.float32]
-    scores: NDArray[np.float32]
-    labels: NDArray[np.int64]
+    path: str  # of the image
+    size: Size  # height and width of the upright image
+    image_id: int | None  # its number in the data set, such as a COCO image id, if any
+    boxes: NDArray[np.float32]  # (n, 4) corners x1, y1, x2, y2 in pixels of the upright image
+    scores: NDArray[np.float32]  # (n,) in [0, 1]
+    labels: NDArray[np.int64]  # (n,) class indices in [0, K)
 
     def __post_init__(self) -> None:
         n = len(self.labels)
@@ -71,14 +62,9 @@ class FoundBoxes:
     def from_record(cls, path: str, record: Mapping[str, Any]) -> "FoundBoxes":
         """Restore what `to_record` returned."""
         height, width = record["size"]
-        return cls(
-            path,
-            (height, width),
-            record["image_id"],
-            np.array(record["boxes"], np.float32).reshape(-1, 4),
-            np.array(record["scores"], np.float32),
-            np.array(record["labels"], np.int64),
-        )
+        boxes = np.array(record["boxes"], np.float32).reshape(-1, 4)
+        scores, labels = np.array(record["scores"], np.float32), np.array(record["labels"], np.int64)
+        return cls(path, (height, width), record["image_id"], boxes, scores, labels)
 
 
 def to_box_table(
@@ -86,10 +72,7 @@ def to_box_table(
 ) -> bytes:
     """A table with a row for each box: path, class, score, x1, y1, x2, y2; several tasks add a column task.
 
-    Args:
-        found: By path, then by task.
-        classes: By task, the class names.
-        ending: ".csv" or ".parquet".
+    `found` is by path, then by task, `classes` by task; the ending is ".csv" or ".parquet".
 
     Example:
         >>> box, score, label = np.float32([[1, 2, 30, 40]]), np.float32([0.9]), np.int64([0])
@@ -115,12 +98,7 @@ def to_coco(found: Sequence[FoundBoxes], category_ids: Sequence[int], classes: S
     """COCO results: a list with a line for each box, {"image_id", "category_id", "bbox": [x, y, w, h], "score"}.
 
     "file_name" and "category" are added for readers. Image ids are those of `coco_image_ids`. pycocotools reads this
-    with `COCO.loadRes`, but raises IndexError for an empty list.
-
-    Args:
-        found: The images.
-        category_ids: Number of each class in the data set, by label.
-        classes: The class names.
+    with `COCO.loadRes`, but raises IndexError for an empty list. `category_ids` are the data set's numbers of labels.
 
     Raises:
         ValueError: Two images have the same id.
@@ -144,7 +122,7 @@ def to_coco(found: Sequence[FoundBoxes], category_ids: Sequence[int], classes: S
 def coco_image_ids(found: Sequence[FoundBoxes]) -> list[int]:
     """A distinct number for each image: its image_id if all have one, else the number in its name, else 1, 2, ...
 
-    COCO's images are named by numbers, such as 000000000139.jpg. They are used if all names are distinct numbers.
+    Names are used if all are distinct numbers, such as COCO's 000000000139.jpg.
 
     Raises:
         ValueError: Two images have the same image_id.
@@ -162,10 +140,7 @@ def coco_image_ids(found: Sequence[FoundBoxes]) -> list[int]:
 
 
 def to_yolo(found: FoundBoxes) -> str:
-    """The YOLO text file of an image: a line `class cx cy w h score` for each box, with fractions of the image's sides.
-
-    Training labels have the first five columns only.
-    """
+    """The YOLO text file of an image: a line `class cx cy w h score` for each box, in fractions of its sides."""
     height, width = found.size
     lines = []
     for label, score, (x1, y1, x2, y2) in found.rows():
@@ -175,13 +150,9 @@ def to_yolo(found: FoundBoxes) -> str:
 
 
 def file_names(paths: Sequence[str], ending: str) -> list[str]:
-    """Names of output files, one for each image, in the same sub-folders.
+    """Names of output files, one for each image, in the same sub-folders; paths are relative to the input folder.
 
     The ending of the image is replaced, or kept before the new one where two images differ in nothing else.
-
-    Args:
-        paths: The images, relative to the input folder.
-        ending: Of the files, such as ".txt".
 
     Raises:
         ValueError: A path is absolute, leaves its folder, or is a duplicate.

@@ -17,11 +17,7 @@ def to_class_table(found: TopOfTasks, classes: Classes, ending: str) -> bytes:
     """A table with a row for each image: path, class_1, probability_1, class_2, ...
 
     With several tasks an image has a row for each, and a column task; a task with fewer classes has empty cells.
-
-    Args:
-        found: By path.
-        classes: Of all tasks.
-        ending: ".csv", with probabilities to six digits, or ".parquet".
+    The ending is ".csv", with probabilities to six digits, or ".parquet".
 
     Example:
         >>> print(to_class_table({"a.jpg": {"fruit": [(1, 0.9)]}}, {"fruit": ["fig", "kiwi"]}, ".csv").decode(), end="")
@@ -42,12 +38,7 @@ def to_class_table(found: TopOfTasks, classes: Classes, ending: str) -> bytes:
 
 
 def to_class_json(found: TopOfTasks, classes: Classes) -> bytes:
-    """A list of {"path": ..., "predictions": [{"class": ..., "probability": ...}, ...]}; several tasks add "task": ....
-
-    Args:
-        found: By path.
-        classes: Of all tasks.
-    """
+    """A list of {"path": ..., "predictions": [{"class": ..., "probability": ...}, ...]}; several tasks add "task"."""
     rows = [
         {
             "path": path,
@@ -60,6 +51,4 @@ def to_class_json(found: TopOfTasks, classes: Classes) -> bytes:
 
 
 def _each(found: TopOfTasks) -> Iterator[tuple[str, str, Top]]:
-    for path, of_tasks in found.items():
-        for task, top in of_tasks.items():
-            yield path, task, top
+    return ((path, task, top) for path, of_tasks in found.items() for task, top in of_tasks.items())

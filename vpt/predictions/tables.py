@@ -24,13 +24,9 @@ def check_table(ending: str) -> None:
 
 
 def to_table(columns: Columns, rows: Iterable[Sequence[Any]], ending: str, digits: int | None = None) -> bytes:
-    """A table whose rows have their values in the order of the columns; None is an empty cell.
+    """A table, ".csv" or ".parquet", whose rows have values in the order of the columns; None is an empty cell.
 
-    Args:
-        columns: Name and type of each column.
-        rows: The values.
-        ending: ".csv" or ".parquet".
-        digits: Decimals of numbers in CSV; None writes all.
+    In CSV numbers have `digits` decimals; None writes all.
 
     Example:
         >>> print(to_table({"path": str, "score": float}, [["a.jpg", 0.75]], ".csv").decode(), end="")
@@ -58,5 +54,4 @@ def _to_parquet(columns: Columns, rows: Iterable[Sequence[Any]]) -> bytes:
     table = pyarrow.table(list(map(list, zip(*rows, strict=True))) or [[] for _ in columns], schema=schema)
     sink = pyarrow.BufferOutputStream()
     parquet.write_table(table, sink)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
+    return bytes(sink.getvalue().to_pybytes())

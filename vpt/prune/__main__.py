@@ -58,13 +58,11 @@ def prune_run(options: PruneOptions) -> dict[int, dict[str, dict[str, float]]]:
     """Prune the prompt of a run, write task files; returns the metrics by number of tokens and split."""
     keep, output = sorted(set(options.keep), reverse=True), Path(options.output).expanduser()
     check_folder("output", output)
-    run_dir = Path(options.run).expanduser()
-
     from vpt import build
     from vpt.prune.token_importance import keep_tokens, token_importance
     from vpt.runs.data import read_run
 
-    run = build.load_run(run_dir, checkpoint=options.checkpoint, device=options.device)
+    run = build.load_run(Path(options.run).expanduser(), checkpoint=options.checkpoint, device=options.device)
     prompt = _prompt_of(options, run, keep)
     task_type, data = read_run(
         run, ["train", "val"], root=options.root, batch_size=options.batch_size, num_workers=options.num_workers
@@ -83,9 +81,8 @@ def _prompt_of(options: PruneOptions, run: "TrainedRun", keep: list[int]) -> "Vi
     if prompt is None:
         raise ConfigError(f"run={options.run}: has no prompt to prune; name a run with one")
     if keep[0] >= prompt.num_tokens:
-        raise ConfigError(
-            f"keep={keep[0]}: the prompt of {options.run} has {prompt.num_tokens} tokens in each block; keep fewer"
-        )
+        has = f"has {prompt.num_tokens} tokens in each block"
+        raise ConfigError(f"keep={keep[0]}: the prompt of {options.run} {has}; keep fewer")
     return prompt
 
 
@@ -110,12 +107,9 @@ def _evaluate(
     for split in ("val", "test"):
         for num, prompt in prompts.items() if split in data.loaders else ():
             run.model.backbone.prompt = prompt
+            evaluator, text = task_type.evaluator(data, split), f"{split}, {num} tokens"
             metrics[num][split] = evaluate(
-                run.model,
-                data.loaders[split],
-                task_type.evaluator(data, split),
-                precision=precision,
-                description=f"{split}, {num} tokens",
+                run.model, data.loaders[split], evaluator, precision=precision, description=text
             )
     return metrics
 
@@ -125,13 +119,10 @@ def _table(select: str, metrics: dict[int, dict[str, dict[str, float]]]) -> str:
     from vpt.engine.console import format_table, percent
 
     whole, *_ = metrics.values()
-    rows = []
-    for num, of_splits in metrics.items():
-        cells = [
-            (percent(values[select]), f"{100 * (values[select] - whole[split][select]):+.1f}")
-            for split, values in of_splits.items()
-        ]
-        rows.append([str(num), *(cell for pair in cells for cell in pair)])
+    rows = [[str(num)] for num in metrics]
+    for row, of_splits in zip(rows, metrics.values(), strict=True):
+        for split, values in of_splits.items():
+            row += [percent(values[select]), f"{100 * (values[select] - whole[split][select]):+.1f}"]
     heads = [head for split in whole for head in (f"{split} {select}", "change")]
     return format_table(rows, ["tokens", *heads])
 

@@ -49,8 +49,7 @@ def token_importance(model: TaskModel, batches: Iterable[tuple[Tensor, Any]], lo
     if prompt is None:
         raise ValueError("the backbone has no prompt whose tokens could be scored")
     for index in range(backbone.depth) if prompt.variant == "shallow" else prompt.blocks:
-        reason = why_not_fast(backbone.vit.blocks[index])
-        if reason is not None:
+        if (reason := why_not_fast(backbone.vit.blocks[index])) is not None:
             raise ValueError(f"tokens cannot be scored: in block {index} {reason}")
     shape, device = (len(prompt.blocks), prompt.num_tokens), next(model.parameters()).device
     total, num_images = torch.zeros(shape, device=device), 0
@@ -75,12 +74,7 @@ def token_importance(model: TaskModel, batches: Iterable[tuple[Tensor, Any]], lo
 
 
 def keep_tokens(prompt: VisualPrompt, importance: Tensor, num_tokens: int) -> VisualPrompt:
-    """A plain prompt of the tokens of each block with the largest scores, in the order that they had.
-
-    Args:
-        prompt: Stays as it is.
-        importance: Scores (L, P).
-        num_tokens: Tokens that each block keeps.
+    """A plain prompt of the tokens of each block with the largest scores, (L, P), in the order that they had.
 
     Raises:
         ValueError: The prompt does not have more tokens than that, or there is not a score for each.
