@@ -122,7 +122,6 @@ def main() -> None:
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     started = time.time()
-
     images, labels = read_images(args.images)
     train, held_out = split_held_out(labels)
     overlay = {"file": str(args.teacher)}
@@ -131,7 +130,6 @@ def main() -> None:
     views = torch.stack([random_views(images[train], generator) for _ in range(args.views)])
     targets = torch.stack([teacher_tokens(teacher, view) for view in views])
     print(f"{len(train)} images, {args.views} views each, teacher done after {time.time() - started:.0f} s", flush=True)
-
     student = make_student(teacher)
     if args.start_from is not None:
         student.load_state_dict(load_file(args.start_from))
@@ -172,7 +170,6 @@ def main() -> None:
         if step % 50 == 0:
             parts = f"distance {distance:.4f} divergence {divergence:.4f}"
             print(f"step {step}/{num_steps} loss {loss:.4f} {parts}", flush=True)
-
     save(student, args.output)
     top1 = held_out_top1(student, teacher.head, images[held_out], labels[held_out])
     print(f"done: held-out top1 {top1:.4f}, {(time.time() - started) / 60:.1f} min", flush=True)

@@ -20,11 +20,8 @@ def pack_tasks(paths: Sequence[str | Path], depth: int) -> dict[str, NDArray[Any
 
     The tasks are of classification, in any dtype; `depth` is L. The inputs are prompts, num_tokens, shallow,
     num_shallow, head_weight and head_bias, see `SharedModel.forward`; float32 and int64. P, S and K are the largest of
-    all tasks; P and S may be 0.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: No file, one that cannot be read, or a task that cannot share the backbone with the first.
+    all tasks; P and S may be 0. FileNotFoundError for a missing file; ValueError for no file, one that cannot be read,
+    or a task that cannot share the backbone with the first.
     """
     if not paths:
         raise ValueError("paths is empty: name at least one task file")

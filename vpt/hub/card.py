@@ -93,9 +93,7 @@ def _licence(licence: str) -> tuple[str | None, str | None]:
     name = re.sub(r"[^a-z0-9.+]+", "-", licence.lower()).strip("-.")[:MAX_LABEL]
     known = re.sub(r"(-only|-or-later|\+)$", "", name)
     known = SPDX_TO_HUB.get(known, known)
-    if known in HUB_LICENCES.split():
-        return known, None
-    return "other", name or "unnamed"
+    return (known, None) if known in HUB_LICENCES.split() else ("other", name or "unnamed")
 
 
 def _results(metadata: TaskMetadata) -> "list[EvalResult]":
@@ -103,12 +101,8 @@ def _results(metadata: TaskMetadata) -> "list[EvalResult]":
 
     dataset = (metadata.config or {}).get("dataset")
     title = dataset.get("title") if isinstance(dataset, dict) else None
-    numbers = (
-        (split, name, value)
-        for split, values in metadata.metrics.items()
-        for name, value in values.items()
-        if value is not None
-    )
+    pairs = ((split, *pair) for split, values in metadata.metrics.items() for pair in values.items())
+    numbers = ((split, name, value) for split, name, value in pairs if value is not None)
     return [
         EvalResult(
             task_type=task_type_named(metadata.task_type).pipeline_tag,

@@ -85,11 +85,9 @@ def download(
 ) -> Path:
     """Download and check the task file of a repository, or use the newest in the cache if offline; return its path.
 
-    Args:
-        repo_id: Such as "ann/pets"; a local task file, or folder with a `task.safetensors`, of this name comes first.
-        revision: A branch, tag or commit; main by default.
-        token: For the hub; by default that of HF_TOKEN or `hf auth login`.
-        cache_dir: Folder of downloaded files; by default that of `huggingface_hub`.
+    `repo_id` is such as "ann/pets"; a local task file of this name, or a folder with a `task.safetensors`, takes
+    precedence, and the other arguments are not used then. `revision` is a branch, tag or commit, by default main. Token
+    and cache folder are by default those of HF_TOKEN or `hf auth login`, and of `huggingface_hub`.
 
     Raises:
         FileNotFoundError: There is no such repository, revision, folder or file.

@@ -41,13 +41,6 @@ class _Waiting(Generic[Job, Result]):
 class Batcher(Generic[Job, Result]):
     """Runs jobs in batches, on one thread.
 
-    Args:
-        run: Returns a result, or an exception, for each job of a batch; one that is raised fails the whole batch.
-        group: Only jobs of the same group share a batch.
-        max_batch: Most jobs in a batch.
-        max_wait_ms: How long a job may wait for others, in milliseconds, not counting earlier batches.
-        max_queue: Places for jobs; a job holds one from before it is created until its result is used.
-
     Example:
         >>> batcher = Batcher(lambda numbers: [2 * number for number in numbers])
         >>> with batcher.places(3):
@@ -58,12 +51,12 @@ class Batcher(Generic[Job, Result]):
 
     def __init__(
         self,
-        run: Callable[[list[Job]], Sequence[Result | Exception]],
+        run: Callable[[list[Job]], Sequence[Result | Exception]],  # an error fails its job; a raised one, all
         *,
-        group: Callable[[Job], Hashable] = lambda job: None,
-        max_batch: int = 32,
-        max_wait_ms: float = 5.0,
-        max_queue: int = 256,
+        group: Callable[[Job], Hashable] = lambda job: None,  # only jobs of the same group share a batch
+        max_batch: int = 32,  # most jobs in a batch
+        max_wait_ms: float = 5.0,  # how long a job may wait for others, not counting earlier batches
+        max_queue: int = 256,  # places for jobs; a job holds one from before it is created until its result is used
     ) -> None:
         self._run, self._group = run, group
         self._max_batch, self._max_wait, self.max_queue = max_batch, max_wait_ms / 1000, max_queue

@@ -123,10 +123,7 @@ def show_task(file: Path, _: NoOptions) -> bool:
     for name, value in fields.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         _print(f"{name:<{width}}  {_line(text)}")
-    rows = [
-        [_line(name), str(list(tensor.shape)), _dtype_name(tensor), f"{tensor.nbytes:,}"]
-        for name, tensor in sorted(tensors.items())
-    ]
+    rows = [[_line(name), str(list(x.shape)), _dtype_name(x), f"{x.nbytes:,}"] for name, x in sorted(tensors.items())]
     rows.append(["all tensors", "", "", f"{sum(tensor.nbytes for tensor in tensors.values()):,}"])
     table = format_table(rows, ["tensor", "shape", "dtype", "bytes"])
     _print(f"\n{table}\n\n{file.stat().st_size:,} bytes in the file")

@@ -71,9 +71,8 @@ def write_folder(folder: str | Path, metadata: TaskMetadata, tensors: Mapping[st
 def read_folder(folder: str | Path) -> Task:
     """Read a task from a PEFT-style folder, with all checks of a task file.
 
-    Raises:
-        FileNotFoundError: One of the two files is missing.
-        ValueError: A file is damaged, the adapter is of another type, or the config does not match the metadata.
+    FileNotFoundError if one of the two files is missing; ValueError if a file is damaged, the adapter is of another
+    type, or the config does not match the metadata, which a sha256 protects.
     """
     folder, config_path = Path(folder), Path(folder, CONFIG_NAME)
     config = _read_config(config_path)
@@ -279,18 +278,13 @@ def _check_fits(original: OriginalPrompt, vit: ViT, num_classes: int | None) -> 
 
 def _peft_config(metadata: TaskMetadata) -> dict[str, Any]:
     """Content of adapter_config.json: keys of PEFT, and the metadata of the task file."""
-    prompt = metadata.prompt
-    return {
-        "peft_type": PEFT_TYPE,
-        "task_type": task_type_named(metadata.task_type).peft_task,
-        "base_model_name_or_path": metadata.backbone,
-        "inference_mode": True,
-        "num_virtual_tokens": 0 if prompt is None else prompt["num_tokens"],
-        "token_dim": None if prompt is None else prompt["width"],
-        "num_layers": 0 if prompt is None else len(prompt["blocks"]),
-        "modules_to_save": ["head"] if metadata.head is None else ["head", "neck"],
-        "vpt": metadata.to_json(),
-    }
+    task_type, backbone = task_type_named(metadata.task_type).peft_task, metadata.backbone
+    base = {"task_type": task_type, "base_model_name_or_path": backbone, "inference_mode": True}
+    prompt = {"num_tokens": 0, "width": None, "blocks": []} if metadata.prompt is None else metadata.prompt
+    sizes = {"num_virtual_tokens": prompt["num_tokens"], "token_dim": prompt["width"]}
+    saved = ["head"] if metadata.head is None else ["head", "neck"]
+    rest = {"num_layers": len(prompt["blocks"]), "modules_to_save": saved, "vpt": metadata.to_json()}
+    return {"peft_type": PEFT_TYPE, **base, **sizes, **rest}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
