@@ -148,7 +148,6 @@ def fold_adapters(vit: ViT) -> ViT:
     """Merge adapters into the weights in place, where their method supports it, and return the ViT.
 
     Changes of a weight then cost nothing in inference. Adapters that are functions of tokens stay.
-
     """
     modules: Any = vit.named_modules()
     for name, layer in [pair for pair in modules if _is_peft(pair[1])]:

@@ -80,8 +80,8 @@ def inspect_attention(
     """Yield the attention of blocks, one after the other, so that the weights of one block are in memory at a time.
 
     `images` are normalised (B, 3, H, W); weights take 4 B h N (P + N) bytes. `blocks`: "all", "first:k", "last:k" or
-    indices; those behind the last one are not run. `prompted=False` leaves the prompt out. Use eval mode, or its dropout
-    is active.
+    indices; those behind the last one are not run. `prompted=False` leaves the prompt out. Without eval mode its
+    dropout is active.
 
     Raises:
         ValueError: A block that the backbone does not have, or one that calls no fused attention.

@@ -28,8 +28,8 @@ class VisualPrompt(nn.Module):
     """Prompt tokens and the blocks that they enter.
 
     `tokens` is one parameter of shape (L, P, D), or (L, P, 2 h d) for variant "kv". With `form` it is computed from
-    other parameters at each access; `torch.nn.utils.parametrize.remove_parametrizations(prompt, "tokens")` turns it back into a
-    parameter. Prompt tokens have no position embedding.
+    other parameters at each access; `torch.nn.utils.parametrize.remove_parametrizations(prompt, "tokens")` turns it
+    back into a parameter. Prompt tokens have no position embedding.
 
     A shallow prompt enters block 0; "deep" and "kv" need `blocks`, ascending indices. `dropout` of elements of tokens
     has a separate mask for each sample. `init` "uniform" draws from +-sqrt(6 / (3 * ph * pw + D)) for a `patch_size` of
