@@ -42,10 +42,9 @@ ADAPTER = "vpt"  # the adapter name inside PEFT layers
 class Adapters:
     """Method and options of adapters.
 
-    Args:
-        method: "sequential" or "parallel" (see `Bottleneck`), or a PEFT method such as "lora".
-        options: `width` and `scale` of a bottleneck. For PEFT, its options that are listed above, such as r and
-            lora_alpha; target_modules defaults to all linear layers of attention.
+    `method` is "sequential" or "parallel" (see `Bottleneck`), or a PEFT method such as "lora". `options` are `width`
+    and `scale` of a bottleneck; for PEFT, its options that are listed above, such as r and lora_alpha, where
+    target_modules defaults to all linear layers of attention.
 
     Raises:
         ValueError: The method or an option is unknown, or a value is out of range.
@@ -149,7 +148,6 @@ def fold_adapters(vit: ViT) -> ViT:
     """Merge adapters into the weights in place, where their method supports it, and return the ViT.
 
     Changes of a weight then cost nothing in inference. Adapters that are functions of tokens stay.
-
     """
     modules: Any = vit.named_modules()
     for name, layer in [pair for pair in modules if _is_peft(pair[1])]:

@@ -4,10 +4,10 @@ The outputs of deep prompt tokens are dropped after their block, so a block need
 the first norm and two projections of P vectors, once per batch and not once per sample, joined to those of the image
 tokens. The result equals that of the longer sequence, because tokens interact in attention only.
 
-If only prefix tokens are read after a block, only their queries are computed. For so few queries, keys and values need
-not be computed either ("absorbed" below): q . (W_k x) = (W_k^T q) . x, and a weighted sum of W_v x is W_v times the
-weighted sum of x. This is exact with biases, too: the key bias adds the same number to all logits of a query, which
-softmax ignores, and the value bias is added afterwards, since the weights of a query sum to one.
+If only prefix tokens are read after a block, only their queries are computed, and keys and values need not be
+("absorbed" below): q . (W_k x) = (W_k^T q) . x, and a weighted sum of W_v x is W_v times the weighted sum of x. This is
+exact with biases, too: the key bias adds the same number to all logits of a query, which softmax ignores, and the value
+bias is added afterwards, since the weights of a query sum to one.
 
 Keys and values may also be learned directly (prefix tuning). Queries are projected separately from them, so that
 autograd saves the joined keys and values only and not the whole output of a fused projection as well.
@@ -158,11 +158,9 @@ def _absorbs(block: Any, num_queries: int | None) -> bool:
 
     With a single head, (B, 1, P, D) tokens and (B, h, P, d) keys could not be told apart, so several are required.
     """
-    attn = block.attn
+    attn, k_norm = block.attn, getattr(block.attn, "k_norm", None)
     knows_no_position = type(attn) in (Attention, beit.Attention) and attn.num_heads > 1
-    return (
-        num_queries is not None and knows_no_position and isinstance(getattr(attn, "k_norm", None), nn.Identity | None)
-    )
+    return num_queries is not None and knows_no_position and isinstance(k_norm, nn.Identity | None)
 
 
 def _enter(block: Any, branch: int, tokens: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class BlockAttention:
 
     @property
     def patch_map(self) -> Tensor:
-        """(B, rows, columns): attention of CLS (or else the mean of all patches) to patches, times M: 1 if uniform."""
+        """(B, rows, columns): attention of CLS (or else the mean of patches) to patches, times M: 1 if uniform."""
         first = self.num_prefix_tokens
         queries = self.weights[:, :, :1] if self.has_cls else self.weights[:, :, first:]
         received = queries[..., self.num_prompt_tokens + first :].mean((1, 2))
@@ -79,9 +79,9 @@ def inspect_attention(
 ) -> Iterator[BlockAttention]:
     """Yield the attention of blocks, one after the other, so that the weights of one block are in memory at a time.
 
-    `images` are normalised (B, 3, H, W); weights take 4 B h N (P + N) bytes. `blocks`: "all", "first:k", "last:k" or a
-    list of indices; blocks behind the last one are not run. `prompted=False` leaves the prompt out. In train mode its
-    dropout is active.
+        `images` are normalised (B, 3, H, W); weights take 4 B h N (P + N) bytes. `blocks`: "all", "first:k", "last:k" or
+    indices; those behind the last one are not run. `prompted=False` leaves the prompt out. Without eval mode its
+        dropout is active.
 
     Raises:
         ValueError: A block that the backbone does not have, or one that calls no fused attention.
@@ -155,10 +155,6 @@ def effective_rank(tokens: Tensor) -> float:
 
     References:
         The Effective Rank: A Measure of Effective Dimensionality (Roy & Vetterli, EUSIPCO 2007), definition 1.
-
-    Example:
-        >>> round(effective_rank(torch.eye(4, 16)), 4), round(effective_rank(torch.ones(4, 16)), 4)
-        (4.0, 1.0)
     """
     return effective_number(torch.linalg.svdvals(tokens.float()))
 
@@ -172,7 +168,7 @@ def effective_number(amounts: Tensor) -> float:
 class NearestPatches:
     """Patches with the largest cosine to each prompt token of a block, in descending order; all tensors are (P, k).
 
-    `images` has indices of images, `rows` (from above) and `columns` (from the left) places of the patches in them.
+    `images` has indices of images, `rows` (from above) and `columns` (from the left) places of patches in them.
     """
 
     block: int
@@ -188,10 +184,9 @@ def nearest_patches(
 ) -> Iterator[NearestPatches]:
     """For each prompted block, the patches that are nearest to its prompt tokens, by the cosine.
 
-    Patch tokens are those of normalised images (B, 3, H, W) that enter the block without a prompt, since a prompt
-    changes those of later blocks. `num` is k, or fewer if there are not as many. `among` (B, rows, columns) bool limits
-    the patches that may be found.
-
+        Patch tokens are those of normalised images (B, 3, H, W) that enter the block without a prompt, since it changes
+    those of later blocks. `num` is k, unless there are fewer. `among` (B, rows, columns) bool: those that may be found.
+    
     Raises:
         ValueError: There is no prompt, or one without tokens, or `num` is below 1.
     """
@@ -204,8 +199,7 @@ def nearest_patches(
         cosines = F.normalize(tokens, dim=1) @ unit.mT
         num_found = cosines.shape[1]
         if among is not None:
-            among = among.to(cosines.device)
-            cosines = cosines.masked_fill(~among.flatten(), -math.inf)
+            cosines = cosines.masked_fill(~among.flatten().to(cosines.device), -math.inf)
             num_found = int(among.sum())
         best, index = cosines.topk(min(num, num_found))
         place = index % (rows * columns)

@@ -65,9 +65,7 @@ def start_from_patches(
 
 
 def start_from_task(backbone: PromptedViT, path: str | Path) -> None:
-    """Initialise the prompt from the prompt of a task file; the file's head is not used.
-
-    Both need the same backbone, variant, number of tokens and blocks.
+    """Initialise the prompt from that of a task file, without its head; backbone and layout must be the same.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -79,10 +77,8 @@ def start_from_task(backbone: PromptedViT, path: str | Path) -> None:
         raise ValueError(f"{path}: is for the backbone {metadata.backbone}; its prompt does not fit another backbone")
     if prompt is None or metadata.prompt is None:
         raise ValueError(f"{path}: {'the backbone has no prompt to initialise' if prompt is None else 'has no prompt'}")
-    layouts: tuple[Any, Any] = (
-        (prompt.variant, prompt.num_tokens, prompt.blocks),
-        map(metadata.prompt.get, ("kind", "num_tokens", "blocks")),
-    )
+    saved_layout = [metadata.prompt[name] for name in ("kind", "num_tokens", "blocks")]
+    layouts: Any = ((prompt.variant, prompt.num_tokens, prompt.blocks), saved_layout)
     new, saved = (f"variant={kind}, num_tokens={num}, blocks={format_blocks(blocks)}" for kind, num, blocks in layouts)
     if new != saved:
         raise ValueError(f"{path}: its prompt has {saved}, but the new prompt has {new}; both must be the same")

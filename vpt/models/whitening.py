@@ -36,7 +36,7 @@ def whiten_from_patches(backbone: PromptedViT, batches: Iterable[Tensor], *, see
     References:
         Attention to the Burstiness in Visual Prompt Tuning! (Wang et al., ICCV 2025),
         https://arxiv.org/abs/2506.22908, "fixed whitening"; from a summary and the authors' code under MIT. The paper
-        uses x = W_q W_k^T x_patch, the keys of patch tokens seen by queries of prompt tokens. Those of a deep prompt
+        uses x = W_q W_k^T x_patch, the keys of patch tokens seen by queries of prompt tokens. Queries of a deep prompt
         have no effect, so we exchange queries and keys. `FLOOR`, and scaling W to keep the mean length of tokens (so
         that learning rates stay comparable), are also ours.
     """

@@ -125,10 +125,7 @@ class DenseHead(nn.Module):
         return dense_losses(self.points(levels), logits, boxes, targets)
 
     def detect(self, levels: Sequence[Tensor], sizes: Sequence[tuple[int, int]], selection: Selection) -> list[Tensors]:
-        """Detections per image of the given (height, width): "boxes" (n, 4) in pixels, "scores" and "labels" (n,).
-
-        They are sorted by descending score; boxes are clipped to the image.
-        """
+        """For each (height, width), detections, best first: clipped "boxes" (n, 4) in px, "scores", "labels" (n,)."""
         logits, boxes = self(levels)
         scores = selection.only(logits.float()).sigmoid()
         return [_select(*image, selection) for image in zip(scores, boxes, sizes, strict=True)]

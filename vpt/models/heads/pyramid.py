@@ -1,8 +1,6 @@
 """Feature pyramid of a detector: patch tokens of several blocks -> feature maps at several strides.
 
-The backbone is frozen, so several of its blocks are read (`out_indices`).
-
-Legend: B images, D embed_dim, T blocks that are read, C channels, H, W pixels, S stride in pixels.
+Legend: B images, D embed_dim, T blocks that are read (`out_indices`), C channels, H, W pixels, S stride in pixels.
 """
 
 import math
@@ -17,12 +15,7 @@ STRIDES = (8, 16, 32)
 
 
 def default_strides(patch_size: int) -> tuple[int, ...]:
-    """The strides nearest to 8, 16 and 32 pixels that can be current by doubling or halving the patch size.
-
-    Example:
-        >>> default_strides(16), default_strides(14)
-        ((8, 16, 32), (7, 14, 28))
-    """
+    """Strides nearest to 8, 16 and 32 pixels by doubling or halving the patch size; (7, 14, 28) for 14 pixels."""
     return tuple(int(patch_size * 2.0 ** round(math.log2(stride / patch_size))) for stride in STRIDES)
 
 

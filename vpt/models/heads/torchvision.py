@@ -80,9 +80,8 @@ class RetinaNetHead(nn.Module):
         outputs = self._predict(levels)
         outputs["cls_logits"] = selection.only(outputs["cls_logits"])
         anchors = self.retinanet.anchor_generator.of_levels(levels)
-        by_level = {
-            name: torch.split(output, [len(level) for level in anchors], dim=1) for name, output in outputs.items()
-        }
+        nums = [len(level) for level in anchors]
+        by_level = {name: torch.split(output, nums, dim=1) for name, output in outputs.items()}
         _configure(self.retinanet, selection)
         found = self.retinanet.postprocess_detections(by_level, [anchors] * len(sizes), list(sizes))
         # torchvision clips boxes outside the image to an empty area, but does not remove them.
@@ -146,15 +145,12 @@ class FasterRCNNHead(nn.Module):
     def losses(self, levels: Sequence[Tensor], image_size: tuple[int, int], targets: Sequence[Tensors]) -> Tensors:
         """Losses of a batch in train mode, in float32: "rpn_class" and "rpn_box" of the proposals, "class" and "box".
 
-        {} in eval mode: the losses are of randomly sampled anchors and regions, with true boxes among the proposals, so
-        they would not be reproducible, nor the losses of the detections.
+        {} in eval mode: with randomly sampled anchors and regions, and true boxes among the proposals, they would be
+        neither reproducible nor the losses of the detections.
         """
         if not self.training:
             return {}
-        true = [
-            {"boxes": boxes.float(), "labels": labels + 1}
-            for boxes, labels in (without_crowds(target).values() for target in targets)
-        ]
+        true = [{"boxes": one["boxes"].float(), "labels": one["labels"] + 1} for one in map(without_crowds, targets)]
         _, losses = self._run(levels, [image_size] * len(true), true)
         names = {"rpn_class": "objectness", "rpn_box": "rpn_box_reg", "class": "classifier", "box": "box_reg"}
         return {ours: losses[f"loss_{theirs}"] for ours, theirs in names.items()}
