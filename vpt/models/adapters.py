@@ -42,9 +42,10 @@ ADAPTER = "vpt"  # the adapter name inside PEFT layers
 class Adapters:
     """Method and options of adapters.
 
-    `method` is "sequential" or "parallel" (see `Bottleneck`), or a PEFT method such as "lora". `options` are `width`
-    and `scale` of a bottleneck; for PEFT, its options that are listed above, such as r and lora_alpha, where
-    target_modules defaults to all linear layers of attention.
+    Args:
+        method: "sequential" or "parallel" (see `Bottleneck`), or a PEFT method such as "lora".
+        options: `width` and `scale` of a bottleneck. For PEFT, its options that are listed above, such as r and
+            lora_alpha; target_modules defaults to all linear layers of attention.
 
     Raises:
         ValueError: The method or an option is unknown, or a value is out of range.

@@ -91,16 +91,19 @@ def prompt_path(vit: ViT, prompt: VisualPrompt, impl: PromptImpl, index: int) ->
 class PromptedViT(nn.Module):
     """A frozen timm ViT that carries a prompt; the prompt is all that trains, unless `tune` selects more.
 
-    The ViT is held, not copied: its parameters lose `requires_grad`, it stays in eval mode (no dropout, no drop path),
-    and several prompted backbones may hold the same object. With `prompt=None` results are the ViT's, bit for bit.
+    The ViT is held, not copied: its parameters lose `requires_grad`, it stays in eval mode (no dropout, no drop path)
+    also while something trains, and the same object may be held by several prompted backbones. With `prompt=None`
+    the results are those of the ViT, bit for bit.
 
     Args:
-        vit: Anything that timm builds on `VisionTransformer`, `Eva` or `Beit`; a classifier in it is not used.
+        vit: A plain timm ViT: anything that timm builds on `VisionTransformer`, `Eva` or `Beit`. A classifier in it is
+            not used.
         prompt: "deep", "shallow", "kv", None, or a ready `VisualPrompt`, which replaces the next five arguments.
         num_tokens: P, prompt tokens in each prompted block.
         blocks: Blocks that a prompt enters: "all", "first:k", "last:k" or a list of indices; a shallow one enters 0.
         dropout: Dropout of prompt tokens, drawn for each sample.
-        init: Initialisation, "uniform" or "normal", see `VisualPrompt`; of a kv prompt, from such tokens.
+        init: Initialisation of the tokens, "uniform" or "normal", see `VisualPrompt`; a kv prompt is initialised with
+            the keys and values of such tokens.
         form: Parametrization of the tokens, such as `parametrizations.Bilinear(rank=8)`; None learns them directly.
         impl: "auto" computes a deep prompt as keys and values in every block that `attention.py` supports, with the
             same result for less work; "concat" always inserts the tokens, as in the paper; not for a kv prompt.
@@ -260,10 +263,15 @@ class PromptedViT(nn.Module):
         return features
 
     def feature_maps(self, images: Tensor, out_indices: Blocks = "last:1") -> list[Tensor]:
-        """Patch tokens after the blocks `out_indices`, as maps (B, D, H / stride, W / stride); not normed.
+        """Patch tokens after some blocks, as maps (B, D, H / stride, W / stride); not normed.
 
-        `out_indices` is "all", "first:k", "last:k" or a list of indices; a block that there is not raises a ValueError.
-        Blocks behind the last one are not run.
+        Args:
+            images: Normalised (B, 3, H, W), of any size that the backbone takes.
+            out_indices: The blocks: "all", "first:k", "last:k" or a list of indices. Blocks behind the last one are
+                not run.
+
+        Raises:
+            ValueError: A block that the backbone does not have.
         """
         indices = resolve_blocks(out_indices, self.depth, key="out_indices")
         maps = read_features(self.vit, images, indices, self.source)

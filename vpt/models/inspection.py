@@ -79,9 +79,11 @@ def inspect_attention(
 ) -> Iterator[BlockAttention]:
     """Yield the attention of blocks, one after the other, so that the weights of one block are in memory at a time.
 
-        `images` are normalised (B, 3, H, W); weights take 4 B h N (P + N) bytes. `blocks`: "all", "first:k", "last:k" or
-    indices; those behind the last one are not run. `prompted=False` leaves the prompt out. Without eval mode its
-        dropout is active.
+    Args:
+        backbone: In eval mode; otherwise dropout of the prompt is active.
+        images: Normalised (B, 3, H, W). Weights take 4 B h N (P + N) bytes.
+        blocks: "all", "first:k", "last:k" or a list of indices. Blocks behind the last one are not run.
+        prompted: False leaves the prompt out.
 
     Raises:
         ValueError: A block that the backbone does not have, or one that calls no fused attention.
@@ -186,7 +188,7 @@ def nearest_patches(
 
         Patch tokens are those of normalised images (B, 3, H, W) that enter the block without a prompt, since it changes
     those of later blocks. `num` is k, unless there are fewer. `among` (B, rows, columns) bool: those that may be found.
-    
+
     Raises:
         ValueError: There is no prompt, or one without tokens, or `num` is below 1.
     """

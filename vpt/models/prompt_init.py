@@ -40,16 +40,21 @@ def start_from_patches(
     the effect of an update. Patch tokens are about ten times as long as uniformly initialised tokens, for which the
     default learning rates are chosen, so they are rescaled to that length.
 
-    Nothing else changes. `batches` are normalised images (B, 3, H, W), some hundred in all. With `start` "patch", P
-    patches are drawn at random, and each block gets their tokens as they enter it; with "prototype" it gets the centres
-    of P clusters of its patch tokens (k-means), with "vipamin" `matched_tokens` of them, averaged over the images.
+    Args:
+        backbone: Its prompt is initialised in place; nothing else changes.
+        batches: Normalised images (B, 3, H, W), some hundred in all.
+        start: "patch": P patches are drawn at random; each block gets their tokens as they enter that block.
+            "prototype": each block gets the centres of P clusters of its patch tokens (k-means). "vipamin": each block
+            gets `matched_tokens` of its patch tokens, averaged over the images.
+        seed: Seed of the random choices.
 
     Raises:
-        ValueError: No prompt, an unknown `start`, fewer patches than P, or a block is not supported by "vipamin".
+        ValueError: There is no prompt, `start` is unknown, there are fewer patches than P, or a block is not supported
+            by "vipamin".
 
     References:
-        "patch", "prototype": Revisiting the Power of Prompt for Visual Tuning (Wang et al., ICML 2024),
-        https://arxiv.org/abs/2402.02382.
+        Revisiting the Power of Prompt for Visual Tuning (Wang et al., ICML 2024), https://arxiv.org/abs/2402.02382, for
+        "patch" and "prototype".
     """
     prompt = backbone.prompt
     if start not in get_args(PatchStart):
@@ -65,11 +70,16 @@ def start_from_patches(
 
 
 def start_from_task(backbone: PromptedViT, path: str | Path) -> None:
-    """Initialise the prompt from that of a task file, without its head; backbone and layout must be the same.
+    """Initialise the prompt from the prompt of a task file; the file's head is not used.
+
+    Args:
+        backbone: The backbone of the task, with a prompt of the same variant, number of tokens and blocks.
+        path: The task file.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: The backbone or the file has no prompt, they do not match, or the file is damaged.
+        ValueError: The backbone or the file has no prompt, the prompts differ in layout, or the file is damaged or for
+            another backbone.
     """
     metadata, tensors = open_task(Path(path))
     prompt = backbone.prompt

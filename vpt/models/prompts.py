@@ -27,15 +27,22 @@ Blocks = str | Sequence[int]
 class VisualPrompt(nn.Module):
     """Prompt tokens and the blocks that they enter.
 
-    `tokens` is one parameter of shape (L, P, D), or (L, P, 2 h d) for variant "kv". With `form` it is computed from
-    other parameters at each access; `torch.nn.utils.parametrize.remove_parametrizations(prompt, "tokens")` turns it
-    back into a parameter. Prompt tokens have no position embedding.
+    `tokens` is one parameter of shape (L, P, D), or (L, P, 2 h d) for variant "kv". With `form`, `tokens` is computed
+    from other parameters at each access; `torch.nn.utils.parametrize.remove_parametrizations(prompt, "tokens")` turns
+    it back into a parameter. Prompt tokens have no position embedding.
 
-    A shallow prompt enters block 0; "deep" and "kv" need `blocks`, ascending indices. `dropout` of elements of tokens
-    has a separate mask for each sample. `init` "uniform" draws from +-sqrt(6 / (3 * ph * pw + D)) for a `patch_size` of
-    ph x pw pixels, Xavier's bound for the patch embedding; "normal" has standard deviation 0.02; see also `start_from`.
-    `form` is a parametrization of the tokens, such as `parametrizations.Bilinear(rank=8)`; None learns them directly.
-    `width` is the last dimension of `tokens`: by default D, or 2 D for "kv"; pass 2 h d if heads are not D / h wide.
+    Args:
+        num_tokens: P, prompt tokens per prompted block.
+        embed_dim: D, token width of the backbone.
+        variant: "shallow", "deep" or "kv".
+        blocks: Ascending indices of the prompted blocks. A shallow prompt enters block 0; the others need this.
+        dropout: Dropout probability of prompt token elements, with a separate mask for each sample.
+        patch_size: Patch height and width in pixels; used by `init="uniform"` only.
+        init: "uniform" draws from +-sqrt(6 / (3 * ph * pw + D)) for patches of ph x pw pixels, Xavier's bound for the
+            patch embedding. "normal" has standard deviation 0.02. See also `start_from`.
+        form: Parametrization of the tokens, such as `parametrizations.Bilinear(rank=8)`; None learns them directly.
+        width: Size of the last dimension of `tokens`. None: D, or 2 D for variant "kv". Pass 2 h d if the width of the
+            attention heads is not D / h.
 
     Raises:
         ValueError: A value is out of range, or `blocks` does not suit `variant`.

@@ -42,10 +42,14 @@ def load_vit(
 ) -> ViT:
     """Create a timm ViT without a classifier.
 
-    `name` is a timm name, with or without a pretrained tag. `pretrained` loads the weights registered in timm, whose
-    downloads are verified by the sha256 that the hub publishes; `checkpoint` loads them from a file instead:
-    .safetensors, or .pth read with weights_only. The position embedding is resampled to `img_size`, pixels of one side
-    or (height, width); None keeps that of the model. `dtype` is that of the weights; None keeps float32.
+    Args:
+        name: A timm name, with or without a pretrained tag.
+        pretrained: Load the weights registered in timm, from the package, the hub's cache or the hub. Downloads are
+            verified by the sha256 that the hub publishes.
+        checkpoint: Load the weights from this file (.safetensors, or .pth read with weights_only) instead.
+        img_size: Input size in pixels, one side or (height, width); the position embedding is resampled to it. None
+            keeps the size of the model.
+        dtype: Dtype of the weights, such as torch.bfloat16 to halve the memory; None keeps float32.
 
     Raises:
         ValueError: The name is unknown, the model is not a supported ViT, or weights do not fit or are not available.
