@@ -1,7 +1,4 @@
-"""Scan of a data set: every image is decoded once, as in training; digests and sizes are stored, pixels are not.
-
-Shapes: n images of a split.
-"""
+"""Scan of a data set: every image is decoded once, as in training; digests and sizes are stored, pixels are not."""
 
 import hashlib
 import warnings
@@ -60,7 +57,7 @@ class ImageScan:
 class SplitScan:
     """The scan of a split."""
 
-    columns: NDArray[np.void]  # (n,), see `COLUMNS`; height and width of the upright images
+    columns: NDArray[np.void]  # (n,) for n images, see `COLUMNS`; height and width of the upright images
     errors: dict[int, str] = field(default_factory=dict)  # why images cannot be read, by index
 
     @property

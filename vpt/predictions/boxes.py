@@ -8,7 +8,7 @@ Shapes: H, W pixels, n boxes of an image, K classes.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath, PurePosixPath
 from typing import Any
@@ -85,13 +85,13 @@ def to_box_table(
     columns: dict[str, type] = {"path": str, **({} if is_one else {"task": str}), "class": str}
     columns |= dict.fromkeys(NUMBERS, float)
 
-    def rows() -> Iterator[list[Any]]:
-        for path, of_tasks in found.items():
-            for task, image in of_tasks.items():
-                for label, score, box in image.rows():
-                    yield [path, *([] if is_one else [task]), classes[task][label], score, *box]
-
-    return to_table(columns, rows(), ending)
+    rows = (
+        [path, *([] if is_one else [task]), classes[task][label], score, *box]
+        for path, of_tasks in found.items()
+        for task, image in of_tasks.items()
+        for label, score, box in image.rows()
+    )
+    return to_table(columns, rows, ending)
 
 
 def to_coco(found: Sequence[FoundBoxes], category_ids: Sequence[int], classes: Sequence[str]) -> str:
