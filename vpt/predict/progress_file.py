@@ -62,11 +62,7 @@ class ProgressFile:
                 yield from batch
 
     def add(self, batch: Sequence[Entry]) -> None:
-        """Append a batch that is done.
-
-        Raises:
-            LockedError: Another process writes to this file.
-        """
+        """Append a batch that is done; raises LockedError if another process writes to this file."""
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._held.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), self.path))

@@ -97,11 +97,9 @@ def to_box_table(
 def to_coco(found: Sequence[FoundBoxes], category_ids: Sequence[int], classes: Sequence[str]) -> str:
     """COCO results: a list with a line for each box, {"image_id", "category_id", "bbox": [x, y, w, h], "score"}.
 
-    "file_name" and "category" are added for readers. Image ids are those of `coco_image_ids`. pycocotools reads this
-    with `COCO.loadRes`, but raises IndexError for an empty list. `category_ids` are the data set's numbers of labels.
-
-    Raises:
-        ValueError: Two images have the same id.
+    "file_name" and "category" are added for readers. Image ids, and errors, are those of `coco_image_ids`.
+    `category_ids` are the numbers of the classes in the data set. pycocotools reads this with `COCO.loadRes`, but
+    raises IndexError for an empty list.
     """
     rows = [
         {
