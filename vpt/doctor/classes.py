@@ -23,8 +23,7 @@ def find_class_problems(task_type: TaskType, classes: tuple[str, ...], counts: C
             message = f"{share(len(missing), len(classes))} classes have no {counted}, {effect}: {some(missing)}"
             yield Finding(Level.warning, "missing_class", message, split)
     train = counts["train"]
-    few = [f"{classes[label]} ({train[label]})" for label in np.flatnonzero((train > 0) & (train < FEW))]
-    if few:
+    if few := [f"{classes[label]} ({train[label]})" for label in np.flatnonzero((train > 0) & (train < FEW))]:
         message = f"{share(len(few), len(classes))} classes have fewer than {FEW} {counted}: {some(few)}"
         yield Finding(Level.warning, "few", message, "train")
     present = np.flatnonzero(train)

@@ -30,11 +30,7 @@ class Reading:
 
 
 def read_data(config: Config) -> Reading:
-    """Read labels and names; no image is decoded.
-
-    Raises:
-        ConfigError: There are no images in the configured place.
-    """
+    """Read labels and names, decode no image; raises ConfigError if there are no images in the configured place."""
     root = _root_of(config)
     dataset = replace(config.dataset, strict=False)
     if root is not None and dataset.root:

@@ -161,8 +161,7 @@ def _sizes_of(scan: SplitScan) -> list[tuple[int, int]]:
     if not len(rows):
         return []
     order = np.argsort(rows["height"].astype(np.int64) * rows["width"], kind="stable")
-    chosen = [order[0], order[(len(order) - 1) // 2], order[-1]]
-    return [(int(rows["width"][at]), int(rows["height"][at])) for at in chosen]
+    return [(int(rows["width"][at]), int(rows["height"][at])) for at in order[[0, (len(order) - 1) // 2, -1]]]
 
 
 def _find(

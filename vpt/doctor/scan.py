@@ -1,7 +1,4 @@
-"""Scan of a data set: every image is decoded once, as in training; digests and sizes are stored, pixels are not.
-
-Shapes: n images of a split.
-"""
+"""Scan of a data set: every image is decoded once, as in training; digests and sizes are stored, pixels are not."""
 
 import hashlib
 import warnings
@@ -60,7 +57,7 @@ class ImageScan:
 class SplitScan:
     """The scan of a split."""
 
-    columns: NDArray[np.void]  # (n,), see `COLUMNS`; height and width of the upright images
+    columns: NDArray[np.void]  # (n,) for n images, see `COLUMNS`; height and width of the upright images
     errors: dict[int, str] = field(default_factory=dict)  # why images cannot be read, by index
 
     @property
@@ -149,12 +146,11 @@ def _oddities_of(image: Image.Image, path: Path, max_pixels: int) -> Oddity:
     # An MPO is a photo of a phone, with its preview.
     has_frames = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
     suffix = path.suffix.lower()
-    orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     found = {
         Oddity.ANIMATED: has_frames and image.format != "TIFF",
         Oddity.PAGES: has_frames and image.format == "TIFF",
         Oddity.SIXTEEN_BIT: image.mode.startswith("I"),
-        Oddity.TURNED: orientation in range(2, 9),
+        Oddity.TURNED: Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in range(2, 9),
         Oddity.CMYK: image.mode == "CMYK",
         Oddity.ALPHA: image.has_transparency_data,
         Oddity.ENDING: suffix in EXTENSIONS and suffix not in ENDINGS.get(str(image.format), (suffix,)),

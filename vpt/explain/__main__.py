@@ -95,8 +95,7 @@ def _find(options: ExplainOptions) -> tuple[list[Path], int]:
     path = Path(options.input).expanduser()
     if is_video(path):
         raise ConfigError(f"input={options.input}: is a video; save its frames as images")
-    found = find_images(path)
-    if not found:
+    if not (found := find_images(path)):
         raise ConfigError(f"input={options.input}: has no images ({', '.join(sorted(EXTENSIONS))})")
     return [found[index] for index in spread(len(found), options.max_images)], len(found)
 

@@ -1,7 +1,4 @@
-"""Figures of metrics: a confusion matrix, precision-recall curves.
-
-Shapes: `K` classes, `R` points of recall.
-"""
+"""Figures of metrics of K classes: a confusion matrix, precision-recall curves."""
 
 from collections.abc import Sequence
 
@@ -15,17 +12,13 @@ _MAX_NAME = 24  # letters
 
 
 def confusion_matrix(confusion: ArrayLike, classes: Sequence[str]) -> Pixels:
-    """Draw a confusion matrix: rows are targets, columns are predictions, dark cells hold much of their row.
+    """Draw a confusion matrix (K, K): rows are targets, columns are predictions, dark cells hold much of their row.
 
     The colour is the square root of a cell's share of its row, so that rare confusions stay visible. Counts are written
     up to 20 classes, names as long as they are legible; the figure has at most 1,250 pixels a side.
 
-    Args:
-        confusion: (K, K) counts.
-        classes: K names.
-
     Raises:
-        ValueError: If the counts are not (K, K).
+        ValueError: The counts are not (K, K).
     """
     counts, K = np.asarray(confusion), len(classes)
     if K == 0 or counts.shape != (K, K):
@@ -53,14 +46,11 @@ def confusion_matrix(confusion: ArrayLike, classes: Sequence[str]) -> Pixels:
 def precision_recall_curves(curves: NDArray[np.float64], classes: Sequence[str]) -> Pixels:
     """Draw precision over recall, a line for each class and one for their mean, with the average precision of each.
 
-    Of more than 10 classes the 5 best and the 5 worst have colours and names; the others are grey.
-
-    Args:
-        curves: (K, R) precision at equal steps of recall from 0 to 1; a row with nan (no true boxes) has no line.
-        classes: K names.
+    Of more than 10 classes the 5 best and the 5 worst have colours and names; the others are grey. Curves are (K, R),
+    at R equal steps of recall from 0 to 1; a row with nan (no true boxes) has no line.
 
     Raises:
-        ValueError: If there is not one curve for each class.
+        ValueError: There is not one curve for each class.
     """
     if curves.ndim != 2 or len(curves) != len(classes) or curves.shape[1] < 2:
         raise ValueError(f"curves of {len(classes)} classes are ({len(classes)}, R), not {curves.shape}")

@@ -138,8 +138,7 @@ def _earlier(inputs: "Inputs", writer: "PredictionWriter", progress_file: "Progr
             errors[path] = entry.error
     valid: Results = {**{path: found[path] for path in writer.resume(found)}, **errors}
     done = [chunk for chunk in _chunks(inputs, size) if valid.keys() >= set(chunk)]
-    results = {path: valid[path] for path in itertools.chain(*done)}
-    if results:
+    if results := {path: valid[path] for path in itertools.chain(*done)}:
         print(f"{len(results)} of {len(inputs.paths)} images were already done ({progress_file.path})")
     return results
 

@@ -43,11 +43,7 @@ class Inputs(Protocol):
 
 
 class ImageFiles:
-    """An image file, those of a folder, or those that match a pattern, see `find_images`.
-
-    Raises:
-        FileNotFoundError, ValueError: As `find_images` raises them.
-    """
+    """An image file, those of a folder, or those that match a pattern; see `find_images`, also for errors."""
 
     def __init__(self, path: Path) -> None:
         self.paths = find_images(path)

@@ -77,11 +77,7 @@ def run_model(tasks: OpenTasks, batch: Sequence[Prepared]) -> dict[str, Any]:
 
 
 def open_run(run_dir: Path, *, checkpoint: str | None, device: str) -> OpenTasks:
-    """The task of a run, on the backbone and in the precision of its config.
-
-    Raises:
-        ConfigError, ValueError, FileNotFoundError: As `build.load_run` raises them.
-    """
+    """The task of a run, on the backbone and in the precision of its config; errors are those of `build.load_run`."""
     run = build.load_run(run_dir, checkpoint=checkpoint, device=device)
     model, name = run.model, run_dir.absolute().name
     where = next(model.parameters()).device

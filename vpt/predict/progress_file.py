@@ -28,11 +28,9 @@ class Entry:
 
 
 class ProgressFile:
-    """Entries of one command. Iterate over `entries` before the first `add`.
+    """Entries of one command, whose options that decide the results are plain JSON values.
 
-    Args:
-        path: The file; created with the first batch.
-        command: All options that decide the results, as plain JSON values.
+    Iterate over `entries` before the first `add`, which creates the file.
     """
 
     def __init__(self, path: Path, command: Mapping[str, Any]) -> None:
@@ -40,7 +38,7 @@ class ProgressFile:
         self._head = _line({"vpt_progress": VERSION, "command": self.command})
         self._num_whole = 0  # bytes of whole lines
         self._file: BinaryIO | None = None
-        self._lock = ExitStack()
+        self._held = ExitStack()
 
     def entries(self) -> Iterator[Entry]:
         """The entries that are done already, in order; none if there is no file.
@@ -64,15 +62,11 @@ class ProgressFile:
                 yield from batch
 
     def add(self, batch: Sequence[Entry]) -> None:
-        """Append a batch that is done.
-
-        Raises:
-            LockedError: Another process writes to this file.
-        """
+        """Append a batch that is done; raises LockedError if another process writes to this file."""
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), self.path))
-            self._file = self.path.open("ab")
+            self._held.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), self.path))
+            self._file = self._held.enter_context(self.path.open("ab"))
             self._file.truncate(self._num_whole)
             if self._num_whole == 0:
                 self._file.write(self._head)
@@ -81,10 +75,8 @@ class ProgressFile:
 
     def close(self) -> None:
         """Close the file, to resume from it later."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        self._lock.close()
+        self._file = None
+        self._held.close()
 
     def remove(self) -> None:
         """Delete the file, when the output is complete."""

@@ -33,11 +33,7 @@ class Video:
         return [self.path / f"{number:06d}.jpg" for number in self.numbers]
 
     def frames(self) -> Iterator[Image.Image]:
-        """The frames, mode RGB.
-
-        Raises:
-            ImageError: A frame is missing, because the file was changed meanwhile.
-        """
+        """The frames, mode RGB; raises ImageError if one is missing, because the file was changed meanwhile."""
         import cv2
 
         with _opened(self.path) as capture:

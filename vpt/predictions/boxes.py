@@ -8,7 +8,7 @@ Shapes: H, W pixels, n boxes of an image, K classes.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath, PurePosixPath
 from typing import Any
@@ -85,23 +85,21 @@ def to_box_table(
     columns: dict[str, type] = {"path": str, **({} if is_one else {"task": str}), "class": str}
     columns |= dict.fromkeys(NUMBERS, float)
 
-    def rows() -> Iterator[list[Any]]:
-        for path, of_tasks in found.items():
-            for task, image in of_tasks.items():
-                for label, score, box in image.rows():
-                    yield [path, *([] if is_one else [task]), classes[task][label], score, *box]
-
-    return to_table(columns, rows(), ending)
+    rows = (
+        [path, *([] if is_one else [task]), classes[task][label], score, *box]
+        for path, of_tasks in found.items()
+        for task, image in of_tasks.items()
+        for label, score, box in image.rows()
+    )
+    return to_table(columns, rows, ending)
 
 
 def to_coco(found: Sequence[FoundBoxes], category_ids: Sequence[int], classes: Sequence[str]) -> str:
     """COCO results: a list with a line for each box, {"image_id", "category_id", "bbox": [x, y, w, h], "score"}.
 
-    "file_name" and "category" are added for readers. Image ids are those of `coco_image_ids`. pycocotools reads this
-    with `COCO.loadRes`, but raises IndexError for an empty list. `category_ids` are the data set's numbers of labels.
-
-    Raises:
-        ValueError: Two images have the same id.
+    "file_name" and "category" are added for readers. Image ids, and errors, are those of `coco_image_ids`.
+    `category_ids` are the numbers of the classes in the data set. pycocotools reads this with `COCO.loadRes`, but
+    raises IndexError for an empty list.
     """
     rows = [
         {

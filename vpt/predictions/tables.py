@@ -11,11 +11,7 @@ INSTALL = 'uv pip install -p .venv -e ".[parquet]" -c constraints.txt'
 
 
 def check_table(ending: str) -> None:
-    """Check that a table of this format can be written.
-
-    Raises:
-        ValueError: pyarrow is not installed.
-    """
+    """Raise ValueError if a table of this format needs pyarrow, which is not installed."""
     if ending == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401  # an optional dependency

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vpt.models.prompts import VisualPrompt
     from vpt.task_types.base import TaskType
 
+Metrics = dict[int, dict[str, dict[str, float]]]  # by number of tokens and split
+
 SCORED_IMAGES = 1024  # of train, at most
 USAGE = f"""python -m vpt.prune: remove tokens from the prompt of a trained run and measure the effect on its metrics.
 
@@ -54,10 +56,10 @@ def main() -> None:
         fail(error)
 
 
-def prune_run(options: PruneOptions) -> dict[int, dict[str, dict[str, float]]]:
+def prune_run(options: PruneOptions) -> Metrics:
     """Prune the prompt of a run, write task files; returns the metrics by number of tokens and split."""
-    keep, output = sorted(set(options.keep), reverse=True), Path(options.output).expanduser()
-    check_folder("output", output)
+    keep = sorted(set(options.keep), reverse=True)
+    check_folder("output", Path(options.output).expanduser())
     from vpt import build
     from vpt.prune.token_importance import keep_tokens, token_importance
     from vpt.runs.data import read_run
@@ -71,7 +73,7 @@ def prune_run(options: PruneOptions) -> dict[int, dict[str, dict[str, float]]]:
     prompts = {prompt.num_tokens: prompt, **{num: keep_tokens(prompt, importance, num) for num in keep}}
     metrics = _evaluate(run, task_type, data, prompts)
     print(_table(task_type.main_metric, metrics))
-    _write(options, run, output, prompts, metrics, importance.tolist())
+    _write(options, run, prompts, metrics, importance.tolist())
     return metrics
 
 
@@ -90,20 +92,17 @@ def _train_batches(run: "TrainedRun", data: "Data") -> Iterator[Any]:
     """Batches of train, on the device of the model."""
     from vpt.engine.steps import move
 
-    loader, device = data.loaders["train"], next(run.model.parameters()).device
-    num_batches = -(-SCORED_IMAGES // run.config.train.batch_size)
-    return (move(batch, device) for batch in islice(loader, num_batches))
+    device, num_batches = next(run.model.parameters()).device, -(-SCORED_IMAGES // run.config.train.batch_size)
+    return (move(batch, device) for batch in islice(data.loaders["train"], num_batches))
 
 
-def _evaluate(
-    run: "TrainedRun", task_type: "TaskType", data: "Data", prompts: "dict[int, VisualPrompt]"
-) -> dict[int, dict[str, dict[str, float]]]:
+def _evaluate(run: "TrainedRun", task_type: "TaskType", data: "Data", prompts: "dict[int, VisualPrompt]") -> Metrics:
     """Metrics by number of tokens and split; test last."""
     from vpt import build
     from vpt.engine.trainer import evaluate
 
     precision = build.choose_precision(run.config, next(run.model.parameters()).device)
-    metrics: dict[int, dict[str, dict[str, float]]] = {num: {} for num in prompts}
+    metrics: Metrics = {num: {} for num in prompts}
     for split in ("val", "test"):
         for num, prompt in prompts.items() if split in data.loaders else ():
             run.model.backbone.prompt = prompt
@@ -114,7 +113,7 @@ def _evaluate(
     return metrics
 
 
-def _table(select: str, metrics: dict[int, dict[str, dict[str, float]]]) -> str:
+def _table(select: str, metrics: Metrics) -> str:
     """A line for each number of tokens, with the change from all tokens."""
     from vpt.engine.console import format_table, percent
 
@@ -128,29 +127,18 @@ def _table(select: str, metrics: dict[int, dict[str, dict[str, float]]]) -> str:
 
 
 def _write(
-    options: PruneOptions,
-    run: "TrainedRun",
-    output: Path,
-    prompts: "dict[int, VisualPrompt]",
-    metrics: dict[int, dict[str, dict[str, float]]],
-    scores: list[list[float]],
+    options: PruneOptions, run: "TrainedRun", prompts: "dict[int, VisualPrompt]", metrics: Metrics, scores: list[Any]
 ) -> None:
     """Write a task file for each smaller prompt, and a JSON file about all of them."""
     from vpt.models.task_file import save_task
     from vpt.storage.files import write_json
 
-    metadata, (whole, *kept) = run.metadata, prompts
+    output, (whole, *kept) = Path(options.output).expanduser(), prompts
+    same: Any = {name: getattr(run.metadata, name) for name in ("preprocessing", "config", "licence")}
     for num in kept:
         run.model.backbone.prompt = prompts[num]
-        path = save_task(
-            run.model,
-            output / f"prompt_{num}.safetensors",
-            preprocessing=metadata.preprocessing,
-            metrics=metrics[num],
-            config=metadata.config,
-            licence=metadata.licence,
-            note=f"{metadata.note} Pruned from {whole} to {num} tokens in a block.".strip(),
-        )
+        note = f"{run.metadata.note} Pruned from {whole} to {num} tokens in a block.".strip()
+        path = save_task(run.model, output / f"prompt_{num}.safetensors", metrics=metrics[num], note=note, **same)
         print(f"task file  {path} ({path.stat().st_size / 1000:,.0f} kB)")
     table = [{"num_tokens": num, "metrics": of_splits} for num, of_splits in metrics.items()]
     blocks = list(prompts[whole].blocks)

@@ -89,8 +89,7 @@ def keep_tokens(prompt: VisualPrompt, importance: Tensor, num_tokens: int) -> Vi
     if importance.shape != (len(prompt.blocks), prompt.num_tokens):
         raise ValueError(f"scores of shape {tuple(importance.shape)} do not fit {prompt}")
     kept = importance.topk(num_tokens, dim=1).indices.sort(dim=1).values
-    tokens = prompt.tokens.detach()
-    smaller = copy.deepcopy(prompt)
+    tokens, smaller = prompt.tokens.detach(), copy.deepcopy(prompt)
     if smaller.form is not None:
         parametrize.remove_parametrizations(smaller, "tokens")
     smaller.num_tokens = num_tokens
