@@ -399,9 +399,9 @@ def test_torch_export_gives_a_program_for_any_batch_size(tiny_vit, images, promp
 
 def _train_on_one_of_two(rank, path, results):
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=3)
+    backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=3).double()
     nn.init.constant_(backbone.prompt.tokens, 0.1)
-    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
     parallel = nn.parallel.DistributedDataParallel(backbone)
     parallel(images[2 * rank : 2 * rank + 2]).square().sum().backward()
     results[rank] = backbone.prompt.tokens.grad
@@ -414,9 +414,9 @@ def test_under_distributed_training_gradients_are_those_of_the_whole_batch(image
         results = manager.dict()
         torch.multiprocessing.spawn(_train_on_one_of_two, (tmp_path / "meeting", results), nprocs=2)
         gradients = results[0], results[1]
-    backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=3)
+    backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=3).double()
     nn.init.constant_(backbone.prompt.tokens, 0.1)
-    backbone(images).square().sum().backward()
+    backbone(images.double()).square().sum().backward()
     assert torch.equal(*gradients)
     torch.testing.assert_close(gradients[0] * 2, backbone.prompt.tokens.grad)
 

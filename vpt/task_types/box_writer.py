@@ -13,7 +13,6 @@ from vpt.config.command_line import check_folder
 from vpt.config.errors import ConfigError, did_you_mean
 from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.models.heads.dense import Selection
-from vpt.plots.boxes import draw_boxes
 from vpt.predictions.boxes import FoundBoxes, file_names, to_box_table, to_coco, to_original, to_yolo
 from vpt.storage.files import write_bytes
 from vpt.task_types.writer import PredictedImage, Predictions, PredictionWriter, spare_images
@@ -130,6 +129,8 @@ class BoxWriter(PredictionWriter):
 
     def _draw(self, image: Image.Image, predictions: Predictions) -> bytes:
         ((task, found),) = predictions.items()
+        from vpt.plots.boxes import draw_boxes
+
         drawn = draw_boxes(np.asarray(image), found.boxes, found.labels, self.classes[task], scores=found.scores)
         buffer = io.BytesIO()
         Image.fromarray(drawn).save(buffer, "JPEG", quality=92)

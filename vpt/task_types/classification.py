@@ -28,8 +28,6 @@ from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
 from vpt.models.task_schema import TaskMetadata
-from vpt.plots.grid import RIGHT, WRONG, image_grid
-from vpt.plots.metrics import confusion_matrix
 from vpt.storage.archives import unpacked
 from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, register_task_type
 from vpt.task_types.class_writer import ClassWriter
@@ -227,6 +225,8 @@ class Classification(TaskType):
 
     def log_start(self, monitor: Monitor, data: Data) -> None:
         """A grid of augmented train images."""
+        from vpt.plots.grid import image_grid  # matplotlib is not needed by commands that only predict
+
         train = data.datasets["train"]
         images, targets = zip(*(train[(1, index)] for index in spread(len(train), NUM_GRID_IMAGES)), strict=True)
         pixels = denormalise(torch.stack(images), data.preprocessing)
@@ -234,6 +234,9 @@ class Classification(TaskType):
 
     def log_end(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, result: FitResult) -> None:
         """The confusion matrix, the worst images and the recall of each class."""
+        from vpt.plots.grid import RIGHT, WRONG, image_grid
+        from vpt.plots.metrics import confusion_matrix
+
         metrics, worst = evaluator.metrics, evaluator.metrics.worst()
         monitor.images("val/confusion", confusion_matrix(metrics.confusion.numpy(), data.classes), result.best_step)
         images = torch.stack([data.datasets["val"][sample.position][0] for sample in worst])

@@ -28,9 +28,6 @@ from vpt.engine.steps import Losses
 from vpt.models.detector import HEADS
 from vpt.models.heads.pyramid import default_strides
 from vpt.models.task_schema import TaskMetadata
-from vpt.plots.boxes import boxes_page, draw_boxes
-from vpt.plots.grid import image_grid
-from vpt.plots.metrics import confusion_matrix, precision_recall_curves
 from vpt.predictions.boxes import to_original
 from vpt.storage.archives import unpacked
 from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, register_task_type
@@ -237,6 +234,9 @@ class Detection(TaskType):
 
     def log_start(self, monitor: Monitor, data: Data) -> None:
         """A grid of augmented train images with their boxes."""
+        from vpt.plots.boxes import draw_boxes  # matplotlib is not needed by commands that only predict
+        from vpt.plots.grid import image_grid
+
         train, images = data.datasets["train"], []
         indices = spread(len(train), NUM_GRID_IMAGES)
         for index in indices:
@@ -255,6 +255,8 @@ class Detection(TaskType):
 
     def log_end(self, monitor: Monitor, data: Data, evaluator: BoxEvaluator, result: FitResult) -> None:
         """Precision-recall curves, the confusion matrix, images with most errors, and the precision of each class."""
+        from vpt.plots.metrics import confusion_matrix, precision_recall_curves
+
         metrics, step = evaluator.metrics, result.best_step
         monitor.images("val/precision_recall", precision_recall_curves(metrics.precision_curves(), data.classes), step)
         confusion = confusion_matrix(metrics.confusion().numpy(), [*data.classes, "background"])
@@ -267,6 +269,8 @@ class Detection(TaskType):
 
     def _page(self, data: Data, evaluator: BoxEvaluator, indices: Sequence[int]) -> Any:
         samples: DetectionSamples = data.samples["val"]
+        from vpt.plots.boxes import boxes_page
+
         return boxes_page(
             [np.asarray(samples.read(index)) for index in indices],
             [true_boxes(samples, index) for index in indices],
