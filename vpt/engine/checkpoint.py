@@ -44,14 +44,8 @@ class Checkpoints:
     def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> bool:
         """Write a state, read it back, and make it the last one; the last one becomes the previous one.
 
-        A full disk is a warning: the last state stays, and the next call tries again.
-
-        Args:
-            tensors: The tensors of the state.
-            numbers: All else, as JSON values.
-
-        Returns:
-            Whether the state is on the disk.
+        A full disk is a warning: the last state stays, and the next call tries again. `numbers` are JSON values.
+        Returns whether the state is on the disk.
         """
         new = self.last.with_name(NEW)
         try:

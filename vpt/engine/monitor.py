@@ -92,11 +92,7 @@ class Monitor:
     def scalars(self, values: Mapping[str, SupportsFloat], step: int) -> None:
         """Write numbers, one point for each tag and one line of `metrics.jsonl`, where nan and inf become null.
 
-        `perf/` and `memory/` values, which differ when a run is repeated, are not in `metrics.jsonl`.
-
-        Args:
-            values: Tag -> a number or a tensor of one element.
-            step: Optimiser updates so far.
+        `values` are numbers or tensors of one element by tag, `step` the optimiser updates so far.
 
         Raises:
             ValueError: A tag is "step", the name of the step in `metrics.jsonl`.
@@ -115,12 +111,7 @@ class Monitor:
         self._write_events(write)
 
     def images(self, tag: str, images: "NDArray[np.uint8] | Sequence[NDArray[np.uint8]]", step: int) -> None:
-        """Write one image under `tag`, or several under `tag_00`, `tag_01`, ...
-
-        Args:
-            tag: The tag.
-            images: (H, W, 3) uint8, or a sequence of such.
-            step: Optimiser updates so far.
+        """Write one image under `tag`, or several under `tag_00`, `tag_01`, ...; each (H, W, 3) uint8.
 
         Raises:
             ValueError: An image has another shape or type.

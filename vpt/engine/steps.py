@@ -121,15 +121,7 @@ class Callbacks:
 
 
 class Stepper:
-    """Optimiser steps over one epoch after another; `state` is whole whenever a signal or an error ends them.
-
-    Args:
-        model: On the device that the batches are moved to.
-        data: What it is trained on.
-        state: Changed by each step.
-        settings: Settings of the loop.
-        callbacks: Where numbers go, and the signals that are checked after each batch.
-    """
+    """Optimiser steps over one epoch after another; `state` is whole whenever a signal or an error ends them."""
 
     def __init__(
         self, model: nn.Module, data: FitData, state: RunState, settings: FitSettings, callbacks: Callbacks
