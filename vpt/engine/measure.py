@@ -120,14 +120,7 @@ def time_rounds(
 ) -> Iterator[dict[Any, float]]:
     """Time functions in turn, once per round, so that a temporary slowdown of the machine affects all of them.
 
-    Args:
-        functions: Functions by name, already warmed up.
-        rounds: Passes over all functions.
-        device: Device of the functions, synchronised before and after each call.
-        after_call: Called after each function, not timed.
-
-    Yields:
-        Seconds of each function, after each round.
+    The functions are warmed up already; `after_call` is not timed. Yields seconds by function, after each round.
     """
     for _ in range(rounds):
         seconds = {}

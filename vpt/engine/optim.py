@@ -67,10 +67,6 @@ def warmup_cosine(optimizer: Optimizer, *, num_steps: int, num_warmup_steps: int
 class MovingAverage:
     """Exponential moving average of parameters; the decay at update s is min(d, (1 + s) / (10 + s)).
 
-    Args:
-        parameters: The parameters to average, by name.
-        decay: The largest decay, d.
-
     Example:
         >>> parameter = nn.Parameter(torch.zeros(1))
         >>> average = MovingAverage({"w": parameter}, decay=0.9)

@@ -246,14 +246,7 @@ class Stepper:
 class Batches:
     """The batches of an epoch that are not done yet, in groups for an optimiser step each.
 
-    A signal ends the wait for a batch, however long that would be.
-
-    Args:
-        loader: The loader of train.
-        epoch: The epoch, from 1.
-        num_done: Batches of it that are done.
-        settings: `max_batches` limits the epoch, `accumulation` is the size of a group.
-        stop: The signals.
+    A signal ends the wait for a batch, however long that would be. `epoch` counts from 1.
     """
 
     def __init__(self, loader: Loader, epoch: int, num_done: int, settings: FitSettings, stop: StopSignal) -> None:

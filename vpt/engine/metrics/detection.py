@@ -154,8 +154,7 @@ class DetectionMetrics:
     def images_by_error(self, num: int, min_score: float = MIN_SCORE, min_overlap: float = MIN_OVERLAP) -> list[int]:
         """Positions, in the order of `update`, of the `num` images with the most errors, the worst first.
 
-        An error is counted by `confusion` off its diagonal: a missed, a false or a confused box. Of images with equally
-        many errors the earlier comes first.
+        An error is a missed, a false or a confused box; of equally many errors the earlier image comes first.
         """
         errors = [int((pairs[:, 0] != pairs[:, 1]).sum()) for pairs in self._pairs(min_score, min_overlap)]
         return sorted(range(len(errors)), key=lambda image: -errors[image])[:num]
