@@ -64,11 +64,7 @@ class Monitor:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        *,
-        layout: Charts | None = None,
-        resume_at: tuple[int, int] | None = None,
+        self, run_dir: Path, *, layout: Charts | None = None, resume_at: tuple[int, int] | None = None
     ) -> None:
         self._metrics_file = run_dir / "metrics.jsonl"
         self._warned: set[str] = set()
@@ -137,11 +133,8 @@ class Monitor:
     def hparams(self, hparams: Mapping[str, object], metrics: Mapping[str, SupportsFloat]) -> None:
         """Write the row of this run in the table of hyperparameters, once, at the end of the run.
 
-        TensorBoard shows the first row of a run: a later call changes the scalars only.
-
-        Args:
-            hparams: Name -> value; a nested mapping becomes `outer.inner`, values other than numbers become text.
-            metrics: Results, tag -> number; also written as scalars, at the last step.
+        TensorBoard shows the first row of a run: a later call changes the scalars only. A nested mapping becomes
+        `outer.inner`, values other than numbers become text. The metrics are also written as scalars, at the last step.
         """
         self.scalars(metrics, self._last_step)
 
@@ -189,18 +182,16 @@ class Monitor:
             os.truncate(self._metrics_file, num_bytes)
 
     def _write_events(self, write: "Callable[[SummaryWriter], Any]") -> None:
-        writer = self._writer
-        if writer is not None:
+        if (writer := self._writer) is not None:
             self._attempt("TensorBoard events", lambda: write(writer))
 
     def _attempt(self, what: str, action: Callable[[], object]) -> None:
         try:
             action()
         except OSError as error:
-            if what in self._warned:
-                return
-            self._warned.add(what)
-            warn(f"{what} of {self._metrics_file.parent} cannot be written: {error}. Training continues without.")
+            if what not in self._warned:
+                self._warned.add(what)
+                warn(f"{what} of {self._metrics_file.parent} cannot be written: {error}. Training continues without.")
 
 
 def _append(metrics_file: Path, step: int, numbers: Mapping[str, float]) -> None:
