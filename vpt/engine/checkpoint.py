@@ -66,8 +66,7 @@ class Checkpoints:
     def load(self) -> Saved | None:
         """The last state that is not damaged; None if none was ever saved.
 
-        Raises:
-            ValueError: All files are damaged, or the run depends on other data or weights.
+        ValueError if all files are damaged, or the run depends on other data or weights.
         """
         found = [path for path in (self.last, self.previous) if path.exists()]
         errors = []

@@ -29,12 +29,6 @@ class FitResult:
 class RunState:
     """The state of a run between two optimiser steps: all that decides the result of the next one.
 
-    Args:
-        parameters: The tuned parameters, by name.
-        optimizer: The optimiser of the parameters.
-        schedule: The learning-rate schedule.
-        average: The moving average of the parameters, or None.
-
     Attributes:
         epoch: The current epoch, from 1.
         batch: Batches of it that are done.
@@ -108,10 +102,7 @@ class RunState:
     def numbers(self) -> dict[str, Any]:
         """All else, as JSON values."""
         return {
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "num_parts": self.num_parts,
-            "num_skipped": self.num_skipped,
+            **{name: getattr(self, name) for name in ("epoch", "batch", "num_parts", "num_skipped")},
             "result": asdict(self.result),
             "schedule": self.schedule.state_dict(),
             "groups": self.optimizer.state_dict()["param_groups"],

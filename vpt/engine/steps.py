@@ -219,8 +219,7 @@ class Stepper:
 
     def _step(self, norm: Tensor) -> dict[str, SupportsFloat]:
         """Update the parameters; return the gradient's norm and the watched rows if this step is to be logged."""
-        state, num_steps = self.state, self.state.result.steps
-        watches = self.callbacks.watches
+        state, num_steps, watches = self.state, self.state.result.steps, self.callbacks.watches
         is_logged = num_steps == 0 or (num_steps + 1) % self.settings.log_every == 0
         for watch in watches if is_logged else ():
             watch.before_step()
