@@ -88,8 +88,7 @@ class Checkpoints:
     def _check_made_from(self, path: Path, made_from: object) -> None:
         known = made_from if isinstance(made_from, dict) else {}
         known = {new: known[old] for new, old in FORMER_KEYS.items() if old in known} | known
-        changed = [name for name, digest in self.made_from.items() if known.get(name) != digest]
-        if changed:
+        if changed := [name for name, digest in self.made_from.items() if known.get(name) != digest]:
             raise ValueError(
                 f"{path}: the {' and the '.join(changed)} of this run changed since it was started; "
                 "restore them, or start a new run"

@@ -80,8 +80,7 @@ class Progress:
         self._stream.flush()
 
     def _rate(self) -> str:
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        return f"{self._images / seconds:.0f} images/s"
+        return f"{self._images / max(time.monotonic() - self._start, 1e-9):.0f} images/s"
 
     def _numbers(self) -> list[str]:
         return [f"{name} {float(value):.4g}" for name, value in self._values.items()]

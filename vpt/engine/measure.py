@@ -55,7 +55,7 @@ def count_flops(function: Function) -> int:
 
 
 def check_attention_is_counted(device: torch.device, dtype: torch.dtype) -> None:
-    """ValueError if torch does not count the FLOPs of a device's attention, so that every count would lack them."""
+    """Raise ValueError if torch does not count the FLOPs of a device's attention, forward and backward."""
     tokens, width = 16, 64
     part = torch.randn(1, 1, tokens, width, device=device, dtype=dtype, requires_grad=True)
     product = 2 * tokens * tokens * width
@@ -159,8 +159,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return {storage.data_ptr(): storage for storage in storages}
+    return {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
 
 
 def _wait_for(device: torch.device) -> None:

@@ -88,10 +88,7 @@ class Monitor:
     def scalars(self, values: Mapping[str, SupportsFloat], step: int) -> None:
         """Write numbers, one point for each tag and one line of `metrics.jsonl`, where nan and inf become null.
 
-        `values` are numbers or tensors of one element by tag, `step` the optimiser updates so far.
-
-        Raises:
-            ValueError: A tag is "step", the name of the step in `metrics.jsonl`.
+        `values` are numbers or tensors of one element by tag, `step` the optimiser updates; ValueError for tag "step".
         """
         if "step" in values:
             raise ValueError('values: "step" is the name of the step in metrics.jsonl; choose another tag')
@@ -107,11 +104,7 @@ class Monitor:
         self._write_events(write)
 
     def images(self, tag: str, images: "NDArray[np.uint8] | Sequence[NDArray[np.uint8]]", step: int) -> None:
-        """Write one image under `tag`, or several under `tag_00`, `tag_01`, ...; each (H, W, 3) uint8.
-
-        Raises:
-            ValueError: An image has another shape or type.
-        """
+        """Write one image under `tag`, or several under `tag_00`, `tag_01`, ...; ValueError if not (H, W, 3) uint8."""
         if isinstance(images, Sequence) or images.ndim == 4:
             tagged = {f"{tag}_{i:02d}": image for i, image in enumerate(images)}
         else:

@@ -58,7 +58,7 @@ def warmup_cosine(optimizer: Optimizer, *, num_steps: int, num_warmup_steps: int
 
 
 class MovingAverage:
-    """Exponential moving average of parameters; the decay at update s is min(d, (1 + s) / (10 + s)).
+    """Exponential moving average of parameters; the decay at update s is min(decay, (1 + s) / (10 + s)).
 
     Example:
         >>> parameter = nn.Parameter(torch.zeros(1))

@@ -29,13 +29,9 @@ class FitResult:
 class RunState:
     """The state of a run between two optimiser steps: all that decides the result of the next one.
 
-    Attributes:
-        epoch: The current epoch, from 1.
-        batch: Batches of it that are done.
-        num_parts: Parts that each batch is computed in, to fit into memory.
-        num_skipped: Steps that were skipped because their loss or gradient was not finite.
-        result: The result of the epochs that are done.
-        is_whole: Whether the state may be saved.
+    `epoch`, from 1, is the current one, `batch` its batches that are done, `num_parts` the parts that each batch is
+    computed in, to fit into memory, `num_skipped` the steps that were skipped because their loss or gradient was not
+    finite, `result` that of the epochs that are done; `is_whole` tells whether the state may be saved.
     """
 
     def __init__(

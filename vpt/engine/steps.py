@@ -80,16 +80,11 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class FitData:
-    """What a model is trained and evaluated on.
+    """What a model is trained and evaluated on; `names_of` are the images in batches of train, for errors.
 
-    Args:
-        train_loader: Batches `(images, targets)` of train. If its sampler has `set_epoch(epoch, num_done)`, that is
-            called before each epoch with the number of samples that are done.
-        val_loader: Batches of val, which choose the best epoch.
-        losses: Losses by name, means over the batch; their sum trains. Where the mean is over something else than
-            images, such as boxes, accumulated batches do not equal one large batch exactly.
-        evaluator: The evaluation on val.
-        names_of: Names of the images in batches of train, for errors.
+    If the sampler of train has `set_epoch(epoch, num_done)`, that is called before each epoch with the number of
+    samples that are done. The sum of the losses trains. Where their mean is over something else than images, such as
+    boxes, accumulated batches do not equal one large batch exactly.
     """
 
     train_loader: Loader
@@ -101,15 +96,10 @@ class FitData:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Where a run writes, what may stop it, and functions that it calls.
+    """Where a run writes, what may stop it, by default nothing, and functions that it calls.
 
-    Args:
-        monitor: Logs numbers.
-        checkpoints: Saves the state, after each epoch and every `save_every_s` inside of one.
-        stop: The signals that end the run; by default none.
-        watches: Parameters whose rows are logged.
-        on_best: Called with the val metrics at each new best epoch, while the model has its weights.
-        on_epoch: Called with epoch (from 1) and step after each evaluation on val.
+    `on_best` gets the val metrics at each new best epoch, while the model has its weights; `on_epoch` gets epoch (from
+    1) and step after each evaluation on val. The rows of `watches` are logged.
     """
 
     monitor: Monitor
@@ -302,8 +292,8 @@ def memory_errors(num_images: int) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        halved = max(1, num_images // 2)
-        raise OutOfMemoryError(f"out of memory with a batch of {num_images}; try batch_size={halved}") from error
+        text = f"out of memory with a batch of {num_images}; try batch_size={max(1, num_images // 2)}"
+        raise OutOfMemoryError(text) from error
 
 
 def _split(batch: Batch, num_parts: int) -> Iterator[Batch]:
@@ -311,8 +301,7 @@ def _split(batch: Batch, num_parts: int) -> Iterator[Batch]:
     images, targets = batch
     size = math.ceil(len(images) / num_parts)
     for start in range(0, len(images), size):
-        is_whole = size >= len(images)
-        yield batch if is_whole else (images[start : start + size], targets[start : start + size])
+        yield batch if size >= len(images) else (images[start : start + size], targets[start : start + size])
 
 
 def total_of(losses: Mapping[str, Tensor]) -> Any:  # torch does not type backward()

@@ -144,9 +144,8 @@ def overfit(
         optimizer.step()
         if step % OVERFIT_EVERY == 0 or step == max_steps:
             values = evaluate(model, [batch], evaluator, stop=stop)  # type: ignore[arg-type]  # a list is a loader, too
-            reached = values[select]
-            print(f"step {step}: loss {loss.item():.4f}, {select} {percent(reached)}", flush=True)
-            if reached >= goal:
+            print(f"step {step}: loss {loss.item():.4f}, {select} {percent(values[select])}", flush=True)
+            if values[select] >= goal:
                 return step
     return None
 
