@@ -98,7 +98,7 @@ class RunState:
     def numbers(self) -> dict[str, Any]:
         """All else, as JSON values."""
         return {
-            **{name: getattr(self, name) for name in ("epoch", "batch", "num_parts", "num_skipped")},
+            **{"epoch": self.epoch, "batch": self.batch, "num_parts": self.num_parts, "num_skipped": self.num_skipped},
             "result": asdict(self.result),
             "schedule": self.schedule.state_dict(),
             "groups": self.optimizer.state_dict()["param_groups"],

@@ -292,8 +292,8 @@ def memory_errors(num_images: int) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        text = f"out of memory with a batch of {num_images}; try batch_size={max(1, num_images // 2)}"
-        raise OutOfMemoryError(text) from error
+        halved = max(1, num_images // 2)
+        raise OutOfMemoryError(f"out of memory with a batch of {num_images}; try batch_size={halved}") from error
 
 
 def _split(batch: Batch, num_parts: int) -> Iterator[Batch]:
