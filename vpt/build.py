@@ -137,13 +137,7 @@ def build_loaders(
 
 
 def build_model(config: Config, task_type: str, classes: Sequence[str], head_options: Mapping[str, Any]) -> TaskModel:
-    """A new model: the backbone with its prompt, and a head for these classes.
-
-    Args:
-        config: Of the run.
-        task_type: Name of the model's type.
-        classes: Names of the classes, by label.
-        head_options: Further keyword arguments of the model's class.
+    """A new model of a task type; `head_options` are further keyword arguments of its class.
 
     Raises:
         ConfigError: A value cannot be used.
@@ -171,11 +165,7 @@ def build_model(config: Config, task_type: str, classes: Sequence[str], head_opt
 
 
 def build_backbone(config: Config, checkpoint: str | None = None) -> ViT:
-    """The backbone of a config; without pretrained weights they come from the seed.
-
-    Args:
-        config: Of the run.
-        checkpoint: Weights of the backbone, if they are not those that the config names.
+    """The backbone of a config, with weights from `checkpoint` if given; without pretrained ones from the seed.
 
     Raises:
         ConfigError, FileNotFoundError: A value of `backbone` cannot be used.

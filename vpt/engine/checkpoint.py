@@ -44,14 +44,8 @@ class Checkpoints:
     def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> bool:
         """Write a state, read it back, and make it the last one; the last one becomes the previous one.
 
-        A full disk is a warning: the last state stays, and the next call tries again.
-
-        Args:
-            tensors: The tensors of the state.
-            numbers: All else, as JSON values.
-
-        Returns:
-            Whether the state is on the disk.
+        A full disk is a warning: the last state stays, and the next call tries again. `numbers` are JSON values.
+        Returns whether the state is on the disk.
         """
         new = self.last.with_name(NEW)
         try:
@@ -72,8 +66,7 @@ class Checkpoints:
     def load(self) -> Saved | None:
         """The last state that is not damaged; None if none was ever saved.
 
-        Raises:
-            ValueError: All files are damaged, or the run depends on other data or weights.
+        ValueError if all files are damaged, or the run depends on other data or weights.
         """
         found = [path for path in (self.last, self.previous) if path.exists()]
         errors = []
@@ -95,8 +88,7 @@ class Checkpoints:
     def _check_made_from(self, path: Path, made_from: object) -> None:
         known = made_from if isinstance(made_from, dict) else {}
         known = {new: known[old] for new, old in FORMER_KEYS.items() if old in known} | known
-        changed = [name for name, digest in self.made_from.items() if known.get(name) != digest]
-        if changed:
+        if changed := [name for name, digest in self.made_from.items() if known.get(name) != digest]:
             raise ValueError(
                 f"{path}: the {' and the '.join(changed)} of this run changed since it was started; "
                 "restore them, or start a new run"

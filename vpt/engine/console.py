@@ -22,12 +22,7 @@ class Progress:
     """Progress of one pass over a loader: a bar with an ETA on a terminal, plain lines anywhere else.
 
     A log file gets one line at the end of the pass and, in a long pass, at most one line every `interval_s` seconds.
-
-    Args:
-        total: Number of batches.
-        description: Name of the pass, such as "epoch 3/20".
-        stream: The output; by default the standard error.
-        interval_s: Seconds between two plain lines.
+    `total` is the number of batches, `description` names the pass; the stream is by default the standard error.
 
     Example:
         >>> with Progress(total=1, description="epoch 1/1", stream=sys.stdout) as progress:
@@ -36,13 +31,11 @@ class Progress:
     """
 
     def __init__(self, total: int, description: str, *, stream: TextIO | None = None, interval_s: float = 30.0) -> None:
-        self._total = total
-        self._description = description
+        self._total, self._description = total, description
         self._stream = sys.stderr if stream is None else stream
         self._is_terminal = self._stream.isatty()
         self._interval_s = 0.2 if self._is_terminal else interval_s
-        self._batches = 0
-        self._images = 0
+        self._batches, self._images = 0, 0
         self._values: dict[str, SupportsFloat] = {}
 
     def __enter__(self) -> Self:
@@ -64,20 +57,14 @@ class Progress:
         self._batches += num_batches
 
     def advance(self, num_images: int, **values: SupportsFloat) -> None:
-        """Count one batch.
-
-        Args:
-            num_images: Images in the batch.
-            **values: Numbers to show. A tensor is read only when it is shown, so that the GPU is not synchronised.
-        """
+        """Count one batch. A tensor in `values` is read only when it is shown, so that the GPU is not synchronised."""
         self._batches += 1
         self._images += num_images
         self._values |= values
         now = time.monotonic()
-        if now - self._shown < self._interval_s or self._batches >= self._total:
-            return
-        self._shown = now
-        (self._show_bar if self._is_terminal else self._write_line)()
+        if now - self._shown >= self._interval_s and self._batches < self._total:
+            self._shown = now
+            (self._show_bar if self._is_terminal else self._write_line)()
 
     def _show_bar(self) -> None:
         self._bar.set_postfix_str(", ".join([self._rate(), *self._numbers()]), refresh=False)
@@ -93,8 +80,7 @@ class Progress:
         self._stream.flush()
 
     def _rate(self) -> str:
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        return f"{self._images / seconds:.0f} images/s"
+        return f"{self._images / max(time.monotonic() - self._start, 1e-9):.0f} images/s"
 
     def _numbers(self) -> list[str]:
         return [f"{name} {float(value):.4g}" for name, value in self._values.items()]
@@ -113,12 +99,7 @@ def percent(fraction: float) -> str:
 def format_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
     """Format an aligned table of plain text; columns of numbers, with a unit or not, are aligned to the right.
 
-    Args:
-        rows: Cells, each row as long as the header.
-        header: Names of the columns.
-
-    Raises:
-        ValueError: A row is longer or shorter than the header.
+    ValueError if a row is longer or shorter than the header.
 
     Example:
         >>> print(format_table([["deep", "92,160"], ["linear", "0"]], header=["prompt", "tuned"]))

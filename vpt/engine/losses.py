@@ -8,11 +8,8 @@ class CrossEntropy(nn.Module):
     """Cross-entropy of logits (B, K) and targets (B,): the sum of the weighted losses over B, a scalar.
 
     `nn.CrossEntropyLoss` divides by the sum of the weights in a batch, so that accumulated small batches differ from
-    one large batch; here they do not.
-
-    Args:
-        weight: Weight of each class, (K,); None weighs all equally.
-        label_smoothing: Part of the target that is spread over all classes, in [0, 1).
+    one large batch; here they do not. The weight is (K,), None weighs all equally; `label_smoothing`, in [0, 1), is the
+    part of the target that is spread over all classes.
     """
 
     weight: Tensor | None

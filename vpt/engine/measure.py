@@ -55,11 +55,7 @@ def count_flops(function: Function) -> int:
 
 
 def check_attention_is_counted(device: torch.device, dtype: torch.dtype) -> None:
-    """Check that torch counts the FLOPs of the attention kernel of a device, forward and backward.
-
-    Raises:
-        ValueError: It does not, so every count would lack attention.
-    """
+    """Raise ValueError if torch does not count the FLOPs of a device's attention, forward and backward."""
     tokens, width = 16, 64
     part = torch.randn(1, 1, tokens, width, device=device, dtype=dtype, requires_grad=True)
     product = 2 * tokens * tokens * width
@@ -73,12 +69,8 @@ def check_attention_is_counted(device: torch.device, dtype: torch.dtype) -> None
 def count_saved_bytes(function: Function, held: Iterable[Tensor]) -> int:
     """Count the bytes that autograd saves for the backward pass while a function computes a loss.
 
-    Args:
-        function: The forward pass and the loss.
-        held: Parameters and buffers, which are in memory anyway; they and their views are not counted.
-
-    Returns:
-        Total size of all storages with saved tensors, each counted whole and once.
+    The total of all storages with saved tensors, each counted whole and once, but for parameters and buffers in `held`,
+    which are in memory anyway, and their views.
     """
     known = _storages(held)
     saved: dict[int, torch.UntypedStorage] = {}
@@ -120,14 +112,7 @@ def time_rounds(
 ) -> Iterator[dict[Any, float]]:
     """Time functions in turn, once per round, so that a temporary slowdown of the machine affects all of them.
 
-    Args:
-        functions: Functions by name, already warmed up.
-        rounds: Passes over all functions.
-        device: Device of the functions, synchronised before and after each call.
-        after_call: Called after each function, not timed.
-
-    Yields:
-        Seconds of each function, after each round.
+    The functions are warmed up already; `after_call` is not timed. Yields seconds by function, after each round.
     """
     for _ in range(rounds):
         seconds = {}
@@ -174,8 +159,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return {storage.data_ptr(): storage for storage in storages}
+    return {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
 
 
 def _wait_for(device: torch.device) -> None:

@@ -64,11 +64,7 @@ class Monitor:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        *,
-        layout: Charts | None = None,
-        resume_at: tuple[int, int] | None = None,
+        self, run_dir: Path, *, layout: Charts | None = None, resume_at: tuple[int, int] | None = None
     ) -> None:
         self._metrics_file = run_dir / "metrics.jsonl"
         self._warned: set[str] = set()
@@ -92,14 +88,7 @@ class Monitor:
     def scalars(self, values: Mapping[str, SupportsFloat], step: int) -> None:
         """Write numbers, one point for each tag and one line of `metrics.jsonl`, where nan and inf become null.
 
-        `perf/` and `memory/` values, which differ when a run is repeated, are not in `metrics.jsonl`.
-
-        Args:
-            values: Tag -> a number or a tensor of one element.
-            step: Optimiser updates so far.
-
-        Raises:
-            ValueError: A tag is "step", the name of the step in `metrics.jsonl`.
+        `values` are numbers or tensors of one element by tag, `step` the optimiser updates; ValueError for tag "step".
         """
         if "step" in values:
             raise ValueError('values: "step" is the name of the step in metrics.jsonl; choose another tag')
@@ -115,16 +104,7 @@ class Monitor:
         self._write_events(write)
 
     def images(self, tag: str, images: "NDArray[np.uint8] | Sequence[NDArray[np.uint8]]", step: int) -> None:
-        """Write one image under `tag`, or several under `tag_00`, `tag_01`, ...
-
-        Args:
-            tag: The tag.
-            images: (H, W, 3) uint8, or a sequence of such.
-            step: Optimiser updates so far.
-
-        Raises:
-            ValueError: An image has another shape or type.
-        """
+        """Write one image under `tag`, or several under `tag_00`, `tag_01`, ...; ValueError if not (H, W, 3) uint8."""
         if isinstance(images, Sequence) or images.ndim == 4:
             tagged = {f"{tag}_{i:02d}": image for i, image in enumerate(images)}
         else:
@@ -146,11 +126,8 @@ class Monitor:
     def hparams(self, hparams: Mapping[str, object], metrics: Mapping[str, SupportsFloat]) -> None:
         """Write the row of this run in the table of hyperparameters, once, at the end of the run.
 
-        TensorBoard shows the first row of a run: a later call changes the scalars only.
-
-        Args:
-            hparams: Name -> value; a nested mapping becomes `outer.inner`, values other than numbers become text.
-            metrics: Results, tag -> number; also written as scalars, at the last step.
+        TensorBoard shows the first row of a run: a later call changes the scalars only. A nested mapping becomes
+        `outer.inner`, values other than numbers become text. The metrics are also written as scalars, at the last step.
         """
         self.scalars(metrics, self._last_step)
 
@@ -198,18 +175,16 @@ class Monitor:
             os.truncate(self._metrics_file, num_bytes)
 
     def _write_events(self, write: "Callable[[SummaryWriter], Any]") -> None:
-        writer = self._writer
-        if writer is not None:
+        if (writer := self._writer) is not None:
             self._attempt("TensorBoard events", lambda: write(writer))
 
     def _attempt(self, what: str, action: Callable[[], object]) -> None:
         try:
             action()
         except OSError as error:
-            if what in self._warned:
-                return
-            self._warned.add(what)
-            warn(f"{what} of {self._metrics_file.parent} cannot be written: {error}. Training continues without.")
+            if what not in self._warned:
+                self._warned.add(what)
+                warn(f"{what} of {self._metrics_file.parent} cannot be written: {error}. Training continues without.")
 
 
 def _append(metrics_file: Path, step: int, numbers: Mapping[str, float]) -> None:

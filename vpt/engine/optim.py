@@ -20,17 +20,10 @@ def make_optimizer(
     weight_decay: float,
     momentum: float,
 ) -> Optimizer:
-    """Make an optimiser with a named group, `group["name"]`, for each part.
+    """Make an optimiser with a named group, `group["name"]`, for each part; ValueError if none has parameters.
 
-    Args:
-        name: "adamw" or "sgd".
-        parts: Parameters and learning rate of each part, such as {"prompt": (..., 1e-2), "head": (..., 1e-3)}; parts
-            without parameters are left out. Vectors, which are biases, have no weight decay.
-        weight_decay: Weight decay of matrices and prompt tokens.
-        momentum: Momentum of SGD.
-
-    Raises:
-        ValueError: Unknown name, or no part has parameters.
+    `parts` are parameters and learning rates, such as {"prompt": (..., 1e-2), "head": (..., 1e-3)}; parts without
+    parameters are left out. Vectors, which are biases, have no weight decay. The momentum is that of SGD.
     """
     groups = []
     for part, (parameters, lr) in parts.items():
@@ -65,11 +58,7 @@ def warmup_cosine(optimizer: Optimizer, *, num_steps: int, num_warmup_steps: int
 
 
 class MovingAverage:
-    """Exponential moving average of parameters; the decay at update s is min(d, (1 + s) / (10 + s)).
-
-    Args:
-        parameters: The parameters to average, by name.
-        decay: The largest decay, d.
+    """Exponential moving average of parameters; the decay at update s is min(decay, (1 + s) / (10 + s)).
 
     Example:
         >>> parameter = nn.Parameter(torch.zeros(1))
@@ -82,9 +71,7 @@ class MovingAverage:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.parameters = dict(parameters)
-        self.decay = decay
-        self.num_updates = 0
+        self.parameters, self.decay, self.num_updates = dict(parameters), decay, 0
         self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     @torch.no_grad()

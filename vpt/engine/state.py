@@ -29,19 +29,9 @@ class FitResult:
 class RunState:
     """The state of a run between two optimiser steps: all that decides the result of the next one.
 
-    Args:
-        parameters: The tuned parameters, by name.
-        optimizer: The optimiser of the parameters.
-        schedule: The learning-rate schedule.
-        average: The moving average of the parameters, or None.
-
-    Attributes:
-        epoch: The current epoch, from 1.
-        batch: Batches of it that are done.
-        num_parts: Parts that each batch is computed in, to fit into memory.
-        num_skipped: Steps that were skipped because their loss or gradient was not finite.
-        result: The result of the epochs that are done.
-        is_whole: Whether the state may be saved.
+    `epoch`, from 1, is the current one, `batch` its batches that are done, `num_parts` the parts that each batch is
+    computed in, to fit into memory, `num_skipped` the steps that were skipped because their loss or gradient was not
+    finite, `result` that of the epochs that are done; `is_whole` tells whether the state may be saved.
     """
 
     def __init__(
@@ -108,10 +98,7 @@ class RunState:
     def numbers(self) -> dict[str, Any]:
         """All else, as JSON values."""
         return {
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "num_parts": self.num_parts,
-            "num_skipped": self.num_skipped,
+            **{"epoch": self.epoch, "batch": self.batch, "num_parts": self.num_parts, "num_skipped": self.num_skipped},
             "result": asdict(self.result),
             "schedule": self.schedule.state_dict(),
             "groups": self.optimizer.state_dict()["param_groups"],

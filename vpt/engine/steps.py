@@ -80,16 +80,11 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class FitData:
-    """What a model is trained and evaluated on.
+    """What a model is trained and evaluated on; `names_of` are the images in batches of train, for errors.
 
-    Args:
-        train_loader: Batches `(images, targets)` of train. If its sampler has `set_epoch(epoch, num_done)`, that is
-            called before each epoch with the number of samples that are done.
-        val_loader: Batches of val, which choose the best epoch.
-        losses: Losses by name, means over the batch; their sum trains. Where the mean is over something else than
-            images, such as boxes, accumulated batches do not equal one large batch exactly.
-        evaluator: The evaluation on val.
-        names_of: Names of the images in batches of train, for errors.
+    If the sampler of train has `set_epoch(epoch, num_done)`, that is called before each epoch with the number of
+    samples that are done. The sum of the losses trains. Where their mean is over something else than images, such as
+    boxes, accumulated batches do not equal one large batch exactly.
     """
 
     train_loader: Loader
@@ -101,15 +96,10 @@ class FitData:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Where a run writes, what may stop it, and functions that it calls.
+    """Where a run writes, what may stop it, by default nothing, and functions that it calls.
 
-    Args:
-        monitor: Logs numbers.
-        checkpoints: Saves the state, after each epoch and every `save_every_s` inside of one.
-        stop: The signals that end the run; by default none.
-        watches: Parameters whose rows are logged.
-        on_best: Called with the val metrics at each new best epoch, while the model has its weights.
-        on_epoch: Called with epoch (from 1) and step after each evaluation on val.
+    `on_best` gets the val metrics at each new best epoch, while the model has its weights; `on_epoch` gets epoch (from
+    1) and step after each evaluation on val. The rows of `watches` are logged.
     """
 
     monitor: Monitor
@@ -121,15 +111,7 @@ class Callbacks:
 
 
 class Stepper:
-    """Optimiser steps over one epoch after another; `state` is whole whenever a signal or an error ends them.
-
-    Args:
-        model: On the device that the batches are moved to.
-        data: What it is trained on.
-        state: Changed by each step.
-        settings: Settings of the loop.
-        callbacks: Where numbers go, and the signals that are checked after each batch.
-    """
+    """Optimiser steps over one epoch after another; `state` is whole whenever a signal or an error ends them."""
 
     def __init__(
         self, model: nn.Module, data: FitData, state: RunState, settings: FitSettings, callbacks: Callbacks
@@ -227,8 +209,7 @@ class Stepper:
 
     def _step(self, norm: Tensor) -> dict[str, SupportsFloat]:
         """Update the parameters; return the gradient's norm and the watched rows if this step is to be logged."""
-        state, num_steps = self.state, self.state.result.steps
-        watches = self.callbacks.watches
+        state, num_steps, watches = self.state, self.state.result.steps, self.callbacks.watches
         is_logged = num_steps == 0 or (num_steps + 1) % self.settings.log_every == 0
         for watch in watches if is_logged else ():
             watch.before_step()
@@ -254,14 +235,7 @@ class Stepper:
 class Batches:
     """The batches of an epoch that are not done yet, in groups for an optimiser step each.
 
-    A signal ends the wait for a batch, however long that would be.
-
-    Args:
-        loader: The loader of train.
-        epoch: The epoch, from 1.
-        num_done: Batches of it that are done.
-        settings: `max_batches` limits the epoch, `accumulation` is the size of a group.
-        stop: The signals.
+    A signal ends the wait for a batch, however long that would be. `epoch` counts from 1.
     """
 
     def __init__(self, loader: Loader, epoch: int, num_done: int, settings: FitSettings, stop: StopSignal) -> None:
@@ -327,8 +301,7 @@ def _split(batch: Batch, num_parts: int) -> Iterator[Batch]:
     images, targets = batch
     size = math.ceil(len(images) / num_parts)
     for start in range(0, len(images), size):
-        is_whole = size >= len(images)
-        yield batch if is_whole else (images[start : start + size], targets[start : start + size])
+        yield batch if size >= len(images) else (images[start : start + size], targets[start : start + size])
 
 
 def total_of(losses: Mapping[str, Tensor]) -> Any:  # torch does not type backward()

@@ -1,8 +1,4 @@
-"""The training loop, evaluation, and the test that one batch can be learned.
-
-The loop knows modules, loaders and numbers, neither prompts nor data sets. The task type passes its losses and its
-evaluator in `FitData`.
-"""
+"""The training loop, evaluation, and the test that one batch can be learned; knows neither prompts nor data sets."""
 
 import itertools
 import math
@@ -103,20 +99,10 @@ def evaluate(
     description: str | None = None,
     stop: StopSignal | None = None,
 ) -> dict[str, float]:
-    """Metrics of a model over all batches of a loader, in eval mode and without gradients.
+    """Metrics of a model over the batches of a loader, all or `max_batches`, in eval mode and without gradients.
 
-    Args:
-        model: The model that the evaluator runs.
-        loader: Batches, in a fixed order.
-        evaluator: Reset first.
-        precision: "bf16" computes the forward pass under autocast.
-        max_batches: Batches to take; None takes all.
-        description: Shows progress under this name; None shows none.
-        stop: Checked after each batch.
-
-    Raises:
-        OutOfMemoryError: A batch does not fit into memory.
-        Stopped: A signal was received.
+    The evaluator is reset first. "bf16" computes the forward pass under autocast. A `description` shows progress under
+    this name. OutOfMemoryError if a batch does not fit into memory; Stopped after a batch if `stop` received a signal.
     """
     device = next(model.parameters()).device
     evaluator.reset()
@@ -149,8 +135,7 @@ def overfit(
 
     A model that cannot learn one batch is broken: the model itself, its gradients or its optimiser.
     """
-    device = next(model.parameters()).device
-    images, targets = move(batch, device)
+    images, targets = move(batch, next(model.parameters()).device)
     for step in range(1, max_steps + 1):
         model.train()
         loss = total_of(losses(model, images, targets))
@@ -159,9 +144,8 @@ def overfit(
         optimizer.step()
         if step % OVERFIT_EVERY == 0 or step == max_steps:
             values = evaluate(model, [batch], evaluator, stop=stop)  # type: ignore[arg-type]  # a list is a loader, too
-            reached = values[select]
-            print(f"step {step}: loss {loss.item():.4f}, {select} {percent(reached)}", flush=True)
-            if reached >= goal:
+            print(f"step {step}: loss {loss.item():.4f}, {select} {percent(values[select])}", flush=True)
+            if values[select] >= goal:
                 return step
     return None
 

@@ -7,15 +7,9 @@ from torch import nn
 
 
 class RowWatch:
-    """Norms of the rows of one parameter, such as the prompt tokens of each block.
+    """Norms of the rows of one parameter (L, ...), such as the prompt tokens of each block.
 
-    Args:
-        name: Prefix of the tags, such as "prompt".
-        parameter: Of shape (L, ...); L rows.
-        rows: A name for each row, such as "block_07".
-
-    Raises:
-        ValueError: The number of names is not the number of rows.
+    `name`, such as "prompt", starts the tags; `rows` are L names, such as "block_07", ValueError for another number.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, rows: Sequence[str]) -> None:

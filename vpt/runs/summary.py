@@ -16,15 +16,7 @@ MAX_COLUMNS = 8
 
 
 def summarise(model: TaskModel, data: Data, config: Config, described: Sequence[str], cache: str) -> str:
-    """Describe model, data and settings of a run, in a few lines.
-
-    Args:
-        model: On its device.
-        data: The data of the run.
-        config: The run's config.
-        described: Lines on the data, from the task type.
-        cache: A line on what is cached.
-    """
+    """Describe model, data and settings of a run, in a few lines; `described` are lines on the data, `cache` is one."""
     count, device = count_parameters(model), next(model.parameters()).device
     height, width = data.preprocessing.size
     prompt = model.backbone.prompt

@@ -102,11 +102,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path, max_bytes: float = MAX_BYTES) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors, on the CPU, and the metadata that `write_tensors` wrote.
-
-    Args:
-        path: The file.
-        max_bytes: Largest size of an untrusted file; math.inf for one of our own.
+    """Read the tensors, on the CPU, and the metadata that `write_tensors` wrote; math.inf for a file of our own.
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -23,9 +23,7 @@ def locked(path: Path, what: Path) -> Iterator[None]:
     The system releases the lock of a process that was killed; child processes do not hold it. On a disk without locks
     the content of the file decides: it is taken over from a process of this machine that has ended.
 
-    Args:
-        path: The lock file, removed at the end.
-        what: The file or folder that it protects, for the message.
+    The lock file is removed at the end; `what` is the file or folder that it protects, for the message.
 
     Raises:
         LockedError: Another process holds it.

@@ -85,11 +85,6 @@ class FitInputs:
 def plan_cache(config: Config, model: TaskModel, data: Data) -> CachePlan:
     """Choose what a run caches; nothing is decoded and no tokens are computed yet.
 
-    Args:
-        config: The run's config.
-        model: The model, on its device.
-        data: The data without a cache.
-
     Raises:
         ConfigError: `cache=ram` or `cache=disk` is set, and tokens cannot be cached or take too much memory.
     """

@@ -1,7 +1,4 @@
-"""Metrics of classification.
-
-Shapes: `B` batch, `K` classes. Metrics are fractions in [0, 1].
-"""
+"""Metrics of classification, fractions in [0, 1]. Shapes: `B` batch, `K` classes."""
 
 from typing import NamedTuple
 
@@ -45,14 +42,8 @@ def per_class_recall(confusion: Tensor) -> Tensor:
 class ClassificationMetrics:
     """Metrics of a split, accumulated over batches of any size.
 
-    Counts are integers and sums are float64, on the CPU, so that the sizes of batches do not matter.
-
-    Args:
-        num_classes: Number of classes, K.
-        num_worst: Number of stored samples with the highest cross-entropy.
-
-    Raises:
-        ValueError: `num_classes` is below 1 or `num_worst` below 0.
+    Counts are integers and sums are float64, on the CPU, so that the sizes of batches do not matter. The `num_worst`
+    samples with the highest cross-entropy are stored. ValueError if `num_classes` is below 1 or `num_worst` below 0.
 
     Example:
         >>> metrics = ClassificationMetrics(num_classes=2)
@@ -66,8 +57,7 @@ class ClassificationMetrics:
             raise ValueError(f"num_classes={num_classes}: must be at least 1")
         if num_worst < 0:
             raise ValueError(f"num_worst={num_worst}: must be at least 0")
-        self.num_classes = num_classes
-        self.num_worst = num_worst
+        self.num_classes, self.num_worst = num_classes, num_worst
         self.reset()
 
     def reset(self) -> None:
@@ -79,15 +69,9 @@ class ClassificationMetrics:
 
     @torch.no_grad()
     def update(self, logits: Tensor, targets: Tensor, loss: float | Tensor | None = None) -> None:
-        """Add one batch.
+        """Add logits (B, K), floating point of any precision, and targets (B,), integers in [0, K), on any device.
 
-        Args:
-            logits: (B, K) floating point of any precision, on any device.
-            targets: (B,) integers in [0, K).
-            loss: Mean loss of the batch; by default the cross-entropy of the logits.
-
-        Raises:
-            ValueError: A shape does not fit, or a target is outside of [0, K).
+        `loss` is the mean of the batch, by default the cross-entropy. ValueError if a shape or a target does not fit.
         """
         logits, targets = logits.detach().cpu().double(), targets.detach().cpu()
         self._check(logits, targets)
@@ -127,11 +111,7 @@ class ClassificationMetrics:
     def worst(self, num: int | None = None) -> list[Sample]:
         """The samples of the highest cross-entropy, highest first; of equal ones the earlier comes first.
 
-        Args:
-            num: Their number, at most `num_worst`, which is the default. Fewer if fewer were evaluated.
-
-        Raises:
-            ValueError: `num` is outside of [0, num_worst].
+        Fewer than `num` if fewer were evaluated. ValueError if it is outside of [0, num_worst], by default the last.
         """
         num = self.num_worst if num is None else num
         if not 0 <= num <= self.num_worst:

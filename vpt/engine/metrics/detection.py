@@ -33,13 +33,8 @@ class DetectionMetrics:
     images, or these three cannot be compared with published ones. The area is that of the box, where COCO itself takes
     that of the mask. Per image and class the 100 detections of the highest score count; of equal scores the earlier. A
     detection on a crowd is neither right nor wrong. A box that is nan or infinite is wrong; such a score counts as 0.
-
-    Args:
-        num_classes: Number of classes, K.
-        backend: "auto" takes faster-coco-eval if it is installed: the same numbers, several times faster.
-
-    Raises:
-        ValueError: `num_classes` is below 1, or `backend` is unknown or not installed.
+    The backend "auto" takes faster-coco-eval if it is installed: the same numbers, several times faster. ValueError if
+    `num_classes` is below 1, or `backend` is unknown or not installed.
 
     References:
         Microsoft COCO: Common Objects in Context (Lin et al., 2014), and its evaluation code, pycocotools.
@@ -74,14 +69,10 @@ class DetectionMetrics:
 
     @torch.no_grad()
     def update(self, detections: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Tensor]]) -> None:
-        """Add the boxes of B images, on any device.
+        """Add the boxes of B images, on any device; ValueError, and nothing is added, if one does not fit.
 
-        Args:
-            detections: For each image "boxes" (n, 4), "scores" (n,) and "labels" (n,), integers in [0, K).
-            targets: For each image "boxes" (G, 4), "labels" (G,) and, if there are crowds, "crowd" (G,) bool.
-
-        Raises:
-            ValueError: A shape, a label or a true box does not fit; then nothing of the batch is added.
+        Detections are "boxes" (n, 4), "scores" (n,) and "labels" (n,), integers in [0, K), of each image; targets are
+        "boxes" (G, 4), "labels" (G,) and, if there are crowds, "crowd" (G,) bool.
         """
         if len(detections) != len(targets):
             raise ValueError(f"{len(detections)} images with detections, {len(targets)} with targets: must be equal")
@@ -103,9 +94,8 @@ class DetectionMetrics:
     def compute(self) -> dict[str, float]:
         """Metrics of all images; nan where there are no true boxes; ValueError without images.
 
-        Returns:
-            map (over T), map_small, map_medium, map_large, map50, map75; ar1, ar10, ar100, with at most 1, 10 and 100
-            detections per image and class. Where losses were added, first loss, the sum, and loss_<name> of each.
+        map (over T), map_small, map_medium, map_large, map50, map75; ar1, ar10, ar100, with at most 1, 10 and 100
+        detections per image and class. Where losses were added, first loss, the sum, and loss_<name> of each.
         """
         precision, recall = self._evaluate()
         losses = {}
@@ -119,16 +109,14 @@ class DetectionMetrics:
 
     def per_class(self) -> list[float]:
         """Average precision of each class, over T: K values, nan for a class without true boxes other than crowds."""
-        precision, _ = self._evaluate()
-        return [_mean(precision[:, :, label, 0, -1]) for label in range(self.num_classes)]
+        return [_mean(self._evaluate()[0][:, :, label, 0, -1]) for label in range(self.num_classes)]
 
     def precision_curves(self) -> NDArray[np.float64]:
         """Precision of each class over recall, at an overlap of .5: (K, R), nan for a class without true boxes.
 
         A value is the best precision at this recall or a higher one, as in COCO; its mean over R is map50.
         """
-        precision, _ = self._evaluate()
-        curves = precision[0, :, :, 0, -1].T
+        curves = self._evaluate()[0][0, :, :, 0, -1].T
         return np.where(curves > -1, curves, np.nan)
 
     def confusion(self, min_score: float = MIN_SCORE, min_overlap: float = MIN_OVERLAP) -> Tensor:
@@ -137,14 +125,8 @@ class DetectionMetrics:
         The last column counts missed true boxes, the last row false boxes. Detections are matched in the order of their
         scores, each to the free true box of the highest overlap, whatever its class; of two such, to the one of the
         same class. So an object that is detected twice counts as one right and one false box. Crowds are left out, and
-        so are detections on a crowd alone.
-
-        Args:
-            min_score: Detections of a lower score are left out.
-            min_overlap: Lowest intersection over union of a match; lowest part of a detection that is in a crowd.
-
-        Raises:
-            ValueError: No image was added, or a threshold is out of range.
+        so are detections on a crowd alone, by at least `min_overlap` of their area, and those below `min_score`.
+        ValueError if no image was added, or a threshold is out of range.
         """
         confusion = np.zeros((self.num_classes + 1, self.num_classes + 1), dtype=np.int64)
         for pairs in self._pairs(min_score, min_overlap):
@@ -154,8 +136,7 @@ class DetectionMetrics:
     def images_by_error(self, num: int, min_score: float = MIN_SCORE, min_overlap: float = MIN_OVERLAP) -> list[int]:
         """Positions, in the order of `update`, of the `num` images with the most errors, the worst first.
 
-        An error is counted by `confusion` off its diagonal: a missed, a false or a confused box. Of images with equally
-        many errors the earlier comes first.
+        An error is a missed, a false or a confused box; of equally many errors the earlier image comes first.
         """
         errors = [int((pairs[:, 0] != pairs[:, 1]).sum()) for pairs in self._pairs(min_score, min_overlap)]
         return sorted(range(len(errors)), key=lambda image: -errors[image])[:num]
@@ -273,8 +254,7 @@ def _match(found: Tensor, true: Tensor, min_overlap: float) -> NDArray[np.int64]
         return taken
     is_crowd = true[:, 5].numpy() > 0
     overlaps = mask.iou(found[:, :4].contiguous().numpy(), true[:, :4].contiguous().numpy(), is_crowd)
-    is_near = overlaps >= min_overlap
-    is_free = ~is_crowd
+    is_near, is_free = overlaps >= min_overlap, ~is_crowd
     is_same = found[:, 4:5].numpy() == true[:, 4].numpy()
     for i in is_near.any(axis=1).nonzero()[0]:
         free = (is_near[i] & is_free).nonzero()[0]
