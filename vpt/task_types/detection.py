@@ -268,9 +268,9 @@ class Detection(TaskType):
         monitor.scalars({f"val_map/{name}": value for name, value in precision}, step)
 
     def _page(self, data: Data, evaluator: BoxEvaluator, indices: Sequence[int]) -> Any:
-        samples: DetectionSamples = data.samples["val"]
         from vpt.plots.boxes import boxes_page
 
+        samples: DetectionSamples = data.samples["val"]
         return boxes_page(
             [np.asarray(samples.read(index)) for index in indices],
             [true_boxes(samples, index) for index in indices],
