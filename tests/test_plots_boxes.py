@@ -132,6 +132,25 @@ def test_a_name_in_any_script_is_drawn(name):
     assert where(drawn[0], 1)[:48].sum() > 100
 
 
+@pytest.mark.parametrize("name", ["猫", "\udc80", "猫 2"])
+def test_a_name_with_letters_that_the_font_lacks_is_the_number_of_its_class(name):
+    drawn = [draw_boxes(grey(100, 200), [[20, 50, 180, 90]], [1], ["other", one]) for one in (name, "class 1")]
+    assert np.array_equal(*drawn)
+
+
+@pytest.mark.parametrize("side", [64, 150, 350, 640])
+@pytest.mark.parametrize("name", ["W" * 200, "i" * 200, "a name that is far too long for the image " * 3])
+def test_a_long_name_ends_inside_the_image(side, name):
+    drawn = draw_boxes(grey(side, side), [[side / 2, side / 2, side - 5, side - 5]], [0], [name], [0.5])
+    assert not where(drawn, 0)[:, -1].any()
+
+
+def test_small_images_stay_sharp_on_a_page():
+    image = np.random.default_rng(0).choice([0, 255], (60, 60, 1)).repeat(3, axis=2).astype(np.uint8)
+    page = boxes_page([image], [boxes_of([], [], [])], [boxes_of([], [], [])], ["a"])
+    assert np.array_equal(page[6:486, 6:486], image.repeat(8, axis=0).repeat(8, axis=1))
+
+
 def test_images_and_lengths_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"not \(3, 8, 8\)"):
         draw_boxes(np.zeros((3, 8, 8), np.uint8), [], [], [])

@@ -46,6 +46,14 @@ def test_images_are_in_reading_order_with_their_pixels_enlarged_by_an_integer(wi
     assert image_grid(images[:2], columns=8).shape[1] == 2 * (width + 6) + 6
 
 
+@pytest.mark.parametrize("letter", ["W", "i", "猫"])
+def test_a_long_caption_ends_inside_its_tile(letter):
+    white = np.full((2, 128, 128, 3), 255, np.uint8)
+    grid = image_grid(white, [letter * 200, ""])
+    assert (grid[:, :134] < 128).any()
+    assert (grid[:, 137:] == 255).all()
+
+
 def test_captions_are_below_in_their_colours_and_a_title_above():
     black = np.zeros((2, 128, 128, 3), np.uint8)
     plain, captioned = image_grid(black), image_grid(black, ["pear", "plum\n0.9"], colours=[RIGHT, WRONG])

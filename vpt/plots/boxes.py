@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vpt.engine.metrics.detection import MIN_SCORE
-from vpt.plots.figure import Pixels, one_line, pixel_axes, render, show
+from vpt.plots.figure import Pixels, fit, legible_names, pixel_axes, render, show, text_width
 from vpt.plots.grid import image_grid
 
 MAX_IMAGES = 8
@@ -51,7 +51,8 @@ def draw_boxes(
     """Draw boxes on a copy of an image, each with the name of its class and its score.
 
     Lines and letters grow with the image. A name is above its box, or inside where there is no room; names of better
-    boxes are on top. Crowds are dashed. Boxes are clipped to the image; one that is nan or infinite is left out.
+    boxes are on top. A name in letters that the font lacks becomes the number of its class. Crowds are dashed. Boxes
+    are clipped to the image; one that is nan or infinite is left out.
 
     Args:
         image: (H, W, 3) uint8.
@@ -78,7 +79,7 @@ def draw_boxes(
     if not len(corners) == len(values) == len(dashed) == n:
         raise ValueError(f"{len(corners)} boxes came with {n} labels, {len(values)} scores, {len(dashed)} crowds")
     line, font = max(1, round((H + W) * 0.002)), max(9, round((H + W) * 0.01))
-    axes = pixel_axes(W, H)
+    names, axes = legible_names(classes), pixel_axes(W, H)
     show(axes, image, 0, 0, W, H)
     for box, label, score, is_crowd in reversed(list(zip(corners, labels, values, dashed, strict=True))):
         if not np.isfinite(box).all():
@@ -90,13 +91,12 @@ def draw_boxes(
         frame.set(snap=False, antialiased=False, linestyle=(0, (4, 3)) if is_crowd else "solid")
         axes.add_patch(frame)
         mark = ("" if score is None else f" {score:.2f}") + (", crowd" if is_crowd else "")
-        # A name has at least half of the image's width; a letter is about 0.6 of the font's size.
-        name = one_line(classes[int(label)], max(6, W / 1.2 / font - len(mark))) + mark
+        name = fit(names[int(label)], W - 4 * line - text_width(mark, font), font) + mark
         if name:
             is_above = y1 >= 1.6 * font
             y = y1 - 2 * line if is_above else min(y1 + 2 * line, H - 1.6 * font)
-            side, x = ("left", x1 + line) if x1 <= W / 2 else ("right", x2 - line)
-            text = axes.text(x, y, name, fontsize=font, ha=side, va="bottom" if is_above else "top")
+            x = max(line, min(x1 + line, W - 2 * line - text_width(name, font)))
+            text = axes.text(x, y, name, fontsize=font, va="bottom" if is_above else "top")
             text.set_color("black" if np.dot(to_rgb(colour), (0.3, 0.59, 0.11)) > 0.5 else "white")
             text.set_bbox({"facecolor": colour, "edgecolor": "none", "boxstyle": "square", "pad": line / font})
     return render(axes.figure)
@@ -131,7 +131,8 @@ def boxes_page(
     for image, target, found, name in list(zip(images, targets, detections, names, strict=True))[:MAX_IMAGES]:
         scale, good = _TILE / max(image.shape), found["scores"] >= min_score
         height, width = (max(1, round(side * scale)) for side in image.shape[:2])
-        tile = np.asarray(Image.fromarray(image).resize((width, height)))
+        method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS  # small images stay sharp
+        tile = np.asarray(Image.fromarray(image).resize((width, height), method))
         true = draw_boxes(tile, target["boxes"] * scale, target["labels"], classes, crowd=target.get("crowd"))
         boxes, labels, scores = (found[key][good] for key in ("boxes", "labels", "scores"))
         tiles += [true, draw_boxes(tile, boxes * scale, labels, classes, scores)]

@@ -1,13 +1,15 @@
 """Matplotlib figures as arrays, without pyplot and its global state. Colours are strings, such as "#188038"."""
 
-import threading
-import warnings
+import functools
+import unicodedata
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.text import Text
 from numpy.typing import NDArray
 
@@ -17,7 +19,6 @@ INK = "#202124"
 PALE = "#cdd0d4"
 
 _DPI = 72  # sizes of fonts and lines in points are pixels
-_lock = threading.Lock()  # filters of warnings are global
 
 
 def new_figure(width: int, height: int, **settings: Any) -> Figure:
@@ -38,18 +39,43 @@ def show(axes: Axes, image: Pixels, left: float, top: float, width: float, heigh
     axes.imshow(image, extent=(left, left + width, top + height, top), aspect="auto", interpolation="nearest")
 
 
-def one_line(text: str, max_letters: float) -> str:
-    """Text without line breaks and lone surrogates, cut to a number of letters."""
-    text = " ".join(text.encode(errors="replace").decode().split())
-    return text if len(text) <= max_letters else text[: max(1, int(max_letters) - 1)].rstrip() + "…"
+def one_line(text: str, max_letters: int) -> str:
+    """Text without line breaks, cut to a number of letters; letters that the font lacks are question marks."""
+    text = " ".join(unicodedata.normalize("NFC", text).split())
+    text = "".join(letter if ord(letter) in _letters() else "?" for letter in text)
+    return text if len(text) <= max_letters else text[: max(1, max_letters - 1)].rstrip() + "…"
+
+
+def fit(text: str, width: float, size: float) -> str:
+    """The longest `one_line` of a text that fits into a width in pixels; at least one letter."""
+    lines = (one_line(text, num) for num in range(len(text), 1, -1))
+    return next((line for line in lines if text_width(line, size) <= width), one_line(text, 1))
+
+
+def text_width(text: str, size: float) -> float:
+    """Pixels of a line in a font of a size, as the renderer rounds them."""
+    renderer = cast(Any, RendererAgg)(1, 1, _DPI)
+    return float(renderer.get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0])
+
+
+def legible_names(classes: Sequence[str], max_letters: int = 200) -> list[str]:
+    """Names of classes as `one_line`; "class 3" for a name with letters that the font lacks, which would look alike."""
+    names = [one_line(name, max_letters) for name in classes]
+    return [
+        f"class {label}" if name.count("?") > given.count("?") else name
+        for label, (name, given) in enumerate(zip(names, classes, strict=True))
+    ]
+
+
+@functools.cache
+def _letters() -> frozenset[int]:
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
 def render(figure: Figure | SubFigure) -> Pixels:
-    """Draw a figure, (H, W, 3): dollar signs are not formulas, letters that the font does not have are boxes."""
+    """Draw a figure, (H, W, 3); dollar signs are not formulas."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     canvas: Any = FigureCanvasAgg(cast(Figure, figure))
-    with _lock, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
-        canvas.draw()
+    canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

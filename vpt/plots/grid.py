@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from vpt.plots.figure import INK, Pixels, one_line, pixel_axes, render, show
+from vpt.plots.figure import INK, Pixels, fit, pixel_axes, render, show
 
 RIGHT = "#188038"  # the caption of a right prediction
 WRONG = "#c5221f"  # of a wrong one
@@ -47,11 +47,11 @@ def image_grid(
     start, total = _GAP + (_LINE * len(headings) + _GAP if headings else 0), columns * (width + _GAP) + _GAP
     axes = pixel_axes(total, start + math.ceil(B / columns) * step)
     for row, line in enumerate(headings):
-        axes.text(_GAP, 3 + row * _LINE, one_line(line, total / 6.5), color=INK, fontsize=12, va="top")
+        axes.text(_GAP, 3 + row * _LINE, fit(line, total - 2 * _GAP, 12), color=INK, fontsize=12, va="top")
     for i, image in enumerate(images):
         left, top = _GAP + i % columns * (width + _GAP), start + i // columns * step
         show(axes, image, left, top, width, height)
         for row, line in enumerate(texts[i]):
             at, colour = top + height + 3 + row * _LINE, colours[i] if colours else INK
-            axes.text(left, at, one_line(line, width / 7), color=colour, fontsize=12, va="top")
+            axes.text(left, at, fit(line, width, 12), color=colour, fontsize=12, va="top")
     return render(axes.figure)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vpt.plots.boxes import class_colour
-from vpt.plots.figure import INK, PALE, Pixels, new_figure, one_line, render
+from vpt.plots.figure import INK, PALE, Pixels, legible_names, new_figure, render
 
 _MAX_NAME = 24  # letters
 
@@ -25,7 +25,7 @@ def confusion_matrix(confusion: ArrayLike, classes: Sequence[str]) -> Pixels:
         raise ValueError(f"a confusion matrix of {K} classes is ({K}, {K}), not {counts.shape}")
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     cell = min(64, 960 / K)  # pixels
-    names = [one_line(name, _MAX_NAME) for name in classes] if cell >= 11 else []  # pixels for a legible name
+    names = legible_names(classes, _MAX_NAME) if cell >= 11 else []  # pixels for a legible name
     font = min(13, cell - 1)
     side = round(K * cell + 60 + 0.65 * font * max(map(len, names), default=0))
     figure = new_figure(max(160, side), max(160, side), layout="constrained")
@@ -58,7 +58,8 @@ def precision_recall_curves(curves: NDArray[np.float64], classes: Sequence[str])
     best = sorted(known, key=lambda label: -curves[label].mean())
     named = best if len(best) <= 10 else best[:5] + best[-5:]
     lines = [(curves[label], "", PALE, 1) for label in best if label not in named]
-    lines += [(curves[label], one_line(classes[label], _MAX_NAME), class_colour(label), 2) for label in named]
+    names = legible_names(classes, _MAX_NAME)
+    lines += [(curves[label], names[label], class_colour(label), 2) for label in named]
     if known:
         lines.append((curves[known].mean(axis=0), f"mean of {len(known)} classes", INK, 3))
     figure = new_figure(860, 560, layout="constrained")
