@@ -197,8 +197,7 @@ def test_text_and_marks_have_enough_contrast(browser, page, scheme):
     browser._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": media})
     browser.open(page[0])
     colours = browser.run(
-        COLOURS,
-        ["--card", "--paper", "--ink", "--soft", "--wrong", *(f"--m{index}" for index in range(8))],
+        COLOURS, ["--card", "--paper", "--ink", "--soft", "--wrong", *(f"--m{index}" for index in range(8))]
     )
     card, paper = colours.pop("--card"), colours.pop("--paper")
     for name, colour in colours.items():

@@ -98,10 +98,7 @@ def test_onnx_files_pass_the_check_and_replace_older_ones(tmp_path, tasks, monke
     [
         (["task=pets", "output=pets.onx"], "output=pets.onx: must end in .onnx"),
         (["task=pets", "output=pets.onnx", "format=torch_export"], "output=pets.onnx: must end in .pt2"),
-        (
-            ["task=pets", "output=pets.onnx", "format=onx"],
-            "format=onx: .* did you mean onnx",
-        ),
+        (["task=pets", "output=pets.onnx", "format=onx"], "format=onx: .* did you mean onnx"),
         (["task=pets", "output=pets.onnx", "shared=yes"], "shared=yes: must be true or false"),
         (["task=pets", "output=pets.onnx", "chared=true"], "chared=true: not an option .* did you mean shared"),
         (["task=pets"], "output is needed"),
@@ -109,10 +106,7 @@ def test_onnx_files_pass_the_check_and_replace_older_ones(tmp_path, tasks, monke
         (["task=pets,flowers", "output=a.onnx"], "no such file; several are for shared=true"),
         (["task=retinanet", "output=a.onnx"], "head=retinanet is torchvision's, .* only head=dense is exported"),
         (["task=boxes", "output=a.onnx", "shared=true"], "a task of type detection cannot share a backbone"),
-        (
-            ["task=pets,tuned", "output=a.onnx", "shared=true"],
-            "tuned.safetensors: parameters of the backbone",
-        ),
+        (["task=pets,tuned", "output=a.onnx", "shared=true"], "tuned.safetensors: parameters of the backbone"),
         (["task=pets", "output=a.onnx", "input=nowhere"], "nowhere: no such file or folder"),
         (["task=pets", "output=a.onnx", "input=empty"], "input=empty: contains no images"),
         (["task=pets", "output=a.onnx", "input=empty/text.txt"], "text.txt: not an image"),

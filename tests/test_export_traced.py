@@ -149,11 +149,7 @@ def test_an_onnx_file_is_small_and_has_metadata_but_no_paths(tmp_path, images):
     for place in (Path(__file__).parents[1], sys.prefix):
         assert str(place).encode() not in content
     content = json.loads(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["vpt"])
-    assert (content["kind"], content["licence"], content["num_classes"]) == (
-        "classification",
-        "CC0-1.0",
-        4,
-    )
+    assert (content["kind"], content["licence"], content["num_classes"]) == ("classification", "CC0-1.0", 4)
     assert content["preprocessing"] == metadata.preprocessing
     assert (content["inputs"], content["outputs"]) == (["images"], ["logits"])
     assert not {"config", "prompt"} & set(content)

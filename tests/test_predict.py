@@ -193,16 +193,8 @@ def test_a_pattern_selects_images_and_names_start_from_its_folder(tasks, album):
 @pytest.mark.parametrize(
     ("names", "more", "message"),
     [
-        (
-            ("deep", "boxes"),
-            {},
-            r"task=.*: deep is a classification task and boxes a detection task",
-        ),
-        (
-            ("boxes", "trees"),
-            {"output": "f.json"},
-            r"output=f\.json: is for one task; .* \.csv or \.parquet",
-        ),
+        (("deep", "boxes"), {}, r"task=.*: deep is a classification task and boxes a detection task"),
+        (("boxes", "trees"), {"output": "f.json"}, r"output=f\.json: is for one task; .* \.csv or \.parquet"),
         (("boxes", "trees"), {"output": "texts"}, r"output=texts: is for one task"),
         (("boxes", "trees"), {"drawings": "drawn"}, r"drawings=drawn: is for one task"),
         (("boxes", "trees"), {"classes": "trees 1"}, r"classes=trees 1: is for one task; task=\S+ names several"),
@@ -375,11 +367,7 @@ def test_batch_size_and_where_the_weights_are_may_change_on_the_way(tasks, album
 @pytest.mark.parametrize(
     ("names", "more", "message"),
     [
-        (
-            ("deep",),
-            {"top_k": 2},
-            r"f\.csv\.partial: .* \(top_k was None, now 2\); .*, delete the file, or",
-        ),
+        (("deep",), {"top_k": 2}, r"f\.csv\.partial: .* \(top_k was None, now 2\); .*, delete the file, or"),
         (("deep",), {"given": "album/sub"}, r"\(input was \S+album, now \S+album/sub\)"),
         (("late",), {}, r"\(task late was None, now [0-9a-f]{64}\)"),
         (("deep", "late"), {}, r"\(task late was None"),

@@ -193,10 +193,7 @@ def test_endings_may_be_in_capitals(class_run, box_run, album):
 
 @pytest.mark.parametrize(
     ("output", "message"),
-    [
-        ("m.csv", r"output=m\.csv: must end in \.json"),
-        ("there.json", r"output=there\.json: is a folder"),
-    ],
+    [("m.csv", r"output=m\.csv: must end in \.json"), ("there.json", r"output=there\.json: is a folder")],
 )
 def test_evaluate_refuses_an_output_before_the_work(class_run, tmp_path, monkeypatch, output, message):
     monkeypatch.chdir(tmp_path)
@@ -258,12 +255,7 @@ def labels_of(box_run, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "labels"),
-    [
-        ("blue box", (1,)),
-        ('"Größe, x"', (0,)),
-        ('blue box , "Größe, x" ,', (0, 1)),
-        ("blue box,blue box", (1,)),
-    ],
+    [("blue box", (1,)), ('"Größe, x"', (0,)), ('blue box , "Größe, x" ,', (0, 1)), ("blue box,blue box", (1,))],
 )
 def test_classes_are_named_as_in_csv(labels_of, text, labels):
     assert labels_of(("Größe, x", "blue box"), text) == labels

@@ -186,10 +186,7 @@ def test_files_of_images_that_differ_in_folder_or_ending_have_names_of_their_own
         (["/images/x.jpg"], "must be relative"),
         (["a/../../x.jpg"], "must be relative"),
         (["x.jpg", "x.jpg"], r"x\.jpg: its file x\.jpg\.txt is also that of x\.jpg; rename"),
-        (
-            ["x.jpg", "x.png", "x.jpg.bmp"],
-            r"x\.jpg\.bmp: its file x\.jpg\.txt is also that of x\.jpg",
-        ),
+        (["x.jpg", "x.png", "x.jpg.bmp"], r"x\.jpg\.bmp: its file x\.jpg\.txt is also that of x\.jpg"),
     ],
 )
 def test_files_that_would_be_written_elsewhere_or_over_each_other_are_refused(paths, message):

@@ -85,10 +85,7 @@ def test_a_broken_line_and_all_behind_it_are_ignored(progress, line):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"top_k": 3},
-            r"out\.csv\.partial: .*another command \(top_k was 5, now 3\); .* delete the file",
-        ),
+        ({"top_k": 3}, r"out\.csv\.partial: .*another command \(top_k was 5, now 3\); .* delete the file"),
         ({"classes": "cat"}, r"\(classes was None, now cat\)"),
         ({"task b": "77"}, r"\(task b was None, now 77\)"),
     ],

@@ -81,10 +81,7 @@ def test_test_is_read_last_and_never_scored(runs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "keep", "message"),
-    [
-        ("no prompt", (2,), "has no prompt"),
-        ("classification", (4, 2), "keep=4: .* 4 tokens"),
-    ],
+    [("no prompt", (2,), "has no prompt"), ("classification", (4, 2), "keep=4: .* 4 tokens")],
 )
 def test_a_wrong_keep_is_refused_and_nothing_is_written(runs, name, keep, message, tmp_path):
     with pytest.raises(ConfigError, match=message):

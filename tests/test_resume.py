@@ -70,13 +70,7 @@ def test_a_run_that_is_killed_several_times_ends_with_the_same_bytes(tmp_path, c
 def test_a_run_killed_anywhere_ends_with_the_same_bytes(tmp_path, choices, task_type, num_workers, accumulation):
     options = [f"num_workers={num_workers}", f"train.accumulation={accumulation}", "train.ema=0.5", "train.patience=2"]
     points = [point for point in POINTS if point != FOREIGN[task_type]]
-    prove(
-        tmp_path,
-        [*options, *choices[task_type]],
-        points,
-        NUM_KILLS,
-        seed=num_workers + accumulation,
-    )
+    prove(tmp_path, [*options, *choices[task_type]], points, NUM_KILLS, seed=num_workers + accumulation)
 
 
 # Signals, as a scheduler sends them.

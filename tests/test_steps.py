@@ -94,8 +94,7 @@ def failing_losses(stop, number):
 
 @pytest.mark.parametrize("settings", [{}, {"accumulation": 3}, {"ema": 0.5, "patience": 1}], ids=str)
 @pytest.mark.parametrize(
-    ("losses_until", "number"),
-    [*((stopping_losses, number) for number in (1, 4, 5, 6, 11)), (failing_losses, 7)],
+    ("losses_until", "number"), [*((stopping_losses, number) for number in (1, 4, 5, 6, 11)), (failing_losses, 7)]
 )
 def test_a_run_that_a_signal_or_an_error_ends_resumes_to_the_same_bytes(tmp_path, settings, losses_until, number):
     whole, expected, _ = train(tmp_path / "whole", **settings)

@@ -171,10 +171,7 @@ def replaced(values, **changes):
         ({"category_ids": [1, 2, 3]}, "category_ids is .* in a task of kind classification"),
         ({"tuned_backbone": 1}, "tuned_backbone is 1; allowed: true or false"),
         ({"prompt": "deep"}, "prompt is 'deep'"),
-        (
-            {"prompt": {"code": "deep"}},
-            "prompt is .* must be kind, num_tokens, embed_dim, width, blocks, dropout",
-        ),
+        ({"prompt": {"code": "deep"}}, "prompt is .* must be kind, num_tokens, embed_dim, width, blocks, dropout"),
         ({"prompt": replaced(PROMPT, kind="odd")}, "prompt.kind is 'odd'; allowed: shallow or deep or kv"),
         ({"prompt": replaced(PROMPT, num_tokens=-1)}, "prompt.num_tokens is -1"),
         ({"prompt": replaced(PROMPT, num_tokens=10**9)}, "prompt.num_tokens is 1000000000"),
@@ -190,10 +187,7 @@ def replaced(values, **changes):
         ({"metrics": {"val": 0.5}}, "metrics.val is 0.5; allowed: an object"),
         ({"metrics": {"val": {"top1": "high"}}}, "metrics.val.top1 is 'high'; allowed: null, or a finite number"),
         ({"versions": {"torch": 2}}, "versions.torch is 2; allowed: a text"),
-        (
-            {"backbone": "hf-hub:stranger/model"},
-            "backbone is 'hf-hub:stranger/model'; allowed: the name",
-        ),
+        ({"backbone": "hf-hub:stranger/model"}, "backbone is 'hf-hub:stranger/model'; allowed: the name"),
         ({"config": "train.yaml"}, "config is 'train.yaml'; allowed: null, or an object"),
         ({"licence": "x" * 1001}, "licence is .*; allowed: a text of at most 1000 characters"),
         ({"note": None}, "note is None; allowed: a text of at most 10000 characters"),

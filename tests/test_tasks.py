@@ -160,10 +160,7 @@ def test_verify_loads_each_file_onto_the_given_backbone(typed, copied):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            ["backbone=vit_nno_patch8_64"],
-            "backbone=vit_nno_patch8_64: not a timm model; did you mean",
-        ),
+        (["backbone=vit_nno_patch8_64"], "backbone=vit_nno_patch8_64: not a timm model; did you mean"),
         ([f"backbone={NANO}", "checkpoint=nowhere.pth"], "checkpoint=nowhere.pth: no such file"),
     ],
 )

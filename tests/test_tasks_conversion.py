@@ -377,10 +377,7 @@ def test_a_file_that_is_too_large_or_expands_is_refused_before_it_is_read(tmp_pa
         ),
         ({**make_prompts(), "deep_prompt": torch.ones(P, D)}, r"its deep prompt has shape \(4, 32\)"),
         ({**make_prompts(), "a.prompt_embeddings": torch.ones(1, P, D)}, "contains two prompts"),
-        (
-            {**make_prompts(), "a.prompt_proj.weight": torch.ones(D, D)},
-            "has a.prompt_proj.weight; prompts with a proj",
-        ),
+        ({**make_prompts(), "a.prompt_proj.weight": torch.ones(D, D)}, "has a.prompt_proj.weight; prompts with a proj"),
         ({**make_prompts(), "deep_prompt_embeddings_0": torch.ones(1)}, "has deep_prompt_embeddings_0; .*Swin"),
         ({**make_prompts(), "head.projection.0.weight": torch.ones(1)}, "only a head of one layer"),
         ({**make_prompts(), "head.last_layer.weight": torch.ones(K, D)}, "of the head it has only the weight"),

@@ -342,16 +342,11 @@ def choose_precision(config: Config, device: torch.device) -> Literal["fp32", "b
 def open_bank(
     tasks: Mapping[str, Path], *, backbone: str | None = None, checkpoint: str | None = None, device: str = "auto"
 ) -> TaskBank:
-    """Load task files onto one backbone in memory.
+    """Load one or more task files, by the names that they will have, onto one backbone in memory.
 
-    Args:
-        tasks: Task files, by the names that they will have; at least one.
-        backbone: timm name of the backbone; by default that of the first file, which also sets the input size.
-        checkpoint: Load the backbone's weights from this file.
-        device: "auto", "cpu", "cuda", ...
-
-    Raises:
-        ConfigError, ValueError, FileNotFoundError: A file or the backbone cannot be used.
+    The first file sets the input size, and by default the timm name of the backbone; `checkpoint` is a file of its
+    weights, `device` is "auto", "cpu", "cuda", ... Files that cannot be used raise a ConfigError, ValueError or
+    FileNotFoundError.
     """
     metadata = read_task(next(iter(tasks.values())))
     height, width = metadata.preprocessing["size"]
@@ -384,12 +379,9 @@ class TrainedRun:
 
 
 def load_run(run_dir: Path, *, checkpoint: str | None = None, device: str = "auto") -> TrainedRun:
-    """Load the task file of a run onto the backbone that its config names.
+    """Load the task file of a run folder onto the backbone that its config names.
 
-    Args:
-        run_dir: The run folder.
-        checkpoint: Weights of the backbone, if they are no longer at the path in the config.
-        device: "auto", "cpu", "cuda", ...
+    `checkpoint` is the file of its weights, if that has moved; `device` is "auto", "cpu", "cuda", ...
 
     Raises:
         ConfigError: The folder is not that of a finished run.

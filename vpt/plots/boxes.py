@@ -112,16 +112,10 @@ def boxes_page(
 ) -> Pixels:
     """Draw a row for each of the first 8 images: true boxes on the left, detected ones on the right.
 
-    Args:
-        images: Each (H, W, 3) uint8, of any sizes; they are resized to one length of the longer side.
-        targets: Of each image: "boxes" (G, 4) in pixels, "labels" (G,) and optionally "crowd" (G,).
-        detections: Of each image: "boxes" (n, 4) in pixels, "scores" (n,) and "labels" (n,).
-        classes: K names.
-        captions: A heading for each row, such as the name of the file, or None.
-        min_score: Lowest score of a detection that is drawn.
-
-    Raises:
-        ValueError: If there is no image, or the lengths differ.
+    Images (H, W, 3) uint8 of any sizes are resized to one length of the longer side. Targets have "boxes" (G, 4) in
+    pixels, "labels" (G,) and optionally "crowd" (G,), detections "boxes" (n, 4), "scores" (n,) and "labels" (n,); those
+    below `min_score` are not drawn. `captions` has a heading for each row. No image, or lengths that differ, raise a
+    ValueError.
     """
     names = [""] * len(images) if captions is None else captions
     if not images or not len(images) == len(targets) == len(detections) == len(names):

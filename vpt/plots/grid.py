@@ -21,16 +21,9 @@ def image_grid(
 ) -> Pixels:
     """Put images side by side, each with its caption below; a line that is too long is cut.
 
-    Args:
-        images: (B, H, W, 3) uint8.
-        captions: B texts, of one or several lines.
-        columns: Images in a row.
-        colours: B colours of the captions; by default dark grey.
-        title: Above all images, of one or several lines.
-        min_width: Smaller images are enlarged by an integer factor; a caption has about 18 letters in 128 pixels.
-
-    Raises:
-        ValueError: If the images are not of this shape or type, there is none, or the lengths differ.
+    Images (B, H, W, 3) uint8 below `min_width` pixels are enlarged by an integer factor; a caption has about 18 letters
+    in 128 pixels. Captions and the title above all images may have several lines; `colours` are those of the captions.
+    No image, another shape or type, or lengths that differ, raise a ValueError.
     """
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != "uint8" or 0 in images.shape:
         raise ValueError(f"images must be (B, H, W, 3) uint8 with B > 0, not {images.shape} {images.dtype}")

@@ -19,12 +19,8 @@ def read_run(
 ) -> tuple[TaskType, Data]:
     """The task type of a run and its data, prepared as its task file states.
 
-    Args:
-        run: The run; its config is changed to what is read.
-        splits: The splits that are required.
-        root: The data set, if it has moved.
-        batch_size: Images in a batch; None as in training.
-        num_workers: Loader processes.
+    `splits` are required. The config of the run is changed to what is read: `root`, where the data set has moved,
+    `batch_size`, by default as in training, and `num_workers` loader processes.
 
     Raises:
         ConfigError: A split does not exist, or its classes are not those of the model.

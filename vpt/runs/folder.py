@@ -31,14 +31,11 @@ class RunFolder:
 
     Args:
         config: The run's config.
-        shown: The config as it may be saved.
+        shown: The config as it may be saved; `config_text` is its YAML.
         is_sweep: Whether it is one of several runs of one command.
 
     Attributes:
-        path: The folder, which may not exist yet.
-        task: The task file.
-        result_file: The file that a run writes last.
-        config_text: The saved config as YAML.
+        path: The folder, which may not exist yet; `task` and `result_file`, which a run writes last, are in it.
         is_finished: Whether the run has finished.
     """
 

@@ -55,11 +55,7 @@ def unpacked(path: Path, cache_dir: str | Path | None = None) -> Path:
     """The folder of a data set: the path itself, or the folder that an archive is extracted to, once per content.
 
     A single folder around everything else is skipped. If `photos.zip.sha256` exists beside `photos.zip`, the digests
-    must match.
-
-    Args:
-        path: A folder or an archive.
-        cache_dir: Where archives are extracted to; by default beside them.
+    must match. Archives are extracted into `cache_dir`, by default beside them.
 
     Raises:
         ArchiveError: The archive is refused, see `extract`, or does not match its .sha256 file.

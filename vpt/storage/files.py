@@ -37,10 +37,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], num_bytes: int = 0) -> None:
     """Write `chunks` to `path` atomically: a reader sees the old file or the new one.
 
-    Args:
-        path: The file; a missing folder is created.
-        chunks: The content; may be computed while it is written.
-        num_bytes: Bytes of all chunks, reserved before the first is computed, so that a full disk is noticed early.
+    A missing folder is created. The content may be computed while it is written; `num_bytes`, those of all chunks, are
+    reserved before, so that a full disk is noticed early.
 
     Raises:
         OSError: The disk is full, or the folder cannot be written to; nothing is left behind.

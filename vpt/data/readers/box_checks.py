@@ -155,16 +155,10 @@ def make_samples(
 ) -> dict[str, DetectionSamples]:
     """Check the images of all splits, and split test and val off train where they are missing.
 
-    Args:
-        categories: The name of each class by its id, in the order of the labels.
-        images: The images of each split; one of them is train.
-        strays: Places of labels whose images do not exist.
-        val_fraction: Part of the given train that becomes val if there is none.
-        test_fraction: Part of the given train that becomes test if there is none.
-        seed: Decides which images are split off.
-        strict: Refuse data in which anything is wrong; otherwise it is repaired or dropped, and counted.
-        report: Filled with the findings; pass a new one.
-        decoding: Options of decoding.
+    `categories` has the name of each class by its id, in the order of the labels; `images` those of each split; and
+    `strays` the places of labels without an image. Fractions are parts of train that become val and test where there is
+    none, chosen by `seed`. `strict` refuses data in which anything is wrong; otherwise it is repaired or dropped, and
+    counted in `report`.
 
     Raises:
         ImageError: An image of a given val or test cannot be read; those of train are left out.
