@@ -175,6 +175,7 @@ class Stepper:
                 images, targets = move(part, self.device)
                 with autocast(self.device, self.settings.precision):
                     losses = self.data.losses(self.model, images, targets)
+                # The losses are means over a part: weighted like this they add up to the mean over the whole group.
                 share = len(images) / num_images
                 total_of(losses).mul(share).backward()
                 for name, loss in losses.items():
@@ -192,6 +193,7 @@ class Stepper:
 
         Without gradients the optimiser changes nothing.
         """
+        # With an infinite limit nothing is clipped, but the norm is still needed: for the log and the check below.
         norm: Tensor = nn.utils.clip_grad_norm_(self.tuned, self.settings.clip_norm or math.inf)
         if bool(torch.isfinite(loss) & torch.isfinite(norm)):
             return norm
@@ -250,6 +252,7 @@ class Batches:
             batches = itertools.islice(loader, self.num_batches - self.num_done)
         else:
             batches = itertools.islice(loader, self.num_done, self.num_batches)
+        # `iter` with a sentinel calls `_next` until it returns None, the end of the loader.
         waited_for = iter(lambda: self._next(batches), None)
         while group := list(itertools.islice(waited_for, self.group_size)):
             yield group

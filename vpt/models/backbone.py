@@ -251,6 +251,7 @@ class PromptedViT(nn.Module):
         """Features (B, D) of the result of `forward_frozen`."""
         if self.prompt is None:
             return tokens
+        # Only blocks from the first prompted one on run here: a pass with cached tokens skips all before it.
         source, first = self.source, self.prompt.blocks[0]
         tokens = run_blocks(self.vit, tokens, position, source, first=first, num_read=self.num_read)
         return pool(self.vit, tokens, source.num_carried)
