@@ -175,7 +175,7 @@ class Stepper:
                 images, targets = move(part, self.device)
                 with autocast(self.device, self.settings.precision):
                     losses = self.data.losses(self.model, images, targets)
-                # The losses are means over a part: weighted like this they add up to the mean over the whole group.
+                # A part counts by its number of images, so that each image counts alike however the group is split.
                 share = len(images) / num_images
                 total_of(losses).mul(share).backward()
                 for name, loss in losses.items():
