@@ -5,12 +5,11 @@ import shutil
 import pytest
 
 import vpt.compare.__main__
-from tests import test_serve_page
+from tests.browser import Browser, driver, needs_browser  # noqa: F401  # a fixture
 from tests.helpers import SMALL_COMPARISON
-from tests.test_serve_page import Browser, driver  # noqa: F401  # a fixture
 from vpt.compare import report
 
-pytestmark = test_serve_page.pytestmark
+pytestmark = [pytest.mark.slow, needs_browser]
 
 EVIL = "<img src=x onerror=document.title='evil'>"
 POOR = 'define.poor="tuning=linear head.init=paper optim.head_lr=1e-9"'  # disagrees with the others
