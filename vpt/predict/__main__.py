@@ -40,7 +40,7 @@ Example: python -m vpt.predict task=pets.safetensors,flowers.safetensors input=p
 
 @dataclass
 class PredictOptions:
-    """Options of `python -m vpt.predict`; None is for the other type of task, or the default of this one."""
+    """Options of `python -m vpt.predict`; None is for another type of task, or the default of this one."""
 
     input: str = option(
         about="an image, a folder with its sub-folders, a pattern in quotes such as 'photos/**/*.jpg', or a video",

@@ -33,9 +33,12 @@ class PredictionWriter(ABC):
     Args:
         tasks: Metadata of the tasks by name.
         origin: The option that named the tasks, such as "run=runs/quickstart", for messages.
+        options: All options of the command by name; None where one was not typed.
         root: The folder of the images.
+        paths: All images.
 
-    A ConfigError is raised if an option is not possible, or the output cannot be written.
+    Raises:
+        ConfigError: An option is not possible, or the output cannot be written.
     """
 
     options: ClassVar[Sequence[str]] = ()  # those that this type of task has beside the options of every type
