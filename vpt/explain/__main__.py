@@ -114,7 +114,6 @@ def _open(options: ExplainOptions) -> "tuple[TaskModel, Preprocessing, str]":
     from vpt.build import load_run, pick_device
     from vpt.data.transforms.preprocessing import Preprocessing
     from vpt.models.task_file import load_task, read_task
-    from vpt.models.vit import load_vit
 
     if options.task is not None and options.run is not None:
         raise ConfigError(f"task={options.task} and run={options.run}: name a task file or a run, not both")
@@ -127,9 +126,7 @@ def _open(options: ExplainOptions) -> "tuple[TaskModel, Preprocessing, str]":
     if len(paths) > 1:
         raise ConfigError(f"task={options.task}: one task is explained at a time; name one file")
     metadata = read_task(paths[0])
-    height, width = metadata.preprocessing["size"]
-    vit = load_vit(metadata.backbone, checkpoint=options.checkpoint, img_size=(height, width))
-    model = load_task(paths[0], vit).to(pick_device(options.device)).eval()
+    model = load_task(paths[0], metadata.backbone, checkpoint=options.checkpoint).to(pick_device(options.device))
     return model, Preprocessing.from_dict(metadata.preprocessing), f"task={options.task}"
 
 
