@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vpt.models.adapters import ADAPTER, PEFT_METHODS, peft_config
+from vpt.models.task_model import model_named
 from vpt.models.task_schema import TaskMetadata
 
 
@@ -18,7 +19,8 @@ def why_no_peft_folder(metadata: TaskMetadata) -> str | None:
         return "has no adapters of PEFT"
     if metadata.prompt is not None:
         return "has a prompt, which PEFT does not support in a ViT"
-    return None if metadata.head is None else f"is of type {metadata.task_type}, with a neck and a head"
+    is_linear = model_named(metadata.task_type).has_linear_head
+    return None if is_linear else f"is of type {metadata.task_type}, with a neck and a head"
 
 
 def write_peft_folder(folder: str | Path, metadata: TaskMetadata, tensors: Mapping[str, Tensor]) -> Path:
