@@ -21,14 +21,17 @@ def option(
     above: float | None = None,  # a bound that a number must exceed
     choices: Sequence[str] = (),  # texts allowed, where the type does not name them
     shown: str = "",  # for the value in `--help`, such as "FOLDER"; by default the default, or a word for the type
-    task: str = "",  # the only type of task that takes the key; empty for all
+    task: str | Sequence[str] = (),  # the only types of task that take the key; empty for all
 ) -> Any:
     """A field of a config or of the options of a command; the value must be typed if there is no default."""
     metadata: dict[str, Any] = {"about": about, "low": low, "high": high, "above": above}
-    metadata |= {"choices": tuple(choices), "shown": shown, "task": task}
+    metadata |= {"choices": tuple(choices), "shown": shown, "task": (task,) if isinstance(task, str) else tuple(task)}
     if isinstance(default, dict | list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+FEATURE_MAPS = ("detection", "segmentation")
 
 
 class PromptName(StrEnum):
@@ -186,11 +189,11 @@ class HeadConfig:
     title: str = ""  # in the name of a run
     init: HeadInitName = HeadInitName.zero
     # blocks that the pyramid reads: the last of each quarter; last: only the last; or a list
-    out_indices: Any = option("quarters", task="detection")
+    out_indices: Any = option("quarters", task=FEATURE_MAPS)
     # width of pyramid and head; dense: 1.2 M parameters, with 64 0.3 M
-    channels: int = option(128, low=8, high=4096, task="detection")
+    channels: int = option(128, low=8, high=4096, task=FEATURE_MAPS)
     # pixels of a cell in each level; null: 8, 16, 32 or the nearest possible for the patch size
-    strides: list[int] | None = option(None, task="detection")
+    strides: list[int] | None = option(None, task=FEATURE_MAPS)
     # in each of the two towers; null: 2, or 4 for retinanet, which takes at most 4
     num_convs: int | None = option(None, low=1, high=16, task="detection")
 
@@ -218,7 +221,11 @@ class DatasetConfig:
     required: list[str] = field(default_factory=list)  # keys that must be typed
     format: BoxFormat = option(BoxFormat.auto, task="detection")
     annotations: Any = option(None, task="detection")  # split -> COCO file: {train:a.json,val:b.json}
-    strict: bool = option(False, task="detection")  # refuse data with errors instead of repairing and counting them
+    strict: bool = option(False, task=FEATURE_MAPS)  # refuse data with errors instead of repairing and counting them
+    classes: Any = option(None, task="segmentation")  # [names of values 0, 1, ...], or {name: value or "#RRGGBB"}
+    ignore: int | None = option(255, low=0, task="segmentation")  # value of pixels that belong to no class
+    reduce_zero_label: bool = option(False, task="segmentation")  # 0 is ignored, and 1 the first class, as in ADE20K
+    instances: bool = option(False, task="segmentation")  # values number objects: all above 0 are one class
     root: str | None = None
     path: str | None = None
     name: str | None = None
@@ -275,7 +282,8 @@ class TrainConfig:
     accumulation: int = option(1, low=1)  # batches per optimiser step
     clip_norm: float | None = option(1.0, above=0)  # null: no clipping
     label_smoothing: float = option(0.0, low=0, high=0.99, task="classification")
-    class_weights: ClassWeights = option(ClassWeights.none, task="classification")
+    class_weights: ClassWeights = option(ClassWeights.none, task=("classification", "segmentation"))
+    dice: float = option(0.0, low=0, task="segmentation")  # weight of the soft Dice loss beside cross-entropy
     patience: int | None = option(None, low=1)  # epochs without a better val top1 (map) before stopping
     ema: float | None = option(None, above=0, high=0.99999)  # decay of a moving average of the tuned parameters
     precision: Precision = Precision.auto

@@ -78,11 +78,11 @@ def _check_task(config: Config) -> None:
     if head.task not in (None, config.task):
         raise ConfigError(f"head={head.name} is for {head.task}, and {data}: type another head, or leave head out")
     entries = [(key, entry, value) for key, entry, value in _entries(config) if entry.metadata.get("task")]
-    if config.task not in {entry.metadata["task"] for _, entry, _ in entries}:
+    if config.task not in {task for _, entry, _ in entries for task in entry.metadata["task"]}:
         return  # a type of task that the schema does not know may use any key
     for key, entry, value in entries:
-        if entry.metadata["task"] != config.task and value != entry.default:
-            raise ConfigError(f"{key}={value} is for {entry.metadata['task']}, and {data}: leave it out")
+        if config.task not in entry.metadata["task"] and value != entry.default:
+            raise ConfigError(f"{key}={value} is for {' and '.join(entry.metadata['task'])}, and {data}: leave it out")
 
 
 def _entries(config: Any, prefix: str = "") -> Iterator[tuple[str, "Field[Any]", Any]]:

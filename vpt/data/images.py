@@ -68,7 +68,7 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, background: str =
         ImageError: The file is missing, empty, truncated, not an image, too large, or holds floating point values.
     """
     _colour(background)  # before an image is blamed for it
-    with _opened(path, max_pixels) as image:
+    with opened(path, max_pixels) as image:
         image.load()
         return to_rgb(image, background)
 
@@ -79,7 +79,7 @@ def check_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, in
     Raises:
         ImageError: As `read_image`, as far as the header shows: missing, empty, not an image, or too large.
     """
-    with _opened(path, max_pixels) as image:
+    with opened(path, max_pixels) as image:
         return image.size
 
 
@@ -88,7 +88,7 @@ def read_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[tuple[i
 
     Raises an `ImageError` as `check_image`, or if the EXIF data are broken.
     """
-    with _opened(path, max_pixels) as image:
+    with opened(path, max_pixels) as image:
         orientation = _orientation(image)
         is_upright = image.format == "TIFF"  # Pillow turns the size of a TIFF when it opens it
         size = image.height, image.width
@@ -177,7 +177,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 @contextmanager
-def _opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
+def opened(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
     """A file with its header read and its size checked; every error here and in the block names the file."""
     try:
         with _without_warnings(), _open(path) as image:

@@ -38,6 +38,7 @@ class Samples(ABC):
     """
 
     PER_IMAGE: ClassVar[tuple[str, ...]] = ("names", "paths")  # fields with a value for each image
+    READERS: ClassVar[tuple[str, ...]] = ("reader",)  # fields that are called with the index of an image
 
     classes: tuple[str, ...]
     names: tuple[str, ...]
@@ -58,8 +59,9 @@ class Samples(ABC):
     def take(self, indices: Sequence[int]) -> Self:
         """The samples at these indices, in this order."""
         values: dict[str, Any] = {key: getattr(self, key) for key in self.PER_IMAGE}
-        taken = {key: tuple(value[i] for i in indices) for key, value in values.items() if value}
-        return replace(self, reader=_TakenReader(self.reader, tuple(indices)), **taken)
+        taken: dict[str, Any] = {key: tuple(value[i] for i in indices) for key, value in values.items() if value}
+        taken |= {key: _TakenReader(getattr(self, key), tuple(indices)) for key in self.READERS}
+        return replace(self, **taken)
 
     @property
     @abstractmethod
@@ -226,10 +228,10 @@ class FileReader:
 
 @dataclass(frozen=True)
 class _TakenReader:
-    reader: Callable[[int], Image.Image]
+    reader: Callable[[int], Any]
     indices: tuple[int, ...]
 
-    def __call__(self, index: int) -> Image.Image:
+    def __call__(self, index: int) -> Any:
         return self.reader(self.indices[index])
 
 

@@ -162,7 +162,8 @@ def register_model(model: type[TaskModel]) -> type[TaskModel]:
 def registered_models() -> dict[str, type[TaskModel]]:
     """Every known class by the name of its type of task."""
     import vpt.models.classifier
-    import vpt.models.detector  # noqa: F401  # both register themselves
+    import vpt.models.detector
+    import vpt.models.segmenter  # noqa: F401  # all register themselves
 
     return dict(_registered)
 

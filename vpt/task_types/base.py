@@ -219,7 +219,8 @@ def register_task_type(task_type: type[TaskType]) -> type[TaskType]:
 def task_types() -> dict[str, type[TaskType]]:
     """All registered types of task by name."""
     import vpt.task_types.classification
-    import vpt.task_types.detection  # noqa: F401  # both register themselves
+    import vpt.task_types.detection
+    import vpt.task_types.segmentation  # noqa: F401  # all register themselves
 
     return dict(_registered)
 

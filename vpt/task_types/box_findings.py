@@ -15,31 +15,31 @@ from vpt.task_types.findings import File, Finding, Level, share
 
 MUCH = 0.05  # of all boxes
 TOO_FAR = 4  # times the input size, beyond which tiles are better than a larger input
-ABOUT_IMAGES = (sources.Finding.MISSING, sources.Finding.UNREADABLE)  # the doctor reports those with all other images
+ABOUT_IMAGES = ("MISSING", "UNREADABLE")  # the doctor reports those with all other images
 
 
 @dataclass
 class FullReport(sources.DataReport):
     """A report that stores every place of a problem, not only the first."""
 
-    places: dict[sources.Finding, list[str]] = field(default_factory=lambda: defaultdict(list))
+    places: dict[Any, list[str]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, finding: sources.Finding, where: str) -> None:
+    def add(self, finding: Any, where: str) -> None:
         """Count a problem and store its place."""
         super().add(finding, where)
         self.places[finding].append(where)
 
 
 def find_box_problems(
-    splits: Mapping[str, Any], places: Mapping[sources.Finding, list[str]], is_strict: bool
+    splits: Mapping[str, Any], places: Mapping[Any, list[str]], is_strict: bool, kinds: Any = sources.Finding
 ) -> Iterator[Finding]:
     """The reader's findings with all their places; errors if the reader is strict, and would refuse them."""
     images: dict[str, File] = {}
     if places:
         for split, samples in splits.items():
             images |= {str(path): File(name, split) for path, name in zip(samples.paths, samples.names, strict=True)}
-    for finding in sources.Finding:
-        if places.get(finding) and finding not in ABOUT_IMAGES:
+    for finding in kinds:
+        if places.get(finding) and finding.name not in ABOUT_IMAGES:
             what, fate = finding.value
             level = (Level.error if is_strict else Level.warning) if finding.is_error else Level.note
             fate = "refused by dataset.strict=true" if level is Level.error else fate
@@ -47,7 +47,7 @@ def find_box_problems(
             yield Finding(level, code_of(finding), f"{what}: {len(files):,}, {fate}", None, files)
 
 
-def code_of(finding: sources.Finding) -> str:
+def code_of(finding: Any) -> str:
     """`boxes_small` for SMALL, and so on; findings about images have no prefix."""
     return ("boxes_" if finding.value[0].startswith("boxes") else "") + finding.name.lower()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from math import isfinite
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,12 +104,13 @@ class DataReport:
         boxes with a side below 1 px: 1, dropped; first a.txt, line 2: box (3, 3, 3, 9) of a.jpg
     """
 
-    counts: Counter[Finding] = field(default_factory=Counter)
-    first: dict[Finding, str] = field(default_factory=dict)
+    kinds: type[Enum] = Finding  # each with a text, what is done about it, and `is_error`
+    counts: Counter[Any] = field(default_factory=Counter)
+    first: dict[Any, str] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     left_out: list[tuple[str, str]] = field(default_factory=list)  # names of train images, and what is wrong
 
-    def add(self, finding: Finding, where: str) -> None:
+    def add(self, finding: Any, where: str) -> None:
         """Count a finding; `where` names the file, the image and the box."""
         self.counts[finding] += 1
         self.first.setdefault(finding, where)
@@ -120,12 +121,12 @@ class DataReport:
 
     def findings(self) -> list[str]:
         """A line for each type of finding."""
-        found = [(finding, *finding.value) for finding in Finding if self.counts[finding]]
+        found = [(finding, *finding.value) for finding in self.kinds if self.counts[finding]]
         return [f"{what}: {self.counts[key]:,}, {action}; first {self.first[key]}" for key, what, action in found]
 
     def refuse_errors(self) -> None:
         """Refuse data in which anything is wrong by a `ValueError` that names the first error, and counts all."""
-        if errors := [finding for finding in Finding if finding.is_error and self.counts[finding]]:
+        if errors := [finding for finding in self.kinds if self.counts[finding] and finding.is_error]:
             counted = ", ".join(f"{finding.value[0]} ({self.counts[finding]:,})" for finding in errors)
             first = self.first[errors[0]]
             raise ValueError(f"{first} is the first of: {counted}; correct the files, or use strict=False")

@@ -32,34 +32,46 @@ class Augmentation:
     """Steps that are applied in order and draw from two generators made of the seed, and from nothing else.
 
     A step is `{"name": a transform of albumentations, **its arguments}`. With a number as `min_visibility` the steps
-    take boxes, too: a box remains if this part of its area does.
+    take boxes, too: a box remains if this part of its area does. With `moves_masks` they take a mask, too, in which
+    what they fill in is -1.
 
     Raises:
         ValueError: An unknown name or argument, a value that albumentations refuses, or a step that would not move
-            boxes with the image.
+            boxes or masks with the image.
     """
 
     def __init__(
-        self, steps: Sequence[Mapping[str, Any]], preprocessing: Preprocessing, min_visibility: float | None = None
+        self,
+        steps: Sequence[Mapping[str, Any]],
+        preprocessing: Preprocessing,
+        min_visibility: float | None = None,
+        moves_masks: bool = False,
     ) -> None:
         self.config = [dict(step) if isinstance(step, Mapping) else step for step in steps]
+        self.moves = "mask" if moves_masks else "bboxes"
         self.steps: list[tuple[str, Any]] = []
         for i, step in enumerate(self.config):
-            if min_visibility is None:
-                built = _build_step(step, f"augment[{i}]", preprocessing)
-                self.steps.append((type(built).__name__, built))
+            where = f"augment[{i}]"
+            if moves_masks:
+                built = _build_moving_step(step, where, preprocessing, "mask", {"fill_mask": -1})
+            elif min_visibility is not None:
+                built = _build_moving_step(step, where, preprocessing, "bboxes", {})
             else:
-                self.steps.append(_build_box_step(step, f"augment[{i}]", preprocessing, min_visibility))
+                built = _build_step(step, where, preprocessing)
+            name = type(built).__name__
+            if min_visibility is not None and isinstance(built, _albumentations().DualTransform):
+                built = _with_boxes(built, min_visibility)
+            self.steps.append((name, built))
 
     def __call__(
-        self, pixels: NDArray[np.uint8], seed: int, rows: NDArray[Any] | None = None, only_certain: bool = False
+        self, pixels: NDArray[np.uint8], seed: int, labels: NDArray[Any] | None = None, only_certain: bool = False
     ) -> tuple[NDArray[np.uint8], NDArray[Any]]:
         """Apply the steps, or with `only_certain` those that are always applied, to pixels (H, W, 3).
 
-        Rows are boxes and a fifth column that stays with its box, (n, 5); None without boxes.
+        The labels are boxes with a fifth column that stays with its box, (n, 5), or a mask (H, W) int16; or None.
 
         Raises:
-            ValueError: A step fails, or with boxes returns no image (H, W, 3) uint8.
+            ValueError: A step fails, or with labels returns no image (H, W, 3) uint8.
         """
         if self.steps:
             import cv2
@@ -73,22 +85,22 @@ class Augmentation:
                 continue
             step.set_random_state(*generators)
             try:
-                result = step(image=pixels, **({} if rows is None else {"bboxes": rows}))
+                result = step(image=pixels, **({} if labels is None else {self.moves: labels}))
             except Exception as error:  # albumentations and OpenCV raise almost anything
-                counted = "" if rows is None else f" and {len(rows)} boxes"
+                counted = "" if labels is None or self.moves == "mask" else f" and {len(labels)} boxes"
                 reason = (
                     f"{name} cannot be applied to {pixels.shape[0]} x {pixels.shape[1]} pixels{counted} ({error!r})"
                 )
                 raise ValueError(f"augment: {reason}; change its arguments, or remove it") from error
             pixels = result["image"]
-            if rows is not None:
-                rows = np.reshape(result["bboxes"], (-1, 5))
+            if labels is not None:
+                labels = result["mask"] if self.moves == "mask" else np.reshape(result["bboxes"], (-1, 5))
                 if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
                     raise ValueError(
                         f"augment: {name} returned {pixels.dtype} pixels of shape {pixels.shape}, not uint8 of "
                         "(height, width, 3); change its arguments, or remove it"
                     )
-        return pixels, np.zeros((0, 5)) if rows is None else rows
+        return pixels, np.zeros((0, 5)) if labels is None else labels
 
 
 def _build_step(step: object, where: str, preprocessing: Preprocessing) -> Any:
@@ -112,20 +124,28 @@ def _build_step(step: object, where: str, preprocessing: Preprocessing) -> Any:
             raise ValueError(f"{where}: {name} refuses {arguments}: {_one_line(error)}") from error
 
 
-def _build_box_step(step: object, where: str, preprocessing: Preprocessing, min_visibility: float) -> tuple[str, Any]:
-    """Build one transform that moves boxes with the image; empty areas are filled with grey by default."""
+def _build_moving_step(
+    step: object, where: str, preprocessing: Preprocessing, moves: str, filling: Mapping[str, Any]
+) -> Any:
+    """Build one transform that moves boxes or masks with the image; empty areas are filled with grey by default."""
     library = _albumentations()
     if isinstance(step, Mapping):
         transform = _find_transform(step.get("name"), where)
-        if "fill" in inspect.signature(transform).parameters and issubclass(transform, library.DualTransform):
+        if issubclass(transform, library.DualTransform):
             # One number, and no colour: CropAndPad would draw one of the three, for all channels.
-            step = {"fill": round(sum(mean_colour(preprocessing)) / 3)} | dict(step)
+            filling = {"fill": round(sum(mean_colour(preprocessing)) / 3), **filling}
+            known = inspect.signature(transform).parameters
+            step = {key: value for key, value in filling.items() if key in known} | dict(step)
     built = _build_step(step, where, preprocessing)
-    name = type(built).__name__
-    if not isinstance(built, library.DualTransform):
-        return name, built
-    if "bboxes" not in built.available_keys:
-        raise ValueError(f"{where}: {name} does not move boxes with the image; remove it")
+    if isinstance(built, library.DualTransform) and moves not in built.available_keys:
+        what = {"bboxes": "boxes", "mask": "a mask"}[moves]
+        raise ValueError(f"{where}: {type(built).__name__} does not move {what} with the image; remove it")
+    return built
+
+
+def _with_boxes(built: Any, min_visibility: float) -> Any:
+    """A transform that clips boxes, and drops those of which too little is left."""
+    library = _albumentations()
     parameters = library.BboxParams(
         format="pascal_voc",
         clip=True,
@@ -134,7 +154,7 @@ def _build_box_step(step: object, where: str, preprocessing: Preprocessing, min_
         min_width=MIN_SIDE,
         min_height=MIN_SIDE,
     )
-    return name, library.Compose([built], bbox_params=parameters)
+    return library.Compose([built], bbox_params=parameters)
 
 
 def _find_transform(name: object, where: str) -> Any:

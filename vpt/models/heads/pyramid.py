@@ -1,10 +1,10 @@
-"""Feature pyramid of a detector: patch tokens of several blocks -> feature maps at several strides.
+"""Feature pyramid of a detector or segmenter: patch tokens of several blocks -> feature maps at several strides.
 
 Legend: B images, D embed_dim, T blocks that are read (`out_indices`), C channels, H, W pixels, S stride in pixels.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +49,14 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps (B, D, rows, columns), one per block that is read -> levels (B, C, H/S, W/S)."""
-        pairs, dtype = zip(self.norms, maps, strict=True), self.narrow.weight.dtype
-        normed = [norm(tokens.movedim(1, -1).to(dtype)).movedim(-1, 1) for norm, tokens in pairs]
-        narrowed = self.narrow(torch.cat(normed, dim=1))
+        narrowed = self.narrow(join_normed(self.norms, maps, self.narrow.weight.dtype))
         return [level(narrowed) for level in self.levels]
+
+
+def join_normed(norms: Iterable[nn.Module], maps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Maps (B, D, rows, columns), each through its own norm, joined to (B, T * D, rows, columns)."""
+    pairs = zip(norms, maps, strict=True)
+    return torch.cat([norm(tokens.movedim(1, -1).to(dtype)).movedim(-1, 1) for norm, tokens in pairs], dim=1)
 
 
 def _level(channels: int, patch_size: int, stride: int) -> nn.Sequential:
