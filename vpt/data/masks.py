@@ -136,7 +136,7 @@ class SegmentationSamples(Samples):
     """Samples with a mask for each image.
 
     Args:
-        values: The value of each class in the data's own files, K numbers.
+        category_ids: The value of each class in the data's own files, K numbers.
         sizes: Height and width of each upright image.
         masks: Returns the label map of an index; picklable.
         pixels: The number of pixels of each class in each image, and in a last column of ignored ones: n tuples of
@@ -146,7 +146,7 @@ class SegmentationSamples(Samples):
     PER_IMAGE = (*Samples.PER_IMAGE, "sizes", "pixels")
     READERS = (*Samples.READERS, "masks")
 
-    values: tuple[int, ...]
+    category_ids: tuple[int, ...]
     sizes: tuple[Size, ...] = field(repr=False)
     masks: Callable[[int], LabelMap] = field(repr=False)
     pixels: tuple[tuple[int, ...], ...] = field(repr=False)

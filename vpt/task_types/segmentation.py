@@ -225,7 +225,7 @@ class Segmentation(TaskType):
         options: dict[str, Any] = {"head": head.name or "linear", "out_indices": head.out_indices}
         if head.name == "pyramid":
             options |= {"channels": head.channels, "strides": head.strides}
-        return {"category_ids": train.values, **options}
+        return {"category_ids": train.category_ids, **options}
 
     def losses(self, data: Data) -> Losses:
         """Cross-entropy with class weights, and Dice where the config gives it a weight."""

@@ -279,7 +279,7 @@ def _samples(
     paths, sizes = tuple(one.pair.image for one in scanned), tuple(one.size for one in scanned)
     return SegmentationSamples(
         classes=classes.names,
-        values=tuple(of_class[0] for of_class in classes.values),
+        category_ids=tuple(of_class[0] for of_class in classes.values),
         names=tuple(one.pair.name for one in scanned),
         reader=FileReader(paths, decoding, sizes),
         paths=paths,
