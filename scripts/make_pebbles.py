@@ -1,4 +1,4 @@
-"""Create the bundled pebbles data set: photos of gravel with masks of stones, from the source archive imagegrains 0.8.0.
+"""Create the bundled pebbles data set: photos of gravel with masks of stones, from the archive imagegrains 0.8.0.
 
 The archive contains seven photos of 512 x 512 pixels, with masks drawn by hand in which each stone has a number. They
 are cut into tiles of `SIZE` pixels without overlap. `PARTS` defines the splits, by photo. A mask becomes an index PNG:

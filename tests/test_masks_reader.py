@@ -75,7 +75,9 @@ def test_cityscapes_label_ids_become_its_19_classes(tmp_path):
 
 
 def test_colours_of_cvat_are_named_by_its_labelmap_and_unknown_ones_reported(tmp_path):
-    (tmp_path / "labelmap.txt").write_text("# label:color_rgb:parts:actions\nsky:0,0,255::\nroad:9,9,9::\nvoid:0,0,0::\n")
+    (tmp_path / "labelmap.txt").write_text(
+        "# label:color_rgb:parts:actions\nsky:0,0,255::\nroad:9,9,9::\nvoid:0,0,0::\n"
+    )
     colours = np.array([[[0, 0, 255], [9, 9, 9], [0, 0, 0], [1, 1, 1]]], np.uint8).repeat(4, axis=0)
     for number in range(4):
         put(tmp_path / "images" / f"{number}.png")

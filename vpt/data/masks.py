@@ -83,7 +83,9 @@ def read_values(path: Path, has_colours: bool = False, max_pixels: int = MAX_PIX
     return values, orientation
 
 
-def fit_to_image(values: NDArray[np.int32], orientation: int, image: Size, stored: Size, turn: int) -> NDArray[np.int32]:
+def fit_to_image(
+    values: NDArray[np.int32], orientation: int, image: Size, stored: Size, turn: int
+) -> NDArray[np.int32]:
     """Values of a mask for the upright image of this size.
 
     A mask with an EXIF orientation of its own is turned by it. One that has none, and the size of the stored image
@@ -162,7 +164,8 @@ class SegmentationSamples(Samples):
 
     def class_counts(self) -> NDArray[np.int64]:
         """The number of pixels of each class, (K,)."""
-        return np.array(self.pixels, np.int64).reshape(-1, len(self.classes) + 1).sum(axis=0)[:-1]
+        counts: NDArray[np.int64] = np.array(self.pixels, np.int64).reshape(-1, len(self.classes) + 1).sum(axis=0)
+        return counts[:-1]
 
     def label_text(self, index: int) -> str:
         """The names of the classes in an image, and a digest of its mask."""

@@ -49,7 +49,7 @@ def find_box_problems(
 
 def code_of(finding: Any) -> str:
     """`boxes_small` for SMALL, and so on; findings about images have no prefix."""
-    return ("boxes_" if finding.value[0].startswith("boxes") else "") + finding.name.lower()
+    return f"{'boxes_' if finding.value[0].startswith('boxes') else ''}{finding.name.lower()}"
 
 
 def find_small_boxes(

@@ -42,7 +42,9 @@ class MaskWriter(PredictionWriter):
         else:
             self.pngs = self._files("output", self.output, ".png", paths)
         if len(tasks) > 1 and (self.drawings or self.output.suffix.lower() not in (".csv", ".parquet")):
-            raise ConfigError(f"output={self.output}: is for one task; of several tasks only .csv or .parquet is written")
+            raise ConfigError(
+                f"output={self.output}: is for one task; of several tasks only .csv or .parquet is written"
+            )
         if self.pngs and max(of.num_classes for of in tasks.values()) > 256:
             raise ConfigError(f"output={self.output}: a PNG with colours has 256 classes at most; write .csv or .json")
         self.needs_images = bool(self.drawings)

@@ -1,6 +1,6 @@
 """Segmentation: each pixel of an image has a class."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,10 +17,10 @@ from vpt.config.validation import required
 from vpt.data.masks import LabelMap, SegmentationDataset, SegmentationSamples
 from vpt.data.readers.masks import MaskFinding, pebbles_root, read_masks
 from vpt.data.samples import Size, collate_detection
-from vpt.data.transforms.masks import SegmentationEvalTransform, SegmentationTrainTransform, letterbox_mask
+from vpt.data.transforms.masks import SegmentationEvalTransform, SegmentationTrainTransform
 from vpt.data.transforms.preprocessing import Preprocessing, denormalise
 from vpt.engine.console import format_table, percent
-from vpt.engine.metrics.segmentation import SegmentationMetrics, confusion_of, intersection_over_union
+from vpt.engine.metrics.segmentation import SegmentationMetrics
 from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
@@ -32,15 +32,16 @@ from vpt.predictions.masks import to_label_map
 from vpt.storage.archives import unpacked
 from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, register_task_type
 from vpt.task_types.box_findings import FullReport, find_box_problems
-from vpt.task_types.findings import Finding, Level, share
+from vpt.task_types.findings import Finding
+from vpt.task_types.mask_findings import class_weights, find_mask_problems, pixel_shares
 from vpt.task_types.mask_writer import MaskWriter
 from vpt.task_types.unreadable import describe_left_out
 
 NUM_GRID_IMAGES = 16
 NUM_PAGE_IMAGES = 8
 NUM_PAGES = 5  # in a run
-WEIGHT_RANGE = 0.1, 10.0  # of a class
 
+Criterion = Callable[[Tensor, Tensor], dict[str, Tensor]]
 FoundClass = TypedDict("FoundClass", {"class": str, "share": float, "probability": float})
 
 
@@ -75,14 +76,15 @@ for label in labels.unique().tolist():
 class MaskEvaluator:
     """Metrics of the masks found in a split, at the size of the original images; without samples, of the input.
 
-    Label maps are kept of a few images that are spread over the split, and of those with the lowest mean IoU.
+    `criterion` returns losses by name of logits and masks. Label maps are kept of a few images that are spread over the
+    split, and of those with the lowest mean IoU.
     """
 
     def __init__(
-        self, num_classes: int, samples: SegmentationSamples | None, preprocessing: Preprocessing, losses: Losses
+        self, num_classes: int, samples: SegmentationSamples | None, preprocessing: Preprocessing, criterion: Criterion
     ) -> None:
         self.metrics = SegmentationMetrics(num_classes)
-        self.samples, self.preprocessing, self.losses = samples, preprocessing, losses
+        self.samples, self.preprocessing, self.criterion = samples, preprocessing, criterion
         self.shown = set() if samples is None else {*spread(len(samples), NUM_PAGE_IMAGES)}
         self.compute = self.metrics.compute
         self.reset()
@@ -92,13 +94,12 @@ class MaskEvaluator:
         self.metrics.reset()
         self.found: dict[int, LabelMap] = {}  # by index of the image
         self.worst: list[tuple[float, int]] = []  # mean IoU and index, ascending
-        self.iou: dict[int, float] = {}
 
     def update(self, model: nn.Module, images: Tensor, targets: Sequence[dict[str, Tensor]]) -> None:
         """Add the masks and losses of a batch."""
         logits = model(images).float()
         masks = torch.stack([target["mask"] for target in targets])
-        losses = self.losses(lambda _: logits, images, targets)
+        losses = self.criterion(logits, masks)
         self.metrics.add_losses({"loss": float(sum(losses.values()))}, len(images))
         for index, (of_image, target) in enumerate(zip(logits, targets, strict=True)):
             if self.samples is None:
@@ -180,10 +181,7 @@ class Segmentation(TaskType):
         """The data, the share of each class, and the problems found in masks."""
         counts = ", ".join(f"{split} {len(of)}" for split, of in samples.items())
         train = samples["train"]
-        shares = [
-            f"{name} {part:.1%}"
-            for name, part in zip(train.classes, pixel_shares(train), strict=True)
-        ]
+        shares = [f"{name} {part:.1%}" for name, part in zip(train.classes, pixel_shares(train), strict=True)]
         shown = ", ".join(shares[:8]) + (f" and {len(shares) - 8} more" if len(shares) > 8 else "")
         first = f"{self.config.dataset.title}: {len(train.classes)} classes; images: {counts}; train pixels: {shown}"
         return [first, *describe_left_out(self.left_out), *self.report.findings()]
@@ -203,21 +201,8 @@ class Segmentation(TaskType):
     ) -> Iterator[Finding]:
         """Problems in masks, classes without a pixel in train, and what the grid of cells cannot show."""
         yield from find_box_problems(splits, self.report.places, self.config.dataset.strict, MaskFinding)
-        train = splits.get("train")
-        if train is None or not readable:
-            return
-        for name, part in zip(train.classes, pixel_shares(train), strict=True):
-            if part == 0:
-                yield Finding(Level.warning, "empty_class", f"no pixel is {name}, so it is never learned", "train")
-        if preprocessing is not None and strides and (val := splits.get("val")) is not None:
-            ceiling = grid_ceiling(val, preprocessing, min(strides))
-            height, width = preprocessing.size
-            message = (
-                f"at an input of {width} x {height} px and cells of {min(strides)} px, masks can be matched to "
-                f"{ceiling:.1%} mIoU at most"
-            )
-            level = Level.warning if ceiling < 0.8 else Level.note
-            yield Finding(level, "ceiling", f"{message}; a larger backbone.img_size raises it", "val")
+        if readable:
+            yield from find_mask_problems(splits, preprocessing, strides)
 
     def head_options(self, train: SegmentationSamples) -> dict[str, Any]:
         """Head as the config states; values of the classes in the data."""
@@ -227,19 +212,21 @@ class Segmentation(TaskType):
             options |= {"channels": head.channels, "strides": head.strides}
         return {"category_ids": train.category_ids, **options}
 
-    def losses(self, data: Data) -> Losses:
+    def criterion(self, train: SegmentationSamples) -> Criterion:
         """Cross-entropy with class weights, and Dice where the config gives it a weight."""
-        train, dice = data.samples["train"], self.config.train.dice
-        weights = None
+        weights, dice = torch.ones(len(train.classes)), self.config.train.dice
         if self.config.train.class_weights is ClassWeights.balanced:
             weights = torch.tensor(class_weights(pixel_shares(train)), dtype=torch.float32)
+        return lambda logits, masks: mask_losses(logits, masks, weights.to(logits.device), dice)
+
+    def losses(self, data: Data) -> Losses:
+        """Those of `criterion`, in float32."""
+        criterion = self.criterion(data.samples["train"])
 
         def losses(model: nn.Module, images: Tensor, targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-            masks = torch.stack([target["mask"] for target in targets])
-            logits = model(images)
+            logits, masks = model(images), torch.stack([target["mask"] for target in targets])
             with torch.autocast(images.device.type, enabled=False):
-                of_device = None if weights is None else weights.to(logits.device)
-                return mask_losses(logits, masks.to(logits.device), of_device, dice)
+                return criterion(logits, masks)
 
         return losses
 
@@ -252,7 +239,8 @@ class Segmentation(TaskType):
     def evaluator(self, data: Data, split: str | None) -> MaskEvaluator:
         """At the size of the original images of the split, or of the input."""
         samples = None if split is None else data.samples[split]
-        return MaskEvaluator(len(data.classes), samples, data.preprocessing, self.losses(data))
+        criterion = self.criterion(data.samples["train"])
+        return MaskEvaluator(len(data.classes), samples, data.preprocessing, criterion)
 
     def prediction_evaluator(self, data: Data, split: str) -> MaskEvaluator:
         """The IoU of each class."""
@@ -324,7 +312,7 @@ class Segmentation(TaskType):
                 "share": float((labels == label).float().mean()),
                 "probability": float(probabilities[labels == label].mean()),
             }
-            for label in labels.unique().tolist()
+            for label in np.unique(labels.numpy()).tolist()
         ]
         return {"task_type": cls.name, "predictions": sorted(found, key=lambda one: -one["share"])}
 
@@ -335,7 +323,7 @@ class Segmentation(TaskType):
         logits = nn.functional.interpolate(model(image).float(), (height, width), mode="bilinear")[0]
         labels = logits.argmax(dim=0)[: size[0], : size[1]]
         names = model.classes or [str(label) for label in range(len(logits))]
-        shares = {names[label]: float((labels == label).float().mean()) for label in labels.unique().tolist()}
+        shares = {names[label]: float((labels == label).float().mean()) for label in np.unique(labels.numpy()).tolist()}
         return {"shares": shares}
 
     @classmethod
@@ -348,39 +336,3 @@ class Segmentation(TaskType):
     def sample_images(cls) -> Path:
         """Photos of pebbles."""
         return pebbles_root() / "test" / "images"
-
-
-def pixel_shares(samples: SegmentationSamples) -> NDArray[np.float64]:
-    """Part of the valid pixels that each class has, (K,)."""
-    counts = samples.class_counts()
-    return counts / max(int(counts.sum()), 1)
-
-
-def class_weights(shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Weights (K,) of classes with these shares of pixels: the median share over the own one, in [0.1, 10].
-
-    They are scaled to a mean of 1 over pixels; a class without pixels has 0. This is the median frequency balancing of
-    Eigen and Fergus (2015), https://arxiv.org/abs/1411.4734, section 6.3.2, with limits.
-
-    Example:
-        >>> class_weights(np.array([0.8, 0.2, 0.0])).round(3).tolist()
-        [0.625, 2.5, 0.0]
-    """
-    is_present = shares > 0
-    weights = np.zeros(len(shares))
-    weights[is_present] = (np.median(shares[is_present]) / shares[is_present]).clip(*WEIGHT_RANGE)
-    return weights / (weights * shares).sum()
-
-
-def grid_ceiling(samples: SegmentationSamples, preprocessing: Preprocessing, stride: int, most: int = 50) -> float:
-    """The mIoU of perfect logits on the grid of cells, over at most so many images: each cell has the shares of its
-    pixels, which are interpolated back; an upper bound in practice, since a head can only learn cells."""
-    num_classes, total = len(samples.classes), 0
-    for index in spread(len(samples), most):
-        mask = samples.masks(index)
-        small = torch.tensor(letterbox_mask(mask, preprocessing)).long()
-        shares = nn.functional.one_hot(small.clamp(min=0), num_classes).movedim(-1, 0).float() * (small >= 0)
-        cells = nn.functional.avg_pool2d(shares[None], stride)[0]
-        labels = to_label_map(cells, (mask.shape[0], mask.shape[1]), preprocessing)[0].numpy()
-        total = total + confusion_of(mask, labels, num_classes)
-    return float(np.nanmean(intersection_over_union(np.asarray(total))))

@@ -104,7 +104,7 @@ class DataReport:
         boxes with a side below 1 px: 1, dropped; first a.txt, line 2: box (3, 3, 3, 9) of a.jpg
     """
 
-    kinds: type[Enum] = Finding  # each with a text, what is done about it, and `is_error`
+    kinds: Any = Finding  # an Enum; each with a text, what is done about it, and `is_error`
     counts: Counter[Any] = field(default_factory=Counter)
     first: dict[Any, str] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)

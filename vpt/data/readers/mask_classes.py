@@ -15,9 +15,9 @@ VOID_NAMES = frozenset({"void", "ignore", "ignored", "unlabeled", "unlabelled"})
 MAX_FOUND = 256  # values that become classes where nothing names them
 
 VOC_CLASSES = (
-    "background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,"
-    "pottedplant,sheep,sofa,train,tvmonitor"
-).split(",")
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
 CITYSCAPES_CLASSES = {  # name -> label id; all others are ignored
     "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
     "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23, "person": 24, "rider": 25, "car": 26, "truck": 27,
@@ -42,7 +42,7 @@ class MaskClasses:
 
     def to_values(self, ignore: int | None) -> MaskValues:
         """The mapping of values to labels; a value of two classes is a ValueError."""
-        labels = {value: IGNORE for value in self.ignored}
+        labels = dict.fromkeys(self.ignored, IGNORE)
         if ignore is not None and not self.has_colours:
             labels[ignore] = IGNORE
         for label, values in enumerate(self.values):
@@ -67,8 +67,10 @@ def classes_of_config(classes: Sequence[str] | Mapping[str, Any]) -> MaskClasses
     """
     if not isinstance(classes, Mapping):
         return MaskClasses(tuple(map(str, classes)), tuple((value,) for value in range(len(classes))))
-    values = {str(name): value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-              for name, value in classes.items()}
+    values = {
+        str(name): value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        for name, value in classes.items()
+    }
     colours = {isinstance(one, str) for of_class in values.values() for one in of_class}
     if len(colours) != 1:
         raise ValueError(f"dataset.classes={dict(classes)}: mixes colours and values; use one of them")
@@ -117,7 +119,7 @@ def _read_labelmap(path: Path) -> MaskClasses:
     for line, where in numbered_lines(path):
         if line.startswith("#"):
             continue
-        name, colour = (line.split(":") + [""])[:2]
+        name, colour, *_ = *line.split(":"), ""
         numbers = colour.split(",")
         if len(numbers) != 3 or not all(number.strip().isdigit() and int(number) < 256 for number in numbers):
             raise ValueError(f"{where}: must be name:red,green,blue::, each colour in 0 to 255")

@@ -19,7 +19,7 @@ from vpt.data.readers.annotation_files import by_split, numbered_lines, require_
 from vpt.data.readers.box_checks import DataReport
 from vpt.data.readers.mask_classes import MaskClasses, classes_found, classes_of_config, classes_of_folder
 from vpt.data.samples import FileReader, Size, format_size, refuse_unreadable
-from vpt.data.splits import SPLIT_OF, split_off
+from vpt.data.splits import split_off
 
 MASKS_LAYOUT = (
     "<root>/train/images/a.jpg and <root>/train/masks/a.png (also val/, test/; or without splits; or images/train/ and "
@@ -28,7 +28,8 @@ MASKS_LAYOUT = (
 )
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "JPEGImages", "leftImg8bit")
 MASK_FOLDERS = (
-    "masks", "mask", "labels", "label", "annotations", "SegmentationClass", "gtFine", "gt", "ground_truth", "segmentation"
+    "masks", "mask", "labels", "label", "annotations", "SegmentationClass", "gtFine", "gt", "ground_truth",
+    "segmentation",
 )  # fmt: skip
 IMAGE_ENDING = re.compile(r"_(leftImg8bit|image|img|rgb|sat)$", re.IGNORECASE)
 MASK_ENDING = re.compile(r"_(gtFine_labelIds|gtFine_labelTrainIds|masks?|labels?|gt|seg|segmentation)$", re.IGNORECASE)
@@ -162,9 +163,7 @@ def _find_folders(root: Path) -> dict[str, tuple[Path, Path]]:
         return {split: _image_and_mask(folder) or (folder, folder) for split, folder in of_splits.items()}
     if (both := _image_and_mask(root)) is None:
         return {"train": (root, root)}
-    images, masks = (
-        by_split([(folder.name, folder) for folder in _folders(one)], str(one)) for one in both
-    )
+    images, masks = (by_split([(folder.name, folder) for folder in _folders(one)], str(one)) for one in both)
     return {split: (images[split], masks[split]) for split in images if split in masks} or {"train": both}
 
 
@@ -242,7 +241,7 @@ def _scan(
         if values.shape == stored != size and orientation == 1:
             report.add(MaskFinding.TURNED, str(pair.mask))
         elif values.shape not in (size, stored):
-            where = f"{pair.mask}: {format_size(values.shape)} for {format_size(size)}"  # type: ignore[arg-type]
+            where = f"{pair.mask}: {format_size(values.shape)} for {format_size(size)}"
             try:
                 values = fit_to_image(values, orientation, size, stored, turn)
                 report.add(MaskFinding.SIZE, where)
@@ -269,7 +268,9 @@ def _samples(
         numbers = np.array(list(of_image.values), np.int32)
         labels, counts = values.to_labels(numbers), np.array(list(of_image.values.values()))
         if (labels == UNKNOWN).any():
-            unknown = {int(value): int(num) for value, num in zip(numbers, counts * (labels == UNKNOWN), strict=True) if num}
+            unknown = {
+                int(value): int(num) for value, num in zip(numbers, counts * (labels == UNKNOWN), strict=True) if num
+            }
             report.add(MaskFinding.UNKNOWN, f"{of_image.pair.mask}: {_shown(unknown, values.has_colours)}")
         num = len(classes.names)
         of_class = np.bincount(np.where(labels < 0, num, labels), weights=counts, minlength=num + 1).astype(int)

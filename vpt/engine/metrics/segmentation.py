@@ -26,7 +26,8 @@ def confusion_of(truth: NDArray[np.integer], found: NDArray[np.integer], num_cla
 def intersection_over_union(confusion: Counts) -> NDArray[np.float64]:
     """IoU of each class, (K,), nan for a class that is neither true nor found anywhere."""
     hits, union = confusion.diagonal(), confusion.sum(axis=0) + confusion.sum(axis=1) - confusion.diagonal()
-    return np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
+    iou: NDArray[np.float64] = np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
+    return iou
 
 
 class SegmentationMetrics:
@@ -49,7 +50,7 @@ class SegmentationMetrics:
         self._num_images += num_images
 
     def update(self, truth: NDArray[np.integer], found: NDArray[np.integer]) -> float:
-        """Add an image: true classes (H, W), negative where ignored, and found ones; return its own mean IoU, or nan."""
+        """Add true classes (H, W) of an image, negative where ignored, and found ones; return its mean IoU, or nan."""
         of_image = confusion_of(truth, found, self.num_classes)
         self.confusion += of_image
         values = intersection_over_union(of_image)
