@@ -6,7 +6,6 @@ metrics leave those pixels out.
 Shapes: H, W pixels of the upright image, K classes, n images.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,15 +142,17 @@ class SegmentationSamples(Samples):
         masks: Returns the label map of an index; picklable.
         pixels: The number of pixels of each class in each image, and in a last column of ignored ones: n tuples of
             K + 1 numbers.
+        digests: Eight digits for each image, which differ for masks of other values.
     """
 
-    PER_IMAGE = (*Samples.PER_IMAGE, "sizes", "pixels")
+    PER_IMAGE = (*Samples.PER_IMAGE, "sizes", "pixels", "digests")
     READERS = (*Samples.READERS, "masks")
 
     category_ids: tuple[int, ...]
     sizes: tuple[Size, ...] = field(repr=False)
     masks: Callable[[int], LabelMap] = field(repr=False)
     pixels: tuple[tuple[int, ...], ...] = field(repr=False)
+    digests: tuple[str, ...] = field(repr=False)
 
     @property
     def strata(self) -> list[int]:
@@ -168,13 +169,12 @@ class SegmentationSamples(Samples):
         return counts[:-1]
 
     def label_text(self, index: int) -> str:
-        """The names of the classes in an image, and a digest of its mask."""
-        digest = hashlib.sha256(self.masks(index).tobytes()).hexdigest()[:8]
-        return f"{', '.join(self.classes[label] for label in self.labels_of(index))} ({digest})"
+        """The names of the classes in an image, and the digest of its mask."""
+        return f"{', '.join(self.classes[label] for label in self.labels_of(index))} ({self.digests[index]})"
 
     def label_bytes(self) -> Iterator[bytes]:
-        """The numbers of pixels of all images."""
-        return (str(of_image).encode() for of_image in self.pixels)
+        """The digests and the numbers of pixels of all images."""
+        return (f"{digest} {pixels}".encode() for digest, pixels in zip(self.digests, self.pixels, strict=True))
 
 
 class SegmentationDataset(SampleDataset[SegmentationSamples]):

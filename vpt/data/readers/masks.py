@@ -3,6 +3,7 @@
 Every mask is read once when the data are read, to count the pixels of each class and to find wrong values.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,13 +66,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Scanned:
-    """Sizes and turn of an image, and the number of pixels of each value in its mask."""
+    """Sizes and turn of an image, the number of pixels of each value in its mask, and a digest of the mask."""
 
     pair: Pair
     size: Size
     stored: Size
     turn: int
     values: Mapping[int, int]
+    digest: str
 
 
 def pebbles_root() -> Path:
@@ -251,7 +253,8 @@ def _scan(
                 continue
         numbers, counts = np.unique(values, return_counts=True)
         counted = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
-        found.append(Scanned(pair, size, stored, turn, counted))
+        digest = hashlib.sha256(np.ascontiguousarray(values)).hexdigest()[:8]
+        found.append(Scanned(pair, size, stored, turn, counted, digest))
     if split != "train":
         refuse_unreadable([reason for _, reason in report.left_out[num_left_out:]])
     if pairs and not found:
@@ -294,6 +297,7 @@ def _samples(
             decoding.max_pixels,
         ),
         pixels=tuple(pixels),
+        digests=tuple(one.digest for one in scanned),
     )
 
 
