@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -43,10 +43,6 @@ def prove(tmp_path, overrides, points, num_kills, seed=0):
             kills.append(where)
 
 
-FOREIGN = {"classification": "in validation of boxes", "detection": "in validation"}
-TASK_TYPES = ("classification", "detection")
-
-
 @pytest.fixture
 def choices(photos, boxes):
     """Overrides of a run of each type of task."""
@@ -64,12 +60,16 @@ def test_a_run_that_is_killed_several_times_ends_with_the_same_bytes(tmp_path, c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task_type", TASK_TYPES)
+@pytest.mark.parametrize(
+    ("task_type", "foreign"), [("classification", "in validation of boxes"), ("detection", "in validation")]
+)
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_run_killed_anywhere_ends_with_the_same_bytes(tmp_path, choices, task_type, num_workers, accumulation):
+def test_a_run_killed_anywhere_ends_with_the_same_bytes(
+    tmp_path, choices, task_type, foreign, num_workers, accumulation
+):
     options = [f"num_workers={num_workers}", f"train.accumulation={accumulation}", "train.ema=0.5", "train.patience=2"]
-    points = [point for point in POINTS if point != FOREIGN[task_type]]
+    points = [point for point in POINTS if point != foreign]
     prove(tmp_path, [*options, *choices[task_type]], points, NUM_KILLS, seed=num_workers + accumulation)
 
 
@@ -102,6 +102,13 @@ def wait_for(process, text):
     pytest.fail(f"{text!r} was not printed")
 
 
+def assert_same_as_whole(tmp_path, options, root):
+    """The files of the run in a root are those of a run that nothing ended."""
+    whole = [*SMALL_RUN, "num_workers=0", *options, f"run.root={tmp_path}/whole"]
+    assert attempt_run(tmp_path / "log", whole) == 0
+    assert kept_files(tmp_path / root) == kept_files(tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_the_command_with_75_and_the_same_command_resumes(start, tmp_path, choices, number):
@@ -119,8 +126,7 @@ def test_a_signal_saves_and_ends_the_command_with_75_and_the_same_command_resume
     wait_for(process, f"after step {last}")
     assert process.communicate(timeout=120)
     assert process.returncode == 0
-    assert attempt_run(tmp_path / "log", [*SMALL_RUN, *options, f"run.root={tmp_path}/whole", "num_workers=0"]) == 0
-    assert kept_files(tmp_path / "runs") == kept_files(tmp_path / "whole")
+    assert_same_as_whole(tmp_path, options, "runs")
 
 
 @pytest.mark.slow
@@ -147,8 +153,7 @@ def test_the_command_that_is_killed_at_any_time_ends_with_the_same_bytes(start, 
             process.wait(draw.uniform(4, 14))
         process.kill()
     assert start(tmp_path, *options).wait(200) == 0
-    assert attempt_run(tmp_path / "log", [*SMALL_RUN, *options, f"run.root={tmp_path}/whole", "num_workers=0"]) == 0
-    assert kept_files(tmp_path / "runs") == kept_files(tmp_path / "whole")
+    assert_same_as_whole(tmp_path, options, "runs")
 
 
 @pytest.mark.slow
@@ -201,20 +206,18 @@ def test_data_that_changed_are_refused(tmp_path, photos, choices):
 def test_without_a_whole_checkpoint_nothing_is_done(tmp_path, choices):
     options = [*SMALL_RUN, *choices["classification"], f"run.root={tmp_path}"]
     assert attempt_run(tmp_path / "log", options, "behind a step", 6) == KILLED
-    for name in NAMES:
-        (tmp_path / "run" / name).write_bytes((tmp_path / "run" / name).read_bytes()[:1000])
+    for path in (tmp_path / "run" / name for name in NAMES):
+        path.write_bytes(path.read_bytes()[:1000])
+    (tmp_path / "run/.lock").unlink()
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     with pytest.raises(ValueError, match="no checkpoint is left: type fresh=true"):
         train_with(*options)
-    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != ".lock"} == {
-        path: content for path, content in before.items() if path.name != ".lock"
-    }
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, choices, capsys):
     options = [*SMALL_RUN, *choices["classification"], "num_workers=0"]
-    assert attempt_run(tmp_path / "log", [*options, f"run.root={tmp_path}/whole"]) == 0
     assert attempt_run(tmp_path / "log", [*options, f"run.root={tmp_path}/killed"], "behind a step", 8) == KILLED
     last = tmp_path / "killed/run" / NAMES[0]
     content = bytearray(last.read_bytes())
@@ -222,7 +225,7 @@ def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, choices, capsys):
     last.write_bytes(content)
     train_with(*options, f"run.root={tmp_path}/killed")
     assert "resuming from previous.checkpoint" in capsys.readouterr().err
-    assert kept_files(tmp_path / "killed") == kept_files(tmp_path / "whole")
+    assert_same_as_whole(tmp_path, choices["classification"], "killed")
 
 
 @pytest.mark.slow
@@ -243,18 +246,14 @@ def test_a_full_disk_does_not_end_a_run_but_is_reported_at_its_end(small_disk, t
         return compute(evaluator)
 
     compute = ClassificationMetrics.compute
-    with pytest.MonkeyPatch.context() as patch:
+    ends = nullcontext() if is_room_made else pytest.raises(OSError, match="No space left on device")
+    with pytest.MonkeyPatch.context() as patch, ends:
         patch.setattr(ClassificationMetrics, "compute", fill)
-        if is_room_made:
-            train_with(*options, f"run.root={disk}")
-        else:
-            with pytest.raises(OSError, match="No space left on device"):
-                train_with(*options, f"run.root={disk}")
-    output = capsys.readouterr()
+        train_with(*options, f"run.root={disk}")
+    output, saved = capsys.readouterr(), Checkpoints(disk / "run").load()
     assert "Training continues, and the next checkpoint is tried again" in output.err
     assert "epoch 5/5: val" in output.out
     assert output.err.count("metrics.jsonl of") == 1
-    saved = Checkpoints(disk / "run").load()
     assert saved.numbers["epoch"] == (6 if is_room_made else 2)
     if not is_room_made:
         filler.unlink()
