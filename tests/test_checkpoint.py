@@ -1,10 +1,11 @@
 import os
-from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers import fill_disk
 from vpt.engine import checkpoint
 from vpt.engine.checkpoint import NAMES, Checkpoints
 
@@ -65,16 +66,12 @@ def test_a_state_made_from_other_data_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("number", range(1, 7))
 def test_a_process_that_dies_inside_a_save_leaves_a_whole_state(two, tmp_path, number):
-    calls = []
-
-    class Died(BaseException):
-        pass
+    calls = count(1)
 
     def dying(function):
         def call(*arguments, **options):
-            calls.append(None)
-            if len(calls) == number:
-                raise Died
+            if next(calls) == number:
+                raise KeyboardInterrupt
             return function(*arguments, **options)
 
         return call
@@ -83,7 +80,7 @@ def test_a_process_that_dies_inside_a_save_leaves_a_whole_state(two, tmp_path, n
         patch.setattr(os, "fsync", dying(os.fsync))
         patch.setattr(Path, "replace", dying(Path.replace))
         patch.setattr(Path, "unlink", lambda *_, **__: None)  # nobody tidies up
-        with pytest.raises(Died):
+        with pytest.raises(KeyboardInterrupt):
             two.save(tensors(3), {"step": 3})
     assert Checkpoints(tmp_path, two.made_from).load().numbers["step"] in (1, 2, 3)
     assert two.save(tensors(4), {"step": 4})
@@ -108,11 +105,7 @@ def test_a_full_disk_leaves_the_last_state_and_the_next_save_is_tried_again(smal
     disk = small_disk("64k")
     checkpoints = Checkpoints(disk)
     assert checkpoints.save(tensors(1), {"step": 1})
-    filler = disk / "filler"
-    filler.write_bytes(bytes(40 * KIB))
-    with suppress(OSError), filler.open("ab", buffering=0) as file:
-        while file.write(bytes(KIB)):
-            pass
+    filler = fill_disk(disk)
     assert not checkpoints.save(tensors(2), {"step": 2})
     assert "No space left on device" in str(checkpoints.error)
     assert "the next checkpoint is tried again" in capsys.readouterr().err

@@ -105,15 +105,12 @@ def test_the_worst_samples_are_those_of_the_highest_cross_entropy():
     assert [sample.prediction for sample in worst] == logits[expected].argmax(dim=1).tolist()
 
 
-def test_a_sample_whose_loss_is_nan_is_the_worst():
+def test_nan_is_the_worst_loss_and_worst_returns_as_many_as_were_evaluated_and_refuses_more_than_are_stored():
     logits, targets = random_split(20, 4)
     logits[11] = math.nan
     metrics = fed(logits, targets, batch_size=6)
     assert metrics.worst(1)[0].position == 11
     assert math.isnan(metrics.compute()["loss"])
-
-
-def test_worst_returns_fewer_when_fewer_were_evaluated_and_refuses_more_than_are_stored():
     metrics = fed(*random_split(3, 4), batch_size=2, num_worst=5)
     assert len(metrics.worst()) == 3
     assert metrics.worst(0) == []

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -153,13 +154,10 @@ def test_a_folder_that_cannot_be_written_is_reported_once_and_training_continues
 
 
 def test_metrics_and_events_are_written_when_the_other_fails(tmp_path, monkeypatch, capsys):
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     with Monitor(tmp_path / "a") as monitor:
         monitor.scalars({"train/loss": 1.0}, 1)
         with monkeypatch.context() as patch:
-            patch.setattr(SummaryWriter, "add_scalar", fail)
+            patch.setattr(SummaryWriter, "add_scalar", Mock(side_effect=OSError(28, "No space left on device")))
             monitor.scalars({"train/loss": 0.5}, 2)
             monitor.scalars({"train/loss": 0.25}, 3)
     assert capsys.readouterr().err.count("No space left on device") == 1

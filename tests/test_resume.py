@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext, suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import POINTS, SMALL_RUN, attempt_run, kept_files, train_with
+from tests.helpers import POINTS, SMALL_RUN, attempt_run, fill_disk, kept_files, train_with
 from vpt.config.errors import ConfigError
 from vpt.engine.checkpoint import NAMES, Checkpoints
 from vpt.engine.metrics.classification import ClassificationMetrics
@@ -233,16 +234,14 @@ def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, choices, capsys):
 def test_a_full_disk_does_not_end_a_run_but_is_reported_at_its_end(small_disk, tmp_path, choices, is_room_made, capsys):
     disk = small_disk("2m")
     options = [*SMALL_RUN, *choices["classification"], "num_workers=0", "train.epochs=5"]
-    epochs, filler = [], disk / "filler"
+    epochs = count(1)
 
     def fill(evaluator):
-        epochs.append(None)
-        if len(epochs) == 2:
-            with suppress(OSError), filler.open("wb", buffering=0) as file:
-                while file.write(bytes(4096)):
-                    pass
-        if len(epochs) == 4 and is_room_made:
-            filler.unlink()
+        epoch = next(epochs)
+        if epoch == 2:
+            fill_disk(disk)
+        if epoch == 4 and is_room_made:
+            (disk / "filler").unlink()
         return compute(evaluator)
 
     compute = ClassificationMetrics.compute
@@ -256,7 +255,7 @@ def test_a_full_disk_does_not_end_a_run_but_is_reported_at_its_end(small_disk, t
     assert output.err.count("metrics.jsonl of") == 1
     assert saved.numbers["epoch"] == (6 if is_room_made else 2)
     if not is_room_made:
-        filler.unlink()
+        (disk / "filler").unlink()
         train_with(*options, f"run.root={disk}")
     assert (disk / "run/result.json").exists()
     train_with(*options, f"run.root={tmp_path}/whole")

@@ -3,6 +3,7 @@
 import math
 import signal
 from itertools import pairwise
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
@@ -148,13 +149,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_a_finite_loss(tmp_path
 
 
 def test_an_epoch_whose_val_loss_is_not_finite_is_never_the_best(tmp_path, capsys, monkeypatch):
-    compute, calls = Evaluator.compute, []
-
-    def odd(evaluator):
-        calls.append(None)
-        return {**compute(evaluator), "top1": 1.0, "loss": math.nan} if len(calls) < 3 else compute(evaluator)
-
-    monkeypatch.setattr(Evaluator, "compute", odd)
+    odd = {"top1": 1.0, "loss": math.nan}
+    monkeypatch.setattr(Evaluator, "compute", Mock(side_effect=[odd, odd, {"top1": 0.5, "loss": 1.0}]))
     _, result, _ = train(tmp_path / "a")
     assert result.best_epoch == 3
     assert capsys.readouterr().err.count("this epoch cannot be the best one") == 2
@@ -205,10 +201,7 @@ def test_without_memory_the_error_names_the_size_of_the_batch(tmp_path, monkeypa
     with pytest.raises(OutOfMemoryError, match="in 8 parts"):
         train(tmp_path / "b", losses=hungry(0, [], error), auto_batch=True)
 
-    def update(*_):
-        raise error
-
-    monkeypatch.setattr(Evaluator, "update", update)
+    monkeypatch.setattr(Evaluator, "update", Mock(side_effect=error))
     with pytest.raises(OutOfMemoryError, match=r"with a batch of 5; .*batch_size=2"):
         evaluate(Separable(), make_loader(), Evaluator())
 
@@ -243,16 +236,9 @@ def test_a_long_epoch_is_saved_again_and_again(tmp_path, monkeypatch, seconds, b
 
 
 def test_a_checkpoint_that_fails_at_the_end_is_tried_again(tmp_path, monkeypatch):
-    calls, write = [], checkpoint.write_tensors
-
-    def full(*arguments):
-        calls.append(None)
-        if len(calls) in (2, 3):
-            raise OSError(28, "No space left on device")
-        write(*arguments)
-
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    full = OSError(28, "No space left on device")
+    write = Mock(wraps=checkpoint.write_tensors, side_effect=[DEFAULT, full, full, DEFAULT])
+    monkeypatch.setattr(checkpoint, "write_tensors", write)
     _, result, _ = train(tmp_path)
-    assert result.epochs == EPOCHS
-    assert len(calls) == 4
+    assert (result.epochs, write.call_count) == (EPOCHS, 4)
     assert Checkpoints(tmp_path).load().numbers["epoch"] == EPOCHS + 1
