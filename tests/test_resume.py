@@ -19,7 +19,8 @@ from vpt.config.errors import ConfigError
 from vpt.engine.checkpoint import NAMES, Checkpoints
 from vpt.engine.metrics.classification import ClassificationMetrics
 
-KEPT = {"config", "events", "last", "metrics", "previous", "result", "task"}  # no leftover of a write that was cut
+# No leftover of a write that was cut.
+KEPT = {"config", "data", "events", "last", "metrics", "previous", "result", "task"}
 KILLED = -signal.SIGKILL
 NUM_KILLS = int(os.environ.get("VPT_NUM_KILLS", "2"))  # of each of eight configs
 
@@ -194,14 +195,23 @@ def test_a_second_command_in_the_same_folder_is_refused_and_the_first_one_contin
 # What is on the disk.
 
 
-def test_data_that_changed_are_refused(tmp_path, photos, choices):
+def test_data_that_changed_are_refused_and_times_that_changed_are_reported(tmp_path, photos, choices, capsys):
     shutil.copytree(photos, tmp_path / "photos")
     places = [f"dataset.root={tmp_path}/photos", f"run.root={tmp_path}"]
     options = [*SMALL_RUN, *choices["classification"], *places, "cache=off"]
     assert attempt_run(tmp_path / "log", options, "behind a step", 4) == KILLED
-    (tmp_path / "photos/train/rose/0.png").rename(tmp_path / "photos/train/rose/9.png")
+    image = tmp_path / "photos/train/rose/0.png"
+    image.rename(image.with_name("9.png"))
+    with pytest.raises(ConfigError, match=r"images added: 1 \(train/rose/9\.png\); images removed: 1 .*fresh=true"):
+        train_with(*options)
+    (tmp_path / "run/data.jsonl").rename(tmp_path / "data.jsonl")  # as in version 0.1
     with pytest.raises(ValueError, match=r"images or labels of this run changed .*fresh=true"):
         train_with(*options)
+    (tmp_path / "data.jsonl").rename(tmp_path / "run/data.jsonl")
+    image.with_name("9.png").rename(image)
+    os.utime(image, (0, 0))
+    train_with(*options)
+    assert "1 image of the same bytes (first train/rose/0.png)" in capsys.readouterr().err
 
 
 def test_without_a_whole_checkpoint_nothing_is_done(tmp_path, choices):

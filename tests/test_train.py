@@ -57,7 +57,14 @@ def test_a_run_writes_its_config_metrics_checkpoints_and_task_file(finished):
     events = {name for name in files if name.startswith("events.out.tfevents")}
     checkpoints = {"last.checkpoint", "previous.checkpoint"}
     assert len(events) == 1
-    assert files - events == {"config.yaml", "metrics.jsonl", "result.json", "task.safetensors", *checkpoints}
+    assert files - events == {
+        "config.yaml",
+        "data.jsonl",
+        "metrics.jsonl",
+        "result.json",
+        "task.safetensors",
+        *checkpoints,
+    }
     result = result_of(finished)
     assert result["metrics"]["test"]["top1"] > 0.9
     assert "best" not in result

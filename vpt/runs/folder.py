@@ -20,6 +20,7 @@ from vpt.config.saved import PLACES, ROUNDING, WITHOUT_EFFECT, first_names, rena
 from vpt.config.schema import Config, Mode
 from vpt.engine.checkpoint import NAMES, NEW
 from vpt.engine.console import warn
+from vpt.runs.record import RECORD
 from vpt.storage.files import write_bytes
 from vpt.storage.lock import locked
 
@@ -95,7 +96,7 @@ class RunFolder:
                 self._lock()
                 if _is_begun(self.path):  # another process created it meanwhile
                     self._refuse_changes()
-            for name in (CONFIG, RESULT, TASK, NEW):
+            for name in (CONFIG, RESULT, TASK, NEW, RECORD):
                 for leftover in self.path.glob(f".{name}.*"):  # of a process that was killed while writing
                     leftover.unlink()
             if not any((self.path / name).exists() for name in NAMES):

@@ -26,6 +26,7 @@ from vpt.models.tuning import pretrained_fingerprint
 from vpt.models.vit import preprocessing_of
 from vpt.runs import summary as report
 from vpt.runs.folder import RunFolder
+from vpt.runs.record import Record, changes, read_record, record_of, touched, write_record
 from vpt.storage.files import write_json
 from vpt.task_types.base import TaskType, task_type_of
 from vpt.train import NotLearnedError
@@ -52,12 +53,41 @@ def run(
         return None
     with RunFolder(config, shown or config, is_sweep=is_sweep) as folder:
         if folder.is_finished:
-            result = folder.result()
-            print(f"{folder.path}: this run has finished, in {result['epochs']} epochs; fresh=true would start it anew")
-            print(f"{report.result_table(result['metrics'])}\ntask file  {folder.task}")
+            _report_finished(config, folder)
         else:
             _Training(config, shown or config, folder, stop or StopSignal()).run()
         return folder.path
+
+
+def _report_finished(config: Config, folder: RunFolder) -> None:
+    """Print the result of a finished run again; a ConfigError if its data or files changed since."""
+    result, before = folder.result(), read_record(folder.path)
+    note = "it has no record of its data, so whether they changed since cannot be known"
+    if before is not None:
+        try:
+            now = record_of(config, task_type_of(config).read(), before)
+        except (ValueError, OSError) as error:
+            note = f"whether its data changed since is not known: {error}"
+        else:
+            note = _refuse_changes(folder, before, now)
+    if note:
+        warn(f"{folder.path}: {note}; fresh=true would train on the data as they are now")
+    print(f"{folder.path}: this run has finished, in {result['epochs']} epochs; fresh=true would start it anew")
+    print(f"{report.result_table(result['metrics'])}\ntask file  {folder.task}")
+
+
+def _refuse_changes(folder: RunFolder, before: Record, now: Record) -> str:
+    """Refuse data or files that changed since a run was started; return a note on images that may have changed."""
+    if found := changes(before, now):
+        raise ConfigError(
+            f"{folder.path}: the data of this run changed since it was started: {'; '.join(found)}; type fresh=true to "
+            "rename its folder and train on the data as they are now, or run.name=NAME to leave it where it is, or "
+            "restore the data"
+        )
+    if not (names := touched(before, now)):
+        return ""
+    images = f"{len(names):,} image{'s' if len(names) > 1 else ''} of the same bytes (first {names[0]})"
+    return f"modification times changed since it was started, perhaps the content as well: {images}"
 
 
 class _Training:
@@ -74,6 +104,11 @@ class _Training:
         weights = pretrained_fingerprint(self.model.backbone.vit)
         made_from = {"images or labels": data_digest(self.samples), "backbone": weights}
         checkpoints = Checkpoints(self.folder.path, made_from)
+        before = read_record(self.folder.path)
+        record = record_of(config, self.samples, before)
+        is_begun = checkpoints.last.exists() or checkpoints.previous.exists()
+        if before is not None and is_begun and (note := _refuse_changes(self.folder, before, record)):
+            warn(f"{self.folder.path}: {note}")
         try:
             saved = checkpoints.load()
         except ValueError as error:
@@ -83,6 +118,8 @@ class _Training:
         summary = report.summarise(self.model, self.data, config, task_type.describe(self.samples), self.plan.text)
         print(summary, flush=True)
         self.folder.make()
+        if saved is None or before is None:
+            write_record(self.folder.path, record)
         print(f"{'run':<10} {self.folder.path} (tensorboard --logdir {config.run.root})", flush=True)
         state = build.build_state(config, self.model, len(self.data.loaders["train"]))
         resume_at = None if saved is None else _restore(saved, state)
