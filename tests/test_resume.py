@@ -112,7 +112,7 @@ def assert_same_as_whole(tmp_path, options, root):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_the_command_with_75_and_the_same_command_resumes(start, tmp_path, choices, number):
     options = [*choices["classification"], "train.epochs=8"]
     process = start(tmp_path, *options)

@@ -28,6 +28,14 @@ def test_an_interruptible_wait_ends_at_once():
             pytest.fail("it waited")
 
 
+def test_a_signal_that_is_ignored_stays_ignored():  # as under nohup
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.received is None
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+
+
 def test_the_former_handlers_are_restored():
     before = [signal.getsignal(number) for number in SIGNALS]
     with StopSignal():
