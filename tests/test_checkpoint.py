@@ -64,6 +64,15 @@ def test_a_state_made_from_other_data_is_refused(tmp_path, name):
         Checkpoints(tmp_path, {"images or labels": "c", "backbone": "b"}).load()
 
 
+def test_other_threads_or_versions_than_those_of_the_last_state_are_reported(tmp_path, capsys):
+    assert Checkpoints(tmp_path, made_with={"threads": 1, "torch": "2"}).save(tensors(1), {"step": 1})
+    assert Checkpoints(tmp_path, made_with={"threads": 1, "torch": "2"}).load()
+    assert not capsys.readouterr().err
+    assert Checkpoints(tmp_path, made_with={"threads": 4, "torch": "2"}).load()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("threads was 1, is now 4: last digits of numbers may differ")
+
+
 @pytest.mark.parametrize("number", range(1, 7))
 def test_a_process_that_dies_inside_a_save_leaves_a_whole_state(two, tmp_path, number):
     calls = count(1)

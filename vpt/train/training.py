@@ -15,6 +15,7 @@ from vpt.config.schema import Config, Mode
 from vpt.data.samples import data_digest
 from vpt.engine.checkpoint import Checkpoints, Saved
 from vpt.engine.console import warn
+from vpt.engine.measure import describe_machine
 from vpt.engine.monitor import Monitor, overview
 from vpt.engine.signals import StopSignal
 from vpt.engine.state import FitResult, RunState
@@ -103,7 +104,9 @@ class _Training:
         config, task_type = self.config, self.task_type
         weights = pretrained_fingerprint(self.model.backbone.vit)
         made_from = {"images or labels": data_digest(self.samples), "backbone": weights}
-        checkpoints = Checkpoints(self.folder.path, made_from)
+        machine = describe_machine(build.pick_device(config.device))
+        parts = ("threads", "cpu", "torch") if machine["gpu"] is None else ("gpu", "torch")
+        checkpoints = Checkpoints(self.folder.path, made_from, {part: machine[part] for part in parts})
         before = read_record(self.folder.path)
         record = record_of(config, self.samples, before)
         is_begun = checkpoints.last.exists() or checkpoints.previous.exists()
