@@ -74,7 +74,7 @@ class RunFolder:
     def result(self) -> dict[str, Any]:
         """Read `result.json` of a finished run, with nan for null; ConfigError if it is damaged."""
         try:
-            result = dict(json.loads(self.result_file.read_text()))
+            result = dict(json.loads(self.result_file.read_text(encoding="utf-8")))
             metrics = {
                 split: {name: math.nan if value is None else float(value) for name, value in values.items()}
                 for split, values in result["metrics"].items()
@@ -128,7 +128,7 @@ class RunFolder:
         """Read the saved config; refuse a folder that is no run folder."""
         another = "choose another run.name"
         try:
-            found = yaml.safe_load((self.path / CONFIG).read_text())
+            found = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise ConfigError(f"{self.path}: exists and is no run folder; {another}") from error
         except (OSError, ValueError, yaml.YAMLError) as error:
