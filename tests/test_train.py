@@ -26,6 +26,7 @@ from vpt.evaluate.__main__ import EvaluateOptions, evaluate_run
 from vpt.models import block_loop
 from vpt.models.vit import fingerprint, load_vit
 from vpt.predict.__main__ import PredictOptions, predict_run
+from vpt.task_types.base import task_type_of
 from vpt.task_types.classification import Classification
 from vpt.train import training
 from vpt.train.training import run
@@ -215,16 +216,31 @@ def test_config_keys_are_added_to_errors_of_the_engine(tmp_path, photos, monkeyp
         ["prompt.blocks=last:2", "prompt.dropout=0.1", "augment=strong"],
         ["optim=vpt_paper", "head.init=paper", "augment=vtab"],
         ["train.ema=0.9", "train.class_weights=balanced", "train.label_smoothing=0.1", "train.accumulation=2"],
-        ["train.patience=1", "train.clip_norm=null", "backbone.img_size=32", "deterministic=true"],
+        ["train.select=loss", "train.patience=1", "train.clip_norm=null", "backbone.img_size=32", "deterministic=true"],
         ["dataset.num_per_class=2", "backbone.pretrained=false", "train.precision=bf16"],
     ],
 )
 def test_every_choice_trains_and_its_task_can_be_used(tmp_path, photos, overrides):
     run_dir = train(tmp_path, photos, "mode=dry", *overrides)
+    assert result_of(run_dir)["select"] == ("loss" if "train.select=loss" in overrides else "top1")
     trained = build.load_run(run_dir)
     size = trained.preprocessing.size
     assert trained.model(torch.zeros(1, 3, *size)).shape == (1, 3)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.select=map"], r"train\.select=map: must be one of top1, mean_per_class, top5, loss"),
+        (["dataset=coco", "head=dense", "train.select=top1", "dataset.root=x"], r"must be one of map, map50, map75"),
+        (["dataset.num_per_class=2", "train.select=top5", "dataset=folder"], "top5: has no meaning for 3 classes"),
+    ],
+)
+def test_a_metric_that_a_run_does_not_have_selects_no_epoch(photos, words, message):
+    roots = [f"dataset.root={photos}"] if "dataset=folder" in words else []
+    with pytest.raises(ConfigError, match=message):
+        task_type_of(to_config(compose_config([*words, *roots]))).read()
 
 
 def test_an_unfinished_run_and_another_folder_cannot_be_loaded(tmp_path):

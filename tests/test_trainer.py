@@ -36,11 +36,27 @@ def test_the_model_ends_with_the_weights_that_val_chose(tmp_path, num, lr):
     assert result.best_step == result.best_epoch * math.ceil(NUM_TRAIN / BATCH)
 
 
-def test_nan_is_worse_than_any_metric_and_needs_no_loss(tmp_path):
+@pytest.mark.parametrize(
+    ("select", "epochs"),
+    [
+        ("map", [{"map": math.nan}, {"map": 0.0}, {"map": math.nan}]),  # nan is the worst, and no loss is needed
+        ("map50", [{"map": 0.9, "map50": 0.1}, {"map": 0.2, "map50": 0.3}, {"map": 0.5, "map50": 0.2}]),
+        ("loss", [{"top1": 0.9, "loss": 2.0}, {"top1": 0.2, "loss": 1.0}, {"top1": 0.5, "loss": 3.0}]),
+    ],
+)
+def test_the_best_epoch_is_that_of_the_selected_metric(tmp_path, capsys, select, epochs):
     evaluator = Evaluator()
-    evaluator.compute = Mock(side_effect=[{"map": math.nan}, {"map": 0.0}, {"map": math.nan}])
-    _, result, _ = fit_small(tmp_path, epochs=3, select="map", evaluator=evaluator)
-    assert (result.best_epoch, result.best) == (2, {"map": 0.0})
+    evaluator.compute = Mock(side_effect=epochs)
+    _, result, _ = fit_small(tmp_path, epochs=3, select=select, evaluator=evaluator)
+    assert (result.best_epoch, result.best) == (2, epochs[1])
+    output = capsys.readouterr()
+    assert output.out.count("100") == output.out.count("200") == 0  # a loss is no percentage
+    assert output.err.count("map on val is not a number") == 2 * (select == "map")
+
+
+def test_a_metric_that_the_evaluator_does_not_compute_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"select='map'.*top1"):
+        fit_small(tmp_path, select="map")
 
 
 def test_early_stopping_waits_for_its_patience(tmp_path):

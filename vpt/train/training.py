@@ -164,7 +164,7 @@ class _Training:
             on_epoch=lambda epoch, step: task_type.log_epoch(monitor, data, evaluator, epoch, step),
         )
         return fit(
-            inputs.model, fit_data, state, build.build_settings(config, state.device, task_type.main_metric), callbacks
+            inputs.model, fit_data, state, build.build_settings(config, state.device, task_type.select), callbacks
         )
 
     def _save_best(self, values: dict[str, float]) -> None:
@@ -180,7 +180,7 @@ class _Training:
 
     def _evaluate(self, monitor: Monitor, result: FitResult) -> Metrics:
         """Metrics of the best epoch on val, and on test if there is one."""
-        settings = build.build_settings(self.config, next(self.model.parameters()).device, self.task_type.main_metric)
+        settings = build.build_settings(self.config, next(self.model.parameters()).device, self.task_type.select)
         limits = {"precision": settings.precision, "max_batches": settings.max_batches}
         reading: dict[str, Any] = {**limits, "stop": self.stop}
         evaluator = self.task_type.evaluator(self.data, "val")
@@ -195,7 +195,8 @@ class _Training:
         """Write the task file and, last, the file that marks the run as finished."""
         self._save_task(metrics)
         numbers = {name: value for name, value in asdict(result).items() if name != "best"}  # it is the val of metrics
-        write_json(self.folder.result_file, {"mode": self.config.mode.value, **numbers, "metrics": metrics})
+        head = {"mode": self.config.mode.value, "select": self.task_type.select}
+        write_json(self.folder.result_file, {**head, **numbers, "metrics": metrics})
         print(report.describe_result(result, metrics, self.folder.task))
 
 
