@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -403,6 +403,14 @@ def attempt_run(log, overrides, point=None, number=0):
     process.start()
     process.join()
     return process.exitcode
+
+
+def fill_disk(disk):
+    """Write a file that takes all space on a disk; its path."""
+    with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(1024)):
+            pass
+    return disk / "filler"
 
 
 def kept_files(root):

@@ -276,7 +276,9 @@ class TrainConfig:
     clip_norm: float | None = option(1.0, above=0)  # null: no clipping
     label_smoothing: float = option(0.0, low=0, high=0.99, task="classification")
     class_weights: ClassWeights = option(ClassWeights.none, task="classification")
-    patience: int | None = option(None, low=1)  # epochs without a better val top1 (map) before stopping
+    # val metric that chooses the best epoch: top1, mean_per_class, top5, loss; map, map50, ...; null: top1 (map)
+    select: str | None = None
+    patience: int | None = option(None, low=1)  # epochs without a better one before stopping
     ema: float | None = option(None, above=0, high=0.99999)  # decay of a moving average of the tuned parameters
     precision: Precision = Precision.auto
     skip_nonfinite: int = option(0, low=0)  # steps skipped for a loss or gradient that is not finite; one more stops
