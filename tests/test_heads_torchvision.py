@@ -24,6 +24,10 @@ def target_of(boxes, labels=None, crowd=None):
     return {"boxes": boxes, "labels": labels} | ({} if crowd is None else {"crowd": torch.tensor(crowd)})
 
 
+def detect(head, levels, size=(64, 64), **selection):
+    return head.eval().detect(levels, [size] * len(levels[0]), Selection(**selection))
+
+
 def make_head(make, num_classes=3, strides=STRIDES, **options):
     torch.manual_seed(0)
     return make(16, num_classes, strides, **options)
@@ -61,9 +65,8 @@ def test_anchors_of_a_wide_image_are_in_row_major_order():
 
 @pytest.mark.parametrize("make", [DenseHead, *HEADS])
 def test_detections_are_clipped_to_the_height_and_the_width_of_a_wide_image(make):
-    head = make_head(make).eval()
     levels = [torch.randn(2, 16, 64 // stride, 128 // stride) for stride in STRIDES]
-    found = head.detect(levels, [(64, 128)] * len(levels[0]), Selection(min_score=0.001, max_detections=10_000))
+    found = detect(make_head(make), levels, (64, 128), min_score=0.001, max_detections=10_000)
     x2, y2 = torch.cat([one["boxes"][:, 2:] for one in found]).unbind(dim=1)
     assert (x2.max(), y2.max()) == (128, 64)
 
@@ -129,9 +132,7 @@ def test_retinanet_decodes_boxes_from_anchors_and_offsets():
     towers = head.retinanet.head.classification_head
     torch.nn.init.zeros_(head.retinanet.head.regression_head.bbox_reg.weight)
     towers.cls_logits.weight.data[0] *= 300  # class 0 of the first anchor of each cell, and no other
-    found = head.detect(
-        levels, [(64, 64)] * len(levels[0]), Selection(min_score=0.02, max_overlap=1.0, max_detections=1000)
-    )[0]
+    (found,) = detect(head, levels, min_score=0.02, max_overlap=1.0, max_detections=1000)
     logits = head.retinanet.head(levels)["cls_logits"][0, :, 0]
     anchors = torch.cat(head.retinanet.anchor_generator.of_levels(levels))
     order = [i for i in logits.argsort(descending=True).tolist() if logits[i].sigmoid() > 0.02]
@@ -161,15 +162,17 @@ def test_faster_rcnn_pools_regions_at_the_strides_of_the_pyramid(size, strides):
         torch.testing.assert_close(region, expected[0])
 
 
-def test_faster_rcnn_refuses_strides_that_do_not_double():
-    with pytest.raises(ValueError, match=r"strides=\[8, 32\]: must double"):
-        make_head(FasterRCNNHead, strides=(8, 32))
-
-
-@pytest.mark.parametrize("num_convs", [0, 5])
-def test_retinanet_refuses_numbers_of_convolutions_that_torchvision_does_not_support(num_convs):
-    with pytest.raises(ValueError, match=f"num_convs={num_convs}: must be 1 to 4"):
-        make_head(RetinaNetHead, num_convs=num_convs)
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (FasterRCNNHead, {"strides": (8, 32)}, r"strides=\[8, 32\]: must double"),
+        (RetinaNetHead, {"num_convs": 0}, "num_convs=0: must be 1 to 4"),
+        (RetinaNetHead, {"num_convs": 5}, "num_convs=5: must be 1 to 4"),
+    ],
+)
+def test_options_that_torchvision_does_not_support_are_refused(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_head(make, **options)
 
 
 def test_towers_have_the_given_number_of_convolutions_and_group_norm():
@@ -197,13 +200,12 @@ def test_faster_rcnn_trains_on_labels_plus_one_and_returns_the_original_labels(m
     torch.nn.init.zeros_(head.roi_heads.box_predictor.cls_score.weight)
     head.roi_heads.box_predictor.cls_score.bias.data = torch.tensor([0.0, 2.0, 0.0, 1.0])
     shares = torch.tensor([0.0, 2.0, 0.0, 1.0]).softmax(dim=0)
-    found = head.eval().detect(levels, [(64, 64)] * len(levels[0]), Selection(min_score=0.2))
-    for one in found:
+    for one in detect(head, levels, min_score=0.2):
         assert set(one["labels"].tolist()) == {0, 2}
         torch.testing.assert_close(one["scores"], shares[1 + one["labels"]])
 
 
-@pytest.mark.parametrize("make", HEADS)
+@pytest.mark.parametrize("make", [DenseHead, *HEADS])
 @pytest.mark.parametrize("targets", [[[], []], [[], [[4, 4, 20, 20]]]])
 def test_batches_with_images_without_boxes_have_finite_losses_and_gradients(make, targets):
     head = make_head(make)
@@ -216,7 +218,7 @@ def test_batches_with_images_without_boxes_have_finite_losses_and_gradients(make
     assert all(torch.isfinite(p.grad).all() for p in head.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("make", HEADS)
+@pytest.mark.parametrize("make", [DenseHead, *HEADS])
 def test_a_crowd_is_not_a_true_box(make):
     """A batch of crowds has the losses of no box; a crowd beside a box leaves the loss of boxes as it is."""
     head, levels = make_head(make), levels_of(batch_size=1)
@@ -248,25 +250,8 @@ def test_retinanet_ignores_background_anchors_in_a_crowd_and_still_matches_the_b
     assert (matched >= 0).any()
 
 
-@pytest.mark.parametrize("make", HEADS)
-def test_losses_are_computed_in_float32_under_autocast(make):
-    head, levels, targets = make_head(make), levels_of(), [target_of([[4, 4, 20, 20]]), target_of([])]
-    torch.manual_seed(3)
-    plain = head.losses(levels, (64, 64), targets)
-    torch.manual_seed(3)
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = head.losses([level.bfloat16() for level in levels], (64, 64), targets)
-        found = head.eval().detect(
-            [level.bfloat16() for level in levels], [(64, 64)] * len(levels[0]), Selection(min_score=0.001)
-        )
-    assert {loss.dtype for loss in losses.values()} == {torch.float32}
-    assert {one["boxes"].dtype for one in found} == {torch.float32}
-    assert all(losses[name].item() == pytest.approx(plain[name].item(), rel=0.05) for name in plain)
-
-
 def test_an_image_without_likely_boxes_has_no_detections():
     for make in HEADS:
-        head = make_head(make).eval()
-        for one in head.detect(levels_of(), [(64, 64)] * len(levels_of()[0]), Selection(min_score=0.99)):
+        for one in detect(make_head(make), levels_of(), min_score=0.99):
             assert one["boxes"].shape == (0, 4)
             assert (len(one["scores"]), len(one["labels"])) == (0, 0)
