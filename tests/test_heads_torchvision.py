@@ -48,10 +48,9 @@ def test_anchors_are_centred_on_cells_at_the_strides_of_the_pyramid(size, stride
     for anchors, stride, num in zip(by_level, strides, generator.num_anchors_per_location(), strict=True):
         side = size // stride
         centres = ((anchors[:, :2] + anchors[:, 2:]) / 2).reshape(side, side, num, 2)
-        for row in range(side):
-            for column in range(side):
-                x, y = (column + 0.5) * stride, (row + 0.5) * stride
-                assert (centres[row, column] == torch.tensor([x, y])).all()
+        middles = (torch.arange(side) + 0.5) * stride
+        assert (centres[..., 0] == middles[None, :, None]).all()
+        assert (centres[..., 1] == middles[:, None, None]).all()
         sides = (anchors[:, 2:] - anchors[:, :2]).prod(dim=1).sqrt()
         assert sides.min().item() == pytest.approx(4 * stride, rel=0.03)
         assert sides.max().item() < 8 * stride
@@ -100,28 +99,18 @@ def test_the_losses_of_retinanet_are_those_of_the_paper():
     class_loss = box_loss = 0.0
     for target, logits, offsets in zip(targets, outputs["cls_logits"], outputs["bbox_regression"], strict=True):
         overlaps = box_iou(anchors, target["boxes"])
-        class_sum, box_sum, num = 0.0, 0.0, 0
-        for a, anchor in enumerate(anchors.tolist()):
-            box = None
-            if len(target["boxes"]):
-                best, index = overlaps[a].max(dim=0)
-                if best >= 0.5 or (overlaps[a] == overlaps.max(dim=0).values).any():
-                    box = target["boxes"][index].tolist()
-                elif best >= 0.4:
-                    continue
-            for label, logit in enumerate(logits[a].tolist()):
-                p = 1 / (1 + math.exp(-logit))
-                is_true = box is not None and target["labels"][index] == label
-                class_sum -= 0.25 * (1 - p) ** 2 * math.log(p) if is_true else 0.75 * p**2 * math.log(1 - p)
-            if box is not None:
-                num += 1
-                (x, y, w, h), (u, v, s, t) = (
-                    ((b[0] + b[2]) / 2, (b[1] + b[3]) / 2, b[2] - b[0], b[3] - b[1]) for b in (box, anchor)
-                )
-                expected = [(x - u) / s, (y - v) / t, math.log(w / s), math.log(h / t)]
-                box_sum += sum(abs(a - b) for a, b in zip(expected, offsets[a].tolist(), strict=True))
-        class_loss += class_sum / max(1, num) / 2
-        box_loss += box_sum / max(1, num) / 2
+        best, index = F.pad(overlaps, (0, 1)).max(dim=1)  # the last column is no box
+        is_box = (best >= 0.5) | (overlaps == overlaps.amax(dim=0)).any(dim=1)
+        is_true = torch.zeros_like(logits, dtype=torch.bool)
+        is_true[is_box, target["labels"][index[is_box]]] = True
+        p, num = logits.sigmoid(), max(1, int(is_box.sum()))
+        focal = torch.where(is_true, -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log())
+        class_loss += focal[is_box | (best < 0.4)].sum().item() / num / 2
+        (xy, wh), (uv, st) = (
+            ((b[:, :2] + b[:, 2:]) / 2, b[:, 2:] - b[:, :2]) for b in (target["boxes"][index[is_box]], anchors[is_box])
+        )
+        expected = torch.cat([(xy - uv) / st, (wh / st).log()], dim=1)
+        box_loss += (expected - offsets[is_box]).abs().sum().item() / num / 2
     assert losses["class"].item() == pytest.approx(class_loss, rel=1e-4)
     assert losses["box"].item() == pytest.approx(box_loss, rel=1e-4)
 
@@ -136,16 +125,12 @@ def test_retinanet_decodes_boxes_from_anchors_and_offsets():
     logits = head.retinanet.head(levels)["cls_logits"][0, :, 0]
     anchors = torch.cat(head.retinanet.anchor_generator.of_levels(levels))
     order = [i for i in logits.argsort(descending=True).tolist() if logits[i].sigmoid() > 0.02]
-    expected = []
-    for x1, y1, x2, y2 in anchors[order].tolist():
-        w, h = x2 - x1, y2 - y1
-        x, y = (x1 + x2) / 2 + 0.25 * w, (y1 + y2) / 2 - 0.125 * h
-        expected.append([min(64, max(0, v)) for v in (x - w / 4, y - h / 2, x + w / 4, y + h / 2)])
-    is_visible = [box[2] > box[0] and box[3] > box[1] for box in expected]
-    assert sum(is_visible) > 3
-    torch.testing.assert_close(
-        found["boxes"], torch.tensor([box for box, visible in zip(expected, is_visible, strict=True) if visible])
-    )
+    centres, sides = (anchors[order, :2] + anchors[order, 2:]) / 2, anchors[order, 2:] - anchors[order, :2]
+    centres, sides = centres + sides * torch.tensor([0.25, -0.125]), sides * torch.tensor([0.5, 1.0])
+    expected = torch.cat([centres - sides / 2, centres + sides / 2], dim=1).clamp(0, 64)
+    expected = expected[(expected[:, 2:] > expected[:, :2]).all(dim=1)]
+    assert len(expected) > 3
+    torch.testing.assert_close(found["boxes"], expected)
     assert (found["labels"] == 0).all()
 
 

@@ -262,17 +262,16 @@ def test_images_are_added_after_compute_and_cleared_by_reset():
     assert metrics.compute()["ar100"] == pytest.approx(0.5)
 
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_boxes_of_any_precision_are_accepted(dtype):
-    boxes, scores = ONE["boxes"].to(dtype).requires_grad_(), torch.tensor([0.5], dtype=dtype)
-    metrics = fed([as_found(ONE) | {"boxes": boxes, "scores": scores}], [ONE | {"labels": ONE["labels"].int()}], 1)
-    assert metrics.compute()["map"] == pytest.approx(1)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_boxes_on_a_gpu_are_accepted():
-    found, target = ({name: value.cuda() for name, value in one.items()} for one in (as_found(ONE), ONE))
-    assert fed([found], [target], 1).compute()["map"] == pytest.approx(1.0)
+def test_boxes_of_any_precision_on_any_device_are_accepted(dtype, device):
+    found = as_found(ONE) | {"boxes": ONE["boxes"].to(dtype).requires_grad_(), "scores": torch.tensor([0.5]).to(dtype)}
+    target = ONE | {"labels": ONE["labels"].int()}
+    found, target = ({name: value.to(device) for name, value in one.items()} for one in (found, target))
+    assert fed([found], [target], 1).compute()["map"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
