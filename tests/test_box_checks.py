@@ -12,6 +12,7 @@ from tests.helpers import coco_content, draw_image, edit_json, read_one, write_c
 from vpt.data.images import ImageError
 from vpt.data.readers.box_checks import DataReport, Finding
 from vpt.data.readers.coco import read_coco
+from vpt.data.readers.yolo import read_yolo
 
 EXIF_ORIENTATION = 0x0112
 
@@ -110,7 +111,7 @@ def store(path: Path, upright: Image.Image, orientation: int) -> Image.Image:
 
 
 UNDO = {3: Transpose.ROTATE_180, 5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_90, 7: Transpose.TRANSVERSE}
-UNDO[8] = Transpose.ROTATE_270
+UNDO |= {8: Transpose.ROTATE_270, 2: Transpose.FLIP_LEFT_RIGHT, 4: Transpose.FLIP_TOP_BOTTOM}
 
 
 def white_part(image: Image.Image) -> list[int]:
@@ -136,16 +137,40 @@ def test_boxes_turn_with_an_image_if_the_declared_size_is_that_of_the_stored_one
         assert report.counts[Finding.TURNED] == num_turned
 
 
-def test_without_a_declared_size_or_with_equal_sides_boxes_are_upright(tmp_path):
-    store(tmp_path / "a.png", Image.new("RGB", (24, 40)), 6)
-    store(tmp_path / "b.png", Image.new("RGB", (24, 24)), 6)
-    store(tmp_path / "c.png", Image.new("RGB", (24, 40)), 3)
-    boxes = [("cat", (3, 8, 10, 20))]
-    content = coco_content({"a.png": ((0, 0), boxes), "b.png": ((24, 24), boxes), "c.png": ((24, 40), boxes)})
-    write_text(tmp_path / "train.json", json.dumps(content))
-    train = read_coco(tmp_path, {"train": "train.json"}, val_fraction=0, strict=True)["train"]
-    assert train.sizes == ((40, 24), (24, 24), (40, 24))
-    assert all(array.tolist() == [[3, 8, 10, 20]] for array in train.boxes)
+@pytest.mark.parametrize("exif_boxes", ["auto", "upright", "stored"])
+@pytest.mark.parametrize(("size", "declared"), [((24, 40), (0, 0)), ((24, 24), (24, 24)), ((24, 40), (9, 9))])
+@pytest.mark.parametrize("orientation", UNDO)
+def test_where_the_declared_size_does_not_show_how_boxes_were_drawn_exif_boxes_decides(
+    orientation, size, declared, exif_boxes, tmp_path
+):
+    upright = Image.new("RGB", size)
+    upright.paste("white", (3, 8, 10, 20))
+    stored = white_part(store(tmp_path / "a.png", upright, orientation))
+    write_text(tmp_path / "train.json", json.dumps(coco_content({"a.png": (declared, [("cat", stored)])})))
+    report = DataReport()
+    options = {"val_fraction": 0, "exif_boxes": exif_boxes, "report": report}
+    train = read_coco(tmp_path, {"train": "train.json"}, **options)["train"]
+    assert train.sizes == (size[::-1],)
+    is_turned = exif_boxes == "stored"
+    if is_turned or max(stored) <= 24:
+        assert train.boxes[0].tolist() == [[3, 8, 10, 20] if is_turned else stored]
+    assert (report.counts[Finding.UNSURE], report.counts[Finding.TURNED]) == (exif_boxes == "auto", is_turned)
+
+
+def test_boxes_in_fractions_of_the_stored_image_are_turned(tmp_path):
+    upright = Image.new("RGB", (20, 40))
+    upright.paste("white", (2, 8, 10, 20))
+    (tmp_path / "images").mkdir()
+    x1, y1, x2, y2 = white_part(store(tmp_path / "images" / "a.png", upright, 6))
+    line = f"0 {(x1 + x2) / 80} {(y1 + y2) / 40} {(x2 - x1) / 40} {(y2 - y1) / 20}"
+    write_text(tmp_path / "labels" / "a.txt", line)
+    write_text(tmp_path / "data.yaml", "train: images\nnames: [cat]\n")
+    train = read_yolo(tmp_path, val_fraction=0, exif_boxes="stored", strict=True)["train"]
+    assert train.boxes[0].tolist() == pytest.approx(np.array([[2, 8, 10, 20]]))
+    with pytest.raises(ValueError, match="exif_boxes"):
+        read_yolo(tmp_path, val_fraction=0, strict=True)
+    with pytest.raises(ValueError, match="exif_boxes='turned'"):
+        read_yolo(tmp_path, exif_boxes="turned")
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:

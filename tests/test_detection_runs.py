@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools.coco import COCO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -213,13 +213,20 @@ def test_the_summary_describes_what_trains_and_the_checks_of_the_boxes(tmp_path,
         content["annotations"][0]["bbox"] = [5, 5, 0.2, 30]
         content["annotations"][1]["iscrowd"] = 1
 
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    with Image.open(copy / "train" / "2.png") as image:
+        image.save(copy / "train" / "2.png", exif=exif)
     edit_json(copy / "train" / "_annotations.coco.json", change)
     train(tmp_path / "runs", copy, "mode=dry")
     out = capsys.readouterr().out
     assert "data       boxes: 2 classes; images (boxes): train 16 (23), val 4 (6), test 5 (8)\n" in out
     assert "boxes with a side below 1 px: 1, dropped; first " in out
     assert "boxes of crowds or difficult objects: 1, ignored" in out
+    assert "(set exif_boxes): 1, boxes taken as for the upright image; first " in out
     assert "prompt 2,925 + neck " in out
+    train(tmp_path / "runs", copy, "mode=dry", "dataset.exif_boxes=stored")
+    assert "images stored turned or mirrored, with their boxes: 1, turned upright; first " in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"_annotations\.coco\.json.*boxes with a side below 1 px \(1\)"):
         train(tmp_path / "runs", copy, "mode=dry", "dataset.strict=true")
 
