@@ -1,5 +1,6 @@
 """What several test files share: tiny models, data on disk, short runs, commands."""
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -19,6 +20,8 @@ import timm
 import torch
 import uvicorn
 from PIL import Image, features
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -332,6 +335,24 @@ def edit_json(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
+def coco_evaluation(truth: dict, results: str | list[dict]) -> COCOeval:
+    """The evaluation of pycocotools, of the content of an annotation file and the path or content of results."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def coco_metrics(evaluation: COCOeval) -> dict[str, float]:
+    names = ("map", "map50", "map75", "map_small", "map_medium", "map_large", "ar1", "ar10", "ar100")
+    return {name: float("nan") if value == -1 else value for name, value in zip(names, evaluation.stats, strict=False)}
+
+
 HAS_AVIF = features.check("avif")
 
 
@@ -424,7 +445,7 @@ NANO = "vit_nano_patch8_64"
 SLOW = 60.0  # seconds; far longer than anything here takes
 
 
-@contextmanager
+@contextlib.contextmanager
 def served(bank, **settings):
     """A client of a real server in a thread."""
     app = make_app(bank, Settings(**settings))

@@ -65,7 +65,7 @@ def test_the_library_and_the_schema_have_the_same_defaults():
         (Decoding, data, ["max_pixels", "background"]),
         (DetectionTrainTransform, augment, ["min_visibility"]),
         (read_folder, DatasetConfig(), ["val_fraction"]),
-        (make_samples, DatasetConfig(), ["val_fraction", "strict"]),
+        (make_samples, DatasetConfig(), ["val_fraction", "strict", "exif_boxes"]),
     ]:
         parameters = inspect.signature(call).parameters
         assert {name: parameters[name].default for name in names} == {name: getattr(section, name) for name in names}

@@ -88,6 +88,14 @@ class BoxFormat(StrEnum):
     voc = "voc"
 
 
+class ExifBoxes(StrEnum):
+    """How boxes were drawn on images that EXIF turns or mirrors, where nothing shows it; auto: upright, reported."""
+
+    auto = "auto"
+    upright = "upright"
+    stored = "stored"
+
+
 class OptimName(StrEnum):
     """Optimisers."""
 
@@ -219,6 +227,7 @@ class DatasetConfig:
     format: BoxFormat = option(BoxFormat.auto, task="detection")
     annotations: Any = option(None, task="detection")  # split -> COCO file: {train:a.json,val:b.json}
     strict: bool = option(False, task="detection")  # refuse data with errors instead of repairing and counting them
+    exif_boxes: ExifBoxes = option(ExifBoxes.auto, task="detection")
     root: str | None = None
     path: str | None = None
     name: str | None = None

@@ -84,7 +84,7 @@ def check_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, in
 
 
 def read_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """Height and width of the upright image, those of the stored one, and the EXIF orientation, 1 unless it is 5 to 8.
+    """Height and width of the upright image, those of the stored one, and the EXIF orientation, 1 by default.
 
     Raises an `ImageError` as `check_image`, or if the EXIF data are broken.
     """
@@ -93,7 +93,7 @@ def read_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[tuple[i
         is_upright = image.format == "TIFF"  # Pillow turns the size of a TIFF when it opens it
         size = image.height, image.width
     if orientation not in (5, 6, 7, 8):
-        return size, size, 1
+        return size, size, orientation
     return (size, size[::-1], orientation) if is_upright else (size[::-1], size, orientation)
 
 

@@ -163,7 +163,7 @@ class Detection(TaskType):
         """Samples by split, from boxes and the headers of images."""
         config = self.config.dataset
         reading: dict[str, Any] = {"val_fraction": config.val_fraction, "test_fraction": config.test_fraction or 0.0}
-        reading |= {"seed": config.split_seed, "strict": config.strict}
+        reading |= {"seed": config.split_seed, "strict": config.strict, "exif_boxes": config.exif_boxes.value}
         reading |= {"report": self.report, "decoding": self.decoding}
         if config.reader == "trees":
             return read_coco(trees_root(), **reading)
