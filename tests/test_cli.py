@@ -20,13 +20,14 @@ from tests.helpers import ROOT, call, exit_code_of
         ("vpt.train", ["train.epochs=0"], "error: train.epochs=0 is out of range: it must be at least 1\n"),
         ("vpt.evaluate", ["rn=a"], "error: rn=a: not an option of the form key=value; did you mean run?\n"),
         ("vpt.predict", ["run=a"], "error: input is needed: type input=...\n"),
+        ("vpt.train", ["dataset=folder", "dataset.root=nowhere"], "error: dataset.root=nowhere is no folder; expected"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(tmp_path, module, arguments, message):
     done = call(*arguments, cwd=tmp_path, module=module)
     assert done.returncode == 2
-    assert done.stderr == message
-    assert done.stdout == ""
+    assert done.stderr.startswith(message)
+    assert (done.stderr.count("\n"), done.stdout) == (1, "")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -80,13 +81,6 @@ def test_one_job_is_shown_by_hydra_and_a_full_traceback_by_request(tmp_path, mon
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_data_that_is_not_there_is_an_error_that_names_the_key(tmp_path):
-    done = call("dataset=folder", "dataset.root=nowhere", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "root=nowhere is no folder" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
