@@ -13,6 +13,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+import cv2
 import httpx
 import numpy as np
 import pytest
@@ -97,6 +98,15 @@ def make_album(num_photos):
         pixels = generator.integers(0, 255, (40 + 30 * (number % 5), 90, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(Path("album") / ("sub" if number % 2 else "") / f"{number:02d}.png")
     return Path("album")
+
+
+def write_clip(path, codec="MJPG"):
+    """Seven red frames of 64 x 48 pixels; the red of each is 30 more."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 10, (64, 48))
+    for number in range(7):
+        writer.write(np.full((48, 64, 3), (0, 0, 30 * number), np.uint8))  # OpenCV's order is blue, green, red
+    writer.release()
+    return path
 
 
 def train_with(*overrides):
