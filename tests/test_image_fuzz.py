@@ -6,14 +6,16 @@ import os
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.helpers import HAS_AVIF, encode, noise
-from vpt.data.images import FORMATS, ImageError, check_image, read_header, read_image
+from vpt.data.images import FORMATS, Decoding, ImageError, check_image, read_header, read_image
 
 SEEDS = {
     "BMP": lambda: encode(noise(), "BMP"),
@@ -23,6 +25,7 @@ SEEDS = {
     "PNG": lambda: encode(noise(channels=4), "PNG", exif=exif()),
     "PNG, palette": lambda: encode(noise().quantize(16), "PNG", transparency=3),
     "PNG, 16 bit": lambda: encode(Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100), "PNG"),
+    "PNG, 16 bit colour": lambda: cv2.imencode(".png", np.uint16(noise()) * 9)[1].tobytes(),
     "PPM": lambda: encode(noise(), "PPM"),
     "TIFF": lambda: encode(noise(), "TIFF", exif=exif()),
     "TIFF, LZW": lambda: encode(noise(channels=4), "TIFF", compression="tiff_lzw"),
@@ -33,7 +36,7 @@ SEEDS = {
 }
 if HAS_AVIF:
     SEEDS["AVIF"] = lambda: encode(noise(channels=4), "AVIF", exif=exif())
-MAX_PIXELS = 1_000_000  # a damaged header may say anything; what is refused by its size is tested elsewhere
+DECODING = Decoding(1_000_000)  # a damaged header may say anything; what is refused by its size is tested elsewhere
 
 
 def exif() -> Image.Exif:
@@ -75,15 +78,15 @@ def fuzz(form: str, num: int, path: str) -> dict[str, int]:
         sys.stderr.flush()
         for read in (check_image, read_header):
             with contextlib.suppress(ImageError):
-                read(path, MAX_PIXELS)
+                read(path, DECODING)
         try:
-            image = read_image(path, MAX_PIXELS)
+            image = read_image(path, DECODING if number % 2 else replace(DECODING, range=(0, 4095)))
         except ImageError as error:
             assert str(error).startswith(path) and "\n" not in str(error)  # noqa: PT017, PT018
             counts["refused"] += 1
         else:
             assert image.mode == "RGB"
-            assert 0 < image.width * image.height <= MAX_PIXELS
+            assert 0 < image.width * image.height <= DECODING.max_pixels
             image.tobytes()
             counts["pictures"] += 1
     return counts

@@ -6,7 +6,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from vpt.data import images
-from vpt.data.images import ImageError, check_image, find_images, read_header, read_image, split_pattern
+from vpt.data.images import Decoding, ImageError, check_image, find_images, read_header, read_image, split_pattern
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def test_a_header_has_the_upright_and_the_stored_size(suffix, orientation, tmp_p
 def test_the_limit_of_pixels_is_inclusive_and_holds_for_headers(picture, tmp_path):
     picture.save(tmp_path / "a.png")
     for read in (read_image, check_image, read_header):
-        read(tmp_path / "a.png", max_pixels=24)
+        read(tmp_path / "a.png", Decoding(max_pixels=24))
         with pytest.raises(ImageError, match=r"a\.png: 24 pixels are more than the 23 allowed"):
-            read(tmp_path / "a.png", max_pixels=23)
+            read(tmp_path / "a.png", Decoding(max_pixels=23))
 
 
 def test_a_folder_that_is_a_link_is_read_and_links_in_a_circle_do_not_multiply_images(picture, tmp_path):

@@ -191,7 +191,7 @@ def _check_splits(
             other = seen.setdefault(image.path, image)
             if other is not image:
                 raise ValueError(f"{image.where}: {image.name} is a duplicate, first at {other.where}; remove one")
-            checked = check_image_boxes(image, labels, report, decoding.max_pixels)
+            checked = check_image_boxes(image, labels, report, decoding)
             if checked is not None:
                 rows.append((image, checked))
         if split != "train":
@@ -222,7 +222,7 @@ def _summary(report: DataReport) -> str:
 
 
 def check_image_boxes(
-    image: SourceImage, labels: Mapping[int | str, int], report: DataReport, max_pixels: int
+    image: SourceImage, labels: Mapping[int | str, int], report: DataReport, decoding: Decoding
 ) -> CheckedImage | None:
     """Check the header of an image and all of its boxes; None if the image cannot be used.
 
@@ -230,7 +230,7 @@ def check_image_boxes(
     If it is that of the upright one, if the two are equal, or if none is declared, the boxes are upright already.
     """
     try:
-        upright, stored, orientation = read_header(image.path, max_pixels)
+        upright, stored, orientation = read_header(image.path, decoding)
     except ImageError as error:
         finding = Finding.UNREADABLE if image.path.is_file() else Finding.MISSING
         report.add(finding, f"{image.where}: {error}")
