@@ -225,7 +225,7 @@ def _check_splits(
             other = seen.setdefault(image.path, image)
             if other is not image:
                 raise ValueError(f"{image.where}: {image.name} is a duplicate, first at {other.where}; remove one")
-            checked = check_image_boxes(image, labels, report, decoding.max_pixels, exif_boxes)
+            checked = check_image_boxes(image, labels, report, decoding, exif_boxes)
             if checked is not None:
                 rows.append((image, checked))
         if split != "train":
@@ -290,7 +290,7 @@ def check_image_boxes(
     image: SourceImage,
     labels: Mapping[int | str | None, int],
     report: DataReport,
-    max_pixels: int,
+    decoding: Decoding,
     exif_boxes: str,
 ) -> CheckedImage | None:
     """Check the header of an image and all of its boxes; None if the image cannot be used.
@@ -299,7 +299,7 @@ def check_image_boxes(
     and not if it is that of the upright one. Where the declared size does not show it, `exif_boxes` decides.
     """
     try:
-        upright, stored, orientation = read_header(image.path, max_pixels)
+        upright, stored, orientation = read_header(image.path, decoding)
     except ImageError as error:
         finding = Finding.UNREADABLE if image.path.is_file() else Finding.MISSING
         report.add(finding, f"{image.where}: {error}")
