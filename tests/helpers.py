@@ -1,5 +1,6 @@
 """What several test files share: tiny models, data on disk, short runs, commands."""
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -9,9 +10,10 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
+import cv2
 import httpx
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ import timm
 import torch
 import uvicorn
 from PIL import Image, features
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -46,8 +50,6 @@ from vpt.serve.service import Settings
 from vpt.train.training import run
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
-
-
 TINY_VITS = {
     "cls": ("vit_tiny_patch16_224", {}),
     "no_prefix": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
@@ -98,6 +100,15 @@ def make_album(num_photos):
     return Path("album")
 
 
+def write_clip(path, codec="MJPG"):
+    """Seven red frames of 64 x 48 pixels; the red of each is 30 more."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 10, (64, 48))
+    for number in range(7):
+        writer.write(np.full((48, 64, 3), (0, 0, 30 * number), np.uint8))  # OpenCV's order is blue, green, red
+    writer.release()
+    return path
+
+
 def train_with(*overrides):
     """One training run as the command does it, in this process; returns its folder, None for mode=overfit."""
     return run(to_config(compose_config(overrides)))
@@ -113,15 +124,10 @@ OPTIONS = {  # what a method needs on so small a ViT
 }
 
 
-def adapters_of(method, **options):
-    return Adapters(method, OPTIONS.get(method, {}) | options)
-
-
 def make_tuned_model(method, vit=None, **options):
     torch.manual_seed(1)
-    model = build_model(
-        vit or make_tiny_vit(), num_classes=3, tuning="adapters", adapters=adapters_of(method), **options
-    )
+    adapters = Adapters(method, OPTIONS.get(method, {}))
+    model = build_model(vit or make_tiny_vit(), num_classes=3, tuning="adapters", adapters=adapters, **options)
     torch.nn.init.normal_(model.head.weight)
     return model
 
@@ -136,9 +142,7 @@ def train_steps(model, images, num_steps=3):
     return model.eval()
 
 
-TINY_PAIR = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
-
-
+TINY_PAIR = {**TINY, "depth": 2}
 FAST = {
     "vit_tiny_patch16_224": {},
     "deit_tiny_distilled_patch16_224": {},
@@ -156,8 +160,6 @@ FAST = {
     "vit_small_patch16_dinov3 with projections apart": {"qkv_fused": False},
     "beit_base_patch16_224": {"global_pool": "token"},
 }
-
-
 SLOW_PATH = {
     "vit_tiny_patch16_224 with parallel blocks": {"block_fn": timm.models.vision_transformer.ParallelScalingBlock},
     "vit_tiny_patch16_224 with two branches": {"block_fn": timm.models.vision_transformer.ParallelThingsBlock},
@@ -184,18 +186,21 @@ def make_pair(name, options, **prompt_options):
 def read_one(root: Path, rows: list[dict], **options) -> tuple[DetectionSamples, DataReport]:
     """Train of one picture, 64 x 32, with the box (2, 2, 12, 12), and then these rows."""
     write_coco(root, {"train": {"a.png": ((64, 32), [("cat", (2, 2, 12, 12))])}})
+    more = [{"image_id": 100, "category_id": 3} | row for row in rows]
     path = root / "annotations" / "instances_train2017.json"
-    edit_json(
-        path, lambda content: content["annotations"].extend({"image_id": 100, "category_id": 3} | r for r in rows)
-    )
+    edit_json(path, lambda content: content["annotations"].extend(more))
     report = DataReport()
     return read_coco(root, val_fraction=0, report=report, **options)["train"], report
 
 
-def touch(path: Path, colour: int = 0) -> Path:
+def draw_image(path: Path, size: tuple[int, int] = (4, 4), colour: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (4, 4), (colour, colour, colour)).save(path)
+    Image.new("RGB", size, (colour, colour, colour)).save(path)
     return path
+
+
+def touch(path: Path, colour: int = 0) -> Path:
+    return draw_image(path, colour=colour)
 
 
 def make_folder(root: Path, counts: dict[str, int]) -> Path:
@@ -224,15 +229,12 @@ def exit_code_of(module, monkeypatch, *words):
     """The exit code of a command, run in this process."""
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
     try:
-        module.main()
+        return module.main() or 0
     except SystemExit as end:
         return end.code or 0
-    return 0
 
 
 SMALL_COMPARISON = ["train.epochs=2", "train.batch_size=8", "num_workers=0", "device=cpu", "augment=none"]
-
-
 TRUTH = {
     "train": {
         "a.png": ((64, 32), [("cat", (0, 0, 64, 32)), ("dog", (8, 4, 24, 28))]),
@@ -242,18 +244,8 @@ TRUTH = {
     "val": {"d.png": ((64, 32), [("cat", (30, 10, 50, 20))])},
     "test": {"e.png": ((128, 64), [("dog", (64, 0, 128, 64)), ("dog", (5, 6, 70, 8))])},
 }
-
-
 CLASSES = ("cat", "dog")
-
-
 CATEGORY_IDS = {"cat": 3, "dog": 17}
-
-
-def draw_image(path: Path, size: tuple[int, int]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size).save(path)
-    return path
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -275,19 +267,21 @@ def coco_content(pictures: dict, categories: dict[str, int] = CATEGORY_IDS) -> d
 
 def write_coco(root: Path, truth: dict = TRUTH) -> Path:
     for split, pictures in truth.items():
-        write_text(root / "annotations" / f"instances_{split}2017.json", json.dumps(coco_content(pictures)))
-        for name, (size, _) in pictures.items():
-            draw_image(root / f"{split}2017" / name, size)
+        _write_coco(root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017", pictures)
     return root
 
 
-def write_roboflow(root: Path, truth: dict = TRUTH) -> Path:
-    for split, pictures in truth.items():
+def write_roboflow(root: Path) -> Path:
+    for split, pictures in TRUTH.items():
         folder = root / {"val": "valid"}.get(split, split)
-        write_text(folder / "_annotations.coco.json", json.dumps(coco_content(pictures)))
-        for name, (size, _) in pictures.items():
-            draw_image(folder / name, size)
+        _write_coco(folder / "_annotations.coco.json", folder, pictures)
     return root
+
+
+def _write_coco(path: Path, folder: Path, pictures: dict) -> None:
+    write_text(path, json.dumps(coco_content(pictures)))
+    for name, (size, _) in pictures.items():
+        draw_image(folder / name, size)
 
 
 def write_yolo(root: Path, truth: dict = TRUTH) -> Path:
@@ -332,6 +326,24 @@ def edit_json(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
+def coco_evaluation(truth: dict, results: str | list[dict]) -> COCOeval:
+    """The evaluation of pycocotools, of the content of an annotation file and the path or content of results."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def coco_metrics(evaluation: COCOeval) -> dict[str, float]:
+    names = ("map", "map50", "map75", "map_small", "map_medium", "map_large", "ar1", "ar10", "ar100")
+    return {name: float("nan") if value == -1 else value for name, value in zip(names, evaluation.stats, strict=False)}
+
+
 HAS_AVIF = features.check("avif")
 
 
@@ -341,8 +353,8 @@ def encode(image: Image.Image, form: str, **options) -> bytes:
     return stream.getvalue()
 
 
-def noise(width: int = 32, height: int = 24, channels: int = 3) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+def noise(width: int = 32, height: int = 24, channels: int = 3, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
     return Image.fromarray(pixels.squeeze())
 
 
@@ -364,8 +376,6 @@ SMALL_RUN = [
     *("train.epochs=3", "train.log_every=1", "prompt.num_tokens=3"),
     *("device=cpu", "run.name=run", "run.save_minutes=1e-9"),
 ]
-
-
 POINTS = {  # where a process kills itself -> (object, method), at a call of it that is drawn
     "in a step": (torch.optim.AdamW, "step"),
     "behind a step": (Stepper, "_rates"),
@@ -405,18 +415,24 @@ def attempt_run(log, overrides, point=None, number=0):
     return process.exitcode
 
 
+def fill_disk(disk):
+    """Write a file that takes all space on a disk; its path."""
+    with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(1024)):
+            pass
+    return disk / "filler"
+
+
 def kept_files(root):
     """What must be the same, byte for byte."""
     return {name: (root / "run" / name).read_bytes() for name in ("metrics.jsonl", "task.safetensors")}
 
 
 NANO = "vit_nano_patch8_64"
-
-
 SLOW = 60.0  # seconds; far longer than anything here takes
 
 
-@contextmanager
+@contextlib.contextmanager
 def served(bank, **settings):
     """A client of a real server in a thread."""
     app = make_app(bank, Settings(**settings))
@@ -444,38 +460,27 @@ def save_nano_task(path, seed, classes, **options):
 
 def png_bytes(seed=0, size=(90, 60), form="PNG", **options):
     """The bytes of an image file."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, form, **options)
-    return buffer.getvalue()
+    return encode(noise(*size, seed=seed), form, **options)
 
 
 def make_detector(head="dense", prompt="deep", tuning="prompt", **options):
     torch.manual_seed(3)
-    options = {"channels": 16, "num_convs": 1, **options}
+    options = {"num_tokens": 2, "channels": 16, "num_convs": 1, **options}
     vit = make_tiny_vit(img_size=64)
-    model = build_model(
-        vit, task="detection", num_classes=3, head=head, prompt=prompt, num_tokens=2, tuning=tuning, **options
-    )
+    model = build_model(vit, task="detection", num_classes=3, head=head, prompt=prompt, tuning=tuning, **options)
     for parameter in model.head.parameters():
         parameter.data.normal_(std=0.1)
     return model
 
 
-class Evaluator:
+class Evaluator(ClassificationMetrics):
     """Metrics of the logits."""
 
     def __init__(self):
-        self.metrics = ClassificationMetrics(3)
-
-    def reset(self):
-        self.metrics.reset()
-
-    def compute(self):
-        return self.metrics.compute()
+        super().__init__(3)
 
     def update(self, model, images, targets):
-        self.metrics.update(model(images).float(), targets)
+        super().update(model(images).float(), targets)
 
 
 def cross_entropy(model, images, targets):
@@ -497,8 +502,7 @@ class Separable(nn.Module):
 
 
 def make_loader(num=22, batch_size=5, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(num, 3, 2, 2, generator=generator)
+    images = torch.randn(num, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
     targets = images.flatten(1)[:, :3].argmax(dim=1)
     return DataLoader(TensorDataset(images, targets), batch_size=batch_size)
 

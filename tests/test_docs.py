@@ -1,4 +1,4 @@
-"""Checks of the documentation: navigation, links, commands and the files that it names."""
+"""Checks of the documentation: navigation, links, commands, the files that it names, and the size of the README."""
 
 import re
 import subprocess
@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)  # of the README
 TEXTS = {path.relative_to(ROOT): path.read_text() for path in [*PAGES, ROOT / "README.md", ROOT / "CHANGELOG.md"]}
 
 
@@ -63,6 +65,35 @@ def test_api_pages_cover_modules_that_exist_and_every_public_name():
     assert [one for one in modules if not (ROOT / one[1].replace(".", "/")).with_suffix(".py").exists()] == []
     index = (DOCS / "api" / "index.md").read_text()
     assert [name for name in vpt.__all__ if f"`vpt.{name}`" not in index] == []
+
+
+def test_the_first_two_blocks_of_the_readme_are_one_line_each_that_sets_up_and_runs():
+    (_, train), (_, test) = BLOCKS[:2]
+    for command in (train, test):
+        assert command.count("\n") == 1
+        assert command.startswith("python3 -m venv .venv && ")
+        assert subprocess.run(["bash", "-n", "-c", command], check=False).returncode == 0
+    assert train.endswith(".venv/bin/python -m vpt.train +experiment=quickstart\n")
+    assert test.endswith(".venv/bin/python -m pytest\n")
+
+
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    setup = {command.strip() for _, command in BLOCKS[:2]}
+    assert len(lines) < 150
+    assert [line for line in lines if len(line) > 120 and line not in setup] == []
+
+
+def test_choices_in_the_readme_are_accepted():
+    choices = re.findall(r"`((?:(?:prompt|optim|augment|train|backbone)[.\w]*=[\w.:]+ ?)+)`", README)
+    assert len(choices) >= 5
+    for choice in choices:
+        check_command_line(choice.split())
+
+
+def test_the_readme_names_six_files_to_read_first():
+    (paragraph,) = re.findall(r"^Read these files first: (.*?)\n\n", README, re.MULTILINE | re.DOTALL)
+    assert len(re.findall(r"\]\(vpt/[\w/]+\.py\)", paragraph)) == 6
 
 
 @pytest.mark.slow

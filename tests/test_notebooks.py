@@ -14,11 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(home|root|tmp|work|mnt|data|content|Users)\b|\b[A-Z]:\\")
 
+assert len(NOTEBOOKS) >= 2
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-
-
-def test_there_are_notebooks():
-    assert len(NOTEBOOKS) >= 2
 
 
 @each_notebook

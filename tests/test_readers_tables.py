@@ -23,11 +23,8 @@ def vtab(tmp_path):
 
 def test_list_files_are_read_as_they_are(vtab):
     splits = read_list(vtab)
-    assert {split: samples.targets for split, samples in splits.items()} == {
-        "train": (0, 1, 2),
-        "val": (2,),
-        "test": (1, 0),
-    }
+    targets = {split: samples.targets for split, samples in splits.items()}
+    assert targets == {"train": (0, 1, 2), "val": (2,), "test": (1, 0)}
     assert splits["test"].classes == ("0", "1", "2")
     assert splits["test"].names == ("images/x/4.png", "images/x/5.png")
     assert splits["test"].read(1).getpixel((0, 0)) == (5, 5, 5)
@@ -37,8 +34,7 @@ def test_names_may_have_spaces_and_train_may_lack_a_class_of_other_lists(vtab):
     touch(vtab / "a b.png")
     (vtab / "test.txt").write_text("a b.png 3\r\n")
     splits = read_list(vtab)
-    assert splits["test"].names == ("a b.png",)
-    assert splits["train"].classes == ("0", "1", "2", "3")
+    assert (splits["test"].names, splits["train"].classes) == (("a b.png",), ("0", "1", "2", "3"))
 
 
 def test_missing_lists_are_split_off_train(vtab):
@@ -113,10 +109,8 @@ def test_a_csv_with_splits_is_read_as_it_is(tmp_path):
 def test_a_csv_without_splits_is_split_by_class_and_numbers_are_sorted_by_value(tmp_path):
     rows = "".join(f"p/{i}.png,{(10, 9)[i % 2]}\n" for i in range(6))
     splits = read_csv(write_csv(tmp_path, "path,label\n" + rows), val_fraction=0.3)
-    assert {split: Counter(samples.targets) for split, samples in splits.items()} == {
-        "train": {0: 2, 1: 2},
-        "val": {0: 1, 1: 1},
-    }
+    counts = {split: Counter(samples.targets) for split, samples in splits.items()}
+    assert counts == {"train": {0: 2, 1: 2}, "val": {0: 1, 1: 1}}
     assert splits["train"].classes == ("9", "10")
 
 

@@ -11,36 +11,26 @@ from vpt.config.validation import to_config
 from vpt.runs.folder import RunFolder
 
 # The config of `dataset=coco dataset.root=/data/cells head=dense head.taps=last`, as version 0.1 saved it.
-FIRST_CONFIG = """\
-backbone: {name: vit_nano_patch8_64.vpt, pretrained: true, checkpoint: null, img_size: null, dtype: fp32}
+FIRST_CONFIG = """{
+backbone: {name: vit_nano_patch8_64.vpt, pretrained: true, checkpoint: null, img_size: null, dtype: fp32},
 prompt: {kind: deep, title: bilinear, num_tokens: 20, blocks: all, dropout: 0.0, form: bilinear, rank: 8, whiten: false,
-  fraction: 0.3, init: patch, init_from: null, impl: auto}
+  fraction: 0.3, init: patch, init_from: null, impl: auto},
 tuning: {kind: prompt, with_prompt: false, num_blocks: 1, adapters: sequential, options: null, lr: 0.0001,
-  title: bilinear}
-head: {name: dense, title: '', init: zero, taps: last, channels: 128, strides: null, num_convs: null}
+  title: bilinear},
+head: {name: dense, title: '', init: zero, taps: last, channels: 128, strides: null, num_convs: null},
 dataset: {kind: boxes, title: coco, form: coco, annotations: null, strict: false, root: /data/cells, path: null,
   name: null, download: false, train: train800.txt, val: val200.txt, test: test.txt, val_fraction: 0.2,
-  test_fraction: null, num_per_class: null, split_seed: 0}
-data: {max_pixels: 50000000, background: white, on_error: stop, max_skipped: 0.01, timeout_s: 120.0}
+  test_fraction: null, num_per_class: null, split_seed: 0},
+data: {max_pixels: 50000000, background: white, on_error: stop, max_skipped: 0.01, timeout_s: 120.0},
 augment: {transforms: [{name: RandomResizedCrop, scale: [0.5, 1.0]}, {name: HorizontalFlip, p: 0.5}], crop_mode: null,
-  crop_pct: null, min_visibility: 0.2}
+  crop_pct: null, min_visibility: 0.2},
 optim: {name: adamw, prompt_lr: 0.01, head_lr: 0.001, scale_lr: false, weight_decay: 0.0001, momentum: 0.9,
-  warmup_epochs: 1.0}
+  warmup_epochs: 1.0},
 train: {epochs: 20, batch_size: 64, accumulation: 1, clip_norm: 1.0, label_smoothing: 0.0, class_weights: none,
-  patience: null, ema: null, precision: auto, skip_nonfinite: 0, log_every: 10}
-run: {root: runs, name: null, title: coco_bilinear, save_minutes: 5.0}
-mode: train
-fresh: false
-auto_batch: false
-seed: 0
-deterministic: false
-device: auto
-num_workers: null
-compile: false
-grad_checkpointing: false
-cache: auto
-cache_gb: 4.0
-cache_dir: null
+  patience: null, ema: null, precision: auto, skip_nonfinite: 0, log_every: 10},
+run: {root: runs, name: null, title: coco_bilinear, save_minutes: 5.0},
+mode: train, fresh: false, auto_batch: false, seed: 0, deterministic: false, device: auto, num_workers: null,
+compile: false, grad_checkpointing: false, cache: auto, cache_gb: 4.0, cache_dir: null}
 """
 
 
@@ -77,15 +67,9 @@ def test_a_run_of_version_0_1_is_read_and_resumed(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "text",
     [
-        "${oc.env:CANARY}",
-        "x/${oc.env:CANARY}",
-        "${oc.env:NOT_SET,${oc.env:CANARY}}",
-        "${dataset.path}",
-        "${dataset[path]}",
-        "${ dataset.path }",
-        "${.path}",
-        "${oc.select:dataset.path}",
-        "${oc.decode:${oc.env:CANARY}}",
+        *("${oc.env:CANARY}", "x/${oc.env:CANARY}", "${oc.env:NOT_SET,${oc.env:CANARY}}"),
+        *("${dataset.path}", "${dataset[path]}", "${ dataset.path }", "${.path}"),
+        *("${oc.select:dataset.path}", "${oc.decode:${oc.env:CANARY}}"),
     ],
 )
 def test_text_from_the_environment_is_saved_as_the_expression_that_reads_it(monkeypatch, text):
@@ -111,13 +95,8 @@ def test_numbers_and_choices_from_the_environment_are_not_secrets(monkeypatch):
 
 
 def test_a_recipe_has_what_decides_the_result_and_no_paths_of_this_machine():
-    overrides = [
-        "dataset=folder",
-        "dataset.root=/home/me/flowers",
-        "backbone.checkpoint=/data/vit.safetensors",
-        "seed=3",
-    ]
-    values = recipe(to_config(compose_config(overrides)))
+    paths = ["dataset.root=/home/me/flowers", "backbone.checkpoint=/data/vit.safetensors"]
+    values = recipe(to_config(compose_config(["dataset=folder", "seed=3", *paths])))
     assert (values["dataset"]["root"], values["backbone"]["checkpoint"]) == ("flowers", "vit.safetensors")
     assert (values["seed"], values["optim"]["prompt_lr"]) == (3, 0.01)
     assert not {"run", "num_workers", "cache"} & values.keys()

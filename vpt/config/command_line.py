@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import io
 import re
 import sys
 import tempfile
@@ -30,6 +31,13 @@ OptionsT = TypeVar("OptionsT")
 PATH_KEYS = (
     *("dataset.root", "dataset.path", "backbone.checkpoint", "prompt.init_from", "run.root", "run.name", "cache_dir"),
 )
+
+
+def escape_output() -> None:
+    """Let the standard streams escape what their encoding does not have, such as a class name, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class CommandLine(NamedTuple):

@@ -114,7 +114,9 @@ def first_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `rename_keys` for keys such as "prompt.variant", so that digests in run names stay the same."""
     before = {new: old for old, new in RENAMED.items()}
     new = ("dataset.task", "dataset.required", "head.task")
-    return {before.get(key, key): value for key, value in values.items() if key not in new}
+    unset = {"train.select": None}  # keys of later versions, and their values where they change nothing
+    old = {key: value for key, value in values.items() if key not in new and (key, value) not in unset.items()}
+    return {before.get(key, key): value for key, value in old.items()}
 
 
 def load_config(path: Path) -> Config:

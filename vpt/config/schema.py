@@ -91,6 +91,14 @@ class BoxFormat(StrEnum):
     voc = "voc"
 
 
+class ExifBoxes(StrEnum):
+    """How boxes were drawn on images that EXIF turns or mirrors, where nothing shows it; auto: upright, reported."""
+
+    auto = "auto"
+    upright = "upright"
+    stored = "stored"
+
+
 class OptimName(StrEnum):
     """Optimisers."""
 
@@ -226,6 +234,7 @@ class DatasetConfig:
     ignore: int | None = option(255, low=0, task="segmentation")  # value of pixels that belong to no class
     reduce_zero_label: bool = option(False, task="segmentation")  # 0 is ignored, and 1 the first class, as in ADE20K
     instances: bool = option(False, task="segmentation")  # values number objects: all above 0 are one class
+    exif_boxes: ExifBoxes = option(ExifBoxes.auto, task="detection")
     root: str | None = None
     path: str | None = None
     name: str | None = None
@@ -284,7 +293,9 @@ class TrainConfig:
     label_smoothing: float = option(0.0, low=0, high=0.99, task="classification")
     class_weights: ClassWeights = option(ClassWeights.none, task=("classification", "segmentation"))
     dice: float = option(0.0, low=0, task="segmentation")  # weight of the soft Dice loss beside cross-entropy
-    patience: int | None = option(None, low=1)  # epochs without a better val top1 (map) before stopping
+    # val metric that chooses the best epoch: top1, top5, ..., map, map50, ..., miou, dice, ...; null: top1, map, miou
+    select: str | None = None
+    patience: int | None = option(None, low=1)  # epochs without a better one before stopping
     ema: float | None = option(None, above=0, high=0.99999)  # decay of a moving average of the tuned parameters
     precision: Precision = Precision.auto
     skip_nonfinite: int = option(0, low=0)  # steps skipped for a loss or gradient that is not finite; one more stops

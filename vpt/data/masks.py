@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vpt.data.images import MAX_PIXELS, TURNS, ImageError, opened
+from vpt.data.images import DEFAULT_DECODING, TURNS, Decoding, ImageError, opened
 from vpt.data.samples import SampleDataset, Samples, Size, Target, format_size
 
 IGNORE = -1
@@ -51,7 +51,9 @@ class MaskValues:
         return np.where(keys[found] == values, numbers[found], np.int16(UNKNOWN))
 
 
-def read_values(path: Path, has_colours: bool = False, max_pixels: int = MAX_PIXELS) -> tuple[NDArray[np.int32], int]:
+def read_values(
+    path: Path, has_colours: bool = False, decoding: Decoding = DEFAULT_DECODING
+) -> tuple[NDArray[np.int32], int]:
     """The values (H, W) that a mask file stores, not turned, and its EXIF orientation.
 
     Palette images give their indices, grey images of any depth their values. Colour images of greys only give these;
@@ -61,7 +63,7 @@ def read_values(path: Path, has_colours: bool = False, max_pixels: int = MAX_PIX
     Raises:
         ImageError: The file cannot be read, has values that are no integers in [0, 16777215], or is JPEG with others.
     """
-    with opened(path, max_pixels) as image:
+    with opened(path, decoding) as image:
         orientation = Image.Image.getexif(image).get(274, 1)
         image.load()
         if image.mode in ("F", "CMYK", "LAB", "HSV", "YCbCr"):
@@ -114,7 +116,7 @@ class MaskReader:
     sizes: tuple[Size, ...]
     stored: tuple[Size, ...]
     turns: tuple[int, ...]
-    max_pixels: int = MAX_PIXELS
+    decoding: Decoding = DEFAULT_DECODING
 
     def __call__(self, index: int) -> LabelMap:
         """The label map (H, W) of the upright image; an `ImageError` if the file cannot be read or has another size."""
@@ -124,7 +126,7 @@ class MaskReader:
     def read(self, index: int) -> LabelMap:
         """The same, with `UNKNOWN` for unknown values."""
         path = self.paths[index]
-        values, orientation = read_values(path, self.values.has_colours, self.max_pixels)
+        values, orientation = read_values(path, self.values.has_colours, self.decoding)
         try:
             fitted = fit_to_image(values, orientation, self.sizes[index], self.stored[index], self.turns[index])
         except ValueError as error:

@@ -192,7 +192,7 @@ def check_readable(samples: Samples, decoding: Decoding = DEFAULT_DECODING) -> N
     reasons = []
     for path in samples.paths:
         try:
-            check_image(path, decoding.max_pixels)
+            check_image(path, decoding)
         except ImageError as error:
             reasons.append(str(error))
     refuse_unreadable(reasons)
@@ -216,7 +216,7 @@ class FileReader:
     def __call__(self, index: int) -> Image.Image:
         """Read an image, mode RGB; an `ImageError` if it cannot be read, or has another size."""
         path = self.paths[index]
-        image = read_image(path, self.decoding.max_pixels, self.decoding.background)
+        image = read_image(path, self.decoding)
         if self.sizes and (image.height, image.width) != self.sizes[index]:
             raise ImageError(
                 f"{path}: {image.width} x {image.height} pixels, but its boxes are for "

@@ -52,8 +52,8 @@ class FitSettings:
 
     Args:
         epochs: Passes over train.
-        select: The val metric that chooses the best epoch. Higher is better, nan is the worst; the lower loss breaks
-            ties.
+        select: The val metric that chooses the best epoch. Higher is better, but for "loss"; nan is the worst; the
+            lower loss breaks ties.
         accumulation: Batches in an optimiser step.
         clip_norm: Largest norm of the gradient of all tuned parameters; None does not clip.
         patience: Epochs without a better val metric before training stops; None never stops.

@@ -160,17 +160,23 @@ def _is_over(state: RunState, settings: FitSettings) -> bool:
 
 def _is_better(values: dict[str, float], best: dict[str, float], select: str) -> bool:
     """Whether an epoch is better on val than the best so far; one whose loss is not finite never is."""
+    if select not in values:
+        raise ValueError(f"select={select!r}: the val metrics of this model are {', '.join(values)}")
+    sign = -1 if select == "loss" else 1
 
     def rank(values: dict[str, float]) -> list[float]:
-        ordered = values[select], -values.get("loss", math.nan)
+        ordered = sign * values[select], -values.get("loss", math.nan)
         return [-math.inf if math.isnan(value) else value for value in ordered]
 
     return math.isfinite(values.get("loss", 0.0)) and (not best or rank(values) > rank(best))
 
 
 def _print_epoch(state: RunState, settings: FitSettings, values: dict[str, float], is_best: bool) -> None:
-    loss = f"loss {values['loss']:.4f}, " if "loss" in values else ""
-    line = f"val {loss}{settings.select} {percent(values[settings.select])}"
-    print(f"epoch {state.epoch}/{settings.epochs}: {line}{' *' if is_best else ''}", flush=True)
+    shown = [f"loss {values['loss']:.4f}"] if "loss" in values else []
+    if settings.select != "loss":
+        shown.append(f"{settings.select} {percent(values[settings.select])}")
+    print(f"epoch {state.epoch}/{settings.epochs}: val {', '.join(shown)}{' *' if is_best else ''}", flush=True)
     if not math.isfinite(values.get("loss", 0.0)):
         warn("the loss on val is not finite: this epoch cannot be the best one")
+    elif math.isnan(values[settings.select]):
+        warn(f"{settings.select} on val is not a number, as of no example: any other epoch is better than this one")

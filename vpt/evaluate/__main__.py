@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from vpt.config.command_line import INTERRUPTED, check_file, fail, is_for_user, parse_options
+from vpt.config.command_line import INTERRUPTED, check_file, escape_output, fail, is_for_user, parse_options
 from vpt.config.schema import OnError, option
 
 USAGE = """python -m vpt.evaluate: metrics of a trained run on one split of its data.
@@ -30,6 +30,7 @@ class EvaluateOptions:
 
 def main() -> None:
     """Read the options, evaluate, print a table."""
+    escape_output()
     try:
         evaluate_run(parse_options(EvaluateOptions, sys.argv[1:], USAGE))
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vpt.config.command_line import INTERRUPTED, check_folder, fail, name_task_files, parse_options, tell
+from vpt.config.command_line import INTERRUPTED, check_folder, escape_output, fail, name_task_files, parse_options, tell
 from vpt.config.errors import ConfigError
 from vpt.config.schema import option
 
@@ -51,6 +51,7 @@ class ExplainOptions:
 
 def main() -> None:
     """Read the options and write the folder."""
+    escape_output()
     try:
         unreadable = explain(parse_options(ExplainOptions, sys.argv[1:], USAGE))
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpt.config.command_line import INTERRUPTED, check_file, fail, parse_options
+from vpt.config.command_line import INTERRUPTED, check_file, escape_output, fail, parse_options
 from vpt.config.errors import ConfigError, config_keys
 from vpt.config.schema import option
 
@@ -58,6 +58,7 @@ class ExportOptions:
 
 def main() -> None:
     """Read the options, export, print what was written."""
+    escape_output()
     try:
         export(parse_options(ExportOptions, sys.argv[1:], USAGE))
     except KeyboardInterrupt:

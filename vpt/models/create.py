@@ -17,30 +17,12 @@ PromptChoice = PromptVariant | VisualPrompt | Literal["auto"] | None
 
 @overload
 def create_model(
-    backbone: Backbone,
-    *,
-    num_classes: int,
-    task: Literal["classification"] = "classification",
-    prompt: PromptChoice = "auto",
-    num_tokens: int = 20,
-    tuning: Tuning = "prompt",
-    pretrained: bool = True,
-    **options: Any,
+    backbone: Backbone, *, num_classes: int, task: Literal["classification"] = "classification", **options: Any
 ) -> Classifier: ...
 
 
 @overload
-def create_model(
-    backbone: Backbone,
-    *,
-    num_classes: int,
-    task: Literal["detection"],
-    prompt: PromptChoice = "auto",
-    num_tokens: int = 20,
-    tuning: Tuning = "prompt",
-    pretrained: bool = True,
-    **options: Any,
-) -> Detector: ...
+def create_model(backbone: Backbone, *, num_classes: int, task: Literal["detection"], **options: Any) -> Detector: ...
 
 
 @overload

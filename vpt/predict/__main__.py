@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpt.config.command_line import INTERRUPTED, fail, parse_options, tell
+from vpt.config.command_line import INTERRUPTED, escape_output, fail, parse_options, tell
 from vpt.config.errors import ConfigError
 from vpt.config.schema import option
 
@@ -76,6 +76,7 @@ class PredictOptions:
 
 def main() -> None:
     """Read the options, predict, write the file."""
+    escape_output()
     try:
         options = parse_options(PredictOptions, sys.argv[1:], USAGE)
     except ConfigError as error:

@@ -20,6 +20,7 @@ from vpt.config.saved import PLACES, ROUNDING, WITHOUT_EFFECT, first_names, rena
 from vpt.config.schema import Config, Mode
 from vpt.engine.checkpoint import NAMES, NEW
 from vpt.engine.console import warn
+from vpt.runs.record import RECORD
 from vpt.storage.files import write_bytes
 from vpt.storage.lock import locked
 
@@ -73,7 +74,7 @@ class RunFolder:
     def result(self) -> dict[str, Any]:
         """Read `result.json` of a finished run, with nan for null; ConfigError if it is damaged."""
         try:
-            result = dict(json.loads(self.result_file.read_text()))
+            result = dict(json.loads(self.result_file.read_text(encoding="utf-8")))
             metrics = {
                 split: {name: math.nan if value is None else float(value) for name, value in values.items()}
                 for split, values in result["metrics"].items()
@@ -95,7 +96,7 @@ class RunFolder:
                 self._lock()
                 if _is_begun(self.path):  # another process created it meanwhile
                     self._refuse_changes()
-            for name in (CONFIG, RESULT, TASK, NEW):
+            for name in (CONFIG, RESULT, TASK, NEW, RECORD):
                 for leftover in self.path.glob(f".{name}.*"):  # of a process that was killed while writing
                     leftover.unlink()
             if not any((self.path / name).exists() for name in NAMES):
@@ -127,7 +128,7 @@ class RunFolder:
         """Read the saved config; refuse a folder that is no run folder."""
         another = "choose another run.name"
         try:
-            found = yaml.safe_load((self.path / CONFIG).read_text())
+            found = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise ConfigError(f"{self.path}: exists and is no run folder; {another}") from error
         except (OSError, ValueError, yaml.YAMLError) as error:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from vpt.build import Data, choose_precision
 from vpt.config.schema import Config, Dtype
 from vpt.engine.console import format_table, percent
@@ -22,7 +24,8 @@ def summarise(model: TaskModel, data: Data, config: Config, described: Sequence[
     prompt = model.backbone.prompt
     held = "" if config.backbone.dtype is Dtype.fp32 else f" in {config.backbone.dtype.value}"
     options = {"grad_checkpointing": config.grad_checkpointing, "compile": config.compile}
-    ways = [choose_precision(config, device), *(name for name, is_on in options.items() if is_on)]
+    threads = [f"{torch.get_num_threads()} threads"] if device.type == "cpu" else []
+    ways = [*threads, choose_precision(config, device), *(name for name, is_on in options.items() if is_on)]
     parts = {"prompt": count.prompt, "neck": count.neck, "head": count.head}
     parts["adapters" if count.adapters else "backbone"] = count.backbone_tuned
     tuned = " + ".join(f"{name} {num:,}" for name, num in parts.items() if num)

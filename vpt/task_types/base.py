@@ -51,7 +51,8 @@ class TaskType(ABC):
     """
 
     name: ClassVar[str]  # `dataset.task` in configs, "kind" in task files
-    main_metric: ClassVar[str]  # on val; selects the best epoch, higher is better
+    main_metric: ClassVar[str]  # on val; selects the best epoch by default, higher is better
+    metrics: ClassVar[Sequence[str]] = ()  # others that `train.select` may name; higher is better, but for "loss"
     overfit_goal: ClassVar[float]  # of the main metric on one batch, for mode=overfit
     charts: ClassVar[Mapping[str, Sequence[str]]] = {}  # in TensorBoard's overview: title -> regular expressions
     readers: ClassVar[Sequence[str]]  # allowed values of `dataset.reader`
@@ -68,6 +69,7 @@ class TaskType(ABC):
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.select = config.train.select or self.main_metric
         self.decoding = Decoding(config.data.max_pixels, config.data.background)
         self.report = DataReport()  # problems that `read_all` found in labels
         self.left_out: LeftOut = []  # train images that `read` left out, and why
@@ -238,8 +240,12 @@ def task_type_of(config: Config) -> TaskType:
     if name not in found:
         raise ConfigError(f"dataset.task={name}: no such type of task{did_you_mean(name, list(found))}")
     task_type = found[name]
-    reader = "dataset.reader", config.dataset.reader, task_type.readers
-    for key, value, allowed in (reader, ("head.name", config.head.name, (None, *task_type.heads))):
+    keys = (
+        ("dataset.reader", config.dataset.reader, task_type.readers),
+        ("head.name", config.head.name, (None, *task_type.heads)),
+        ("train.select", config.train.select, (None, task_type.main_metric, *task_type.metrics)),
+    )
+    for key, value, allowed in keys:
         if value not in allowed:
             names = ", ".join(str(choice) for choice in allowed if choice is not None)
             raise ConfigError(f"{key}={value}: must be one of {names}, for {name}")

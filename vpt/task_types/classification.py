@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from vpt.build import Data, spread
-from vpt.config.errors import config_keys
+from vpt.config.errors import ConfigError, config_keys
 from vpt.config.schema import ClassWeights, OnError
 from vpt.config.validation import required
 from vpt.data.readers.folder import fruit_root, read_folder
@@ -23,7 +23,7 @@ from vpt.data.transforms.images import EvalTransform, TrainTransform
 from vpt.data.transforms.preprocessing import Preprocessing, denormalise
 from vpt.engine.console import format_table, percent
 from vpt.engine.losses import CrossEntropy
-from vpt.engine.metrics.classification import ClassificationMetrics
+from vpt.engine.metrics.classification import NUM_TOP, ClassificationMetrics
 from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
@@ -109,6 +109,7 @@ class Classification(TaskType):
 
     name = "classification"
     main_metric = "top1"
+    metrics = ("mean_per_class", "top5", "loss")
     overfit_goal = 1.0
     charts: ClassVar[Mapping[str, Sequence[str]]] = {"accuracy": ["^val/top1$", "^val/mean_per_class$"]}
     readers = ("folder", "list", "csv", "torchvision", "fruit")
@@ -127,6 +128,8 @@ class Classification(TaskType):
         for split, members in samples.items():
             if split != "train" or not skips:
                 check_readable(members, self.decoding)
+        if self.select == "top5" and (num := len(samples["train"].classes)) <= NUM_TOP:
+            raise ConfigError(f"train.select=top5: has no meaning for {num} classes; use top1 or mean_per_class")
         samples, self.left_out = leave_out_unreadable(self.config, samples)
         if dataset.num_per_class is not None:
             samples["train"] = take_per_class(samples["train"], dataset.num_per_class, dataset.split_seed)

@@ -21,7 +21,7 @@ from vpt.data.samples import DetectionDataset, DetectionSamples, Size, collate_d
 from vpt.data.transforms.boxes import DetectionEvalTransform, DetectionTrainTransform
 from vpt.data.transforms.preprocessing import Preprocessing, denormalise, letterboxed_size
 from vpt.engine.console import format_table, percent
-from vpt.engine.metrics.detection import DetectionMetrics
+from vpt.engine.metrics.detection import AREAS, NUMBERS, DetectionMetrics
 from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
@@ -129,6 +129,7 @@ class Detection(TaskType):
 
     name = "detection"
     main_metric = "map"
+    metrics = ("map50", "map75", *AREAS[1:], *NUMBERS, "loss")
     overfit_goal = 0.9
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
         "losses apart": ["^train/.*_loss$"],
@@ -162,7 +163,7 @@ class Detection(TaskType):
         """Samples by split, from boxes and the headers of images."""
         config = self.config.dataset
         reading: dict[str, Any] = {"val_fraction": config.val_fraction, "test_fraction": config.test_fraction or 0.0}
-        reading |= {"seed": config.split_seed, "strict": config.strict}
+        reading |= {"seed": config.split_seed, "strict": config.strict, "exif_boxes": config.exif_boxes.value}
         reading |= {"report": self.report, "decoding": self.decoding}
         if config.reader == "trees":
             return read_coco(trees_root(), **reading)

@@ -131,6 +131,7 @@ class Segmentation(TaskType):
 
     name = "segmentation"
     main_metric = "miou"
+    metrics = ("pixel_accuracy", "mean_accuracy", "dice", "loss")
     overfit_goal = 0.8
     charts: ClassVar[Mapping[str, Sequence[str]]] = {"mean IoU": ["^val/miou$", "^val/dice$"]}
     readers = ("masks", "pebbles")

@@ -13,6 +13,7 @@ from vpt.config.command_line import (
     check_file,
     check_folder,
     describe_options,
+    escape_output,
     fail,
     parse_options,
     print_help,
@@ -63,6 +64,7 @@ class ConvertOptions:
 
 def main() -> None:
     """Read the subcommand and its options, and run it."""
+    escape_output()
     try:
         is_ok = run(sys.argv[1:])
     except KeyboardInterrupt:

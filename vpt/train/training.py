@@ -15,6 +15,7 @@ from vpt.config.schema import Config, Mode
 from vpt.data.samples import data_digest
 from vpt.engine.checkpoint import Checkpoints, Saved
 from vpt.engine.console import warn
+from vpt.engine.measure import describe_machine
 from vpt.engine.monitor import Monitor, overview
 from vpt.engine.signals import StopSignal
 from vpt.engine.state import FitResult, RunState
@@ -26,6 +27,7 @@ from vpt.models.tuning import pretrained_fingerprint
 from vpt.models.vit import preprocessing_of
 from vpt.runs import summary as report
 from vpt.runs.folder import RunFolder
+from vpt.runs.record import Record, changes, read_record, record_of, touched, write_record
 from vpt.storage.files import write_json
 from vpt.task_types.base import TaskType, task_type_of
 from vpt.train import NotLearnedError
@@ -52,12 +54,41 @@ def run(
         return None
     with RunFolder(config, shown or config, is_sweep=is_sweep) as folder:
         if folder.is_finished:
-            result = folder.result()
-            print(f"{folder.path}: this run has finished, in {result['epochs']} epochs; fresh=true would start it anew")
-            print(f"{report.result_table(result['metrics'])}\ntask file  {folder.task}")
+            _report_finished(config, folder)
         else:
             _Training(config, shown or config, folder, stop or StopSignal()).run()
         return folder.path
+
+
+def _report_finished(config: Config, folder: RunFolder) -> None:
+    """Print the result of a finished run again; a ConfigError if its data or files changed since."""
+    result, before = folder.result(), read_record(folder.path)
+    note = "it has no record of its data, so whether they changed since cannot be known"
+    if before is not None:
+        try:
+            now = record_of(config, task_type_of(config).read(), before)
+        except (ValueError, OSError) as error:
+            note = f"whether its data changed since is not known: {error}"
+        else:
+            note = _refuse_changes(folder, before, now)
+    if note:
+        warn(f"{folder.path}: {note}; fresh=true would train on the data as they are now")
+    print(f"{folder.path}: this run has finished, in {result['epochs']} epochs; fresh=true would start it anew")
+    print(f"{report.result_table(result['metrics'])}\ntask file  {folder.task}")
+
+
+def _refuse_changes(folder: RunFolder, before: Record, now: Record) -> str:
+    """Refuse data or files that changed since a run was started; return a note on images that may have changed."""
+    if found := changes(before, now):
+        raise ConfigError(
+            f"{folder.path}: the data of this run changed since it was started: {'; '.join(found)}; type fresh=true to "
+            "rename its folder and train on the data as they are now, or run.name=NAME to leave it where it is, or "
+            "restore the data"
+        )
+    if not (names := touched(before, now)):
+        return ""
+    images = f"{len(names):,} image{'s' if len(names) > 1 else ''} of the same bytes (first {names[0]})"
+    return f"modification times changed since it was started, perhaps the content as well: {images}"
 
 
 class _Training:
@@ -73,7 +104,14 @@ class _Training:
         config, task_type = self.config, self.task_type
         weights = pretrained_fingerprint(self.model.backbone.vit)
         made_from = {"images or labels": data_digest(self.samples), "backbone": weights}
-        checkpoints = Checkpoints(self.folder.path, made_from)
+        machine = describe_machine(build.pick_device(config.device))
+        parts = ("threads", "cpu", "torch") if machine["gpu"] is None else ("gpu", "torch")
+        checkpoints = Checkpoints(self.folder.path, made_from, {part: machine[part] for part in parts})
+        before = read_record(self.folder.path)
+        record = record_of(config, self.samples, before)
+        is_begun = checkpoints.last.exists() or checkpoints.previous.exists()
+        if before is not None and is_begun and (note := _refuse_changes(self.folder, before, record)):
+            warn(f"{self.folder.path}: {note}")
         try:
             saved = checkpoints.load()
         except ValueError as error:
@@ -83,6 +121,8 @@ class _Training:
         summary = report.summarise(self.model, self.data, config, task_type.describe(self.samples), self.plan.text)
         print(summary, flush=True)
         self.folder.make()
+        if saved is None or before is None:
+            write_record(self.folder.path, record)
         print(f"{'run':<10} {self.folder.path} (tensorboard --logdir {config.run.root})", flush=True)
         state = build.build_state(config, self.model, len(self.data.loaders["train"]))
         resume_at = None if saved is None else _restore(saved, state)
@@ -124,7 +164,7 @@ class _Training:
             on_epoch=lambda epoch, step: task_type.log_epoch(monitor, data, evaluator, epoch, step),
         )
         return fit(
-            inputs.model, fit_data, state, build.build_settings(config, state.device, task_type.main_metric), callbacks
+            inputs.model, fit_data, state, build.build_settings(config, state.device, task_type.select), callbacks
         )
 
     def _save_best(self, values: dict[str, float]) -> None:
@@ -140,7 +180,7 @@ class _Training:
 
     def _evaluate(self, monitor: Monitor, result: FitResult) -> Metrics:
         """Metrics of the best epoch on val, and on test if there is one."""
-        settings = build.build_settings(self.config, next(self.model.parameters()).device, self.task_type.main_metric)
+        settings = build.build_settings(self.config, next(self.model.parameters()).device, self.task_type.select)
         limits = {"precision": settings.precision, "max_batches": settings.max_batches}
         reading: dict[str, Any] = {**limits, "stop": self.stop}
         evaluator = self.task_type.evaluator(self.data, "val")
@@ -155,7 +195,8 @@ class _Training:
         """Write the task file and, last, the file that marks the run as finished."""
         self._save_task(metrics)
         numbers = {name: value for name, value in asdict(result).items() if name != "best"}  # it is the val of metrics
-        write_json(self.folder.result_file, {"mode": self.config.mode.value, **numbers, "metrics": metrics})
+        head = {"mode": self.config.mode.value, "select": self.task_type.select}
+        write_json(self.folder.result_file, {**head, **numbers, "metrics": metrics})
         print(report.describe_result(result, metrics, self.folder.task))
 
 

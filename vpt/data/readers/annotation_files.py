@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NoReturn, TypeVar
 
 from vpt.data.images import Decoding
@@ -44,6 +44,16 @@ def require_inside(root: Path, path: Path, where: str) -> Path:
     if (found := inside(root, path)) is None:
         raise ValueError(f"{where}: {path} is outside of root={root}; use paths inside of it")
     return found
+
+
+def find_by_end(folders: Sequence[Path], name: str) -> Path | None:
+    """The file in one of the folders whose path is the longest end of a name that begins on another machine.
+
+    For `C:/data/train/a.jpg` that is `train/a.jpg` in one of the folders, or else `a.jpg`.
+    """
+    parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
+    places = (folder.joinpath(*parts[start:]) for start in range(len(parts)) for folder in folders)
+    return next((place for place in places if place.is_file()), None)
 
 
 def by_split(entries: Iterable[tuple[str, Value]], where: str) -> dict[str, Value]:

@@ -234,8 +234,8 @@ def _scan(
     found, num_left_out = [], len(report.left_out)
     for pair in pairs:
         try:
-            size, stored, turn = read_header(pair.image, decoding.max_pixels)
-            values, orientation = read_values(pair.mask, has_colours, decoding.max_pixels)
+            size, stored, turn = read_header(pair.image, decoding)
+            values, orientation = read_values(pair.mask, has_colours, decoding)
         except ImageError as error:
             report.add(MaskFinding.UNREADABLE, str(error))
             report.left_out.append((pair.name, str(error)))
@@ -253,7 +253,7 @@ def _scan(
                 continue
         numbers, counts = np.unique(values, return_counts=True)
         counted = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
-        digest = hashlib.sha256(np.ascontiguousarray(values)).hexdigest()[:8]
+        digest = hashlib.sha256(values.tobytes()).hexdigest()[:8]
         found.append(Scanned(pair, size, stored, turn, counted, digest))
     if split != "train":
         refuse_unreadable([reason for _, reason in report.left_out[num_left_out:]])
@@ -294,7 +294,7 @@ def _samples(
             sizes,
             tuple(one.stored for one in scanned),
             tuple(one.turn for one in scanned),
-            decoding.max_pixels,
+            decoding,
         ),
         pixels=tuple(pixels),
         digests=tuple(one.digest for one in scanned),

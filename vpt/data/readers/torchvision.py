@@ -95,11 +95,11 @@ def read_torchvision(
 class _TorchvisionReader:
     dataset: Any
     name: str
-    background: str
+    decoding: Decoding
 
     def __call__(self, index: int) -> Image.Image:
         try:
-            return to_rgb(self.dataset[index][0], self.background)
+            return to_rgb(self.dataset[index][0], self.decoding)
         except Exception as error:  # Pillow's decoders raise almost anything on a broken file
             raise ImageError(f"{self.name} {index}: broken image ({error})") from error
 
@@ -112,7 +112,7 @@ def _open_torchvision(name: str, split: str, root: Path, download: bool, decodin
     targets = getattr(dataset, source.targets) if source.targets else _pcam_targets(dataset, split)
     if source.files is None:
         names = tuple(f"{name} {split} {i}" for i in range(len(targets)))
-        reader = _TorchvisionReader(dataset, f"{name} {split}", decoding.background)
+        reader = _TorchvisionReader(dataset, f"{name} {split}", decoding)
         return ClassificationSamples(classes=classes, targets=tuple(map(int, targets)), names=names, reader=reader)
     files = getattr(dataset, source.files)
     if source.files == source.targets:

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from vpt.data.images import EXTENSIONS, find_images
 from vpt.data.readers.annotation_files import by_split, numbered_lines, read_text, require_train
-from vpt.data.readers.box_checks import Reading, SourceBox, SourceImage, Unit, make_samples
+from vpt.data.readers.box_checks import Finding, Reading, SourceBox, SourceImage, Unit, make_samples
 from vpt.data.samples import DetectionSamples
 
 VOC_LAYOUT = "Annotations/*.xml and JPEGImages/, with or without ImageSets/Main/train.txt (also val, test, trainval)"
@@ -34,7 +34,7 @@ def read_voc(root: str | Path, **reading: Unpack[Reading]) -> dict[str, Detectio
         for split, rows in lists.items()
     }
     known = {stem for rows in lists.values() for stem, _ in rows} | set(files)
-    strays = [str(path) for path in find_xml(root) if path.stem not in known]
+    strays = [(Finding.STRAY, str(path)) for path in find_xml(root) if path.stem not in known]
     classes = sorted({str(box.category) for image in images["train"] for box in image.boxes})
     return make_samples(dict(enumerate(classes, start=1)), images, strays, **reading)
 

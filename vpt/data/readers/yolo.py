@@ -18,7 +18,7 @@ from vpt.data.readers.annotation_files import (
     require_inside,
     require_train,
 )
-from vpt.data.readers.box_checks import Reading, SourceBox, SourceImage, Unit, make_samples
+from vpt.data.readers.box_checks import Finding, Reading, SourceBox, SourceImage, Unit, make_samples
 from vpt.data.samples import DetectionSamples
 
 YOLO_LAYOUT = "data.yaml (or data.yml, dataset.yaml) with the keys train, val, test and names"
@@ -53,7 +53,7 @@ def read_yolo(root: str | Path, **reading: Unpack[Reading]) -> dict[str, Detecti
             _read_image(root, path, i, "kpt_shape" in content, where) for i, path in enumerate(paths, start=1)
         ]
     strays = _find_strays(root, [image.path for members in images.values() for image in members])
-    return make_samples(dict(enumerate(classes)), images, strays, **reading)
+    return make_samples(dict(enumerate(classes)), images, [(Finding.STRAY, place) for place in strays], **reading)
 
 
 def find_yaml(root: Path) -> Path | None:
