@@ -218,7 +218,7 @@ def _read_box(entry: Any, where: str) -> SourceBox:
     box, repair = _numbers(numbers), None
     if len(box) == 4:
         corners: Corners | None = (box[0], box[1], box[0] + box[2], box[1] + box[3])
-        if type(entry.get("category_id")) is not int or any(isinstance(number, str) for number in numbers):
+        if type(entry.get("category_id")) is not int or any(isinstance(number, str) for number in numbers or ()):
             repair = Finding.CONVERTED
     elif corners := _polygon_corners(entry):
         repair = Finding.POLYGON
