@@ -160,8 +160,7 @@ def _listed_paths(root: Path, path: Path, problems: Problems) -> Iterator[Path]:
 
 
 def _read_image(root: Path, path: Path, image_id: int, lines: "_Lines", where: str) -> SourceImage:
-    rows = numbered_lines(labels) if (labels := _label_path(root, path)).is_file() else []
-    boxes = [lines.read(line, place) for line, place in rows]
+    boxes = lines.read_file(_label_path(root, path))
     return SourceImage(path, path.relative_to(root).as_posix(), image_id, where, boxes, Unit.FRACTIONS)
 
 
@@ -180,6 +179,11 @@ class _Lines:
 
     labels: Mapping[str, int]  # by the name of a class
     has_keypoints: bool
+
+    def read_file(self, path: Path) -> Iterator[SourceBox]:
+        """The boxes of a file, if it exists; it is opened when they are needed."""
+        for line, where in numbered_lines(path) if path.is_file() else ():
+            yield self.read(line, where)
 
     def read(self, line: str, where: str) -> SourceBox:
         """A box; without corners if the line is none."""
