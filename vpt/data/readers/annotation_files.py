@@ -47,13 +47,13 @@ def require_inside(root: Path, path: Path, where: str) -> Path:
 
 
 def find_by_end(folders: Sequence[Path], name: str) -> Path | None:
-    """The file in one of the folders whose path is the longest end of a name that begins on another machine.
+    """The file or folder in one of these whose path is the longest end of a name that begins on another machine.
 
     For `C:/data/train/a.jpg` that is `train/a.jpg` in one of the folders, or else `a.jpg`.
     """
     parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
     places = (folder.joinpath(*parts[start:]) for start in range(len(parts)) for folder in folders)
-    return next((place for place in places if place.is_file()), None)
+    return next((place for place in places if place.exists()), None)
 
 
 def by_split(entries: Iterable[tuple[str, Value]], where: str) -> dict[str, Value]:
