@@ -26,7 +26,7 @@ from vpt.config.schema import (
 from vpt.config.validation import to_config
 from vpt.data.images import Decoding
 from vpt.data.readers.box_checks import make_samples
-from vpt.data.readers.folder import read_folder
+from vpt.data.splits import divide
 from vpt.data.transforms.boxes import DetectionTrainTransform
 from vpt.models.parametrizations import Bilinear, Fourier
 
@@ -64,7 +64,7 @@ def test_the_library_and_the_schema_have_the_same_defaults():
         (vpt.Detector, head, ["channels", "strides", "num_convs"]),
         (Decoding, data, ["max_pixels", "background"]),
         (DetectionTrainTransform, augment, ["min_visibility"]),
-        (read_folder, DatasetConfig(), ["val_fraction"]),
+        (divide, DatasetConfig(), ["val_fraction", "test_fraction", "group", "folds", "fold"]),
         (make_samples, DatasetConfig(), ["val_fraction", "strict"]),
     ]:
         parameters = inspect.signature(call).parameters
