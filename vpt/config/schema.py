@@ -96,6 +96,14 @@ class ExifBoxes(StrEnum):
     stored = "stored"
 
 
+class FolderLayout(StrEnum):
+    """What folders beside train/ are: ignored (splits), or classes as train/ is; auto refuses what may be both."""
+
+    auto = "auto"
+    splits = "splits"
+    classes = "classes"
+
+
 class OptimName(StrEnum):
     """Optimisers."""
 
@@ -238,6 +246,10 @@ class DatasetConfig:
     val_fraction: float = option(0.2, low=0.01, high=0.9)
     test_fraction: float | None = option(None, low=0, high=0.9)
     num_per_class: int | None = option(None, low=1, task="classification")
+    layout: FolderLayout = option(FolderLayout.auto, task="classification")  # what folders in root are
+    group: str | None = option(None, task="classification")  # images of a group stay in one split
+    folds: int | None = option(None, low=2, task="classification")  # parts of train, of which one is held out
+    fold: int = option(0, low=0, task="classification")  # the part that is held out, from 0
     split_seed: int = option(0, low=0)
 
 

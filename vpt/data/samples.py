@@ -37,16 +37,17 @@ class Samples(ABC):
     since loader processes get a copy. `paths` is empty if the images are not files.
     """
 
-    PER_IMAGE: ClassVar[tuple[str, ...]] = ("names", "paths")  # fields with a value for each image
+    PER_IMAGE: ClassVar[tuple[str, ...]] = ("names", "paths", "groups")  # fields with a value for each image, or empty
 
     classes: tuple[str, ...]
     names: tuple[str, ...]
     reader: Callable[[int], Image.Image] = field(repr=False)
     paths: tuple[Path, ...] = field(default=(), repr=False)
+    groups: tuple[str, ...] = field(default=(), repr=False)  # images of one group, such as a patient, stay in one split
 
     def __post_init__(self) -> None:
         lengths = {key: len(getattr(self, key)) for key in self.PER_IMAGE}
-        assert all(length == len(self) for key, length in lengths.items() if key != "paths" or length)
+        assert all(length == len(self) for key, length in lengths.items() if length or key == "names")
 
     def __len__(self) -> int:
         return len(self.names)

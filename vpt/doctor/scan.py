@@ -20,8 +20,8 @@ from vpt.engine.console import Progress
 ENDINGS = {
     "BMP": (".bmp",),
     "GIF": (".gif",),
-    "JPEG": (".jpg", ".jpeg"),
-    "MPO": (".jpg", ".jpeg"),
+    "JPEG": (".jpg", ".jpeg", ".jfif", ".jpe"),
+    "MPO": (".jpg", ".jpeg", ".jfif", ".jpe"),
     "PNG": (".png",),
     "PPM": (".pbm", ".pgm", ".pnm", ".ppm"),
     "TIFF": (".tif", ".tiff"),

@@ -179,7 +179,7 @@ def _predict(
 
 def _find(options: PredictOptions) -> "Inputs":
     """The images of the input, or the frames of a video."""
-    from vpt.data.images import EXTENSIONS
+    from vpt.data.images import EXTENSIONS, describe_unread
     from vpt.predict.inputs import Frames, ImageFiles, is_video
 
     path = Path(options.input).expanduser()
@@ -187,8 +187,12 @@ def _find(options: PredictOptions) -> "Inputs":
         return Frames(path, options.every or 1)
     if options.every is not None:
         raise ConfigError(f"every={options.every} is for a video, and input={options.input} is none: leave it out")
-    if not (images := ImageFiles(path)).paths:
-        raise ConfigError(f"input={options.input}: contains no images ({', '.join(sorted(EXTENSIONS))})")
+    images = ImageFiles(path)
+    what = describe_unread(images.left_out) if images.left_out else ", ".join(sorted(EXTENSIONS))
+    if not images.paths:
+        raise ConfigError(f"input={options.input}: contains no images that can be read ({what})")
+    if images.left_out:
+        print(f"left out: {what}", file=sys.stderr)
     return images
 
 

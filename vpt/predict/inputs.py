@@ -46,7 +46,8 @@ class ImageFiles:
     """An image file, those of a folder, or those that match a pattern; see `find_images`, also for errors."""
 
     def __init__(self, path: Path) -> None:
-        self.paths = find_images(path)
+        self.left_out: list[Path] = []  # images in formats that cannot be read
+        self.paths = find_images(path, self.left_out)
         folder, pattern = split_pattern(path)
         self.root = folder if pattern or path.is_dir() else path.parent
 

@@ -109,7 +109,7 @@ class TaskType(ABC):
         """Lines for the summary: the data, and the problems found in them."""
         counts = ", ".join(f"{split} {len(members)}" for split, members in samples.items())
         first = f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; images: {counts}"
-        return [first, *describe_left_out(self.left_out)]
+        return [first, *describe_left_out(self.left_out), *map(str, self.report.notes)]
 
     # Checks of python -m vpt.doctor.
 

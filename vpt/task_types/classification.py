@@ -142,22 +142,20 @@ class Classification(TaskType):
         if config.reader in ("folder", "list"):
             required(config, "root")
         root = unpacked(Path(config.root or ".").expanduser(), self.config.cache_dir)
-        split: dict[str, Any] = {"val_fraction": config.val_fraction, "seed": config.split_seed}
-        split["decoding"] = self.decoding
+        keys = ("val_fraction", "test_fraction", "group", "folds", "fold")
+        reading: dict[str, Any] = {key: getattr(config, key) for key in keys}
+        reading |= {"seed": config.split_seed, "decoding": self.decoding, "notes": self.report.notes}
         match config.reader:
             case "folder":
-                return read_folder(root, test_fraction=config.test_fraction or 0.0, **split)
+                return read_folder(root, layout=config.layout.value, **reading)
             case "list":
-                lists: dict[str, Any] = {"train": config.train, "val": config.val, "test": config.test}
-                return read_list(root, **lists, test_fraction=config.test_fraction or 0.0, **split)
+                return read_list(root, config.train, config.val, config.test, **reading)
             case "csv":
                 path, images_root = Path(required(config, "path")).expanduser(), None if config.root is None else root
-                return read_csv(path, images_root, test_fraction=config.test_fraction or 0.0, **split)
+                return read_csv(path, images_root, **reading)
             case "torchvision":
-                if config.test_fraction is not None:
-                    split["test_fraction"] = config.test_fraction
-                return read_torchvision(required(config, "name"), root, download=config.download, **split)
-        return read_folder(fruit_root(), **split)
+                return read_torchvision(required(config, "name"), root, download=config.download, **reading)
+        return read_folder(fruit_root(), **reading)
 
     def transforms(self, preprocessing: Preprocessing) -> tuple[TrainTransform, EvalTransform]:
         """Augmentation of train as the config states."""

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpt.data.images import DEFAULT_DECODING, EXTENSIONS, Decoding, ImageError, find_images, read_header
+from vpt.data.readers.annotation_files import Note
 from vpt.data.samples import DetectionSamples, FileReader, Size, format_size, refuse_unreadable
 from vpt.data.splits import split_off
 
@@ -130,6 +131,7 @@ class DataReport:
     first: dict[Finding, str] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     left_out: list[tuple[str, str]] = field(default_factory=list)  # names of train images, and what is wrong
+    notes: list[Note] = field(default_factory=list)  # what a reader of classes ignored, guessed or changed
 
     def add(self, finding: Finding, where: str) -> None:
         """Count a finding; `where` names the file, the image and the box."""
