@@ -1,6 +1,7 @@
 """Tasks that are open in memory: of a run or of files, the same to whoever predicts."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 import vpt
 from tests.helpers import train_with
+from vpt.data.images import to_rgb
 from vpt.data.transforms.images import EvalTransform
 from vpt.data.transforms.preprocessing import letterboxed_size
 from vpt.models.detector import Selection
@@ -47,7 +49,7 @@ def test_tasks_with_equal_preprocessing_share_a_call(folder, images):
     tasks = opened(folder, "one", "three", "two")
     calls = []
     spied = replace(tasks, infer=lambda *arguments: calls.append(arguments) or tasks.infer(*arguments))
-    results = run_model(spied, [tasks.prepare(image) for image in images])
+    results = run_model(spied, [tasks.prepare(partial(to_rgb, image)) for image in images])
     assert [names for _, names, _ in calls] == [["one", "two"], ["three"]]
     assert {name: logits.shape for name, logits in results.items()} == {"one": (2, 2), "two": (2, 3), "three": (2, 4)}
     for name in ("one", "two", "three"):
@@ -59,14 +61,14 @@ def test_tasks_with_equal_preprocessing_share_a_call(folder, images):
 
 def test_an_image_is_kept_only_if_required(folder, images):
     tasks = opened(folder, "one", "three")
-    prepared = tasks.prepare(images[0])
+    prepared = tasks.prepare(partial(to_rgb, images[0]))
     assert (prepared.image, prepared.size, len(prepared.inputs)) == (None, (40, 90), 2)
-    assert tasks.prepare(images[0], keeps_image=True).image is images[0]
+    assert tasks.prepare(partial(to_rgb, images[0]), keeps_image=True).image is images[0]
 
 
 def test_a_selection_is_kept_and_boxes_end_where_the_picture_does(folder, images):
     tasks = opened(folder, "boxes")
-    batch = [tasks.prepare(image) for image in images]
+    batch = [tasks.prepare(partial(to_rgb, image)) for image in images]
     tasks.select("boxes", Selection(min_score=0.0, max_overlap=1.0, max_detections=7))
     found = run_model(tasks, batch)["boxes"]
     for detection, prepared in zip(found, batch, strict=True):
@@ -91,7 +93,7 @@ def test_a_run_and_its_task_file_have_the_same_predictions(tmp_path, request, im
         (name,) = tasks.metadata
         if tasks.task_type == "detection":
             tasks.select(name, Selection(min_score=0.0, max_overlap=1.0, max_detections=5))
-        (result,) = run_model(tasks, [tasks.prepare(image) for image in images]).values()
+        (result,) = run_model(tasks, [tasks.prepare(partial(to_rgb, image)) for image in images]).values()
         results.append([one["scores"] for one in result] if tasks.task_type == "detection" else list(result))
     for one, two in zip(*results, strict=True):
         assert torch.allclose(one, two, atol=1e-5)
