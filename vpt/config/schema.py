@@ -259,6 +259,8 @@ class DataConfig:
 
     max_pixels: int = option(50_000_000, low=1, high=178_956_970)  # checked before decoding; Pillow's limit
     background: str = "white"  # behind transparent images; also "#RRGGBB"
+    range: str = "auto"  # values of more than 8 bits that become 0 and 255: auto (found over train), full, LOW:HIGH
+    bands: list[int] | None = None  # read as red, green and blue, from 1; null: the colours and declared transparency
     on_error: OnError = OnError.stop  # skip: train images are left out, counted and listed; val and test never
     max_skipped: float = option(0.01, low=0, high=1)  # of the train images; more stop the run
     timeout_s: float = option(120.0, above=0)  # for a batch of a loader process

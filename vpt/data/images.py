@@ -183,7 +183,7 @@ def read_properties(path: str | Path, decoding: Decoding = DEFAULT_DECODING) -> 
     with _opened(path, decoding) as image:
         if image.mode == "F" and decoding.range is None:
             raise ImageError(NO_RANGE)
-        return Properties(_is_deep(image), IGNORED in image.info or _exif_orientation(image) is None)
+        return Properties(_is_deep(image), IGNORED in image.info or exif_orientation(image) is None)
 
 
 def read_header(
@@ -423,19 +423,19 @@ def _open(path: str | Path) -> Iterator[Image.Image]:
         yield image
 
 
-def _open_file(file: Any) -> Image.Image:
+def _open_file(file: Any) -> Any:
     head = file.read(MAX_HEADER)
     if head[:1] == b"P":
         _check_pnm(head)
     try:
-        image = Image.open(file, formats=FORMATS)
+        image: Any = Image.open(file, formats=FORMATS)
     except Exception:
         if (pixels := _without_metadata(file)) is None:
             raise
         image = Image.open(pixels, formats=FORMATS)
         image.info[IGNORED] = True
     if image.format == "PNG":
-        image.load_end = partial(_load_end, image)  # type: ignore[attr-defined]
+        image.load_end = partial(_load_end, image)
     if image.info.get("progressive") and (num := _num_scans(file)) > MAX_SCANS:
         raise ImageError(f"{num} scans, each a pass over all pixels, are more than {MAX_SCANS}; save it again")
     return image
@@ -507,16 +507,16 @@ def _read_fourth_band(image: Image.Image) -> None:
     """Let Pillow read the fourth band of a TIFF that it would drop."""
     modes = _raw_modes(image)
     if modes and all(re.match("RGBX(;|$)", mode) for mode in modes):
-        image._mode = "RGBA"  # type: ignore[attr-defined]
+        image._mode = "RGBA"
         image.tile = [_with_raw_mode(tile, "RGBA" + modes[0][4:]) for tile in image.tile]  # type: ignore[attr-defined]
 
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation; 1 by default, also where the EXIF data are damaged."""
-    return _exif_orientation(image) or 1
+    return exif_orientation(image) or 1
 
 
-def _exif_orientation(image: Image.Image) -> int | None:
+def exif_orientation(image: Image.Image) -> int | None:
     """EXIF orientation; 1 by default, and None if the EXIF data are damaged."""
     try:
         # Pillow's own method for PNG would decode the image, for the rare EXIF data that follow it.

@@ -62,6 +62,10 @@ class Samples(ABC):
         taken = {key: tuple(value[i] for i in indices) for key, value in values.items() if value}
         return replace(self, reader=_TakenReader(self.reader, tuple(indices)), **taken)
 
+    def decoded(self, decoding: Decoding) -> Self:
+        """The same samples, whose files are read in another way; readers of other classes are kept."""
+        return replace(self, reader=_with_decoding(self.reader, decoding))
+
     @property
     @abstractmethod
     def strata(self) -> Sequence[int]:
@@ -232,6 +236,12 @@ class _TakenReader:
 
     def __call__(self, index: int) -> Image.Image:
         return self.reader(self.indices[index])
+
+
+def _with_decoding(reader: Callable[[int], Image.Image], decoding: Decoding) -> Callable[[int], Image.Image]:
+    if isinstance(reader, _TakenReader):
+        return replace(reader, reader=_with_decoding(reader.reader, decoding))
+    return replace(reader, decoding=decoding) if isinstance(reader, FileReader) else reader
 
 
 class SampleDataset(Dataset[Any], ABC, Generic[SamplesT]):

@@ -17,10 +17,14 @@ MUCH = 0.4  # of the area of an image that the centre crop cuts off
 ODDITIES = {
     Oddity.ANIMATED: ("animated", "are animated; the first frame is read"),
     Oddity.PAGES: ("pages", "have several pages; the first is read"),
-    Oddity.SIXTEEN_BIT: ("sixteen_bit", "have 16 bits per channel; their full range is scaled to 8 bits"),
+    Oddity.SIXTEEN_BIT: (
+        "sixteen_bit",
+        "have 16 bits per channel; data.range decides which values become black and white",
+    ),
     Oddity.TURNED: ("exif_turned", "have an EXIF orientation; they are read upright"),
     Oddity.CMYK: ("cmyk", "are CMYK; they are converted to RGB without a colour profile"),
     Oddity.ALPHA: ("alpha", "have transparency; they are placed on the background {background}"),
+    Oddity.METADATA: ("metadata", "have metadata that cannot be read; their pixels are read, as if upright"),
     Oddity.ENDING: ("ending", "have the extension of another format; they are read by their content"),
 }
 

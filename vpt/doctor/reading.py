@@ -37,7 +37,7 @@ def read_data(config: Config) -> Reading:
         dataset.root = str(root)  # an archive is unpacked once
     task_type = task_type_of(replace(config, dataset=dataset))
     try:
-        splits: dict[str, Any] = task_type.read_all()
+        splits: dict[str, Any] = task_type.decode(task_type.read_all())
     except ValueError as error:
         loose = {} if root is None else _read_loosely(root)
         if not any(map(len, loose.values())):

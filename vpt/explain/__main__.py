@@ -156,7 +156,7 @@ def _read(paths: list[Path], preprocessing: "Preprocessing") -> "tuple[list[Imag
     images, unreadable = [], []
     for path in paths:
         try:
-            images.append(view_image(str(path), read_image(path), preprocessing))
+            images.append(view_image(str(path), read_image(path, preprocessing.decoding), preprocessing))
         except ImageError as error:
             unreadable.append(str(error))
     return images, unreadable

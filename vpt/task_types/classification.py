@@ -57,7 +57,7 @@ from vpt.hub import download
 
 model = vpt.from_pretrained({repo_id}, backbone={backbone})
 preprocessing = Preprocessing.from_dict(vpt.read_task(download({repo_id})).preprocessing)
-image = EvalTransform(preprocessing)(read_image("photo.jpg"))
+image = EvalTransform(preprocessing)(read_image("photo.jpg", preprocessing.decoding))
 with torch.inference_mode():
     probabilities = model(image[None]).softmax(dim=1)[0]
 best = int(probabilities.argmax())
@@ -124,7 +124,7 @@ class Classification(TaskType):
     def read(self) -> dict[str, ClassificationSamples]:
         """Samples by split; with `dataset.num_per_class` only so many of train."""
         dataset, skips = self.config.dataset, self.config.data.on_error is OnError.skip
-        samples = self.read_all()
+        samples = self.decode(self.read_all())
         for split, members in samples.items():
             if split != "train" or not skips:
                 check_readable(members, self.decoding)

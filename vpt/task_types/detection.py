@@ -66,7 +66,7 @@ from vpt.predictions.boxes import to_original
 
 model = vpt.from_pretrained({repo_id}, backbone={backbone})
 preprocessing = Preprocessing.from_dict(vpt.read_task(download({repo_id})).preprocessing)
-image = read_image("photo.jpg")
+image = read_image("photo.jpg", preprocessing.decoding)
 size = (image.height, image.width)
 inputs = EvalTransform(preprocessing)(image)[None]
 with torch.inference_mode():
