@@ -63,18 +63,22 @@ def run(
 def _report_finished(config: Config, folder: RunFolder) -> None:
     """Print the result of a finished run again; a ConfigError if its data or files changed since."""
     result, before = folder.result(), read_record(folder.path)
-    note = "it has no record of its data, so whether they changed since cannot be known"
+    note, remarks = "it has no record of its data, so whether they changed since cannot be known", []
     if before is not None:
         try:
-            now = record_of(config, task_type_of(config).read(), before)
+            samples = task_type_of(config).read()
+            now = record_of(config, samples, before)
         except (ValueError, OSError) as error:
             note = f"whether its data changed since is not known: {error}"
         else:
             note = _refuse_changes(folder, before, now)
+            remarks = report.describe_small_splits(samples, result["metrics"])
     if note:
         warn(f"{folder.path}: {note}; fresh=true would train on the data as they are now")
     print(f"{folder.path}: this run has finished, in {result['epochs']} epochs; fresh=true would start it anew")
-    print(f"{report.result_table(result['metrics'])}\ntask file  {folder.task}")
+    print(f"{report.result_table(result['metrics'])}\ntask file  {folder.task}", flush=True)
+    for remark in remarks:
+        warn(remark)
 
 
 def _refuse_changes(folder: RunFolder, before: Record, now: Record) -> str:
@@ -197,7 +201,9 @@ class _Training:
         numbers = {name: value for name, value in asdict(result).items() if name != "best"}  # it is the val of metrics
         head = {"mode": self.config.mode.value, "select": self.task_type.select}
         write_json(self.folder.result_file, {**head, **numbers, "metrics": metrics})
-        print(report.describe_result(result, metrics, self.folder.task))
+        print(report.describe_result(result, metrics, self.folder.task), flush=True)
+        for line in report.describe_small_splits(self.samples, metrics):
+            warn(line)
 
 
 @contextmanager
