@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vpt
-from tests.helpers import train_with
+from tests.helpers import metric_lines, train_with
 from vpt import build
 from vpt.config.composition import compose_config
 from vpt.config.errors import ConfigError
@@ -151,6 +151,17 @@ def test_a_dry_run_takes_two_steps_of_everything(tmp_path, photos):
     assert (result["epochs"], result["steps"]) == (1, 2)
     assert set(result["metrics"]) == {"val", "test"}
     assert (run_dir / "task.safetensors").is_file()
+
+
+def test_the_result_is_written_before_the_figures(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(Classification, "log_end", Mock(side_effect=MemoryError("no room for the figure")))
+    with pytest.raises(MemoryError):
+        train(tmp_path, photos, "mode=dry")
+    result = result_of(tmp_path / "colours_dry")
+    assert result["metrics"] == vpt.read_task(tmp_path / "colours_dry/task.safetensors").metrics
+    lines = metric_lines(tmp_path / "colours_dry")
+    assert "val_recall/rose" in lines[-2]
+    assert "best/test_top1" in lines[-1]
 
 
 def test_overfit_learns_one_batch_and_saves_nothing(tmp_path, photos, capsys):

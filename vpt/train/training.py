@@ -19,7 +19,7 @@ from vpt.engine.measure import describe_machine
 from vpt.engine.monitor import Monitor, overview
 from vpt.engine.signals import StopSignal
 from vpt.engine.state import FitResult, RunState
-from vpt.engine.steps import Callbacks, FitData, OutOfMemoryError
+from vpt.engine.steps import Callbacks, Evaluator, FitData, OutOfMemoryError
 from vpt.engine.trainer import evaluate, fit, overfit
 from vpt.models.task_file import save_task
 from vpt.models.task_model import TaskModel
@@ -136,9 +136,13 @@ class _Training:
                 task_type.log_start(monitor, self.data)
             with _with_config_keys(config):
                 result = self._fit(state, checkpoints, monitor)
-                metrics = self._evaluate(monitor, result)
+                evaluator = task_type.evaluator(self.data, "val")
+                metrics = self._evaluate(evaluator)
+            task_type.log_class_metrics(monitor, self.data, evaluator, result)
             report.log_hparams(monitor, to_plain(self.shown), result, metrics.get("test", {}))
-        self._finish(result, metrics)
+            monitor.sync()
+            self._finish(result, metrics)
+            task_type.log_end(monitor, self.data, evaluator, result)  # may fail, for instance for want of memory
         if checkpoints.error is not None:
             raise OSError(
                 f"the last checkpoint could not be written ({checkpoints.error}); all other files of the run are saved"
@@ -182,17 +186,15 @@ class _Training:
         preprocessing = self.data.preprocessing.to_dict()
         save_task(self.model, self.folder.task, metrics=metrics, preprocessing=preprocessing, config=recipe(self.shown))
 
-    def _evaluate(self, monitor: Monitor, result: FitResult) -> Metrics:
-        """Metrics of the best epoch on val, and on test if there is one."""
+    def _evaluate(self, evaluator: Evaluator) -> Metrics:
+        """Metrics of the best epoch on val, which the evaluator holds afterwards, and on test if there is one."""
         settings = build.build_settings(self.config, next(self.model.parameters()).device, self.task_type.select)
         limits = {"precision": settings.precision, "max_batches": settings.max_batches}
         reading: dict[str, Any] = {**limits, "stop": self.stop}
-        evaluator = self.task_type.evaluator(self.data, "val")
         metrics = {"val": evaluate(self.model, self.data.loaders["val"], evaluator, **reading)}
         if "test" in self.data.loaders:
             of_test = self.task_type.evaluator(self.data, "test")
             metrics["test"] = evaluate(self.model, self.data.loaders["test"], of_test, description="test", **reading)
-        self.task_type.log_end(monitor, self.data, evaluator, result)  # last: a run that dies here logs it once more
         return metrics
 
     def _finish(self, result: FitResult, metrics: Metrics) -> None:
