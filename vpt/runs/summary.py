@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
 
@@ -109,11 +110,21 @@ def wilson_interval(fraction: float, num: int) -> tuple[float, float]:
     return (centre - half) / scale, min(1.0, (centre + half) / scale)
 
 
+def describe_schedules(result: FitResult, epochs: int) -> str:
+    """A line on the schedules of a run that was extended; empty for any other."""
+    if not result.extended_after:
+        return ""
+    bounds = [0, *result.extended_after, epochs]
+    parts = ", ".join(f"{first + 1} to {last}" for first, last in pairwise(bounds))
+    return f"\n{'schedule':<10} one each for epochs {parts} (extend=true), not one of {epochs} epochs"
+
+
 def describe_result(result: FitResult, metrics: Mapping[str, Mapping[str, float]], task: Path) -> str:
     """Describe the result of a run: the best epoch, a table of metrics, the task file."""
+    seconds = f"{result.seconds:.0f} s" + "".join(f", extended after epoch {epoch}" for epoch in result.extended_after)
     return "\n".join(
         [
-            f"\nbest epoch {result.best_epoch} of {result.epochs}, {result.steps} steps, {result.seconds:.0f} s",
+            f"\nbest epoch {result.best_epoch} of {result.epochs}, {result.steps} steps, {seconds}",
             result_table(metrics),
             f"task file  {task} ({task.stat().st_size / 1000:,.0f} kB)",
         ]

@@ -103,6 +103,7 @@ class _Training:
         self.task_type, self.model, self.samples, data = _prepare(config)
         self.plan = plan_cache(config, self.model, data)
         self.data = self.plan.data
+        self.extended_after: list[int] = []
 
     def run(self) -> None:
         config, task_type = self.config, self.task_type
@@ -122,19 +123,24 @@ class _Training:
             raise ConfigError(f"{error}: type fresh=true to rename the folder and start anew") from error
         if saved is None:
             build.start_prompt(config, self.model, self.data)  # before there is a folder, if it is refused
+        num_batches = len(self.data.loaders["train"])
+        state = build.build_state(config, self.model, num_batches, 0 if saved is None else _last_extension(saved))
+        resume_at = None if saved is None else _restore(saved, state)
+        if self.folder.is_extended:
+            _extend(config, saved, state, num_batches, checkpoints)
         summary = report.summarise(self.model, self.data, config, task_type.describe(self.samples), self.plan.text)
+        summary += report.describe_schedules(state.result, config.train.epochs)
         print(summary, flush=True)
         self.folder.make()
         if saved is None or before is None:
             write_record(self.folder.path, record)
         print(f"{'run':<10} {self.folder.path} (tensorboard --logdir {config.run.root})", flush=True)
-        state = build.build_state(config, self.model, len(self.data.loaders["train"]))
-        resume_at = None if saved is None else _restore(saved, state)
         with Monitor(self.folder.path, layout=overview(task_type.charts), resume_at=resume_at) as monitor:
             if resume_at is None:
                 report.log_start(monitor, self.folder.config_text, summary)
                 task_type.log_start(monitor, self.data)
             with _with_config_keys(config):
+                self.extended_after = state.result.extended_after
                 result = self._fit(state, checkpoints, monitor)
                 evaluator = task_type.evaluator(self.data, "val")
                 metrics = self._evaluate(evaluator)
@@ -183,8 +189,10 @@ class _Training:
             warn(f"the task of this epoch is not written: {error}")
 
     def _save_task(self, metrics: Metrics) -> None:
-        preprocessing = self.data.preprocessing.to_dict()
-        save_task(self.model, self.folder.task, metrics=metrics, preprocessing=preprocessing, config=recipe(self.shown))
+        preprocessing, config = self.data.preprocessing.to_dict(), recipe(self.shown)
+        if self.extended_after:
+            config["extended_after"] = self.extended_after
+        save_task(self.model, self.folder.task, metrics=metrics, preprocessing=preprocessing, config=config)
 
     def _evaluate(self, evaluator: Evaluator) -> Metrics:
         """Metrics of the best epoch on val, which the evaluator holds afterwards, and on test if there is one."""
@@ -202,6 +210,7 @@ class _Training:
         self._save_task(metrics)
         numbers = {name: value for name, value in asdict(result).items() if name != "best"}  # it is the val of metrics
         head = {"mode": self.config.mode.value, "select": self.task_type.select}
+        head["planned_epochs"] = self.config.train.epochs
         write_json(self.folder.result_file, {**head, **numbers, "metrics": metrics})
         print(report.describe_result(result, metrics, self.folder.task), flush=True)
         for line in report.describe_small_splits(self.samples, metrics):
@@ -248,6 +257,22 @@ def _restore(saved: Saved, state: RunState) -> tuple[int, int]:
         raise ConfigError(f"{saved.path}: {error}; type fresh=true to rename the folder and start anew") from error
     print(f"{'resuming':<10} after step {state.result.steps}, epoch {state.epoch}, from {saved.path}", flush=True)
     return int(saved.numbers["metrics_bytes"]), state.result.steps
+
+
+def _last_extension(saved: Saved) -> int:
+    """The number of epochs after which the last schedule began."""
+    return max([0, *saved.numbers["result"].get("extended_after", [])])
+
+
+def _extend(config: Config, saved: Saved | None, state: RunState, num_batches: int, checkpoints: Checkpoints) -> None:
+    """Begin a new schedule behind the epochs of a finished run, and save that before anything else is changed."""
+    if saved is None:
+        raise ConfigError(f"extend=true: there is no checkpoint at {checkpoints.last}; type fresh=true to start anew")
+    if _last_extension(saved) == state.result.epochs:  # a process was killed behind this
+        return
+    state.extend(build.build_schedule(config, state.optimizer, num_batches, state.result.epochs))
+    if not checkpoints.save(state.tensors(), {**state.numbers(), "metrics_bytes": saved.numbers["metrics_bytes"]}):
+        raise OSError(f"the run is not extended: {checkpoints.error}")
 
 
 def _overfit(config: Config, stop: StopSignal) -> None:
