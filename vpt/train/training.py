@@ -13,7 +13,7 @@ from vpt.config.errors import ConfigError
 from vpt.config.saved import recipe, to_plain
 from vpt.config.schema import Config, Mode
 from vpt.data.samples import data_digest
-from vpt.engine.checkpoint import Checkpoints, Saved
+from vpt.engine.checkpoint import Checkpoints, Saved, check_run_dir
 from vpt.engine.console import warn
 from vpt.engine.measure import describe_machine
 from vpt.engine.monitor import Monitor, overview
@@ -189,6 +189,7 @@ class _Training:
             warn(f"the task of this epoch is not written: {error}")
 
     def _save_task(self, metrics: Metrics) -> None:
+        check_run_dir(self.folder.path)
         preprocessing, config = self.data.preprocessing.to_dict(), recipe(self.shown)
         if self.extended_after:
             config["extended_after"] = self.extended_after
@@ -210,7 +211,7 @@ class _Training:
         self._save_task(metrics)
         numbers = {name: value for name, value in asdict(result).items() if name != "best"}  # it is the val of metrics
         head = {"mode": self.config.mode.value, "select": self.task_type.select}
-        head["planned_epochs"] = self.config.train.epochs
+        numbers["planned_epochs"] = self.config.train.epochs
         write_json(self.folder.result_file, {**head, **numbers, "metrics": metrics})
         print(report.describe_result(result, metrics, self.folder.task), flush=True)
         for line in report.describe_small_splits(self.samples, metrics):
@@ -261,7 +262,7 @@ def _restore(saved: Saved, state: RunState) -> tuple[int, int]:
 
 def _last_extension(saved: Saved) -> int:
     """The number of epochs after which the last schedule began."""
-    return max([0, *saved.numbers["result"].get("extended_after", [])])
+    return int(max([0, *saved.numbers["result"].get("extended_after", [])]))
 
 
 def _extend(config: Config, saved: Saved | None, state: RunState, num_batches: int, checkpoints: Checkpoints) -> None:
