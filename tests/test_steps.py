@@ -43,7 +43,7 @@ class WithDropout(Separable):
         return super().forward(nn.functional.dropout(images, 0.3, self.training))
 
 
-def train(folder, model=None, change=None, losses=cross_entropy, stop=None, on_epoch=print, **settings):
+def train(folder, model=None, change=None, losses=cross_entropy, stop=None, on_epoch=lambda *_: None, **settings):
     """Start a run, or resume it."""
     loader = build_loader(Images(change), BATCH, shuffle=True, seed=3)
     return fit_small(
