@@ -203,6 +203,13 @@ def test_a_second_process_is_refused(tmp_path, monkeypatch):
         make(tmp_path, "run.name=new")
 
 
+def test_a_folder_on_a_full_disk_is_named(tmp_path, monkeypatch):
+    make(tmp_path)
+    monkeypatch.setattr("vpt.runs.folder.locked", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(ConfigError, match="mine: cannot be locked: No space"):
+        make(tmp_path)
+
+
 def test_a_process_that_was_slower_does_not_take_the_folder_of_another_config(tmp_path):
     with folder_of(tmp_path) as slower:
         make(tmp_path, "seed=7")

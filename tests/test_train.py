@@ -248,14 +248,15 @@ def test_an_extension_that_is_killed_resumes_to_the_same_bytes(finished, photos,
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
-        (OutOfMemoryError("batches of 8"), r"auto_batch=true, or train\.batch_size=4 train\.accumulation=6, or grad"),
-        (FloatingPointError("the loss is nan; skip_nonfinite=2"), r"lower optim\.prompt_lr.* train\.skip_nonfinite=12"),
-        (FloatingPointError("not finite in any epoch"), r"lower optim\.prompt_lr, .*fresh=true$"),
+        (OutOfMemoryError("batches of 8"), r"8; .*auto_batch=true, or train\.batch_size=4 train\.accumulation=6, or"),
+        (OutOfMemoryError("a batch of 8; try batch_size=4"), r"8; type auto_batch=true, or train\.batch_size=4"),
+        (FloatingPointError("loss is nan; skip_nonfinite=2"), r"=2; lower optim\.prompt_lr.* train\.skip_nonfinite=12"),
+        (FloatingPointError("not finite in any epoch"), r"epoch; lower optim\.prompt_lr, .*fresh=true$"),
     ],
 )
 def test_config_keys_are_added_to_errors_of_the_engine(tmp_path, photos, monkeypatch, error, advice):
     monkeypatch.setattr(training, "fit", Mock(side_effect=error))
-    with pytest.raises(type(error), match=f"{error}; .*{advice}"):
+    with pytest.raises(type(error), match=advice):
         train(tmp_path, photos, "train.accumulation=3", "train.skip_nonfinite=2")
 
 

@@ -142,7 +142,10 @@ class RunFolder:
             return None
 
     def _lock(self) -> None:
-        self._stack.enter_context(locked(self.path / LOCK, self.path))
+        try:
+            self._stack.enter_context(locked(self.path / LOCK, self.path))
+        except OSError as error:  # a full disk, for example
+            raise ConfigError(f"{self.path}: cannot be locked: {error.strerror}; make it writable") from error
         self._is_locked = True
 
     def _unlock(self) -> None:

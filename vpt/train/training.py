@@ -231,8 +231,9 @@ def _with_config_keys(config: Config) -> Iterator[None]:
     except OutOfMemoryError as error:
         size, accumulation = config.train.batch_size, config.train.accumulation
         smaller = f"train.batch_size={max(1, size // 2)} train.accumulation={accumulation * (2 if size > 1 else 1)}"
+        reason = str(error).partition("; try ")[0]  # of an evaluation, whose batch_size is that of the loader
         raise OutOfMemoryError(
-            f"{error}; type auto_batch=true, or {smaller}, or grad_checkpointing=true, or a smaller backbone.img_size"
+            f"{reason}; type auto_batch=true, or {smaller}, or grad_checkpointing=true, or a smaller backbone.img_size"
         ) from error
 
 
