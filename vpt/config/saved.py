@@ -22,7 +22,7 @@ from vpt.config.schema import Config, schema_keys
 from vpt.config.validation import to_config
 
 WITHOUT_EFFECT = (  # on the result of a run that ends
-    *("run", "fresh", "num_workers", "timeout_s", "cache", "cache_gb", "cache_dir"),
+    *("run", "fresh", "extend", "num_workers", "timeout_s", "cache", "cache_gb", "cache_dir"),
     *("log_every", "auto_batch", "skip_nonfinite", "required"),
 )
 ROUNDING = ("device", "deterministic", "compile", "grad_checkpointing")  # they change last digits only

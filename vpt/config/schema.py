@@ -334,6 +334,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     mode: Mode = Mode.train
     fresh: bool = False  # move an earlier run of this folder aside and start anew; without it the run resumes
+    extend: bool = False  # train a finished run on, to train.epochs in all: a new schedule from its last checkpoint
     auto_batch: bool = False  # out of memory: compute each batch in parts, with the same result
     seed: int = option(0, low=0, high=2**32 - 1)
     deterministic: bool = False

@@ -177,8 +177,13 @@ class TaskType(ABC):
     def log_epoch(self, monitor: Monitor, data: Data, evaluator: Any, epoch: int, step: int) -> None:  # noqa: B027
         """Log figures after an evaluation on val."""
 
+    def log_class_metrics(  # noqa: B027
+        self, monitor: Monitor, data: Data, evaluator: Any, result: FitResult
+    ) -> None:
+        """Log the metrics of each class, of the best model on val."""
+
     def log_end(self, monitor: Monitor, data: Data, evaluator: Any, result: FitResult) -> None:  # noqa: B027
-        """Log figures of the best model on val."""
+        """Log figures of the best model on val; the result of the run is written before."""
 
     # Trained tasks.
 

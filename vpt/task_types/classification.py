@@ -234,7 +234,7 @@ class Classification(TaskType):
         monitor.images("train/augmented", image_grid(pixels, [data.classes[target] for target in targets]), 0)
 
     def log_end(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, result: FitResult) -> None:
-        """The confusion matrix, the worst images and the recall of each class."""
+        """The confusion matrix and the worst images."""
         from vpt.plots.grid import RIGHT, WRONG, image_grid
         from vpt.plots.metrics import confusion_matrix
 
@@ -248,7 +248,11 @@ class Classification(TaskType):
         colours = [RIGHT if sample.target == sample.prediction else WRONG for sample in worst]
         grid = image_grid(denormalise(images, data.preprocessing), captions, columns=4, colours=colours)
         monitor.images("val/worst", grid, result.best_step)
-        recall = {f"val_recall/{name}": value for name, value in zip(data.classes, metrics.per_class(), strict=True)}
+
+    def log_class_metrics(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, result: FitResult) -> None:
+        """The recall of each class."""
+        per_class = evaluator.metrics.per_class()
+        recall = {f"val_recall/{name}": value for name, value in zip(data.classes, per_class, strict=True)}
         monitor.scalars(recall, result.best_step)
 
     @classmethod
