@@ -97,11 +97,14 @@ def test_gradients_reach_all_learned_parameters_and_a_step_changes_the_tokens_of
     assert all(key.startswith(("backbone.prompt.", "head.")) for key in with_gradient)
     assert all((parameter.grad.flatten(1).norm(dim=1) > 0).all() for parameter in prompt.parameters())
     model.zero_grad()
-    step(model.eval(), images, state_of(model))
+    step(model, images, state_of(model))
     assert ((prompt.tokens.detach() - before).flatten(1).norm(dim=1) > 1e-4).all()
     changed = logits_of(model, images)
     assert not torch.allclose(logits, changed)
     torch.testing.assert_close(changed, model(images).detach())  # with gradients nothing is cached
+    with torch.no_grad():
+        torch.nn.init.normal_(next(prompt.parameters()))
+        assert not torch.allclose(model(images), changed)
 
 
 @pytest.mark.parametrize("name", [name for name in LIVES if "kv" not in name])

@@ -65,12 +65,12 @@ def test_a_task_gives_the_same_logits_on_the_same_backbone(tmp_path, images, pro
     assert metadata.versions["torch"] == torch.__version__.partition("+")[0]
 
 
-@pytest.mark.parametrize("size", [(80, 80), (64, 96)])
-def test_a_task_is_loaded_onto_a_backbone_by_name_at_its_own_input_size(tmp_path, size):
-    model = build_model("vit_nano_patch8_64", prompt="deep", num_tokens=2, num_classes=3, img_size=size).eval()
+@pytest.mark.parametrize(("size", "tuning"), [((80, 80), "prompt"), ((64, 96), "bias")])
+def test_a_task_is_loaded_onto_a_backbone_by_name_at_its_own_input_size(tmp_path, size, tuning):
+    model = build_model("vit_nano_patch8_64", num_tokens=2, num_classes=3, img_size=size, tuning=tuning)
     model.head.weight.data.normal_()
-    path = vpt.save_task(model, tmp_path / "pets.safetensors")
     images = torch.randn(2, 3, *size)
+    path = vpt.save_task(train(model, images), tmp_path / "pets.safetensors")
     loaded = vpt.load_task(path, backbone="vit_nano_patch8_64")
     assert torch.equal(loaded(images), model(images))
     assert loaded.classes is None
@@ -273,14 +273,6 @@ def test_a_tuned_task_that_is_loaded_saved_and_tuned_again_still_belongs_to_the_
     assert torch.equal(vpt.load_task(path, make_tiny_vit())(images), loaded(images))
 
 
-def test_a_tuned_task_is_loaded_onto_a_backbone_by_name(tmp_path):
-    model = build_model("vit_nano_patch8_64", num_classes=3, tuning="bias")
-    torch.nn.init.normal_(model.head.weight)
-    images = torch.randn(2, 3, 64, 64)
-    path = vpt.save_task(train(model, images), tmp_path / "a.safetensors")
-    assert torch.equal(vpt.load_task(path, "vit_nano_patch8_64")(images), model(images))
-
-
 def test_a_prompt_learned_on_a_vit_that_another_model_tuned_carries_its_parameters(tmp_path, images):
     tuned = train(make_model(None, tuning="bias"), images)
     model = build_model(tuned.backbone.vit, num_classes=3, num_tokens=2)
@@ -322,9 +314,10 @@ def test_a_detection_task_gives_the_same_boxes_on_the_same_backbone(tmp_path, he
     assert {name.split(".")[0] for name in load_file(path)} == {"prompt", "neck", "head"}
 
 
-@pytest.mark.parametrize("way", [("linear", None), ("bias", None), ("partial", "shallow"), ("full", None)])
-def test_a_detection_task_of_every_tuning_comes_back(tmp_path, way):
-    tuning, prompt = way
+@pytest.mark.parametrize(
+    ("tuning", "prompt"), [("linear", None), ("bias", None), ("partial", "shallow"), ("full", None)]
+)
+def test_a_detection_task_of_every_tuning_comes_back(tmp_path, tuning, prompt):
     images, vit = torch.randn(2, 3, 64, 64), make_tiny_vit(img_size=64)
     model = train(make_detector(prompt=prompt, tuning=tuning), images, steps=1)
     before = state_of(vit)
