@@ -16,7 +16,9 @@ FAMILIES = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva", "b
 ARCHITECTURES = [name for family in FAMILIES for name in timm.list_models(module=family)]
 
 # One or two of each kind of stem, prefix, position, norm, MLP and pooling; all others are marked as slow.
-CHOSEN = """
+CHOSEN = re.findall(
+    r"\w+",
+    """
     vit_tiny_patch16_224 vit_base_patch8_224 vit_base_patch32_224 vit_huge_patch14_224 vit_tiny_r_s16_p8_224
     deit_tiny_distilled_patch16_224 deit3_small_patch16_224 vit_base_patch16_clip_224
     vit_base_patch16_clip_quickgelu_224 vit_base_patch16_siglip_224 vit_base_patch16_siglip_gap_224
@@ -26,7 +28,8 @@ CHOSEN = """
     vit_pe_core_tiny_patch16_384 beit_base_patch16_224 flexivit_small vit_base_patch16_rpn_224
     vit_base_patch16_xp_224 vit_small_patch16_18x2_224 vit_dwee_patch16_reg1_gap_256 vit_intern300m_patch14_448
     vit_base_patch16_sapiens2
-""".split()
+    """,
+)
 
 
 def make_tiny(name, grid_size=(2, 3), **options):
