@@ -66,9 +66,13 @@ def make_tiny_vit(kind: str = "cls", **options):
     """A random ViT of three blocks for 32 px images; every parameter is random, also those that timm starts at zero."""
     name, extra = TINY_VITS[kind]
     torch.manual_seed(0)
-    vit = timm.create_model(name, **{**TINY, **extra, **options})
-    for parameter_name, parameter in vit.named_parameters():
-        if parameter.ndim in (1, 3) or "relative_position_bias" in parameter_name:
+    return randomise(timm.create_model(name, **{**TINY, **extra, **options}))
+
+
+def randomise(vit):
+    """The ViT in eval mode with all vectors, positions and biases random, also those that timm starts at zero."""
+    for name, parameter in vit.named_parameters():
+        if parameter.ndim in (1, 3) or "relative_position_bias" in name:
             parameter.data.normal_(std=0.2).add_(1.0 if parameter.ndim == 1 else 0.0)
     return vit.eval()
 

@@ -127,7 +127,7 @@ def test_sizes_are_read_until_they_exceed_the_limit(samples, monkeypatch):
     sizes = decoded_sizes(samples, max_bytes=18 * 40 * 48 * 3)
     assert sizes == [(48, 40)] * 18
     seen = []
-    monkeypatch.setattr("vpt.data.cache.check_image", lambda path, **_: seen.append(path) or (48, 40))
+    monkeypatch.setattr("vpt.data.cache.check_image", lambda path, _: seen.append(path) or (48, 40))
     assert decoded_sizes(samples, max_bytes=3 * 40 * 48 * 3 - 1) is None
     assert len(seen) == 3
 

@@ -183,9 +183,10 @@ def test_images_with_a_path_of_another_machine_are_found_by_its_end_and_counted(
 
 
 def test_images_beside_the_listed_ones_are_counted(tmp_path):
-    draw_image(tmp_path / "train2017" / "z.png", (8, 8))
+    for name in ("train2017/z.png", "train2017/deep/z.png", "train2017/.hidden.png", "other/z.png", "z.png"):
+        draw_image(tmp_path / name, (8, 8))
     _, report = edited(tmp_path, lambda content: content["images"].pop())
-    assert report.counts == {Finding.UNNAMED: 2}
+    assert report.counts == {Finding.UNNAMED: 3}
     assert report.first[Finding.UNNAMED].endswith("train2017/c.png")
 
 

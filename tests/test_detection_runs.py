@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vpt
-from tests.helpers import edit_json, metric_lines, train_with
+from tests.helpers import coco_evaluation, coco_metrics, edit_json, metric_lines, train_with, write_text
 from vpt import build
 from vpt.config.composition import compose_config
 from vpt.config.errors import ConfigError
@@ -117,6 +117,44 @@ def test_boxes_are_written_as_csv_coco_and_yolo_in_pixels_of_the_images(finished
             x, y, width, height = annotation["bbox"]
             num_hit += np.abs(corners - [x, y, x + width, y + height]).max() < 10
     assert num_hit >= 4
+
+
+def test_coco_results_with_the_ids_of_an_annotation_file_can_be_measured_against_it(finished, boxes, tmp_path, capsys):
+    truth = json.loads((boxes / "test" / "_annotations.coco.json").read_text())
+    for i, entry in enumerate(truth["images"]):
+        entry["id"] = 50 - i
+    for entry in truth["annotations"]:
+        entry["image_id"] = 151 - entry["image_id"]
+        entry["category_id"] += 5
+    truth["categories"] = [entry | {"id": entry["id"] + 5} for entry in truth["categories"]]
+    truth["images"].pop()
+    file = write_text(tmp_path / "truth.json", json.dumps(truth))
+    options = {"run": str(finished), "input": str(boxes / "test"), "device": "cpu", "annotations": str(file)}
+    predict_run(PredictOptions(**options, output=str(tmp_path / "found.json")))
+    assert "5.png; their boxes are left out" in capsys.readouterr().err
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert {(row["image_id"], row["file_name"]) for row in results} == {(51 - i, f"{i}.png") for i in range(1, 5)}
+    truth["annotations"] = [row for row in truth["annotations"] if row["image_id"] > 46]
+    assert coco_metrics(coco_evaluation(truth, results))["map50"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("content", "output", "message"),
+    [
+        ({}, "f.csv", "is for COCO results"),
+        ({"categories": []}, "f.json", "no category 'red box'"),
+        ({"images": []}, "f.json", "has 5 of the 5 images not"),
+        ({"images": 3}, "f.json", "'images' is of type int"),
+    ],
+)
+def test_annotations_that_do_not_fit_are_refused_before_the_prediction(
+    finished, boxes, tmp_path, content, output, message
+):
+    truth = json.loads((boxes / "test" / "_annotations.coco.json").read_text()) | content
+    file = write_text(tmp_path / "truth.json", json.dumps(truth))
+    options = {"run": str(finished), "input": str(boxes / "test"), "device": "cpu", "annotations": str(file)}
+    with pytest.raises(ConfigError, match=message):
+        predict_run(PredictOptions(**options, output=str(tmp_path / output)))
 
 
 def test_options_choose_boxes_and_images_are_drawn(finished, boxes, tmp_path):

@@ -1,12 +1,26 @@
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from tests.helpers import ROOT
 from vpt.data import images
-from vpt.data.images import Decoding, ImageError, check_image, find_images, read_header, read_image, split_pattern
+from vpt.data.images import (
+    Decoding,
+    ImageError,
+    check_image,
+    find_images,
+    read_header,
+    read_image,
+    split_pattern,
+)
+
+ORIENTATION = 0x0112
 
 
 @pytest.fixture
@@ -118,3 +132,17 @@ def test_a_pattern_is_split_after_its_existing_folders(many):
     assert split_pattern(Path("*.png")) == (Path(), "*.png")
     assert split_pattern(Path("/a*/b")) == (Path("/"), "a*/b")
     assert split_pattern(Path("many/a")) == (Path("many/a"), "")
+
+
+def test_what_an_installed_plug_in_of_pillow_reads_is_read(tmp_path):
+    """A plug-in as pillow-heif: it registers a format when it is told to, here one that holds a PNG."""
+    (tmp_path / "pillow_heif.py").write_text(
+        "from PIL import Image, PngImagePlugin\n"
+        "class Heif(PngImagePlugin.PngImageFile):\n    format = 'HEIF'\n"
+        "def register_heif_opener():\n    Image.register_open('HEIF', Heif)\n"
+    )
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.heic", "PNG")
+    code = "from vpt.data.images import *; (path,) = find_images('.'); print(path, read_image(path).size)"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == "a.heic (3, 2)\n", done.stderr

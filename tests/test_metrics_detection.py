@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import coco_evaluation, coco_metrics
+from vpt.engine.metrics import detection
 from vpt.engine.metrics.detection import DetectionMetrics
 
 Image = dict[str, Tensor]
@@ -141,6 +142,18 @@ def test_order_of_images_and_sizes_of_batches_change_nothing_and_nothing_is_prin
     mixed = fed([detections[i] for i in order], [targets[i] for i in order], 3, backend, batch_size=2).compute()
     assert mixed == pytest.approx(whole, abs=1e-12)
     assert capsys.readouterr() == ("", "")
+
+
+@BACKENDS
+@pytest.mark.parametrize("num_rows", [1, 60])
+def test_classes_that_are_evaluated_in_parts_have_the_same_numbers(backend, num_rows, monkeypatch):
+    detections, targets = random_images(9, 5, seed=2)
+    whole, parts = (fed(detections, targets, 6, backend) for _ in range(2))
+    expected = whole.compute(), whole.per_class(), whole.precision_curves()
+    monkeypatch.setattr(detection, "MAX_ROWS", num_rows)
+    assert 1 < len(list(parts._parts())) <= 6
+    for value, other in zip((parts.compute(), parts.per_class(), parts.precision_curves()), expected, strict=True):
+        np.testing.assert_equal(value, other)
 
 
 @BACKENDS

@@ -161,6 +161,19 @@ def test_tasks_that_do_not_go_together_are_refused_before_the_work(tasks, album,
     assert [path.name for path in Path().iterdir()] == ["album"]
 
 
+def test_images_of_formats_that_cannot_be_read_are_counted_and_never_silently_left_out(tasks, album, capsys):
+    for name in ("album/a.heic", "album/sub/b.HEIC", "album/c"):
+        shutil.copy("album/00.png", name)
+    assert predict(files(tasks, "deep"), "f.csv") == []
+    assert "left out: 3 image files cannot be read: 2 .heic, 1 without an extension" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match=r"1 \.heic; save them as"):
+        predict(files(tasks, "deep"), "f.csv", given="album/*.heic*")
+    for path in album.rglob("*.png"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"2 \.heic"):
+        predict(files(tasks, "deep"), "f.csv")
+
+
 def test_the_tasks_of_two_runs_are_named_as_the_runs(tasks, album):
     for name in ("deep", "late"):
         Path("runs", name).mkdir(parents=True)

@@ -9,7 +9,7 @@ from PIL import Image
 
 import vpt.predict.inputs
 from tests.helpers import write_clip
-from vpt.data.images import read_image
+from vpt.data.images import DEFAULT_DECODING, read_image
 from vpt.predict.inputs import Frames, ImageFiles, is_video
 
 
@@ -33,8 +33,8 @@ def chunks_of(inputs, size):
     return [inputs.paths[start : start + size] for start in range(0, len(inputs.paths), size)]
 
 
-def grey(image):
-    return int(np.asarray(image)[0, 0, 0])
+def grey(read):
+    return int(np.asarray(read(DEFAULT_DECODING))[0, 0, 0])
 
 
 def test_batches_hold_prepared_images_and_why_others_cannot_be_read(folder):
@@ -48,9 +48,9 @@ def test_batches_hold_prepared_images_and_why_others_cannot_be_read(folder):
 def test_only_two_batches_are_read_before_the_first_is_taken_and_no_more_after_the_end(folder, monkeypatch):
     read = []
 
-    def spy(path):
+    def spy(path, decoding):
         read.append(path)
-        return read_image(path)
+        return read_image(path, decoding)
 
     monkeypatch.setattr(vpt.predict.inputs, "read_image", spy)
     images = ImageFiles(folder)

@@ -1,6 +1,7 @@
 """Tasks that are open in memory: of a run or of files, the same to whoever predicts."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 import vpt
 from tests.helpers import NANO
+from vpt.data.images import to_rgb
 from vpt.data.transforms.images import EvalTransform
 from vpt.data.transforms.preprocessing import letterboxed_size
 from vpt.models.detector import Selection
@@ -36,7 +38,7 @@ def test_tasks_with_equal_preprocessing_share_a_call(opened, images, request):
     tasks = opened("deep", "other", "late")
     calls = []
     spied = replace(tasks, infer=lambda *arguments: calls.append(arguments) or tasks.infer(*arguments))
-    results = run_model(spied, [tasks.prepare(image) for image in images])
+    results = run_model(spied, [tasks.prepare(partial(to_rgb, image)) for image in images])
     assert [names for _, names, _ in calls] == [["deep", "late"], ["other"]]
     assert {name: logits.shape for name, logits in results.items()} == {"deep": (2, 7), "late": (2, 3), "other": (2, 4)}
     for name in results:
@@ -48,7 +50,7 @@ def test_tasks_with_equal_preprocessing_share_a_call(opened, images, request):
 
 def test_results_in_bf16_which_a_gpu_computes_in_are_near(opened, images):
     tasks = opened("deep", "late")
-    batch = [tasks.prepare(image) for image in images]
+    batch = [tasks.prepare(partial(to_rgb, image)) for image in images]
     exact, rough = run_model(tasks, batch), run_model(replace(tasks, precision="bf16"), batch)
     for name in exact:
         assert not torch.equal(exact[name], rough[name])
@@ -57,14 +59,14 @@ def test_results_in_bf16_which_a_gpu_computes_in_are_near(opened, images):
 
 def test_an_image_is_kept_only_if_required(opened, images):
     tasks = opened("deep", "other")
-    prepared = tasks.prepare(images[0])
+    prepared = tasks.prepare(partial(to_rgb, images[0]))
     assert (prepared.image, prepared.size, len(prepared.inputs)) == (None, (40, 90), 2)
-    assert tasks.prepare(images[0], keeps_image=True).image is images[0]
+    assert tasks.prepare(partial(to_rgb, images[0]), keeps_image=True).image is images[0]
 
 
 def test_a_selection_is_kept_and_boxes_end_where_the_picture_does(opened, images):
     tasks = opened("boxes")
-    batch = [tasks.prepare(image) for image in images]
+    batch = [tasks.prepare(partial(to_rgb, image)) for image in images]
     tasks.select("boxes", Selection(min_score=0.0, max_overlap=1.0, max_detections=7))
     found = run_model(tasks, batch)["boxes"]
     for detection, prepared in zip(found, batch, strict=True):
@@ -85,7 +87,7 @@ def test_a_run_and_its_task_file_have_the_same_predictions(request, images, run)
         (name,) = tasks.metadata
         if tasks.task_type == "detection":
             tasks.select(name, Selection(min_score=0.0, max_overlap=1.0, max_detections=5))
-        (result,) = run_model(tasks, [tasks.prepare(image) for image in images]).values()
+        (result,) = run_model(tasks, [tasks.prepare(partial(to_rgb, image)) for image in images]).values()
         results.append([one["scores"] for one in result] if tasks.task_type == "detection" else list(result))
     for one, two in zip(*results, strict=True):
         assert torch.allclose(one, two, atol=1e-5)

@@ -9,7 +9,15 @@ import torch
 from tests.helpers import coco_evaluation, coco_metrics, draw_image, write_text
 from vpt.data.readers.boxes import read_yolo
 from vpt.engine.metrics.detection import DetectionMetrics
-from vpt.predictions.boxes import FoundBoxes, coco_image_ids, file_names, to_box_table, to_coco, to_yolo
+from vpt.predictions.boxes import (
+    FoundBoxes,
+    coco_image_ids,
+    file_names,
+    match_image_ids,
+    to_box_table,
+    to_coco,
+    to_yolo,
+)
 
 CLASSES = ["cat", "guinea pig", "猫, black"]
 CATEGORY_IDS = [3, 7, 90]
@@ -90,13 +98,37 @@ def test_numbers_that_are_not_finite_are_refused_by_json():
         pytest.param([], [], id="none"),
     ],
 )
-def test_images_have_their_own_numbers_or_are_counted(pictures, ids):
+def test_images_have_their_own_numbers_or_are_counted_with_a_warning(pictures, ids, capsys):
     found = [found_in(path, [[1, 2, 4, 6]], [0.5], [1], image_id=image_id) for path, image_id in pictures]
     assert coco_image_ids(found) == ids
+    assert ("annotations=FILE" in capsys.readouterr().err) == (ids == [1, 2])
     entries = json.loads(to_coco(found, CATEGORY_IDS, CLASSES))
     assert [(entry["image_id"], entry["file_name"]) for entry in entries] == [
         (image_id, path) for image_id, (path, _) in zip(ids, pictures, strict=True)
     ]
+
+
+@pytest.mark.parametrize(
+    ("paths", "ids", "expected"),
+    [
+        (["zebra.jpg", "ant.jpg"], {"ant.jpg": 3, "cow.jpg": 2, "zebra.jpg": 1}, {"zebra.jpg": 1, "ant.jpg": 3}),
+        (["a.jpg"], {"images/a.jpg": 4}, {"a.jpg": 4}),
+        (["val/a.jpg", "test/a.jpg"], {"test/a.jpg": 4, "val/a.jpg": 5}, {"val/a.jpg": 5, "test/a.jpg": 4}),
+        (["x/val/a.jpg"], {"a.jpg": 4, "val/a.jpg": 5}, {"x/val/a.jpg": 5}),
+        (["a.jpg"], {"a.jpg": 4, "val/a.jpg": 5}, {"a.jpg": 4}),
+        (["test/a.jpg"], {"/home/data/a.jpg": 4}, {"test/a.jpg": 4}),
+        (["a.jpg"], {"A.jpg": 4, "xa.jpg": 5}, {}),
+        (["a.jpg"], {"test/a.jpg": 4, "val2/a.jpg": 5}, "may be"),
+        (["a.jpg"], {"test/a.jpg": 4, "val1/a.jpg": 5}, "may be"),
+        (["c/a.jpg", "b/a.jpg"], {"a.jpg": 4}, "both"),
+    ],
+)
+def test_ids_of_an_annotation_file_are_those_of_the_same_path(paths, ids, expected):
+    if isinstance(expected, dict):
+        assert match_image_ids(paths, ids) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            match_image_ids(paths, ids)
 
 
 def test_two_images_of_one_number_are_refused():

@@ -41,10 +41,14 @@ def test_dropout_draws_a_mask_for_each_sample_and_only_in_training():
     assert torch.equal(prompt(1, batch_size=3), prompt.tokens[1:2])
 
 
-def test_each_prompted_block_has_tokens_of_its_own():
-    prompt = VisualPrompt(2, 4, blocks=(3, 7))
-    assert torch.equal(prompt(7, 1)[0], prompt.tokens[1])
-    assert [block for block in range(10) if prompt.enters(block)] == [3, 7]
+def test_each_prompted_block_has_tokens_of_its_own_that_survive_saving():
+    prompt, other = (VisualPrompt(3, 8, blocks=(0, 2, 3), dropout=0.1).eval() for _ in range(2))
+    assert torch.equal(prompt(2, 1)[0], prompt.tokens[1])
+    assert [block for block in range(10) if prompt.enters(block)] == [0, 2, 3]
+    other.load_state_dict(prompt.state_dict())
+    assert list(prompt.state_dict()) == ["tokens"]
+    assert torch.equal(prompt.tokens, other.tokens)
+    assert repr(prompt) == "VisualPrompt(variant=deep, num_tokens=3, embed_dim=8, blocks=0,2,3, dropout=0.1)"
 
 
 @pytest.mark.parametrize(
@@ -79,12 +83,3 @@ def test_blocks_that_do_not_exist_are_refused(blocks):
 def test_values_out_of_range_are_refused_with_the_value(options, message):
     with pytest.raises(ValueError, match=message):
         VisualPrompt(**{"num_tokens": 1, "embed_dim": 4, "blocks": (0,), **options})
-
-
-def test_a_prompt_survives_saving_and_its_repr_describes_it():
-    prompt = VisualPrompt(3, 8, blocks=(0, 2, 3), dropout=0.1)
-    other = VisualPrompt(3, 8, blocks=(0, 2, 3), dropout=0.1)
-    other.load_state_dict(prompt.state_dict())
-    assert list(prompt.state_dict()) == ["tokens"]
-    assert torch.equal(prompt.tokens, other.tokens)
-    assert repr(prompt) == "VisualPrompt(variant=deep, num_tokens=3, embed_dim=8, blocks=0,2,3, dropout=0.1)"

@@ -227,6 +227,17 @@ def test_without_a_whole_checkpoint_nothing_is_done(tmp_path, choices):
 
 
 @pytest.mark.slow
+def test_a_folder_that_was_moved_and_renamed_resumes_to_the_same_bytes(tmp_path, choices):
+    options = [*SMALL_RUN, *choices["classification"], "num_workers=0"]
+    assert attempt_run(tmp_path / "log", [*options, f"run.root={tmp_path}/a"], "behind a step", 8) == KILLED
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a/run").rename(tmp_path / "b/other")
+    train_with(*options, f"run.root={tmp_path}/b", "run.name=other")
+    (tmp_path / "b/other").rename(tmp_path / "b/run")
+    assert_same_as_whole(tmp_path, choices["classification"], "b")
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, choices, capsys):
     options = [*SMALL_RUN, *choices["classification"], "num_workers=0"]
     assert attempt_run(tmp_path / "log", [*options, f"run.root={tmp_path}/killed"], "behind a step", 8) == KILLED

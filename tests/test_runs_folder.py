@@ -55,6 +55,37 @@ def test_a_config_that_changes_the_result_is_refused_and_others_are_allowed(tmp_
     assert "device was auto, is now cpu" in capsys.readouterr().err
 
 
+def test_only_a_finished_run_can_be_extended_and_only_by_more_epochs(tmp_path):
+    with pytest.raises(ConfigError, match="there is no run in"):
+        make(tmp_path, "extend=true")
+    folder = make(tmp_path)
+    with pytest.raises(ConfigError, match=r"has not done its 20 epochs: type train\.epochs=20"):
+        make(tmp_path, "extend=true", "train.epochs=40")
+    finish(folder)
+    with pytest.raises(ConfigError, match="extend=true to train it on"):
+        make(tmp_path, "train.epochs=40")
+    with pytest.raises(ConfigError, match="extend=true needs more"):
+        make(tmp_path, "extend=true", "train.epochs=10")
+    with pytest.raises(ConfigError, match="seed was 0, is now 1"):
+        make(tmp_path, "extend=true", "train.epochs=40", "seed=1")
+    with folder_of(tmp_path, "extend=true") as same:
+        assert same.is_finished
+    folder.result_file.write_text(json.dumps({"epochs": 3, "metrics": {}, "planned_epochs": 20}))
+    with folder_of(tmp_path, "extend=true", "train.epochs=40") as longer:
+        assert longer.is_extended
+        (longer.path / "config.yaml").write_text(longer.config_text)  # and is killed
+    with folder_of(tmp_path, "extend=true", "train.epochs=40") as longer:
+        assert not longer.is_finished
+        longer.make()
+    assert {path.name for path in folder.path.glob("result*")} == {"result_20.json"}
+
+
+@pytest.mark.parametrize("other", ["fresh=true", "mode=dry"])
+def test_extending_a_run_and_starting_anew_exclude_each_other(tmp_path, other):
+    with pytest.raises(ConfigError, match=other):
+        make(tmp_path, "extend=true", other)
+
+
 def test_data_may_move(tmp_path):
     for parent in ("a", "b"):
         make(tmp_path, "dataset=folder", f"dataset.root={tmp_path}/{parent}/photos")
@@ -170,6 +201,13 @@ def test_a_second_process_is_refused(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "new" / ".lock").exists()  # as that of a process which was as quick
     with pytest.raises(LockedError, match="new is in use by"):
         make(tmp_path, "run.name=new")
+
+
+def test_a_folder_on_a_full_disk_is_named(tmp_path, monkeypatch):
+    make(tmp_path)
+    monkeypatch.setattr("vpt.runs.folder.locked", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(ConfigError, match="mine: cannot be locked: No space"):
+        make(tmp_path)
 
 
 def test_a_process_that_was_slower_does_not_take_the_folder_of_another_config(tmp_path):

@@ -78,7 +78,9 @@ def test_a_finished_run_whose_data_or_weights_changed_is_refused_with_what_to_ty
     run_dir = train_with(*words)
     capsys.readouterr()
     train_with(*words)
-    assert "this run has finished" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "this run has finished" in output.out
+    assert "val has 9 images: its top1" in output.err
 
     def refused(message):
         with pytest.raises(ConfigError, match=f"{message}.*fresh=true.*run.name=NAME"):

@@ -43,7 +43,7 @@ class WithDropout(Separable):
         return super().forward(nn.functional.dropout(images, 0.3, self.training))
 
 
-def train(folder, model=None, change=None, losses=cross_entropy, stop=None, **settings):
+def train(folder, model=None, change=None, losses=cross_entropy, stop=None, on_epoch=lambda *_: None, **settings):
     """Start a run, or resume it."""
     loader = build_loader(Images(change), BATCH, shuffle=True, seed=3)
     return fit_small(
@@ -58,7 +58,7 @@ def train(folder, model=None, change=None, losses=cross_entropy, stop=None, **se
         names_of=lambda epoch, first, end: [
             f"{index}.png" for index in loader.sampler.order(epoch)[first * BATCH : end * BATCH]
         ],
-        callbacks={"stop": stop or StopSignal()},
+        callbacks={"stop": stop or StopSignal(), "on_epoch": on_epoch},
         **{"epochs": EPOCHS, **settings},
     )
 
@@ -233,6 +233,20 @@ def test_a_long_epoch_is_saved_again_and_again(tmp_path, monkeypatch, seconds, b
     monkeypatch.setattr(Checkpoints, "save", lambda *arguments: saved.append(arguments[2]["batch"]) or save(*arguments))
     train(tmp_path, epochs=1, save_every_s=seconds)
     assert saved == batches
+
+
+def test_a_run_whose_folder_is_moved_ends_and_resumes_where_the_folder_is(tmp_path):
+    def move(epoch, step):
+        if epoch == 2:
+            (tmp_path / "run").rename(tmp_path / "moved")
+
+    with pytest.raises(FileNotFoundError, match="moved or removed"):
+        train(tmp_path / "run", on_epoch=move)
+    assert not (tmp_path / "run").exists()
+    model, *_ = train(tmp_path / "moved")
+    whole, *_ = train(tmp_path / "whole")
+    assert metrics_of(tmp_path / "moved") == metrics_of(tmp_path / "whole")
+    assert torch.equal(model.head.weight, whole.head.weight)
 
 
 def test_a_checkpoint_that_fails_at_the_end_is_tried_again(tmp_path, monkeypatch):

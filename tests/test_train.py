@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import signal
 from functools import partial
 from math import log
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vpt
-from tests.helpers import train_with
+from tests.helpers import attempt_run, metric_lines, train_with
 from vpt import build
 from vpt.config.composition import compose_config
 from vpt.config.errors import ConfigError
@@ -26,6 +27,7 @@ from vpt.evaluate.__main__ import EvaluateOptions, evaluate_run
 from vpt.models import block_loop
 from vpt.models.vit import fingerprint, load_vit
 from vpt.predict.__main__ import PredictOptions, predict_run
+from vpt.runs.folder import RunFolder
 from vpt.task_types.base import task_type_of
 from vpt.task_types.classification import Classification
 from vpt.train import training
@@ -153,6 +155,17 @@ def test_a_dry_run_takes_two_steps_of_everything(tmp_path, photos):
     assert (run_dir / "task.safetensors").is_file()
 
 
+def test_the_result_is_written_before_the_figures(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(Classification, "log_end", Mock(side_effect=MemoryError("no room for the figure")))
+    with pytest.raises(MemoryError):
+        train(tmp_path, photos, "mode=dry")
+    result = result_of(tmp_path / "colours_dry")
+    assert result["metrics"] == vpt.read_task(tmp_path / "colours_dry/task.safetensors").metrics
+    lines = metric_lines(tmp_path / "colours_dry")
+    assert "val_recall/rose" in lines[-2]
+    assert "best/test_top1" in lines[-1]
+
+
 def test_overfit_learns_one_batch_and_saves_nothing(tmp_path, photos, capsys):
     assert train(tmp_path / "runs", photos, "mode=overfit") is None
     assert "learned 8 images in" in capsys.readouterr().out
@@ -194,17 +207,56 @@ def test_the_same_command_reports_a_finished_run_and_another_config_is_refused(f
     assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
 
 
+MORE = ["train.epochs=9", "extend=true"]
+
+
+def test_a_finished_run_is_extended_with_a_new_schedule_in_the_same_history(finished, photos, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "colours")
+    before = metric_lines(finished)
+    run_dir = train(tmp_path, photos, *MORE)
+    output = capsys.readouterr().out
+    assert "one each for epochs 1 to 6, 7 to 9 (extend=true), not one of 9 epochs" in output
+    assert "extended after epoch 6" in output
+    result, lines = result_of(run_dir), metric_lines(run_dir)
+    assert (result["epochs"], result["steps"], result["extended_after"]) == (9, 27, [6])
+    assert json.loads((run_dir / "result_6.json").read_text()) == result_of(finished)
+    assert lines[: len(before) - 2] == before[:-2]  # all but the metrics of the end
+    rates = {line["step"]: line["lr/head"] for line in lines if "lr/head" in line}
+    assert [rates[step] for step in (19, 20, 21)] == [rates[step] for step in (1, 2, 3)]  # warm-up
+    assert vpt.read_task(run_dir / "task.safetensors").config["extended_after"] == [6]
+    assert train(tmp_path, photos, *MORE) == run_dir
+    assert "this run has finished, in 9 epochs" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_extension_that_is_killed_resumes_to_the_same_bytes(finished, photos, tmp_path):
+    for name in ("whole", "early", "late"):
+        shutil.copytree(finished, tmp_path / name / "colours")
+    whole = train(tmp_path / "whole", photos, *MORE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "make", Mock(side_effect=KeyboardInterrupt))  # before the config is changed
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "early", photos, *MORE)
+    words = [f"run.root={tmp_path}/late", "dataset=folder", f"dataset.root={photos}", "run.name=colours", *SMALL]
+    assert attempt_run(tmp_path / "log", [*words, *MORE], "behind a step", 5) == -signal.SIGKILL
+    for name in ("early", "late"):
+        again = train(tmp_path / name, photos, *MORE)
+        for file in ("metrics.jsonl", "task.safetensors"):
+            assert (again / file).read_bytes() == (whole / file).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
-        (OutOfMemoryError("batches of 8"), r"auto_batch=true, or train\.batch_size=4 train\.accumulation=6, or grad"),
-        (FloatingPointError("the loss is nan; skip_nonfinite=2"), r"lower optim\.prompt_lr.* train\.skip_nonfinite=12"),
-        (FloatingPointError("not finite in any epoch"), r"lower optim\.prompt_lr, .*fresh=true$"),
+        (OutOfMemoryError("batches of 8"), r"8; .*auto_batch=true, or train\.batch_size=4 train\.accumulation=6, or"),
+        (OutOfMemoryError("a batch of 8; try batch_size=4"), r"8; type auto_batch=true, or train\.batch_size=4"),
+        (FloatingPointError("loss is nan; skip_nonfinite=2"), r"=2; lower optim\.prompt_lr.* train\.skip_nonfinite=12"),
+        (FloatingPointError("not finite in any epoch"), r"epoch; lower optim\.prompt_lr, .*fresh=true$"),
     ],
 )
 def test_config_keys_are_added_to_errors_of_the_engine(tmp_path, photos, monkeypatch, error, advice):
     monkeypatch.setattr(training, "fit", Mock(side_effect=error))
-    with pytest.raises(type(error), match=f"{error}; .*{advice}"):
+    with pytest.raises(type(error), match=advice):
         train(tmp_path, photos, "train.accumulation=3", "train.skip_nonfinite=2")
 
 

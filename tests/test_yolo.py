@@ -4,6 +4,7 @@ import pytest
 
 from tests.helpers import TRUTH, draw_image, write_text, write_yolo
 from vpt.data.readers.box_checks import DataReport, Finding
+from vpt.data.readers.boxes import find_formats
 from vpt.data.readers.yolo import read_yolo
 from vpt.data.samples import DetectionSamples
 
@@ -22,10 +23,11 @@ def read_lines(root: Path, text: str, keys: str = "", **options) -> tuple[Detect
     ("text", "keys", "box"),
     [
         ("1 0.5 0.5 0.25 0.5", "", [24, 8, 40, 24]),
-        ("\n1.0  0.5 0.5 0.25\t0.5 \r\n\n", "", [24, 8, 40, 24]),
+        ("\n1  0.5 0.5 0.25\t0.5 \r\n\n", "", [24, 8, 40, 24]),
         ("1 0.25 0.5 0.5 0.25 0.75 0.75", "", [16, 8, 48, 24]),
         ("1 0.25 0.25 0.75 0.25 0.75 0.75 0.25 0.75", "", [16, 8, 48, 24]),
         ("1 0.5 0.5 0.25 0.5 0.9 0.9 2 0.1 0.1 1", "kpt_shape: [2, 3]", [24, 8, 40, 24]),
+        ("1 0.5 0.5 0.25 0.5 0.9", "kpt_shape: [1, 1]", [24, 8, 40, 24]),
         ("1 0.5 0.5 1.0000001 1.0000001", "", [0, 0, 64, 32]),
     ],
 )
@@ -55,12 +57,70 @@ def test_a_wrong_line_is_counted_with_its_number(line, finding, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["1 0.5 0.5 0.25", "1", "cat 0.5 0.5 0.25 0.5", "1.5 0.5 0.5 0.25 0.5", "1 0.5 0.5 0.25 0.5 0.9", "nan 1 1 1 1"],
+    ("line", "finding"),
+    [
+        *(
+            (line, Finding.CONVERTED)
+            for line in ("1.0 0.5 0.5 0.25 0.5", "dog 0.5 0.5 0.25 0.5", "1 0.5 0.5 0.25 0.5 0.9")
+        ),
+        *((line, Finding.INVALID) for line in ("1 0.5 0.5 0.25", "1", "1 0.1 0.1 0.2 0.2 0.3 0.3 0.4", "1 x 1 1 1")),
+        *((line, Finding.INVALID) for line in ("bird 0.5 0.5 0.25 0.5", "1.5 0.5 0.5 0.25 0.5", "nan 1 1 1 1")),
+        ("1e400 0.5 0.5 0.25 0.5", Finding.INVALID),
+    ],
 )
-def test_a_line_that_is_no_box_is_refused_with_its_number(line, tmp_path):
-    with pytest.raises(ValueError, match=r"a\.txt, line 2: '.*'; must be `class cx cy w h`"):
-        read_lines(tmp_path, f"0 0.5 0.5 0.5 0.5\n{line}\n")
+def test_a_line_of_another_form_is_repaired_or_dropped_and_counted(line, finding, tmp_path):
+    train, report = read_lines(tmp_path, f"0 0.5 0.5 0.5 0.5\n{line}\n")
+    assert train.boxes[0].tolist() == [[16, 8, 48, 24], *([[24, 8, 40, 24]] if finding is Finding.CONVERTED else [])]
+    assert report.counts == {finding: 1}
+    assert "a.txt, line 2: " in report.first[finding]
+
+
+def test_images_that_share_a_file_of_labels_are_counted(tmp_path):
+    write_yolo(tmp_path)
+    draw_image(tmp_path / "images" / "train" / "a.jpg", (64, 32))
+    draw_image(tmp_path / "images" / "train" / "c.jpg", (64, 32))
+    report = DataReport()
+    train = read_yolo(tmp_path, report=report)["train"]
+    assert [len(boxes) for boxes in train.boxes] == [2, 2, 1, 0, 0]
+    assert report.counts == {Finding.SHARED: 2, Finding.BACKGROUND: 2}
+    assert report.first[Finding.SHARED].endswith("labels/train/a.txt: images/train/a.jpg")
+
+
+LINE = "0 0.5 0.5 0.5 0.5\n"
+LISTS = {"obj.names": "cat\n", "obj.data": "names = data/obj.names\n", "train.txt": "data/obj_train_data/a.png\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "image", "labels", "counts"),
+    [
+        ({"mine.yaml": "train: images\nnames: [cat]\n", "other.yaml": "a: 1"}, "images/a.png", "labels/a.txt", {}),
+        ({"coco8.yml": "path: .\nnames:\n  0: cat\ntrain: /data/x/images\n"}, "images/a.png", "labels/a.txt", {}),
+        ({"classes.txt": "cat\n", "notes.json": "{}"}, "images/a.png", "labels/a.txt", {}),
+        ({"labels/classes.txt": "cat\n"}, "images/a.png", "labels/a.txt", {}),
+        ({"classes.txt": "cat\n"}, "images/train/a.png", "labels/train/a.txt", {}),
+        ({"classes.txt": "cat\n"}, "train/a.png", "train/a.txt", {}),
+        ({"classes.txt": "cat\n"}, "a.png", "a.txt", {}),
+        (LISTS, "obj_train_data/a.png", "obj_train_data/a.txt", {Finding.MOVED: 1}),
+        ({"data.yaml": "train: ../train/images\nnames: [cat]\n"}, "train/images/a.png", "train/labels/a.txt", {}),
+    ],
+)
+def test_the_folders_of_other_tools_are_read(files, image, labels, counts, tmp_path):
+    for name, text in {**files, labels: LINE}.items():
+        write_text(tmp_path / name, text)
+    draw_image(tmp_path / image, (64, 32))
+    assert find_formats(tmp_path) == ["yolo"]
+    report = DataReport()
+    train = read_yolo(tmp_path, val_fraction=0, report=report, strict=True)["train"]
+    assert train.names == (image,)
+    assert train.boxes[0].tolist() == [[16, 8, 48, 24]]
+    assert report.counts == counts
+
+
+def test_two_files_that_name_classes_are_refused(tmp_path):
+    for name in ("a.yaml", "b.yml"):
+        write_text(tmp_path / name, "train: x\nnames: [cat]\n")
+    with pytest.raises(ValueError, match=r"both a\.yaml and b\.yml"):
+        read_yolo(tmp_path)
 
 
 def test_labels_without_an_image_are_counted_and_a_list_of_classes_is_none(tmp_path):

@@ -272,20 +272,20 @@ def build_optimizer(config: Config, model: TaskModel) -> Optimizer:
     return make_optimizer(optim.name.value, parts, weight_decay=optim.weight_decay, momentum=optim.momentum)
 
 
-def build_schedule(config: Config, optimizer: Optimizer, num_batches: int) -> LRScheduler:
-    """Warm-up and cosine over all optimiser steps of the run."""
+def build_schedule(config: Config, optimizer: Optimizer, num_batches: int, num_done: int = 0) -> LRScheduler:
+    """Warm-up and cosine over all optimiser steps of the run, or those behind `num_done` epochs."""
     steps_per_epoch = -(-num_batches // config.train.accumulation)
     return warmup_cosine(
         optimizer,
-        num_steps=config.train.epochs * steps_per_epoch,
+        num_steps=(config.train.epochs - num_done) * steps_per_epoch,
         num_warmup_steps=round(config.optim.warmup_epochs * steps_per_epoch),
     )
 
 
-def build_state(config: Config, model: TaskModel, num_batches: int) -> RunState:
-    """The state of a new run of `num_batches` batches an epoch."""
+def build_state(config: Config, model: TaskModel, num_batches: int, num_done: int = 0) -> RunState:
+    """The state of a new run of `num_batches` batches an epoch; its schedule is that behind `num_done` epochs."""
     optimizer = build_optimizer(config, model)
-    schedule = build_schedule(config, optimizer, num_batches)
+    schedule = build_schedule(config, optimizer, num_batches, num_done)
     return RunState(tuned_parameters(model), optimizer, schedule, build_average(config, model))
 
 

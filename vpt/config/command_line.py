@@ -30,6 +30,7 @@ WIDTH = 120  # of a line of help
 OptionsT = TypeVar("OptionsT")
 PATH_KEYS = (
     *("dataset.root", "dataset.path", "backbone.checkpoint", "prompt.init_from", "run.root", "run.name", "cache_dir"),
+    "dataset.group",  # a regular expression
 )
 
 

@@ -99,6 +99,14 @@ class ExifBoxes(StrEnum):
     stored = "stored"
 
 
+class FolderLayout(StrEnum):
+    """What folders beside train/ are: ignored (splits), or classes as train/ is; auto refuses what may be both."""
+
+    auto = "auto"
+    splits = "splits"
+    classes = "classes"
+
+
 class OptimName(StrEnum):
     """Optimisers."""
 
@@ -245,6 +253,10 @@ class DatasetConfig:
     val_fraction: float = option(0.2, low=0.01, high=0.9)
     test_fraction: float | None = option(None, low=0, high=0.9)
     num_per_class: int | None = option(None, low=1, task="classification")
+    layout: FolderLayout = option(FolderLayout.auto, task="classification")  # what folders in root are
+    group: str | None = option(None, task="classification")  # images of a group stay in one split
+    folds: int | None = option(None, low=2, task="classification")  # parts of train, of which one is held out
+    fold: int = option(0, low=0, task="classification")  # the part that is held out, from 0
     split_seed: int = option(0, low=0)
 
 
@@ -254,6 +266,8 @@ class DataConfig:
 
     max_pixels: int = option(50_000_000, low=1, high=178_956_970)  # checked before decoding; Pillow's limit
     background: str = "white"  # behind transparent images; also "#RRGGBB"
+    range: str = "auto"  # values of more than 8 bits that become 0 and 255: auto (found over train), full, LOW:HIGH
+    bands: list[int] | None = None  # read as red, green and blue, from 1; null: the colours and declared transparency
     on_error: OnError = OnError.stop  # skip: train images are left out, counted and listed; val and test never
     max_skipped: float = option(0.01, low=0, high=1)  # of the train images; more stop the run
     timeout_s: float = option(120.0, above=0)  # for a batch of a loader process
@@ -328,6 +342,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     mode: Mode = Mode.train
     fresh: bool = False  # move an earlier run of this folder aside and start anew; without it the run resumes
+    extend: bool = False  # train a finished run on, to train.epochs in all: a new schedule from its last checkpoint
     auto_batch: bool = False  # out of memory: compute each batch in parts, with the same result
     seed: int = option(0, low=0, high=2**32 - 1)
     deterministic: bool = False

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vpt.config.composition import explain
 from vpt.config.errors import ConfigError
-from vpt.config.schema import Config, DatasetConfig, PromptFormName, PromptName, TuningName
+from vpt.config.schema import Config, DatasetConfig, Mode, PromptFormName, PromptName, TuningName
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
@@ -33,6 +33,9 @@ def to_config(composed: DictConfig) -> Config:
         raise ConfigError(f"prompt.init_from={prompt.init_from}: there is no prompt to initialise; leave it out")
     if tuning.options and tuning.method is not TuningName.adapters:
         raise ConfigError(f"tuning.options={tuning.options} are for adapters: type tuning=lora, or leave them out")
+    if config.extend and (config.fresh or config.mode is not Mode.train):
+        other = "fresh=true" if config.fresh else f"mode={config.mode}"
+        raise ConfigError(f"extend=true continues a finished run, and {other} does not: leave one of them out")
     for key, name in {"name": config.run.name, "title": config.run.title}.items():
         if name is not None and not RUN_NAME.fullmatch(name):
             shown = name if name.isprintable() else repr(name)

@@ -14,7 +14,8 @@ import sys
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -35,10 +36,37 @@ COLOUR_BANDS = {5: 4, 2: 3, 6: 3, 8: 3}  # of a TIFF by its PhotometricInterpret
 # Not every format that Pillow supports: some start other programs (EPS calls Ghostscript).
 FORMATS: tuple[str, ...] = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 EXTENSIONS = frozenset(
-    {".bmp", ".gif", ".jpg", ".jpeg", ".png", ".pbm", ".pgm", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+    {".bmp", ".gif", ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".pbm", ".pgm", ".pnm", ".ppm"}
+    | {".tif", ".tiff", ".webp"}
 )
-if features.check("avif"):
-    FORMATS, EXTENSIONS = (*FORMATS, "AVIF"), EXTENSIONS | {".avif"}
+# What only some builds of Pillow read, and what a plug-in adds that is installed beside it: format, extensions.
+OPTIONAL = {"avif": ("AVIF", {".avif"}), "jpg_2000": ("JPEG2000", {".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"})}
+PLUG_INS = {"pillow_heif": ("HEIF", {".heic", ".heif", ".hif"}), "pillow_jxl": ("JXL", {".jxl"})}
+# Image files that Pillow cannot read without more; they are left out and counted.
+UNREAD = frozenset(
+    {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2", ".exr", ".hdr", ".ico", ".psd", ".svg", ".tga"}
+    | {ending for _, endings in (*OPTIONAL.values(), *PLUG_INS.values()) for ending in endings}
+)
+IGNORED_FOLDERS = frozenset(
+    {"__macosx", "__pycache__", "$recycle.bin", "system volume information", "lost+found", "@eadir"}
+)
+
+
+def _plug_in_formats() -> Iterator[tuple[str, set[str]]]:
+    """Format and extensions of each plug-in of Pillow that is installed, after it is registered."""
+    with suppress(ImportError):
+        import pillow_heif  # type: ignore[import-not-found]
+
+        pillow_heif.register_heif_opener()
+        yield PLUG_INS["pillow_heif"]
+    with suppress(ImportError):
+        import pillow_jxl  # type: ignore[import-not-found]  # noqa: F401  # registers itself
+
+        yield PLUG_INS["pillow_jxl"]
+
+
+for _form, _endings in [*(OPTIONAL[name] for name in OPTIONAL if features.check(name)), *_plug_in_formats()]:
+    FORMATS, EXTENSIONS = (*FORMATS, _form), EXTENSIONS | _endings
 
 # Of 16-bit raw modes of Pillow, such as "RGB;16B", to the other order of bytes; N is that of this machine.
 _EXCHANGED = str.maketrans({"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"})
@@ -155,7 +183,7 @@ def read_properties(path: str | Path, decoding: Decoding = DEFAULT_DECODING) -> 
     with opened(path, decoding) as image:
         if image.mode == "F" and decoding.range is None:
             raise ImageError(NO_RANGE)
-        return Properties(_is_deep(image), IGNORED in image.info or _exif_orientation(image) is None)
+        return Properties(_is_deep(image), IGNORED in image.info or exif_orientation(image) is None)
 
 
 def read_header(
@@ -174,12 +202,13 @@ def read_header(
     return (size, size[::-1], orientation) if is_upright else (size[::-1], size, orientation)
 
 
-def find_images(path: str | Path) -> list[Path]:
+def find_images(path: str | Path, left_out: list[Path] | None = None) -> list[Path]:
     """The image files of a folder and its subfolders, sorted, without hidden ones; a file is returned as it is.
 
-    Links to folders are followed, but no folder is read twice. A name that does not exist may be a pattern, such as
-    `photos/**/*.jpg`: it returns the images that match, and those in folders that match; `**` matches any number of
-    folders, but no links.
+    Files that look like images, but cannot be read (`UNREAD`, or an image whose name has no extension), are added to
+    `left_out`. Hidden folders and those of systems, such as `__MACOSX`, are ignored. Links to folders are followed, but
+    no folder is read twice. A name that does not exist may be a pattern, such as `photos/**/*.jpg`: it returns the
+    images that match, and those in folders that match; `**` matches any number of folders, but no links.
 
     Raises:
         FileNotFoundError: There is neither a file nor a folder of this name, or no image matches.
@@ -189,7 +218,7 @@ def find_images(path: str | Path) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        return _walk(path)
+        return _walk(path, left_out)
     folder, pattern = split_pattern(path)
     if not pattern:
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -199,10 +228,11 @@ def find_images(path: str | Path) -> list[Path]:
         raise ValueError(f"{path}: {error}") from error
     found: set[Path] = set()
     for match in matches:
-        if not any(part.startswith(".") for part in match.relative_to(folder).parts):
-            found.update(_walk(match) if match.is_dir() else [match] if match.suffix.lower() in EXTENSIONS else [])
+        if not any(map(is_ignored, match.relative_to(folder).parts)):
+            found.update(_walk(match, left_out) if match.is_dir() else _only_images([match], left_out))
     if not found:
-        raise FileNotFoundError(f"{path}: matches no image ({', '.join(sorted(EXTENSIONS))})")
+        hint = f"; {describe_unread(left_out)}" if left_out else f" ({', '.join(sorted(EXTENSIONS))})"
+        raise FileNotFoundError(f"{path}: matches no image{hint}")
     return sorted(found)
 
 
@@ -222,16 +252,52 @@ def split_pattern(path: Path) -> tuple[Path, str]:
     return folder, ""
 
 
-def _walk(folder: Path) -> list[Path]:
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or a system's own, and no data."""
+    return name.startswith(".") or name.lower() in IGNORED_FOLDERS
+
+
+def describe_unread(paths: Sequence[Path]) -> str:
+    """How many image files are left out, by extension, and what to do.
+
+    Example:
+        >>> describe_unread([Path("a.HEIC"), Path("b.heic"), Path("c.psd")])
+        '3 image files cannot be read: 2 .heic, 1 .psd; save them as .jpg or .png, or pip install pillow-heif'
+    """
+    counts = Counter(path.suffix.lower() or "without an extension" for path in paths)
+    listed = ", ".join(f"{number:,} {ending}" for ending, number in counts.most_common())
+    plug_ins = [name for name, (_, endings) in PLUG_INS.items() if endings & counts.keys()]
+    advice = "".join(f", or pip install {name.replace('_', '-')}" for name in plug_ins)
+    files = "1 image file" if len(paths) == 1 else f"{len(paths):,} image files"
+    return f"{files} cannot be read: {listed}; save them as .jpg or .png{advice}"
+
+
+def _walk(folder: Path, left_out: list[Path] | None = None) -> list[Path]:
     found, visited = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(parent)) in visited:
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(file for file in found if file.suffix.lower() in EXTENSIONS)
+        folders[:] = sorted(name for name in folders if not is_ignored(name))
+        found += [Path(parent, name) for name in files if not is_ignored(name)]
+    return _only_images(sorted(found), left_out)
+
+
+def _only_images(paths: Sequence[Path], left_out: list[Path] | None) -> list[Path]:
+    """The paths that end like images; others that hold an image are added to `left_out`."""
+    if left_out is not None:
+        left_out += [path for path in paths if _is_unread(path)]
+    return [path for path in paths if path.suffix.lower() in EXTENSIONS]
+
+
+def _is_unread(path: Path) -> bool:
+    if path.suffix:
+        return path.suffix.lower() in UNREAD - EXTENSIONS
+    with suppress(ImageError):
+        check_image(path)
+        return True
+    return False
 
 
 def to_rgb(image: Image.Image, decoding: Decoding = DEFAULT_DECODING) -> Image.Image:
@@ -357,19 +423,19 @@ def _open(path: str | Path) -> Iterator[Image.Image]:
         yield image
 
 
-def _open_file(file: Any) -> Image.Image:
+def _open_file(file: Any) -> Any:
     head = file.read(MAX_HEADER)
     if head[:1] == b"P":
         _check_pnm(head)
     try:
-        image = Image.open(file, formats=FORMATS)
+        image: Any = Image.open(file, formats=FORMATS)
     except Exception:
         if (pixels := _without_metadata(file)) is None:
             raise
         image = Image.open(pixels, formats=FORMATS)
         image.info[IGNORED] = True
     if image.format == "PNG":
-        image.load_end = partial(_load_end, image)  # type: ignore[attr-defined]
+        image.load_end = partial(_load_end, image)
     if image.info.get("progressive") and (num := _num_scans(file)) > MAX_SCANS:
         raise ImageError(f"{num} scans, each a pass over all pixels, are more than {MAX_SCANS}; save it again")
     return image
@@ -441,16 +507,16 @@ def _read_fourth_band(image: Image.Image) -> None:
     """Let Pillow read the fourth band of a TIFF that it would drop."""
     modes = _raw_modes(image)
     if modes and all(re.match("RGBX(;|$)", mode) for mode in modes):
-        image._mode = "RGBA"  # type: ignore[attr-defined]
+        image._mode = "RGBA"
         image.tile = [_with_raw_mode(tile, "RGBA" + modes[0][4:]) for tile in image.tile]  # type: ignore[attr-defined]
 
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation; 1 by default, also where the EXIF data are damaged."""
-    return _exif_orientation(image) or 1
+    return exif_orientation(image) or 1
 
 
-def _exif_orientation(image: Image.Image) -> int | None:
+def exif_orientation(image: Image.Image) -> int | None:
     """EXIF orientation; 1 by default, and None if the EXIF data are damaged."""
     try:
         # Pillow's own method for PNG would decode the image, for the rare EXIF data that follow it.

@@ -1,5 +1,6 @@
 """The range of values in images with more than 8 bits per channel, found over a training set."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,12 +47,13 @@ def find_range(paths: Sequence[Path], decoding: Decoding) -> Range | None:
     that is near, and ends at the highest, or at the end of a common depth such as 4095 if that is near. Where less than
     0.2 % of the values would take most of the range, they are left out.
     """
-    num, lows, highs, values = len(paths), [], [], []
+    num, lows, highs, values, is_integer = len(paths), [], [], [], True
     for index in np.linspace(0, num - 1, min(num, MAX_IMAGES)).astype(int).tolist():
         try:
             found = read_values(paths[index], decoding).ravel()
         except ImageError:
             continue
+        is_integer &= found.dtype.kind in "iu"
         found = found[np.isfinite(found)].astype(np.float64)
         if found.size:
             lows.append(found.min())
@@ -63,7 +65,9 @@ def find_range(paths: Sequence[Path], decoding: Decoding) -> Range | None:
     quantiles = np.quantile(np.concatenate(values), QUANTILES)
     if high - low > MAX_FACTOR * (quantiles[1] - quantiles[0]) > 0:
         low, high = map(float, quantiles)
-    if 0 <= low < high / 8 and float(high).is_integer():
+    if is_integer:
+        low, high = float(math.floor(low)), float(math.ceil(high))
+    if is_integer and 0 <= low < high / 8:
         low = 0.0
         high = float(next((depth for depth in DEPTHS if 0.75 * depth <= high <= depth), high))
     if low >= 0 and high <= DEPTHS[-1] and high - low >= DEPTHS[-1] / 2:
@@ -78,7 +82,7 @@ def format_range(found: Range | None) -> str:
         >>> format_range((0.0, 4095.0)), format_range(None)
         ('0:4095', 'full')
     """
-    return "full" if found is None else ":".join(f"{value:.10g}" for value in found)
+    return "full" if found is None else ":".join(repr(float(value)).removesuffix(".0") for value in found)
 
 
 def parse_range(text: str) -> Range | None:

@@ -37,17 +37,18 @@ class Samples(ABC):
     since loader processes get a copy. `paths` is empty if the images are not files.
     """
 
-    PER_IMAGE: ClassVar[tuple[str, ...]] = ("names", "paths")  # fields with a value for each image
+    PER_IMAGE: ClassVar[tuple[str, ...]] = ("names", "paths", "groups")  # fields with a value for each image, or empty
     READERS: ClassVar[tuple[str, ...]] = ("reader",)  # fields that are called with the index of an image
 
     classes: tuple[str, ...]
     names: tuple[str, ...]
     reader: Callable[[int], Image.Image] = field(repr=False)
     paths: tuple[Path, ...] = field(default=(), repr=False)
+    groups: tuple[str, ...] = field(default=(), repr=False)  # images of one group, such as a patient, stay in one split
 
     def __post_init__(self) -> None:
         lengths = {key: len(getattr(self, key)) for key in self.PER_IMAGE}
-        assert all(length == len(self) for key, length in lengths.items() if key != "paths" or length)
+        assert all(length == len(self) for key, length in lengths.items() if length or key == "names")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,6 +63,10 @@ class Samples(ABC):
         taken: dict[str, Any] = {key: tuple(value[i] for i in indices) for key, value in values.items() if value}
         taken |= {key: _TakenReader(getattr(self, key), tuple(indices)) for key in self.READERS}
         return replace(self, **taken)
+
+    def decoded(self, decoding: Decoding) -> Self:
+        """The same samples, whose files are read in another way; readers of other classes are kept."""
+        return replace(self, reader=_with_decoding(self.reader, decoding))
 
     @property
     @abstractmethod
@@ -233,6 +238,12 @@ class _TakenReader:
 
     def __call__(self, index: int) -> Any:
         return self.reader(self.indices[index])
+
+
+def _with_decoding(reader: Callable[[int], Image.Image], decoding: Decoding) -> Callable[[int], Image.Image]:
+    if isinstance(reader, _TakenReader):
+        return replace(reader, reader=_with_decoding(reader.reader, decoding))
+    return replace(reader, decoding=decoding) if isinstance(reader, FileReader) else reader
 
 
 class SampleDataset(Dataset[Any], ABC, Generic[SamplesT]):

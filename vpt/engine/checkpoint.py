@@ -24,6 +24,15 @@ class Saved:
     numbers: dict[str, Any]
 
 
+def check_run_dir(path: Path) -> None:
+    """Raise a FileNotFoundError if the folder of a run that has begun is gone."""
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path}: the run folder was moved or removed while the run was at work; move it back, and type the same "
+            "command again"
+        )
+
+
 class Checkpoints:
     """The two last states of a run; a file that is damaged by its sha256 is replaced by the other one.
 
@@ -51,8 +60,9 @@ class Checkpoints:
         """Write a state, read it back, and make it the last one; the last one becomes the previous one.
 
         A full disk is a warning: the last state stays, and the next call tries again. `numbers` are JSON values.
-        Returns whether the state is on the disk.
+        Returns whether the state is on the disk. FileNotFoundError if the run folder is gone; it is not made again.
         """
+        check_run_dir(self.last.parent)
         new = self.last.with_name(NEW)
         try:
             write_tensors(new, tensors, {**numbers, "made_from": self.made_from, "made_with": self.made_with})

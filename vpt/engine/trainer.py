@@ -152,7 +152,9 @@ def overfit(
 
 def _is_over(state: RunState, settings: FitSettings) -> bool:
     """Whether all epochs are done, or none of the last `patience` was better."""
-    if settings.patience is not None and state.result.epochs - state.result.best_epoch >= settings.patience:
+    result = state.result
+    since = max([result.best_epoch, *result.extended_after])
+    if settings.patience is not None and result.epochs - since >= settings.patience:
         print(f"no better val {settings.select} for {settings.patience} epochs: stopping")
         return True
     return state.epoch > settings.epochs

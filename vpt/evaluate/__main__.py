@@ -44,6 +44,7 @@ def main() -> None:
 def evaluate_run(options: EvaluateOptions) -> dict[str, float]:
     """Evaluate a run on a split, print tables of the metrics and of the classes, return the metrics."""
     from vpt import build
+    from vpt.engine.console import warn
     from vpt.engine.trainer import evaluate
     from vpt.runs import summary as report
     from vpt.runs.data import read_run
@@ -62,7 +63,9 @@ def evaluate_run(options: EvaluateOptions) -> dict[str, float]:
     precision = build.choose_precision(run.config, next(run.model.parameters()).device)
     values = evaluate(run.model, data.loaders[options.split], evaluator, precision=precision, description=options.split)
     print(report.result_table({options.split: values}))
-    print(task_type.class_table(evaluator, data, options.split))
+    print(task_type.class_table(evaluator, data, options.split), flush=True)
+    for line in report.describe_small_splits(data.samples, {options.split: values}):
+        warn(line)
     if output is not None:
         write_json(output, {"run": options.run, "split": options.split, "metrics": values})
     return values

@@ -7,7 +7,7 @@ format for other programs. The file keeps the field names of format version 1, s
 import math
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
@@ -39,7 +39,8 @@ class TaskMetadata:
         fingerprint: Digest of the backbone's pretrained weights.
         prompt: kind, num_tokens, embed_dim, width, blocks and dropout of the prompt; None without one.
         classes: Names of the classes, in the order of the logits; None where they are unnamed.
-        preprocessing: size, mean, std, interpolation, crop_pct and crop_mode of the input images.
+        preprocessing: size, mean, std, interpolation, crop_pct and crop_mode of the input images; optionally
+            background, range and bands of their files.
         metrics: Measured values by split, such as {"val": {"top1": 0.93}}; None for what was not a number.
         task_type: Type of task, such as "classification"; "kind" in the file.
         head: `TaskModel.layout`.
@@ -70,7 +71,7 @@ class TaskMetadata:
 
     def __post_init__(self) -> None:
         check_fields("", self.to_json(), RULES)
-        check_fields("preprocessing", self.preprocessing, PREPROCESSING_RULES)
+        check_fields("preprocessing", self.preprocessing, PREPROCESSING_RULES, optional=DECODING)
         for split, values in self.metrics.items():
             check_values(f"metrics.{split}", values, or_none(number(-math.inf, math.inf)))
         check_values("versions", self.versions, TEXT)
@@ -134,12 +135,12 @@ def _newest(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "format_version": FORMAT_VERSION, "prompt": prompt, "adapters": None}
 
 
-def check_fields(prefix: str, values: object, rules: Mapping[str, Rule]) -> None:
-    """Refuse an object of JSON whose fields are missing, unknown or break their rule."""
-    if not isinstance(values, dict) or set(values) != set(rules):
+def check_fields(prefix: str, values: object, rules: Mapping[str, Rule], optional: Collection[str] = ()) -> None:
+    """Refuse an object of JSON whose fields are missing (unless optional), unknown or break their rule."""
+    if not isinstance(values, dict) or not set(rules) - set(optional) <= set(values) <= set(rules):
         raise ValueError(f"{prefix} is {reprlib.repr(values)}; its fields must be {', '.join(rules)}")
     for name, (is_allowed, allowed) in rules.items():
-        if not is_allowed(values[name]):
+        if name in values and not is_allowed(values[name]):
             raise ValueError(f"{prefix}{'.' * bool(prefix)}{name} is {reprlib.repr(values[name])}; allowed: {allowed}")
 
 
@@ -226,6 +227,7 @@ RULES: dict[str, Rule] = {
     "licence": TEXT,
     "note": text_like(f".{{0,{MAX_NOTE}}}", f"a text of at most {MAX_NOTE} characters"),
 }
+DECODING = {"background": "white", "range": None, "bands": None}  # fields of preprocessing that a file may lack
 PREPROCESSING_RULES: dict[str, Rule] = {
     "size": list_of(integer(1, MAX_SIDE), 2, 2),
     "mean": list_of(number(-1e6, 1e6), 3, 3),
@@ -233,6 +235,9 @@ PREPROCESSING_RULES: dict[str, Rule] = {
     "interpolation": one_of(INTERPOLATIONS),
     "crop_pct": number(0.1, 1),
     "crop_mode": one_of(CROP_MODES),
+    "background": text_like("#?[A-Za-z0-9]{1,40}", "the name of a colour, or #RRGGBB"),
+    "range": or_none(list_of(number(-1e30, 1e30), 2, 2, ascends=True)),
+    "bands": or_none(list_of(integer(1, 4), 3, 3)),
 }
 PROMPT_RULES: dict[str, Rule] = {
     "kind": one_of(get_args(PromptVariant)),

@@ -6,6 +6,7 @@ from typing import Any
 
 from vpt.build import Data, TrainedRun
 from vpt.config.errors import ConfigError
+from vpt.data.ranges import format_range
 from vpt.task_types.base import TaskType, task_type_of
 
 
@@ -30,6 +31,7 @@ def read_run(
     config.dataset.root = root or config.dataset.root
     config.train.batch_size, config.num_workers = batch_size or config.train.batch_size, num_workers
     config.augment.transforms = []
+    config.data.range = format_range(run.preprocessing.range)
     task_type = task_type_of(config)
     samples = task_type.read()
     for split in splits:

@@ -18,16 +18,16 @@ from torch.utils.data import Dataset
 from vpt.build import Data, build_loaders, build_model, build_preprocessing
 from vpt.config.errors import ConfigError, did_you_mean
 from vpt.config.schema import Config, DatasetConfig
-from vpt.data.images import Decoding
 from vpt.data.readers.box_checks import DataReport
 from vpt.data.readers.folder import fruit_root
 from vpt.data.samples import Size
-from vpt.data.transforms.preprocessing import Preprocessing
+from vpt.data.transforms.preprocessing import DECODING, Preprocessing
 from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Evaluator, Losses
 from vpt.models.task_model import TaskModel
 from vpt.models.task_schema import TaskMetadata
+from vpt.task_types.decoding import build_decoding, find_decoding
 from vpt.task_types.findings import Finding
 from vpt.task_types.unreadable import LeftOut, describe_left_out, leave_out_unreadable
 from vpt.task_types.writer import PredictionWriter
@@ -70,7 +70,8 @@ class TaskType(ABC):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.select = config.train.select or self.main_metric
-        self.decoding = Decoding(config.data.max_pixels, config.data.background)
+        self.decoding = build_decoding(config)
+        self.image_notes: list[str] = []  # what `decode` found in the headers of images
         self.report = DataReport()  # problems that `read_all` found in labels
         self.left_out: LeftOut = []  # train images that `read` left out, and why
 
@@ -82,8 +83,14 @@ class TaskType(ABC):
 
     def read(self) -> dict[str, Any]:
         """Samples by split; a ValueError or OSError for images that may not be left out, and other unusable data."""
-        samples, self.left_out = leave_out_unreadable(self.config, self.read_all(), self.report.left_out)
+        samples = self.decode(self.read_all())
+        samples, self.left_out = leave_out_unreadable(self.config, samples, self.report.left_out)
         return samples
+
+    def decode(self, samples: Mapping[str, Any]) -> dict[str, Any]:
+        """Samples whose files are read with the range of values that `data.range=auto` finds over train."""
+        self.decoding, self.image_notes = find_decoding(self.config, samples, self.decoding)
+        return {split: members.decoded(self.decoding) for split, members in samples.items()}
 
     @abstractmethod
     def transforms(self, preprocessing: Preprocessing) -> tuple[Any, Any]:
@@ -96,7 +103,8 @@ class TaskType(ABC):
 
     def build_data(self, samples: Mapping[str, Any], backbone_preprocessing: Mapping[str, Any]) -> Data:
         """Data sets and loaders of all splits, for a backbone with this preprocessing."""
-        preprocessing = self.preprocessing(backbone_preprocessing)
+        decoding = {name: getattr(self.decoding, name) for name in DECODING}
+        preprocessing = self.preprocessing({**decoding, **backbone_preprocessing})
         training, evaluation = self.transforms(preprocessing)
         datasets = {
             split: type(self).dataset(members, training if split == "train" else evaluation, seed=self.config.seed)
@@ -109,7 +117,8 @@ class TaskType(ABC):
         """Lines for the summary: the data, and the problems found in them."""
         counts = ", ".join(f"{split} {len(members)}" for split, members in samples.items())
         first = f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; images: {counts}"
-        return [first, *describe_left_out(self.left_out)]
+        notes = [*self.image_notes, *describe_left_out(self.left_out), *map(str, self.report.notes)]
+        return [first, *notes]
 
     # Checks of python -m vpt.doctor.
 
@@ -168,8 +177,13 @@ class TaskType(ABC):
     def log_epoch(self, monitor: Monitor, data: Data, evaluator: Any, epoch: int, step: int) -> None:  # noqa: B027
         """Log figures after an evaluation on val."""
 
+    def log_class_metrics(  # noqa: B027
+        self, monitor: Monitor, data: Data, evaluator: Any, result: FitResult
+    ) -> None:
+        """Log the metrics of each class, of the best model on val."""
+
     def log_end(self, monitor: Monitor, data: Data, evaluator: Any, result: FitResult) -> None:  # noqa: B027
-        """Log figures of the best model on val."""
+        """Log figures of the best model on val; the result of the run is written before."""
 
     # Trained tasks.
 

@@ -57,7 +57,7 @@ from vpt.hub import download
 
 model = vpt.from_pretrained({repo_id}, backbone={backbone})
 preprocessing = Preprocessing.from_dict(vpt.read_task(download({repo_id})).preprocessing)
-image = EvalTransform(preprocessing)(read_image("photo.jpg"))
+image = EvalTransform(preprocessing)(read_image("photo.jpg", preprocessing.decoding))
 with torch.inference_mode():
     probabilities = model(image[None]).softmax(dim=1)[0]
 best = int(probabilities.argmax())
@@ -124,7 +124,7 @@ class Classification(TaskType):
     def read(self) -> dict[str, ClassificationSamples]:
         """Samples by split; with `dataset.num_per_class` only so many of train."""
         dataset, skips = self.config.dataset, self.config.data.on_error is OnError.skip
-        samples = self.read_all()
+        samples = self.decode(self.read_all())
         for split, members in samples.items():
             if split != "train" or not skips:
                 check_readable(members, self.decoding)
@@ -142,22 +142,20 @@ class Classification(TaskType):
         if config.reader in ("folder", "list"):
             required(config, "root")
         root = unpacked(Path(config.root or ".").expanduser(), self.config.cache_dir)
-        split: dict[str, Any] = {"val_fraction": config.val_fraction, "seed": config.split_seed}
-        split["decoding"] = self.decoding
+        keys = ("val_fraction", "test_fraction", "group", "folds", "fold")
+        reading: dict[str, Any] = {key: getattr(config, key) for key in keys}
+        reading |= {"seed": config.split_seed, "decoding": self.decoding, "notes": self.report.notes}
         match config.reader:
             case "folder":
-                return read_folder(root, test_fraction=config.test_fraction or 0.0, **split)
+                return read_folder(root, layout=config.layout.value, **reading)
             case "list":
-                lists: dict[str, Any] = {"train": config.train, "val": config.val, "test": config.test}
-                return read_list(root, **lists, test_fraction=config.test_fraction or 0.0, **split)
+                return read_list(root, config.train, config.val, config.test, **reading)
             case "csv":
                 path, images_root = Path(required(config, "path")).expanduser(), None if config.root is None else root
-                return read_csv(path, images_root, test_fraction=config.test_fraction or 0.0, **split)
+                return read_csv(path, images_root, **reading)
             case "torchvision":
-                if config.test_fraction is not None:
-                    split["test_fraction"] = config.test_fraction
-                return read_torchvision(required(config, "name"), root, download=config.download, **split)
-        return read_folder(fruit_root(), **split)
+                return read_torchvision(required(config, "name"), root, download=config.download, **reading)
+        return read_folder(fruit_root(), **reading)
 
     def transforms(self, preprocessing: Preprocessing) -> tuple[TrainTransform, EvalTransform]:
         """Augmentation of train as the config states."""
@@ -236,7 +234,7 @@ class Classification(TaskType):
         monitor.images("train/augmented", image_grid(pixels, [data.classes[target] for target in targets]), 0)
 
     def log_end(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, result: FitResult) -> None:
-        """The confusion matrix, the worst images and the recall of each class."""
+        """The confusion matrix and the worst images."""
         from vpt.plots.grid import RIGHT, WRONG, image_grid
         from vpt.plots.metrics import confusion_matrix
 
@@ -250,7 +248,11 @@ class Classification(TaskType):
         colours = [RIGHT if sample.target == sample.prediction else WRONG for sample in worst]
         grid = image_grid(denormalise(images, data.preprocessing), captions, columns=4, colours=colours)
         monitor.images("val/worst", grid, result.best_step)
-        recall = {f"val_recall/{name}": value for name, value in zip(data.classes, metrics.per_class(), strict=True)}
+
+    def log_class_metrics(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, result: FitResult) -> None:
+        """The recall of each class."""
+        per_class = evaluator.metrics.per_class()
+        recall = {f"val_recall/{name}": value for name, value in zip(data.classes, per_class, strict=True)}
         monitor.scalars(recall, result.best_step)
 
     @classmethod

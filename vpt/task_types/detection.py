@@ -66,7 +66,7 @@ from vpt.predictions.boxes import to_original
 
 model = vpt.from_pretrained({repo_id}, backbone={backbone})
 preprocessing = Preprocessing.from_dict(vpt.read_task(download({repo_id})).preprocessing)
-image = read_image("photo.jpg")
+image = read_image("photo.jpg", preprocessing.decoding)
 size = (image.height, image.width)
 inputs = EvalTransform(preprocessing)(image)[None]
 with torch.inference_mode():
@@ -255,7 +255,7 @@ class Detection(TaskType):
             monitor.images("val/found", self._page(data, evaluator, indices), step)
 
     def log_end(self, monitor: Monitor, data: Data, evaluator: BoxEvaluator, result: FitResult) -> None:
-        """Precision-recall curves, the confusion matrix, images with most errors, and the precision of each class."""
+        """Precision-recall curves, the confusion matrix, and images with most errors."""
         from vpt.plots.metrics import confusion_matrix, precision_recall_curves
 
         metrics, step = evaluator.metrics, result.best_step
@@ -265,8 +265,11 @@ class Detection(TaskType):
         found = list(evaluator.found)
         worst = [found[position] for position in metrics.images_by_error(NUM_PAGE_IMAGES)]
         monitor.images("val/worst", self._page(data, evaluator, worst), step)
-        precision = zip(data.classes, metrics.per_class(), strict=True)
-        monitor.scalars({f"val_map/{name}": value for name, value in precision}, step)
+
+    def log_class_metrics(self, monitor: Monitor, data: Data, evaluator: BoxEvaluator, result: FitResult) -> None:
+        """The average precision of each class."""
+        precision = zip(data.classes, evaluator.metrics.per_class(), strict=True)
+        monitor.scalars({f"val_map/{name}": value for name, value in precision}, result.best_step)
 
     def _page(self, data: Data, evaluator: BoxEvaluator, indices: Sequence[int]) -> Any:
         from vpt.plots.boxes import boxes_page

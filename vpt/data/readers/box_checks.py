@@ -7,8 +7,7 @@ it in a `DataReport`.
 Shapes: n boxes of an image.
 """
 
-import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -19,7 +18,8 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from vpt.data.images import DEFAULT_DECODING, EXTENSIONS, Decoding, ImageError, read_header
+from vpt.data.images import DEFAULT_DECODING, EXTENSIONS, Decoding, ImageError, find_images, read_header
+from vpt.data.readers.annotation_files import Note
 from vpt.data.samples import DetectionSamples, FileReader, Size, format_size, refuse_unreadable
 from vpt.data.splits import split_off
 
@@ -76,7 +76,7 @@ class Finding(Enum):
 
     MISSING = "images that do not exist", "left out"
     UNREADABLE = "images that cannot be read", "left out"
-    UNNAMED = "images beside those of the data set that no annotation names", "left out"
+    UNNAMED = "images beside those of the data set that no annotation or list names", "left out"
     REPEATED = "images listed more than once in a split", "used once, with the boxes of all entries"
     MOVED = "images with a path of another folder or machine", "found by the end of the path"
     STRAY = "labels of images that do not exist", "left out"
@@ -132,6 +132,7 @@ class DataReport:
     first: dict[Any, str] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     left_out: list[tuple[str, str]] = field(default_factory=list)  # names of train images, and what is wrong
+    notes: list[Note] = field(default_factory=list)  # what a reader of classes ignored, guessed or changed
 
     def add(self, finding: Any, where: str) -> None:
         """Count a finding; `where` names the file, the image and the box."""
@@ -260,15 +261,15 @@ def _to_samples(
     )
 
 
-def _find_unnamed(paths: Iterable[Path]) -> Iterator[str]:
-    """Image files in the folders of these images that are none of them."""
-    listed: dict[Path, set[str]] = defaultdict(set)
-    for path in paths:
-        listed[path.parent].add(path.name)
-    for folder, names in listed.items():
-        for name in sorted({entry.name for entry in os.scandir(folder)} - names) if folder.is_dir() else ():
-            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."):
-                yield str(folder / name)
+def _find_unnamed(images: Mapping[Path, SourceImage]) -> Iterator[str]:
+    """Image files that are none of these, below the folders of the root that have any of these, or in the root."""
+    depths = {path: image.name.count("/") for path, image in images.items()}
+    folders = {path.parents[depth - 1] for path, depth in depths.items() if depth}
+    roots = {path.parent for path, depth in depths.items() if not depth}
+    loose = (path for root in roots for path in root.iterdir() if path.suffix.lower() in EXTENSIONS)
+    for path in sorted({*loose, *(path for folder in folders if folder.is_dir() for path in find_images(folder))}):
+        if path not in images and not path.name.startswith("."):
+            yield str(path)
 
 
 def _join_repeated(images: Iterable[SourceImage], report: DataReport) -> Iterable[SourceImage]:

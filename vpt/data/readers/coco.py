@@ -67,6 +67,23 @@ def read_coco(
     return make_samples(categories, images, problems, **reading)
 
 
+def read_ids(path: str | Path) -> tuple[dict[str, int], dict[str, int]]:
+    """The ids of the images of a COCO file by file name, and those of its categories by name.
+
+    Raises:
+        ValueError: The file is missing or not COCO JSON, or an id is no whole number.
+    """
+    path = Path(path)
+    content = _load_json(path)
+    images = {}
+    for i, entry in enumerate(content["images"]):
+        name, image_id = _value(entry, "file_name", str, f"{path}, images[{i}]"), _id(entry, "id")
+        if not isinstance(image_id, int):
+            raise ValueError(f"{path}, images[{i}]: 'id' is missing or no whole number; export the file again")
+        images[name.replace("\\", "/")] = image_id
+    return images, {name: category_id for _, category_id, name, _ in _categories(content, path)}
+
+
 def find_json(root: Path) -> list[tuple[str, Path]]:
     """Candidates for the file of a split, with the name of the split, in the first of the layouts that has any.
 
@@ -218,7 +235,7 @@ def _read_box(entry: Any, where: str) -> SourceBox:
     box, repair = _numbers(numbers), None
     if len(box) == 4:
         corners: Corners | None = (box[0], box[1], box[0] + box[2], box[1] + box[3])
-        if type(entry.get("category_id")) is not int or any(isinstance(number, str) for number in numbers):
+        if type(entry.get("category_id")) is not int or any(isinstance(number, str) for number in numbers or ()):
             repair = Finding.CONVERTED
     elif corners := _polygon_corners(entry):
         repair = Finding.POLYGON
