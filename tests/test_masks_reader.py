@@ -9,6 +9,7 @@ from PIL import Image
 from vpt.data.images import ImageError
 from vpt.data.masks import IGNORE
 from vpt.data.readers.box_checks import DataReport
+from vpt.data.readers.mask_classes import Meaning
 from vpt.data.readers.masks import MaskFinding, read_masks
 
 INDICES = np.array([[0, 1, 2, 255]], np.uint8).repeat(4, axis=0)
@@ -21,7 +22,9 @@ def put(path, pixels=None):
 
 def read(root, **reading):
     report = DataReport(kinds=MaskFinding)
-    return read_masks(root, report=report, **reading), report
+    names = ("classes", "ignore", "reduce_zero_label", "instances")
+    meaning = Meaning(**{name: reading.pop(name) for name in names if name in reading})
+    return read_masks(root, meaning, report=report, **reading), report
 
 
 LAYOUTS = {

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vpt.models.inspection import inspect_attention, nearest_patches
     from vpt.models.prompt_init import start_from_patches
     from vpt.models.prompts import VisualPrompt
+    from vpt.models.segmenter import Segmenter
     from vpt.models.task_file import load_task, read_task, save_task
     from vpt.models.task_model import TaskModel
     from vpt.models.tuning import count_parameters, tune, tuned_parameters
@@ -32,6 +33,7 @@ _HOMES = {
     "Classifier": "vpt.models.classifier",
     "Detector": "vpt.models.detector",
     "PromptedViT": "vpt.models.backbone",
+    "Segmenter": "vpt.models.segmenter",
     "TaskBank": "vpt.models.bank",
     "TaskModel": "vpt.models.task_model",
     "VisualPrompt": "vpt.models.prompts",
@@ -52,8 +54,8 @@ _HOMES = {
 
 RENAMED = {"ClassificationModel": "Classifier", "DetectionModel": "Detector"}
 
-__all__ = ["Adapters", "Classifier", "Detector", "PromptedViT", "TaskBank", "TaskModel", "VisualPrompt"]
-__all__ += ["count_parameters", "create_model", "from_pretrained", "inspect_attention", "load_task"]
+__all__ = ["Adapters", "Classifier", "Detector", "PromptedViT", "Segmenter", "TaskBank", "TaskModel"]
+__all__ += ["VisualPrompt", "count_parameters", "create_model", "from_pretrained", "inspect_attention", "load_task"]
 __all__ += ["load_vit", "nearest_patches", "push_to_hub", "read_task", "save_task", "start_from_patches"]
 __all__ += ["tune", "tuned_parameters"]
 

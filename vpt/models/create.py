@@ -7,6 +7,7 @@ from vpt.models.backbone import PromptedViT
 from vpt.models.classifier import Classifier
 from vpt.models.detector import Detector
 from vpt.models.prompts import PromptVariant, VisualPrompt
+from vpt.models.segmenter import Segmenter
 from vpt.models.task_model import TaskModel, model_named
 from vpt.models.tuning import Tuning, tune
 from vpt.models.vit import ViT, load_vit
@@ -23,6 +24,12 @@ def create_model(
 
 @overload
 def create_model(backbone: Backbone, *, num_classes: int, task: Literal["detection"], **options: Any) -> Detector: ...
+
+
+@overload
+def create_model(
+    backbone: Backbone, *, num_classes: int, task: Literal["segmentation"], **options: Any
+) -> Segmenter: ...
 
 
 @overload
@@ -47,7 +54,7 @@ def create_model(
     Args:
         backbone: A timm name; or a ViT in memory, which is held and not copied; or a ready `PromptedViT`.
         num_classes: K.
-        task: Type of task: "classification", "detection", or one that was registered.
+        task: Type of task: "classification", "detection", "segmentation", or one that was registered.
         prompt: "deep", "shallow", "kv", None, or a ready `VisualPrompt`; not with tuning="linear". "auto" is "deep"
             with tuning="prompt" and no prompt with the other methods. A ready `PromptedViT` keeps its own.
         num_tokens: P, prompt tokens in each prompted block.

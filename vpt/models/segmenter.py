@@ -26,9 +26,9 @@ HEADS = {"linear": ("head", "taps"), "pyramid": ("head", "taps", "channels", "st
 class Segmenter(TaskModel):
     """Images (B, 3, H, W) -> logits (B, K, H/S, W/S), through a frozen prompted backbone and a head that trains.
 
-    S is the patch size with head="linear", and the finest of `strides` with "pyramid". `vpt.predictions.masks.
-    to_label_map` turns the logits of an image into the class of each pixel of the original image. Called with targets,
-    (B, H, W) numbers of classes or -1 for ignored pixels, it returns losses by name.
+    S is the patch size with head="linear", and the finest of `strides` with "pyramid". `to_label_map` of
+    `vpt.predictions.masks` turns the logits of an image into the class of each pixel of the original image. Called with
+    targets, (B, H, W) numbers of classes or -1 for ignored pixels, the model returns losses by name.
 
     Args:
         backbone, num_classes, classes: As for `TaskModel`.

@@ -15,6 +15,7 @@ from vpt.config.errors import config_keys
 from vpt.config.schema import ClassWeights, Config
 from vpt.config.validation import required
 from vpt.data.masks import LabelMap, SegmentationDataset, SegmentationSamples
+from vpt.data.readers.mask_classes import Meaning
 from vpt.data.readers.masks import MaskFinding, pebbles_root, read_masks
 from vpt.data.samples import Size, collate_detection
 from vpt.data.transforms.masks import SegmentationEvalTransform, SegmentationTrainTransform
@@ -160,14 +161,14 @@ class Segmentation(TaskType):
     def read_all(self) -> dict[str, SegmentationSamples]:
         """Samples by split, from all masks and the headers of images."""
         config = self.config.dataset
-        reading: dict[str, Any] = {"val_fraction": config.val_fraction, "test_fraction": config.test_fraction or 0.0}
-        reading |= {"seed": config.split_seed, "strict": config.strict}
-        reading |= {"report": self.report, "decoding": self.decoding}
+        names = ("val_fraction", "test_fraction", "group", "folds", "fold", "strict")
+        reading: dict[str, Any] = {name: getattr(config, name) for name in names}
+        reading |= {"seed": config.split_seed, "report": self.report, "decoding": self.decoding}
         if config.reader == "pebbles":
             return read_masks(pebbles_root(), **reading)
         root = unpacked(Path(required(config, "root")).expanduser(), self.config.cache_dir)
-        reading |= {"ignore": config.ignore, "instances": config.instances}
-        return read_masks(root, config.classes, reduce_zero_label=config.reduce_zero_label, **reading)
+        meaning = Meaning(config.classes, config.ignore, config.reduce_zero_label, config.instances)
+        return read_masks(root, meaning, **reading)
 
     def preprocessing(self, backbone_preprocessing: Mapping[str, Any]) -> Preprocessing:
         """Letterboxed, so that every pixel gets a class."""
@@ -185,7 +186,8 @@ class Segmentation(TaskType):
         shares = [f"{name} {part:.1%}" for name, part in zip(train.classes, pixel_shares(train), strict=True)]
         shown = ", ".join(shares[:8]) + (f" and {len(shares) - 8} more" if len(shares) > 8 else "")
         first = f"{self.config.dataset.title}: {len(train.classes)} classes; images: {counts}; train pixels: {shown}"
-        return [first, *describe_left_out(self.left_out), *self.report.findings()]
+        left_out = describe_left_out(self.left_out)
+        return [first, *self.image_notes, *left_out, *map(str, self.report.notes), *self.report.findings()]
 
     def strides(self, patch_size: int) -> tuple[int, ...]:
         """The stride of the patches for a linear head, and those of the pyramid."""

@@ -12,7 +12,7 @@ from reprlib import Repr
 from typing import NoReturn, TypeVar, Unpack
 
 from vpt.data.images import Decoding
-from vpt.data.samples import ClassificationSamples, FileReader
+from vpt.data.samples import ClassificationSamples, FileReader, SamplesT
 from vpt.data.splits import SPLITS, Division, divide, split_named
 
 NUM_SHOWN = 5  # names of a note
@@ -172,12 +172,12 @@ def assemble(
 
 
 def divide_aloud(
-    splits: Mapping[str, ClassificationSamples],
+    splits: Mapping[str, SamplesT],
     notes: list[Note],
     *,
     names_splits: bool = True,
     **division: Unpack[Division],
-) -> dict[str, ClassificationSamples]:
+) -> dict[str, SamplesT]:
     """As `divide`; what was split off train, and groups that the data themselves have in two splits, are noted."""
     divided = divide(splits, names_splits=names_splits, **division)
     if made := [split for split in divided if split not in splits]:

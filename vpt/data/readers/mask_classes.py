@@ -4,7 +4,7 @@ import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from vpt.data.masks import IGNORE, MAX_VALUE, MaskValues
 from vpt.data.readers.annotation_files import numbered_lines, read_text, refuse_equal_names
 
 VOID_NAMES = frozenset({"void", "ignore", "ignored", "unlabeled", "unlabelled"})
+MAX_INDEX = 65_535
 MAX_FOUND = 256  # values that become classes where nothing names them
 
 VOC_CLASSES = (
@@ -26,34 +27,96 @@ CITYSCAPES_CLASSES = {  # name -> label id; all others are ignored
 
 
 @dataclass(frozen=True)
+class Meaning:
+    """What the values of masks mean, as far as the user says.
+
+    Args:
+        classes: Names of the values 0, 1, 2, ...; or for each name a value, a list of values, or a colour, "#RRGGBB".
+        ignore: The value of pixels that belong to no class; not for colours.
+        reduce_zero_label: Whether 0 is ignored and 1 is the first class, as in ADE20K.
+        instances: Whether values number objects, so that all above 0 are one class.
+    """
+
+    classes: Sequence[str] | Mapping[str, Any] | None = None
+    ignore: int | None = 255
+    reduce_zero_label: bool = False
+    instances: bool = False
+
+    def named(self, root: Path, first_mask: Path) -> "MaskClasses | None":
+        """The classes that the user, a file in the root or the layout of a mask names; None if nothing does."""
+        if self.instances:
+            names = tuple(map(str, self.classes or ("background", "object")))
+            return MaskClasses(names, ((0,), (1,)), merges=True)
+        found = classes_of_folder(root, first_mask) if self.classes is None else classes_of_config(self.classes)
+        if found is None or found.has_colours:
+            return found
+        if self.reduce_zero_label and (0,) in found.values:
+            found = replace(found, values=tuple(tuple(value + 1 for value in values) for values in found.values))
+        return self._with_ignored(found)
+
+    def found(self, values: Mapping[int, int], where: str) -> "MaskClasses":
+        """The classes of the values in the masks of train, value -> number of pixels.
+
+        0 and 255 alone are background and foreground, as painting tools write them; then 255 is not ignored.
+
+        Raises:
+            ValueError: One value only, colours, or so many values that they number objects and not classes.
+        """
+        if set(values) == {0, 255}:
+            return MaskClasses(("background", "foreground"), ((0,), (255,)), where=where)
+        found = sorted(set(values) - {self.ignore, 0 if self.reduce_zero_label else None})
+        if found and found[-1] > MAX_INDEX:
+            shown = ", ".join(f"#{value:06X}" for value in sorted(values, key=lambda value: -values[value])[:5])
+            raise ValueError(
+                f"{where}: masks are in colour ({shown}); name them, dataset.classes={{sky:'#RRGGBB',...}}"
+            )
+        if len(found) > MAX_FOUND:
+            raise ValueError(
+                f"{where}: {len(found)} values in masks, which seem to number objects: type dataset.instances=true to "
+                "join them to one class, or dataset.classes=[...]"
+            )
+        if len(found) < 2:
+            raise ValueError(f"{where}: masks have the value {found} only, so there is nothing to learn; check them")
+        return self._with_ignored(MaskClasses(tuple(map(str, found)), tuple((value,) for value in found), where=where))
+
+    def _with_ignored(self, classes: "MaskClasses") -> "MaskClasses":
+        ignored = [*classes.ignored, *([0] if self.reduce_zero_label else [])]
+        return replace(classes, ignored=(*ignored, *([] if self.ignore is None else [self.ignore])))
+
+
+@dataclass(frozen=True)
 class MaskClasses:
-    """Names of the K classes, and the values of each; colours are 65536 * red + 256 * green + blue."""
+    """Names of the K classes, and the values of each; colours are 65536 * red + 256 * green + blue.
+
+    Raises:
+        ValueError: One class, two equal names, or a value of two classes.
+    """
 
     names: tuple[str, ...]
     values: tuple[tuple[int, ...], ...]
     ignored: tuple[int, ...] = ()
     has_colours: bool = False
+    merges: bool = False
     where: str = "dataset.classes"
 
     def __post_init__(self) -> None:
         refuse_equal_names(self.names, self.where)
         if len(self.names) < 2:
             raise ValueError(f"{self.where}: one class only, {self.names[0]!r}; name the rest as a class as well")
-
-    def to_values(self, ignore: int | None) -> MaskValues:
-        """The mapping of values to labels; a value of two classes is a ValueError."""
-        labels = dict.fromkeys(self.ignored, IGNORE)
-        if ignore is not None and not self.has_colours:
-            labels[ignore] = IGNORE
-        for label, values in enumerate(self.values):
+        seen = dict.fromkeys(self.ignored, "ignored")
+        for name, values in zip(self.names, self.values, strict=True):
             for value in values:
-                if labels.setdefault(value, label) != label:
-                    other = "ignored" if labels[value] == IGNORE else f"class {self.names[labels[value]]!r}"
-                    raise ValueError(
-                        f"{self.where}: value {value} is {other} and class {self.names[label]!r}; correct one of them, "
-                        "or type dataset.ignore=null"
-                    )
-        return MaskValues(labels, self.has_colours)
+                if value in seen:
+                    other = f"value {value} is both {seen[value]!r} and {name!r}"
+                    raise ValueError(f"{self.where}: {other}; correct one of them, or type dataset.ignore=null")
+                seen[value] = name
+
+    @property
+    def mapping(self) -> MaskValues:
+        """Values -> labels."""
+        labels = dict.fromkeys(self.ignored, IGNORE)
+        labels |= {value: label for label, values in enumerate(self.values) for value in values}
+        return MaskValues(labels, self.has_colours, self.merges)
 
 
 def classes_of_config(classes: Sequence[str] | Mapping[str, Any]) -> MaskClasses:
@@ -158,27 +221,3 @@ _FILES = {
     "objectInfo150.txt": _read_ade20k,
     "classes.txt": _read_names,
 }
-
-
-def classes_found(values: Mapping[int, int], ignore: int | None, where: str) -> tuple[MaskClasses, int | None]:
-    """The classes of the values found in the masks of train, value -> number of pixels; and the value to ignore.
-
-    0 and 255 alone are background and foreground, as painting tools write them; then 255 is not ignored.
-
-    Raises:
-        ValueError: One value only, colours, or so many values that they number objects and not classes.
-    """
-    if set(values) == {0, 255}:
-        return MaskClasses(("background", "foreground"), ((0,), (255,)), where=where), None
-    found = sorted(set(values) - {ignore})
-    if found and found[-1] > 65535:
-        shown = ", ".join(f"#{value:06X}" for value in sorted(values, key=lambda value: -values[value])[:5])
-        raise ValueError(f"{where}: masks are in colour ({shown}); name them, dataset.classes={{sky:'#RRGGBB',...}}")
-    if len(found) > MAX_FOUND:
-        raise ValueError(
-            f"{where}: {len(found)} values in masks, which seem to number objects; type dataset.instances=true to join "
-            "them to one class, or dataset.classes=[...]"
-        )
-    if len(found) < 2:
-        raise ValueError(f"{where}: masks have the value {found} only, so there is nothing to learn; check them")
-    return MaskClasses(tuple(map(str, found)), tuple((value,) for value in found), where=where), ignore

@@ -10,17 +10,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
 from vpt.data.images import DEFAULT_DECODING, Decoding, ImageError, find_images, read_header
-from vpt.data.masks import IGNORE, UNKNOWN, MaskReader, MaskValues, SegmentationSamples, fit_to_image, read_values
-from vpt.data.readers.annotation_files import by_split, numbered_lines, require_train
+from vpt.data.masks import UNKNOWN, MaskReader, SegmentationSamples, fit_to_image, read_values
+from vpt.data.readers.annotation_files import by_split, divide_aloud, numbered_lines, require_train
 from vpt.data.readers.box_checks import DataReport
-from vpt.data.readers.mask_classes import MaskClasses, classes_found, classes_of_config, classes_of_folder
+from vpt.data.readers.mask_classes import MaskClasses, Meaning
 from vpt.data.samples import FileReader, Size, format_size, refuse_unreadable
-from vpt.data.splits import split_off
+from vpt.data.splits import Division
 
 MASKS_LAYOUT = (
     "<root>/train/images/a.jpg and <root>/train/masks/a.png (also val/, test/; or without splits; or images/train/ and "
@@ -88,85 +88,56 @@ def pebbles_root() -> Path:
 
 def read_masks(
     root: str | Path,
-    classes: Sequence[str] | Mapping[str, Any] | None = None,
-    ignore: int | None = 255,
-    reduce_zero_label: bool = False,
-    instances: bool = False,
-    val_fraction: float = 0.2,
-    test_fraction: float = 0.0,
-    seed: int = 0,
+    meaning: Meaning | None = None,
     strict: bool = False,
     report: DataReport | None = None,
     decoding: Decoding = DEFAULT_DECODING,
+    **division: Unpack[Division],
 ) -> dict[str, SegmentationSamples]:
     """Read images and masks in one of the layouts `MASKS_LAYOUT`.
 
-    Classes are those of `classes`, see `classes_of_config`; or of a file in the root, see `classes_of_folder`; or the
-    values in the masks of train. Pixels of the value `ignore` belong to no class. With `reduce_zero_label` value 0 is
-    ignored and 1 is the first class, as in ADE20K. With `instances` every value above 0 is one class. Fractions are
-    parts of train that become val and test where there is none, chosen by `seed`. `strict` refuses data in which
-    anything is wrong; otherwise it is repaired, left out or ignored, and counted in `report`.
+    Classes are those that `meaning` names, or a file in the root, see `classes_of_folder`; or else the values in the
+    masks of train. `strict` refuses data in which anything is wrong; otherwise it is repaired, left out or ignored, and
+    counted in `report`. `division` says how val and test are split off train where there is none.
 
     Raises:
         ImageError: An image or mask of a given val or test cannot be read; those of train are left out.
         ValueError: No known layout, two images with one mask, one class only, or anything wrong if `strict`.
     """
-    root, report = Path(root), report or DataReport(kinds=MaskFinding)
+    root, report, meaning = Path(root), report or DataReport(kinds=MaskFinding), meaning or Meaning()
     if not root.is_dir():
         raise ValueError(f"root={root} is no folder; expected {MASKS_LAYOUT}")
-    pairs = {split: list(_pairs(root, *folders, report)) for split, folders in _find_folders(root).items()}
-    pairs = _by_lists(root, pairs)
-    require_train(root, {split: members for split, members in pairs.items() if members}, MASKS_LAYOUT)
-    found = _classes_by_name(root, classes, reduce_zero_label, instances, pairs["train"][0].mask)
-    has_colours = found is not None and found.has_colours
+    folders = _find_folders(root)
+    pairs = {split: list(_pairs(root, *both, report)) for split, both in folders.items()}
+    pairs = pairs or _by_lists(root, list(_pairs(root, *(_image_and_mask(root) or (root, root)), report)))
+    pairs = {split: members for split, members in pairs.items() if members}
+    require_train(root, pairs, MASKS_LAYOUT)
+    classes = meaning.named(root, pairs["train"][0].mask)
+    has_colours = classes is not None and classes.has_colours
     scanned = {split: _scan(split, members, has_colours, report, decoding) for split, members in pairs.items()}
-    if found is None:
+    if classes is None:
         values = Counter[int]()
         for of_image in scanned["train"]:
             values.update(of_image.values)
-        if instances:
-            values = Counter({min(value, 1): 1 for value in values})
-        if reduce_zero_label:
-            values.pop(0, None)
-        found, ignore = classes_found(values, ignore, str(root))
-    mapping = found.to_values(None if instances else ignore)
-    if reduce_zero_label:
-        mapping = MaskValues({**mapping.labels, 0: IGNORE}, mapping.has_colours)
-    if instances:
-        mapping = MaskValues(mapping.labels, merges=True)
-    splits = {
-        split: _samples(members, found, mapping, report, decoding) for split, members in scanned.items() if members
-    }
+        classes = meaning.found(values, str(root))
+    splits = {split: _samples(members, classes, report, decoding) for split, members in scanned.items()}
     if strict:
         report.refuse_errors()
-    splits = split_off(splits, val_fraction, test_fraction, seed)
+    splits = divide_aloud(splits, report.notes, names_splits=set(pairs) != {"train"} or bool(folders), **division)
     for split, samples in splits.items():
-        report.splits[split] = f"{len(samples):,} images, {len(found.names)} classes"
+        report.splits[split] = f"{len(samples):,} images, {len(classes.names)} classes"
     return splits
 
 
-def _classes_by_name(
-    root: Path, classes: Any, reduce_zero_label: bool, instances: bool, first_mask: Path
-) -> MaskClasses | None:
-    """The classes that a config, a file or a layout names."""
-    if instances:
-        return MaskClasses(tuple(classes) if classes else ("background", "object"), ((0,), (1,)))
-    found = classes_of_folder(root, first_mask) if classes is None else classes_of_config(classes)
-    if found is None or not reduce_zero_label or found.has_colours or (0,) not in found.values:
-        return found
-    shifted = tuple(tuple(value + 1 for value in values) for values in found.values)
-    return MaskClasses(found.names, shifted, where=found.where)
-
-
 def _find_folders(root: Path) -> dict[str, tuple[Path, Path]]:
-    """The folders of images and of masks of each split."""
+    """The folders of images and of masks of each split; empty where no folder is named as a split."""
     of_splits = by_split([(folder.name, folder) for folder in _folders(root)], str(root))
     if of_splits:
         return {split: _image_and_mask(folder) or (folder, folder) for split, folder in of_splits.items()}
     if (both := _image_and_mask(root)) is None:
-        return {"train": (root, root)}
+        return {}
     images, masks = (by_split([(folder.name, folder) for folder in _folders(one)], str(one)) for one in both)
-    return {split: (images[split], masks[split]) for split in images if split in masks} or {"train": both}
+    return {split: (images[split], masks[split]) for split in images if split in masks}
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -210,21 +181,16 @@ def _by_key(folder: Path, paths: Iterable[Path], ending: "re.Pattern[str]") -> d
     return found
 
 
-def _by_lists(root: Path, pairs: dict[str, list[Pair]]) -> dict[str, list[Pair]]:
-    """The pairs of each split that the lists of VOC, ImageSets/Segmentation/*.txt, name; unchanged without lists."""
+def _by_lists(root: Path, pairs: list[Pair]) -> dict[str, list[Pair]]:
+    """The pairs of each split that the lists of VOC, ImageSets/Segmentation/*.txt, name; train without lists."""
     files = sorted((root / "ImageSets" / "Segmentation").glob("*.txt"))
-    lists = by_split([(path.stem, path) for path in files], str(root))
-    if not lists or set(pairs) != {"train"}:
-        return pairs
-    by_stem = {pair.image.stem: pair for pair in pairs["train"]}
-    found: dict[str, list[Pair]] = {}
-    for split, path in lists.items():
-        found[split] = []
-        for stem, where in numbered_lines(path):
-            if stem not in by_stem:
-                raise ValueError(f"{where}: no image and mask named {stem}; correct the list")
-            found[split].append(by_stem[stem])
-    return found
+    by_stem, found = {pair.image.stem: pair for pair in pairs}, {}
+    for split, path in by_split([(path.stem, path) for path in files], str(root)).items():
+        lines = numbered_lines(path)
+        if unknown := [where for stem, where in lines if stem not in by_stem]:
+            raise ValueError(f"{unknown[0]}: no image and mask of this name; correct the list")
+        found[split] = [by_stem[stem] for stem, _ in lines]
+    return found or {"train": pairs}
 
 
 def _scan(
@@ -263,10 +229,10 @@ def _scan(
 
 
 def _samples(
-    scanned: Sequence[Scanned], classes: MaskClasses, values: MaskValues, report: DataReport, decoding: Decoding
+    scanned: Sequence[Scanned], classes: MaskClasses, report: DataReport, decoding: Decoding
 ) -> SegmentationSamples:
     """Samples, with the number of pixels of each class in each image."""
-    pixels = []
+    pixels, values = [], classes.mapping
     for of_image in scanned:
         numbers = np.array(list(of_image.values), np.int32)
         labels, counts = values.to_labels(numbers), np.array(list(of_image.values.values()))
