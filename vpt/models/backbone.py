@@ -48,6 +48,7 @@ class LivePrompt:
         self.prompt = prompt.computed() if torch.is_grad_enabled() else prompt
         self.vit, self.impl, self.cache = vit, impl, cache
         self.num_carried = prompt.num_tokens if prompt.variant == "shallow" else 0
+        self._was_compared = False
 
     def enter(self, index: int, tokens: Tensor, num_read: int | None) -> BlockInput:
         """Keys and values of the block, or the tokens with those of the prompt inserted."""
@@ -60,19 +61,24 @@ class LivePrompt:
         return BlockInput(tokens, prompt.num_tokens, drops_prompt=prompt.variant == "deep")
 
     def keys_values(self, index: int, tokens: Tensor, num_read: int | None) -> KeysValues:
-        """Keys and values of the prompt in a block, from the cache where nothing trains and dropout is off."""
+        """Keys and values of the prompt in a block, from the cache where the block is frozen and dropout is off."""
         prompt, dtype = self.prompt, tokens.dtype
         block: Any = self.vit.blocks[index]
 
         def compute() -> KeysValues:
             return prompt.keys_values(block, index, tokens.shape[0], dtype, num_read)
 
+        learned = (*prompt.parameters(), *prompt.buffers())
+        frozen = (*block.norm1.parameters(), *block.attn.parameters())
         # A compiled or exported graph cannot tell when a tensor changes, so it computes them in each call.
-        if torch.is_grad_enabled() or prompt.draws or torch.compiler.is_compiling():
+        is_traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if is_traced or prompt.draws or any(parameter.requires_grad for parameter in frozen):
             return compute()
+        if not self._was_compared:  # once a pass, since libraries that average weights edit them through `.data`
+            self.cache.compare(learned)
+            self._was_compared = True
         # All tensors that `VisualPrompt.keys_values` reads; a change of any other cannot make the value stale.
-        sources = (*prompt.parameters(), *block.norm1.parameters(), *block.attn.parameters())
-        return self.cache.get((index, num_read), sources, compute, given=dtype)
+        return self.cache.get((index, num_read), (*learned, *frozen), compute, given=dtype)
 
 
 def prompt_path(vit: ViT, prompt: VisualPrompt, impl: PromptImpl, index: int) -> str:
@@ -207,7 +213,7 @@ class PromptedViT(nn.Module):
         # Dropout inside PEFT layers belongs to what trains, so unlike the rest of the ViT they follow the mode.
         for layer in peft_layers(self.vit):
             layer.train(mode)
-        self._cache.clear()  # an edit through `.data` or NumPy leaves no other trace
+        self._cache.clear()  # an edit of frozen weights through `.data` or NumPy leaves no other trace
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
