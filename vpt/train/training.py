@@ -11,7 +11,7 @@ from vpt import build
 from vpt.build import Data
 from vpt.config.errors import ConfigError
 from vpt.config.saved import recipe, to_plain
-from vpt.config.schema import Config, Mode
+from vpt.config.schema import Config, Mode, OnError
 from vpt.data.samples import data_digest
 from vpt.engine.checkpoint import Checkpoints, Saved, check_run_dir
 from vpt.engine.console import warn
@@ -65,8 +65,11 @@ def _report_finished(config: Config, folder: RunFolder) -> None:
     result, before = folder.result(), read_record(folder.path)
     note, remarks = "it has no record of its data, so whether they changed since cannot be known", []
     if before is not None:
+        # Images are opened only where those that a run uses depend on it, or are chosen after that.
+        is_chosen = config.data.on_error is OnError.skip or config.dataset.num_per_class is not None
+        task_type = task_type_of(config)
         try:
-            samples = task_type_of(config).read()
+            samples = task_type.read() if is_chosen else task_type.read_all()
             now = record_of(config, samples, before)
         except (ValueError, OSError) as error:
             note = f"whether its data changed since is not known: {error}"
