@@ -63,6 +63,7 @@ def test_labels_are_read_in_one_way_for_both_tasks(tmp_path, folders):
     boxes, _ = read_one(tmp_path / "boxes", rows)
     assert [boxes.labels_of(0).tolist(), boxes.class_counts().tolist()] == [[0, 1, 1], [1, 1]]
     assert boxes.label_text(0).startswith("3 boxes (")
+    assert boxes.label_text(0) != replace(boxes, crowd=(np.zeros(3, bool), *boxes.crowd[1:])).label_text(0)
     assert boxes.take([]).class_counts().tolist() == [0, 0]
     images = folders["train"]
     assert [images.labels_of(2).tolist(), images.class_counts().tolist()] == [[1], [2, 1]]
