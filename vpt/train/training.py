@@ -140,7 +140,8 @@ class _Training:
         print(f"{'run':<10} {self.folder.path} (tensorboard --logdir {config.run.root})", flush=True)
         with Monitor(self.folder.path, layout=overview(task_type.charts), resume_at=resume_at) as monitor:
             if resume_at is None:
-                report.log_start(monitor, self.folder.config_text, summary)
+                monitor.text("config", f"```yaml\n{self.folder.config_text}\n```")
+                monitor.text("summary", f"```\n{summary}\n```")
                 task_type.log_start(monitor, self.data)
             with _with_config_keys(config):
                 self.extended_after = state.result.extended_after
@@ -148,7 +149,9 @@ class _Training:
                 evaluator = task_type.evaluator(self.data, "val")
                 metrics = self._evaluate(evaluator)
             task_type.log_class_metrics(monitor, self.data, evaluator, result)
-            report.log_hparams(monitor, to_plain(self.shown), result, metrics.get("test", {}))
+            best = {"val": result.best, **{split: values for split, values in metrics.items() if split == "test"}}
+            results = {f"best/{split}_{name}": value for split in best for name, value in best[split].items()}
+            monitor.hparams(to_plain(self.shown), results)
             monitor.sync()
             self._finish(result, metrics)
             task_type.log_end(monitor, self.data, evaluator, result)  # may fail, for instance for want of memory
