@@ -11,7 +11,7 @@ from vpt import build
 from vpt.build import Data
 from vpt.config.errors import ConfigError
 from vpt.config.saved import recipe, to_plain
-from vpt.config.schema import Config, Mode
+from vpt.config.schema import Config, Mode, OnError
 from vpt.data.samples import data_digest
 from vpt.engine.checkpoint import Checkpoints, Saved, check_run_dir
 from vpt.engine.console import warn
@@ -65,8 +65,11 @@ def _report_finished(config: Config, folder: RunFolder) -> None:
     result, before = folder.result(), read_record(folder.path)
     note, remarks = "it has no record of its data, so whether they changed since cannot be known", []
     if before is not None:
+        # Images are opened only where those that a run uses depend on it, or are chosen after that.
+        is_chosen = config.data.on_error is OnError.skip or config.dataset.num_per_class is not None
+        task_type = task_type_of(config)
         try:
-            samples = task_type_of(config).read()
+            samples = task_type.read() if is_chosen else task_type.read_all()
             now = record_of(config, samples, before)
         except (ValueError, OSError) as error:
             note = f"whether its data changed since is not known: {error}"
@@ -137,7 +140,8 @@ class _Training:
         print(f"{'run':<10} {self.folder.path} (tensorboard --logdir {config.run.root})", flush=True)
         with Monitor(self.folder.path, layout=overview(task_type.charts), resume_at=resume_at) as monitor:
             if resume_at is None:
-                report.log_start(monitor, self.folder.config_text, summary)
+                monitor.text("config", f"```yaml\n{self.folder.config_text}\n```")
+                monitor.text("summary", f"```\n{summary}\n```")
                 task_type.log_start(monitor, self.data)
             with _with_config_keys(config):
                 self.extended_after = state.result.extended_after
@@ -145,7 +149,9 @@ class _Training:
                 evaluator = task_type.evaluator(self.data, "val")
                 metrics = self._evaluate(evaluator)
             task_type.log_class_metrics(monitor, self.data, evaluator, result)
-            report.log_hparams(monitor, to_plain(self.shown), result, metrics.get("test", {}))
+            best = {"val": result.best, **{split: values for split, values in metrics.items() if split == "test"}}
+            results = {f"best/{split}_{name}": value for split in best for name, value in best[split].items()}
+            monitor.hparams(to_plain(self.shown), results)
             monitor.sync()
             self._finish(result, metrics)
             task_type.log_end(monitor, self.data, evaluator, result)  # may fail, for instance for want of memory
