@@ -130,6 +130,7 @@ LAST = [[[0, 0, 64, 32], [8, 4, 24, 28]], [[1, 2, 3, 4]], []]
             for value in ([[1, 2]], [[]], {"counts": "x"}, 3)
         ),
         ({"iscrowd": None}, None, [1, 2, 3, 4]),
+        *(({"iscrowd": value}, Finding.CROWD, [1, 2, 3, 4]) for value in (1, 1.0, True, "1")),
     ],
 )
 def test_a_wrong_annotation_is_repaired_or_dropped_and_counted(change, finding, last, tmp_path):

@@ -287,29 +287,43 @@ def dirty_boxes(boxes, tmp_path):
     shutil.copytree(boxes, root)
     labels = root / "train" / "_annotations.coco.json"
     content = json.loads(labels.read_text())
-    wrong = [[300, 5, 9, 9], [5, 5, 0, 9], [40, 40, -20, -20], [-4, 5, 30, 30], [5, 5, float("nan"), 9], [5, 5, 6, 5]]
+    wrong = [
+        [300, 5, 9, 9],
+        [5, 5, 0, 9],
+        [40, 40, -20, -20],
+        [-4, 5, 30, 30],
+        [5, 5, float("nan"), 9],
+        [5, 5, 6, 5],
+        [],
+    ]
     for number, box in enumerate(wrong):
         annotation = {"id": 900 + number, "image_id": 101, "category_id": 3, "bbox": box, "iscrowd": 0}
         content["annotations"].append(annotation)
     content["annotations"].append({**content["annotations"][0], "id": 950})
     content["annotations"].append({**content["annotations"][1], "id": 951, "category_id": 99})
     content["annotations"].append({"id": 952, "image_id": 102, "category_id": 17, "bbox": [9, 9, 50, 50], "iscrowd": 1})
+    polygon = {"bbox": None, "segmentation": [[2, 2, 9, 2, 9, 9]]}
+    content["annotations"].append({"id": 953, "image_id": "102", "category_id": 17.0, "bbox": ["9", 9, 40, 50]})
+    content["annotations"].append({"id": 954, "image_id": 102, "category_id": 17, **polygon})
+    content["images"].append(content["images"][0] | {"id": 999})
     labels.write_text(json.dumps(content))
+    copy(root / "val" / "1.png", root / "train" / "beside.png")
     return root
 
 
 def test_every_wrong_box_is_reported_with_its_place(dirty_boxes):
     report = report_of(dirty_boxes, "backbone.img_size=64", dataset="coco")
     assert report.is_fine
-    num = {f.code: len(f.files) for f in report.findings if f.code.startswith("boxes_")}
-    assert num == {
+    num = {f.code: len(f.files) for f in report.findings}
+    assert num.items() >= {"converted": 1, "repeated": 1, "unnamed": 1}.items()
+    assert {code: count for code, count in num.items() if code.startswith("boxes_")} == {
         **{"boxes_unknown": 1, "boxes_not_finite": 1, "boxes_swapped": 1, "boxes_outside": 1, "boxes_clipped": 1},
-        **{"boxes_small": 1, "boxes_duplicate": 1, "boxes_crowd": 1},
+        **{"boxes_small": 1, "boxes_duplicate": 1, "boxes_crowd": 1, "boxes_invalid": 1, "boxes_polygon": 1},
     }
     (outside,) = next(f.files for f in report.findings if f.code == "boxes_outside")
     assert "box (300, 5, 309, 14) of train/1.png" in outside.detail
     strict = report_of(dirty_boxes, "dataset.strict=true", dataset="coco")
-    assert strict.plan.stops_at == "boxes_unknown"
+    assert strict.plan.stops_at == "repeated"
     levels = {f.code: f.level for f in strict.findings}
     assert (levels["boxes_swapped"], levels["boxes_crowd"]) == (Level.error, Level.note)
 

@@ -243,7 +243,9 @@ def _read_box(entry: Any, where: str) -> SourceBox:
         where = f"{where}: bbox {str(numbers)[:80]}"
     if category_id is None:
         where = f"{where}: no category_id"
-    return SourceBox(corners, category_id, where, crowd=_id(entry, "iscrowd") == 1, repair=repair)
+    return SourceBox(
+        corners, category_id, where, crowd=isinstance(entry, dict) and entry.get("iscrowd") in (1, "1"), repair=repair
+    )
 
 
 def _numbers(values: Any) -> list[float]:
