@@ -46,6 +46,11 @@ def require_inside(root: Path, path: Path, where: str) -> Path:
     return found
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file of this name; not if no file can have it, such as a name that is too long."""
+    return os.path.isfile(path)  # noqa: PTH113  (Path.is_file() raises OSError)
+
+
 def find_by_end(folders: Sequence[Path], name: str) -> Path | None:
     """The file or folder in one of these whose path is the longest end of a name that begins on another machine.
 
@@ -53,7 +58,7 @@ def find_by_end(folders: Sequence[Path], name: str) -> Path | None:
     """
     parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
     places = (folder.joinpath(*parts[start:]) for start in range(len(parts)) for folder in folders)
-    return next((place for place in places if place.exists()), None)
+    return next((place for place in places if os.path.exists(place)), None)  # noqa: PTH110  (as above)
 
 
 def by_split(entries: Iterable[tuple[str, Value]], where: str) -> dict[str, Value]:

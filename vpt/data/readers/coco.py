@@ -11,6 +11,7 @@ from vpt.data.readers.annotation_files import (
     by_split,
     find_by_end,
     inside,
+    is_file,
     read_text,
     refuse_equal_names,
     require_inside,
@@ -205,7 +206,7 @@ def _read_images(
             problems.append((Finding.STRAY, f"{path}, annotations[{i}]: image_id {owner}"))
     numbered = all(isinstance(image_id, int) for image_id in names)
     places = _image_folders(root, path, split)
-    folder = next((place for place in places if any((place / name).is_file() for name in names.values())), None)
+    folder = next((place for place in places if any(is_file(place / name) for name in names.values())), None)
     images = []
     for number, (where, image_id, name, size) in enumerate(entries, start=1):
         image_path = inside(root, (folder or root) / name)

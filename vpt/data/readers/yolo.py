@@ -14,6 +14,7 @@ from vpt.data.readers.annotation_files import (
     by_split,
     find_by_end,
     inside,
+    is_file,
     numbered_lines,
     read_text,
     refuse_equal_names,
@@ -153,7 +154,7 @@ def _listed_paths(root: Path, path: Path, problems: Problems) -> Iterator[Path]:
     for line, where in numbered_lines(path):
         name = line.replace("\\", "/")
         places = (inside(root, place / name) for place in (path.parent, root))
-        found = next((place for place in places if place and place.is_file()), None)
+        found = next((place for place in places if place and is_file(place)), None)
         if found is None and (found := find_by_end([path.parent, root], name)):
             problems.append((Finding.MOVED, f"{where}: {line}, found as {found}"))
         yield found or require_inside(root, path.parent / name, where)
