@@ -7,7 +7,7 @@ from typing import Unpack
 from xml.etree import ElementTree
 
 from vpt.data.images import EXTENSIONS, find_images
-from vpt.data.readers.annotation_files import by_split, numbered_lines, read_text, require_train
+from vpt.data.readers.annotation_files import by_split, numbered_lines, read_text, require_inside, require_train
 from vpt.data.readers.box_checks import Finding, Problems, Reading, SourceBox, SourceImage, Unit, make_samples
 from vpt.data.samples import DetectionSamples
 from vpt.data.splits import SPLITS
@@ -109,7 +109,8 @@ class _Place:
                 split: [(_without_extension(k), where) for k, where in numbered_lines(lists[split])] for split in lists
             }
         rows = self.all()
-        of_split = by_split([(name, name) for name in {name.partition("/")[0] for name, _ in rows if "/" in name}], "")
+        folders = sorted({name.partition("/")[0] for name, _ in rows if "/" in name})
+        of_split = by_split(zip(folders, folders, strict=True), str(self.annotations))
         if "train" not in of_split:
             return {"train": rows}
         return {split: [row for row in rows if row[0].startswith(f"{name}/")] for split, name in of_split.items()}
@@ -126,7 +127,8 @@ class _Place:
     def read(self, name: str, where: str, image_id: int, problems: Problems) -> Iterator[SourceImage]:
         """The images of a name, with their boxes."""
         files = self.xml_by_name.get(name) or self.xml_by_name.get(PurePosixPath(name).name, [])
-        for path in [] if files else self.images_by_name.get(name, [self.images / f"{name}.jpg"]):
+        missing = require_inside(self.root, self.images / f"{name}.jpg", where)
+        for path in [] if files else self.images_by_name.get(name, [missing]):
             yield self._source(path, image_id, where, ElementTree.Element("annotation"), "")
         for xml in files:
             content = _load_xml(xml)
