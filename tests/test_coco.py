@@ -121,7 +121,7 @@ LAST = [[[0, 0, 64, 32], [8, 4, 24, 28]], [[1, 2, 3, 4]], []]
         ({"category_id": "bird"}, Finding.UNKNOWN, None),
         *(({"category_id": value}, Finding.CONVERTED, [1, 2, 3, 4]) for value in (17.0, "17", "dog")),
         ({"bbox": ["1", "2.0", 2, 2]}, Finding.CONVERTED, [1, 2, 3, 4]),
-        ({"bbox": [1, 2, True, 4]}, Finding.NOT_FINITE, None),
+        ({"bbox": [1, 2, True, 4]}, Finding.INVALID, None),
         *(({"image_id": value}, Finding.STRAY, None) for value in (None, 999, "b", [101])),
         *(({"image_id": value}, None, [1, 2, 3, 4]) for value in (101.0, "101")),
         ({"bbox": None, "segmentation": [[1, 2, 3, 2, 3, 4]]}, Finding.POLYGON, [1, 2, 3, 4]),

@@ -32,6 +32,14 @@ def numbered_lines(path: Path) -> list[tuple[str, str]]:
     return [(line.strip(), f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
+def to_numbers(values: Iterable[object]) -> list[float]:
+    """Numbers, also where they are written as text; none at all if one of the values is no number."""
+    try:
+        return [value if type(value) is float else float(str(value)) for value in values]
+    except ValueError:
+        return []
+
+
 def inside(root: Path, path: Path) -> Path | None:
     """The path without its dots; None if it leaves the root."""
     absolute = Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would also follow links)

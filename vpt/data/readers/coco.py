@@ -16,6 +16,7 @@ from vpt.data.readers.annotation_files import (
     refuse_equal_names,
     require_inside,
     require_train,
+    to_numbers,
 )
 from vpt.data.readers.box_checks import (
     Corners,
@@ -233,7 +234,7 @@ def _image_folders(root: Path, path: Path, split: str) -> list[Path]:
 def _read_box(entry: Any, where: str) -> SourceBox:
     """A box; without corners if it has neither four numbers nor a polygon."""
     category_id, numbers = _id(entry, "category_id"), entry.get("bbox") if isinstance(entry, dict) else None
-    box, repair = _numbers(numbers), None
+    box, repair = to_numbers(numbers) if isinstance(numbers, list) else [], None
     if len(box) == 4:
         corners: Corners | None = (box[0], box[1], box[0] + box[2], box[1] + box[3])
         if type(entry.get("category_id")) is not int or any(isinstance(number, str) for number in numbers or ()):
@@ -249,22 +250,10 @@ def _read_box(entry: Any, where: str) -> SourceBox:
     )
 
 
-def _numbers(values: Any) -> list[float]:
-    """A list of numbers, also where they are written as text; empty if it is none."""
-    found = []
-    for value in values if isinstance(values, list) else ():
-        try:
-            found.append(inf if isinstance(value, bool) else float(value))
-        except OverflowError:
-            found.append(inf)
-        except (TypeError, ValueError):
-            return []
-    return found
-
-
 def _polygon_corners(entry: Any) -> Corners | None:
     """The corners of the polygons of an annotation, if it has any."""
     polygons = entry.get("segmentation") if isinstance(entry, dict) else None
-    points = [_numbers(polygon) for polygon in polygons] if isinstance(polygons, list) else []
+    polygons = polygons if isinstance(polygons, list) else []
+    points = [to_numbers(polygon) for polygon in polygons if isinstance(polygon, list)]
     xs, ys = ([number for polygon in points for number in polygon[start::2]] for start in (0, 1))
     return (min(xs), min(ys), max(xs), max(ys)) if len(xs) == len(ys) >= 2 else None

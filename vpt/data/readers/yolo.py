@@ -20,6 +20,7 @@ from vpt.data.readers.annotation_files import (
     refuse_equal_names,
     require_inside,
     require_train,
+    to_numbers,
 )
 from vpt.data.readers.box_checks import Finding, Problems, Reading, SourceBox, SourceImage, Unit, make_samples
 from vpt.data.samples import DetectionSamples
@@ -189,10 +190,7 @@ class _Lines:
     def read(self, line: str, where: str) -> SourceBox:
         """A box; without corners if the line is none."""
         word, *words = line.split()
-        try:
-            numbers = list(map(float, words))
-        except ValueError:
-            numbers = []
+        numbers = to_numbers(words)
         try:
             label = int(float(word)) if float(word).is_integer() else None
         except ValueError:
