@@ -172,11 +172,8 @@ def test_csv_has_the_columns_of_all_rows():
 
 def test_images_are_ordered_by_disagreement():
     targets = [0, 0, 0, 0, 0]
-    predictions = [
-        [0, 1, 0, 2, 1],
-        [0, 0, 1, 1, 2],
-        [0, 0, 2, 1, 3],
-    ]  # all agree; 2 to 1; all differ; 2 to 1, none right
+    # in turn: all agree; 2 to 1; all differ; 2 to 1, none right; all differ
+    predictions = [[0, 1, 0, 2, 1], [0, 0, 1, 1, 2], [0, 0, 2, 1, 3]]
     assert disagreement([0, 1, 2]) == pytest.approx(math.log2(3))
     assert most_disputed(predictions, targets, 9) == [2, 4, 1, 3]
     assert most_disputed(predictions, targets, 1) == [2]
