@@ -2,11 +2,12 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 import signal
+from collections import Counter
 from functools import partial
-from math import log
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -22,6 +23,7 @@ from vpt.config.errors import ConfigError
 from vpt.config.saved import conceal
 from vpt.config.validation import to_config
 from vpt.data.samples import ClassificationSamples
+from vpt.engine.console import percent
 from vpt.engine.steps import OutOfMemoryError
 from vpt.evaluate.__main__ import EvaluateOptions, evaluate_run
 from vpt.models import block_loop
@@ -106,6 +108,31 @@ def test_the_backbone_is_unchanged_and_the_task_file_reproduces_the_test_metric(
     assert values == pytest.approx(result_of(finished)["metrics"]["test"])
     assert json.loads((finished.parent / "m.json").read_text())["metrics"] == values
     assert "blue sky" in capsys.readouterr().out
+
+
+def test_evaluate_takes_the_best_split_of_data_that_moved_and_counts_pairs_of_classes(
+    finished, photos, tmp_path, capsys
+):
+    moved, root = shutil.copytree(finished, tmp_path / "moved"), shutil.copytree(photos, tmp_path / "photos")
+    shutil.rmtree(root / "test")
+    options = EvaluateOptions(str(moved), root=str(root), confusion=str(tmp_path / "c.csv"), device="cpu")
+    assert evaluate_run(options) == pytest.approx(result_of(finished)["metrics"]["val"])
+    printed = capsys.readouterr()
+    assert "no test split: val is evaluated" in printed.err
+    rows = csv.DictReader((tmp_path / "c.csv").read_text().splitlines())
+    counts = Counter({(row["class"], row["predicted"]): int(row["count"]) for row in rows})
+    assert 0 not in counts.values()
+    for name in ("blue sky", "grass", "rose"):
+        (line,) = [line for line in printed.out.splitlines() if line.startswith(name)]
+        images, found = (sum(n for pair, n in counts.items() if pair[side] == name) for side in (0, 1))
+        recall, precision = counts[name, name] / images, counts[name, name] / found if found else math.nan
+        shown = [percent(value) for value in (recall, precision, 2 * counts[name, name] / (images + found))]
+        assert re.split("  +", line) == [name, *shown, str(images)]
+    config = moved / "config.yaml"
+    config.write_text(config.read_text().replace(str(photos), str(tmp_path / "nowhere")))
+    with pytest.raises(ConfigError, match=r"nowhere: no such .*add root="):
+        evaluate_run(EvaluateOptions(str(moved), device="cpu"))
+    assert evaluate_run(EvaluateOptions(str(moved), split="val", root=str(photos), device="cpu"))
 
 
 def test_images_are_predicted_to_csv_and_json(finished, photos, tmp_path):
@@ -309,7 +336,9 @@ def test_balanced_class_weights_are_inverse_frequencies_with_a_mean_of_one():
         classes=("a", "b"), targets=(0, 0, 0, 1), names=("1", "2", "3", "4"), reader=lambda _: None
     )
     losses = Classification(config).losses(SimpleNamespace(samples={"train": samples}))
-    weights = [losses(torch.zeros_like, torch.zeros(1, 2), torch.tensor([label]))["class"] / log(2) for label in (0, 1)]
+    weights = [
+        losses(torch.zeros_like, torch.zeros(1, 2), torch.tensor([label]))["class"] / math.log(2) for label in (0, 1)
+    ]
     assert weights == pytest.approx([4 / 6, 2.0])
 
 

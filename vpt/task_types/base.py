@@ -169,6 +169,10 @@ class TaskType(ABC):
         """A table with a row for each class, of an evaluated split; empty where there are no classes."""
         return ""
 
+    def confusion_counts(self, evaluator: Any, data: Data) -> list[tuple[str, str, int]]:
+        """True class, predicted class and their number in an evaluated split, without pairs that do not occur."""
+        raise ConfigError(f"confusion: classes of {self.name} are not counted in pairs; leave it out")
+
     # Figures in TensorBoard; a type may have none.
 
     def log_start(self, monitor: Monitor, data: Data) -> None:  # noqa: B027
@@ -221,6 +225,13 @@ class PredictionEvaluator(Evaluator, Protocol):
 
     def result(self) -> dict[str, Any]:
         """Results under "predictions" and "probabilities", or "precision"."""
+
+
+def name_pairs(confusion: Tensor, classes: Sequence[str]) -> list[tuple[str, str, int]]:
+    """The counts of a confusion matrix (K, K) that are not 0, with the names of their rows and columns."""
+    return [
+        (classes[row], classes[column], int(confusion[row, column])) for row, column in confusion.nonzero().tolist()
+    ]
 
 
 _registered: dict[str, type[TaskType]] = {}

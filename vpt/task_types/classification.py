@@ -29,7 +29,7 @@ from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
 from vpt.models.task_schema import TaskMetadata
 from vpt.storage.archives import unpacked
-from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, register_task_type
+from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, name_pairs, register_task_type
 from vpt.task_types.class_writer import ClassWriter
 from vpt.task_types.findings import Finding, Level, some
 from vpt.task_types.unreadable import leave_out_unreadable
@@ -218,11 +218,17 @@ class Classification(TaskType):
         return ClassPredictions()
 
     def class_table(self, evaluator: ClassEvaluator, data: Data, split: str) -> str:
-        """Recall and number of images of each class."""
-        counts = map(str, evaluator.metrics.confusion.sum(dim=1).tolist())
-        recalls = map(percent, evaluator.metrics.per_class())
-        rows = [list(row) for row in zip(data.classes, recalls, counts, strict=True)]
-        return format_table(rows, ["class", "recall", "images"])
+        """Recall, precision, F1 and number of images of each class."""
+        confusion = evaluator.metrics.confusion
+        counts, found, hits = confusion.sum(dim=1), confusion.sum(dim=0), confusion.diagonal().double()
+        columns = hits / counts, hits / found, 2 * hits / (counts + found)
+        cells = [map(percent, column.tolist()) for column in columns]
+        rows = [list(row) for row in zip(data.classes, *cells, map(str, counts.tolist()), strict=True)]
+        return format_table(rows, ["class", "recall", "precision", "F1", "images"])
+
+    def confusion_counts(self, evaluator: ClassEvaluator, data: Data) -> list[tuple[str, str, int]]:
+        """Of images."""
+        return name_pairs(evaluator.metrics.confusion, data.classes)
 
     def log_start(self, monitor: Monitor, data: Data) -> None:
         """A grid of augmented train images."""

@@ -30,7 +30,7 @@ from vpt.models.heads.pyramid import default_strides
 from vpt.models.task_schema import TaskMetadata
 from vpt.predictions.boxes import to_original
 from vpt.storage.archives import unpacked
-from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, register_task_type
+from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, name_pairs, register_task_type
 from vpt.task_types.box_findings import FullReport, find_box_problems, find_small_boxes
 from vpt.task_types.box_writer import MIN_SCORE, BoxWriter
 from vpt.task_types.findings import Finding, Level
@@ -232,6 +232,10 @@ class Detection(TaskType):
             for name, precision, precision50, score, num in zip(data.classes, *columns, strict=True)
         ]
         return format_table(rows, ["class", "map", "map50", "best score", "boxes"])
+
+    def confusion_counts(self, evaluator: BoxEvaluator, data: Data) -> list[tuple[str, str, int]]:
+        """Of boxes; missed and false ones are paired with "background"."""
+        return name_pairs(evaluator.metrics.confusion(), [*data.classes, "background"])
 
     def log_start(self, monitor: Monitor, data: Data) -> None:
         """A grid of augmented train images with their boxes."""

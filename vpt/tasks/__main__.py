@@ -20,6 +20,7 @@ from vpt.config.command_line import (
 )
 from vpt.config.errors import ConfigError, config_keys, did_you_mean
 from vpt.config.schema import option
+from vpt.storage.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -337,8 +338,8 @@ def _line(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """A text without control characters, which could control the terminal."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
+    """A text of lines without control characters, which could control the terminal."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _print(text: str) -> None:

@@ -24,6 +24,7 @@ from vpt.data.readers.annotation_files import (
 )
 from vpt.data.samples import ClassificationSamples
 from vpt.data.splits import SPLITS, Division, split_named
+from vpt.storage.text import plain_cell
 
 MAX_DIGITS = 9  # of a label in a list file; Python refuses to read numbers of thousands of digits
 MAX_PATH = 4096  # characters of a path
@@ -177,7 +178,7 @@ def _read_rows(
         notes.append(Note("delimiter", f"columns of {path} separated by {delimiter!r}"))
     backslashes = 0
     for where, row in _numbered_rows(path, csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)):
-        name, label, split = ((row.get(column) or "").strip() for column in ("path", "label", "split"))
+        name, label, split = (plain_cell((row.get(column) or "").strip()) for column in ("path", "label", "split"))
         if not name or not label:
             raise ValueError(f"{where}: path {quote(name)} and label {quote(label)}; both must be filled")
         if len(label) > MAX_TEXT:
