@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import vpt
-from vpt.config.command_line import check_command_line
+from vpt.config.command_line import check_command_line, refuse_unread
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -51,7 +51,7 @@ def test_every_train_command_is_accepted():
     commands = {line.replace("[CHOICE]", "").strip() for _, line in lines}
     assert len(commands) > 5
     for command in commands:
-        check_command_line(command.split())
+        refuse_unread(check_command_line(command.split()))
 
 
 def test_files_that_are_named_exist():
@@ -88,7 +88,7 @@ def test_choices_in_the_readme_are_accepted():
     choices = re.findall(r"`((?:(?:prompt|optim|augment|train|backbone)[.\w]*=[\w.:]+ ?)+)`", README)
     assert len(choices) >= 5
     for choice in choices:
-        check_command_line(choice.split())
+        refuse_unread(check_command_line(choice.split()))
 
 
 def test_the_readme_names_six_files_to_read_first():

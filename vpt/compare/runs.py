@@ -170,7 +170,7 @@ class Runs:
 
 def choose_output(plan: Plan) -> Path:
     """The default folder: one for each data set and recipe, whatever is compared on them."""
-    config, _ = compose_run(plan.words)
+    config, _ = compose_run(plan.words, allow_unread=True)
     config.run.name = None
     digest = RunFolder(config, config).path.name.rpartition("_")[2]
     return Path(config.run.root).expanduser() / f"compare_{config.dataset.title}_{digest}"

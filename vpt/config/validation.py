@@ -1,6 +1,7 @@
 """Validation of a composed config: types, ranges, and keys that exclude each other."""
 
 import math
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
@@ -11,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vpt.config.composition import explain
 from vpt.config.errors import ConfigError
-from vpt.config.schema import Config, DatasetConfig, PromptFormName, PromptName, TuningName
+from vpt.config.schema import Config, DatasetConfig, PromptFormName, PromptName, TuningName, schema_options
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
@@ -26,6 +27,10 @@ def to_config(composed: DictConfig) -> Config:
     for key in config.dataset.required:
         required(config.dataset, key)
     _check_task(config)
+    annotations = config.dataset.annotations
+    for split, path in annotations.items() if isinstance(annotations, dict) else ():
+        if not isinstance(path, str):
+            raise ConfigError(f"dataset.annotations.{split}={path}: is no path; if it is a name, put quotes around it")
     prompt, tuning = config.prompt, config.tuning
     if prompt.whiten and prompt.form is not PromptFormName.bilinear:
         raise ConfigError(f"prompt.whiten=true is for prompt=bilinear, and prompt.form={prompt.form}: leave it out")
@@ -55,6 +60,26 @@ def check_ranges(config: Any) -> None:
                 and (above is None or number > above)
             ):
                 raise ConfigError(f"{key}={number} is out of range: it must be {describe_range(entry)}")
+
+
+def why_unread(config: Config, key: str) -> str:
+    """Why a key has no effect on a run of this config, after the words "has no effect"; empty if it has one.
+
+    The option of each key in the schema states what reads it; all of `prompt` is read if there is a prompt.
+    """
+    entry, method = dict(schema_options()).get(key), f"tuning={config.tuning.method}"
+    needs = entry.metadata.get("needs", "") if entry else ""
+    if (needs == "prompt" or key.startswith("prompt.")) and not config.is_prompted:
+        return f"there is no prompt with {'prompt=none' if config.prompt.variant is PromptName.none else method}"
+    if key == "prompt" and config.prompt.variant is not PromptName.none and not config.is_prompted:
+        return f"{method} trains no prompt: type tuning=prompt, or for instance tuning=prompt_bias"
+    name, is_not, values = needs.partition("!=") if "!=" in needs else needs.partition("=")
+    value = operator.attrgetter(name)(config) if values else None
+    shown = {None: "null", True: "true", False: "false"}.get(value, str(value))
+    if not values or (shown in values.split(",")) != (is_not == "!="):
+        return ""
+    need = f"it is for {name}={values.replace(',', ' or ')}, and "
+    return f"{'' if is_not == '!=' else need}{name}={shown}{' does not read it' if is_not == '!=' else ''}"
 
 
 def required(dataset: DatasetConfig, key: str) -> str:

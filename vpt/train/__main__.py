@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
-from vpt.config.command_line import check_command_line, fail, is_for_user, quote_paths, tell
+from vpt.config.command_line import check_command_line, fail, is_for_user, refuse_unread, tell
 from vpt.config.composition import config_folder, register_schema
 from vpt.config.errors import ConfigError
 from vpt.config.saved import conceal
@@ -22,11 +22,13 @@ RESUME = "type the same command again, and it resumes where it stopped"
 
 def main() -> None:
     """Check the command line, then run the job; Hydra composes and runs the jobs of a sweep, and prints its help."""
-    sys.argv[1:] = quote_paths(sys.argv[1:])
     is_help = bool({"-h", "--help", "--hydra-help", "--version"} & set(sys.argv))
     codes: list[int] = []
     try:
         line = None if is_help else check_command_line(sys.argv[1:])
+        if line is not None:
+            refuse_unread(line)
+            sys.argv[1:] = line.arguments
         with StopSignal() as stop:
             if line is not None and not line.needs_hydra:
                 codes.append(_run_or_explain(line.composed, stop, is_sweep=False))
