@@ -13,13 +13,13 @@ from vpt.build import KEYS, build_adapters
 from vpt.config.command_line import (
     check_command_line,
     compose_run,
-    describe_options,
     parse_options,
     refuse_unread,
     split_options,
 )
 from vpt.config.composition import compose_config
 from vpt.config.errors import ConfigError, config_keys
+from vpt.config.help import describe_options
 from vpt.config.saved import load_config, to_plain
 from vpt.config.schema import Config, Mode, PromptName, option, schema_options
 from vpt.config.validation import to_config
@@ -69,6 +69,15 @@ def test_the_library_and_the_schema_have_the_same_defaults():
     [
         (["prompt.num_tokns=3"], r"unknown key prompt\.num_tokns; did you mean prompt\.num_tokens\?"),
         (["prompt.lenght=3"], r"unknown key prompt\.lenght; "),
+        (["num_tokens=5"], r"did you mean prompt\.num_tokens\?"),
+        (["dataset.batch_size=5"], r"did you mean batch_size or train\.batch_size\?|train\.batch_size or batch_size\?"),
+        (["model=vit_tiny"], r"did you mean backbone\?"),
+        (["model.img_size=32"], r"did you mean backbone\.img_size\?"),
+        (["optim.lr=1"], r"unknown key optim\.lr; did you mean lr\?"),
+        (["data=folder"], r"data=folder: data is a section of keys; did you mean dataset=folder\?"),
+        (["train=full"], r"train is a section of keys; type train\.KEY="),
+        (["--epochs", "3"], "--epochs: options are typed without dashes: epochs=3"),
+        (["--epochs=3"], "typed without dashes: epochs=3"),
         (["bacbone=vit_tiny"], r"unknown key bacbone; did you mean backbone\?"),
         (["prompt=deeep"], r"prompt=deeep: no such choice; did you mean deep\? Choices: bilinear, deep, f"),
         (["+experiment=quickstrat"], r"experiment=quickstrat: no such choice; did you mean quickstart\?"),
@@ -189,7 +198,10 @@ def test_options_of_commands_are_typed(word, name, value):
     [
         ([], "place is needed: type place="),
         (["plce=b"], "plce=b: not an option.*did you mean place"),
-        (["place"], "place: not an option of the form key=value$"),
+        (["place"], "place: not an option of the form key=value; type place="),
+        (["--place", "p"], "--place: not an option of the form key=value; type place="),
+        (["--text=p"], "--text=p: not an option of the form key=value; type text="),
+        (["--help", "plce"], "unknown key plce; did you mean place"),
         (["place="], "place=: must be a path"),
         (["count=x"], "count=x: must be a whole number"),
         (["place=p", "count=10"], "count=10 is out of range: it must be at least 1 and at most 9"),
@@ -220,6 +232,26 @@ def test_help_lists_the_options_after_the_first_paragraph(capsys):
     for line in ("place=FOLDER", "a place; required", "flag=false", "sizes=8,5", "one, two", "above 0", "define.NAME="):
         assert line in options
     assert all(len(line) <= 120 for line in options.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["--version"], [f"vpt {vpt.__version__}"]),
+        (["--help", "rate"], ["rate=0.5", "a rate; above 0"]),
+        (["text", "-h"], ["text=a", "a text"]),
+        (["--help", "prompt.rank"], ["prompt.rank=8", "with prompt.form=bilinear"]),
+        (["--help", "optim"], ["optim.name=adamw", "the optimiser; adamw, sgd", "optim.momentum=0.9"]),
+        (["--help", "prompt"], ["prompt=NAME", "bilinear, deep, fourier", "prompt.dropout=0.0"]),
+        (["--help", "experiment"], ["experiment=NAME", "quickstart"]),
+    ],
+)
+def test_the_version_and_the_meaning_of_a_key_are_printed(capsys, words, lines):
+    with pytest.raises(SystemExit) as stopped:
+        split_options(Options, words)
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert [line for line in lines if line not in printed] == []
 
 
 def test_words_of_the_config_are_split_from_options_of_the_command():

@@ -1,8 +1,10 @@
 """Checks of the documentation: navigation, links, commands, the files that it names, and the size of the README."""
 
 import re
+import runpy
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import yaml
 
 import vpt
 from vpt.config.command_line import check_command_line, refuse_unread
+from vpt.config.schema import schema_options
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -75,6 +78,15 @@ def test_the_first_two_blocks_of_the_readme_are_one_line_each_that_sets_up_and_r
         assert subprocess.run(["bash", "-n", "-c", command], check=False).returncode == 0
     assert train.endswith(".venv/bin/python -m vpt.train +experiment=quickstart\n")
     assert test.endswith(".venv/bin/python -m pytest\n")
+
+
+def test_the_page_of_keys_has_every_key_with_its_meaning():
+    (hook,) = SITE["hooks"]
+    rows = dict(re.findall(r"(?m)^\| `([\w.]+)` \| `[^`]+` \| (.+) \|$", runpy.run_path(ROOT / hook)["key_tables"]()))
+    assert set(rows) == {key for key, entry in schema_options() if not is_dataclass(entry.type)}
+    assert rows["prompt.rank"].endswith("; with prompt.form=bilinear")
+    assert [key for key, entry in schema_options() if key in rows and not entry.metadata.get("about")] == []
+    assert (DOCS / "keys.md").read_text().count("<!-- tables of keys -->") == 1
 
 
 def test_the_readme_is_short():

@@ -5,12 +5,10 @@ import difflib
 import re
 import sys
 import tempfile
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, NamedTuple, NoReturn, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -19,16 +17,19 @@ from omegaconf import DictConfig
 
 from vpt.config.composition import compose_config, group_choices, groups
 from vpt.config.errors import ConfigError, did_you_mean, first_line, no_such_choice, unknown_key
+from vpt.config.help import HELP, answer_help, describe_options, option_types, print_help
 from vpt.config.saved import conceal
-from vpt.config.schema import Config, schema_keys
+from vpt.config.schema import Config, schema_keys, schema_options
 from vpt.config.text import keep_text
-from vpt.config.validation import check_ranges, describe_range, to_config, why_unread
+from vpt.config.validation import check_ranges, to_config, why_unread
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, as in shells
-HELP = {"-h", "--help"}
-WIDTH = 120  # of a line of help
 OptionsT = TypeVar("OptionsT")
 SHORT = {"epochs": "train.epochs", "batch_size": "train.batch_size", "img_size": "backbone.img_size"}
+FLAGS = {  # of Hydra, beside those with a value
+    *("-m", "--multirun", "-r", "--run", "-sc", "--shell-completion", "--resolve", "--experimental-rerun"),
+    *("--cfg", "--package", "--info", "--config-name", "--config-path", "-h", "--help", "--hydra-help"),
+}
 LR = "lr"  # short for the rate of what is tuned
 
 
@@ -111,17 +112,19 @@ def parse_options(schema: type[OptionsT], arguments: Sequence[str], about: str) 
     unions of these, or dict[str, str] for `key.NAME=text`. `option` describes a field. A ConfigError is raised if a key
     is unknown or missing, or a value has the wrong type or is out of range.
     """
+    entries = {entry.name: entry for entry in fields(cast(Any, schema))}
+    answer_help(arguments, entries)
     if HELP & set(arguments):
         print_help(describe_options(schema), about)
-    entries = {entry.name: entry for entry in fields(cast(Any, schema))}
     values: dict[str, Any] = {}
     for word in arguments:
-        key, equals, text = word.partition("=")
+        key, equals, text = word.lstrip("-").partition("=")
         name, dot, part = key.partition(".")
         entry = entries.get(name if dot else key)
         is_table = entry is not None and get_origin(entry.type) is dict
-        if not equals or entry is None or is_table != bool(part):
-            example = f"; type {name}.NAME=..." if is_table else "" if entry else did_you_mean(key, list(entries))
+        if not equals or entry is None or is_table != bool(part) or word[0] == "-":
+            known = f"; type {name}{'.NAME' * is_table}=..."
+            example = known if entry and (is_table or not part) else did_you_mean(key, list(entries))
             raise ConfigError(f"{word}: not an option of the form key=value{example}")
         if is_table:
             values.setdefault(name, {})[part] = text
@@ -137,34 +140,14 @@ def parse_options(schema: type[OptionsT], arguments: Sequence[str], about: str) 
 
 def split_options(schema: type[Any], arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Options of a command's dataclass, and all others, for the config; a ConfigError if one is typed twice."""
-    names = {entry.name for entry in fields(schema)}
+    names = {entry.name: entry for entry in fields(schema)}
+    answer_help(arguments, {**names, **dict(schema_options())})
     own = [word for word in arguments if re.split(r"[.=]", word, maxsplit=1)[0] in names or word in HELP]
     keys = [word.partition("=")[0] for word in own]
     for key in keys:
         if keys.count(key) > 1:
             raise ConfigError(f"{key} is typed twice; type it once")
     return own, [word for word in arguments if word not in own]
-
-
-def print_help(options: str, about: str) -> NoReturn:
-    """Print the help of a command with its options after the first paragraph, and exit."""
-    first, _, rest = about.strip().partition("\n\n")
-    print("\n\n".join(part for part in (first, options, rest) if part))  # noqa: T201
-    sys.exit(0)
-
-
-def describe_options(schema: type[Any], indent: str = "  ") -> str:
-    """A line or more for each option: key, default or sort of value, meaning, and the values allowed."""
-    entries = [entry for entry in fields(schema) if "about" in entry.metadata]
-    heads = [f"{entry.name}{'.NAME' if get_origin(entry.type) is dict else ''}={_shown(entry)}" for entry in entries]
-    width = min(28, max(map(len, heads), default=0)) + 2
-    lines: list[str] = []
-    for head, entry in zip(heads, entries, strict=True):
-        first = f"{indent}{head:<{width}}" if len(head) < width else f"{indent}{head}  "
-        rest = " " * (len(indent) + width)
-        wrapped = textwrap.wrap(_about(entry), WIDTH, initial_indent=first, subsequent_indent=rest)
-        lines += wrapped or [first.rstrip()]
-    return "\n".join(lines)
 
 
 def check_file(option: str, path: Path, endings: Sequence[str]) -> None:
@@ -239,20 +222,9 @@ def _check_writable(option: str, path: Path, folder: Path) -> None:
         raise ConfigError(f"{option}={path}: {why}; name another place") from error
 
 
-def _types(entry: "Field[Any]") -> tuple[list[Any], list[Any]]:
-    """Types of an option's single value, and of the elements of a list."""
-
-    def members(type_: Any) -> list[Any]:
-        return [*get_args(type_)] if get_origin(type_) in (Union, UnionType) else [type_]
-
-    lists = [inner for type_ in members(entry.type) if get_origin(type_) is tuple for inner in get_args(type_)[:1]]
-    single = [type_ for type_ in members(entry.type) if type_ is not NoneType and get_origin(type_) is not tuple]
-    return single, [type_ for inner in lists for type_ in members(inner)]
-
-
 def _parse(key: str, text: str, entry: "Field[Any]") -> Any:
     """The value of an option; of several types the first that it fits."""
-    single, of_list = _types(entry)
+    single, of_list = option_types(entry)
     is_list = bool(of_list) and (not single or "," in text or text.startswith("["))
     types, choices = of_list if is_list else single, entry.metadata.get("choices", ())
     readers: dict[Any, Callable[[str], Any]] = {int: int, float: float, Path: _path}
@@ -277,25 +249,6 @@ def _path(text: str) -> Path:
     if not text:
         raise ValueError(text)
     return Path(text).expanduser()
-
-
-def _shown(entry: "Field[Any]") -> str:
-    """What stands for the value of an option in the help."""
-    single, of_list = _types(entry)
-    default = entry.default
-    if entry.metadata["shown"] or default in (MISSING, None, ()):
-        return str(entry.metadata["shown"]) or {int: "N", float: "X", Path: "PATH"}.get((single + of_list)[0], "TEXT")
-    text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    return text.lower() if isinstance(default, bool) else text
-
-
-def _about(entry: "Field[Any]") -> str:
-    """Meaning, choices and range of an option."""
-    is_required = entry.default is MISSING and entry.default_factory is MISSING
-    choices = "" if entry.metadata["shown"] else ", ".join(entry.metadata["choices"])
-    is_obvious = entry.metadata["low"] in (0, 1) and entry.metadata["high"] is None
-    limits = "" if is_obvious else describe_range(entry)
-    return "; ".join(filter(None, (entry.metadata["about"], choices, limits, "required" if is_required else "")))
 
 
 def _full(word: str, key: str | None) -> str:
@@ -329,6 +282,9 @@ def _check_key(override: Override, config_dir: Path | None) -> None:
             raise ConfigError(no_such_choice(key, value, choices))
     if key == "experiment" and not override.is_add():
         raise ConfigError(f"an experiment is added: type +experiment={values[0]}")
+    if key in ("data", "train", "run") and isinstance(override.value(), str):
+        hint = f"did you mean dataset={override.value()}?" if key == "data" else f"type {key}.KEY=..."
+        raise ConfigError(f"{override.input_line}: {key} is a section of keys; {hint}")
     keys = [*schema_keys(), *groups(), *SHORT, LR]
     if not choices and key not in keys and not key.startswith("tuning.options."):
         raise ConfigError(unknown_key(key, keys, str(override.input_line).partition("=")[2]))
@@ -369,6 +325,9 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
             folder = word.partition("=")[2]
         elif not word.startswith("-"):
             words.append(word)
+        elif word.partition("=")[0] not in FLAGS:
+            key, _, value = word.lstrip("-").partition("=")
+            raise ConfigError(f"{word}: options are typed without dashes: {key}={value or next(rest, '...')}")
     return words, Path(folder) if folder else None
 
 

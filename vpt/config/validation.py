@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vpt.config.composition import explain
 from vpt.config.errors import ConfigError
+from vpt.config.help import describe_range
 from vpt.config.schema import Config, DatasetConfig, PromptFormName, PromptName, TuningName, schema_options
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
@@ -88,13 +89,6 @@ def required(dataset: DatasetConfig, key: str) -> str:
     if value is None:
         raise ConfigError(f"dataset.{key} is needed: type dataset.{key}=...")
     return str(value)
-
-
-def describe_range(entry: "Field[Any]") -> str:
-    """The range of a field in words; empty without one."""
-    words = {"low": "at least", "above": "above", "high": "at most"}
-    bounds = {bound: entry.metadata.get(bound) for bound in words}
-    return " and ".join(f"{words[bound]} {limit}" for bound, limit in bounds.items() if limit is not None)
 
 
 def _check_task(config: Config) -> None:

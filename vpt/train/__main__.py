@@ -9,8 +9,9 @@ from omegaconf import DictConfig
 from vpt.config.command_line import check_command_line, fail, is_for_user, refuse_unread, tell
 from vpt.config.composition import config_folder, register_schema
 from vpt.config.errors import ConfigError
+from vpt.config.help import answer_help
 from vpt.config.saved import conceal
-from vpt.config.schema import Mode
+from vpt.config.schema import Mode, schema_options
 from vpt.config.validation import to_config
 from vpt.engine.signals import STOPPED, Stopped, StopSignal
 from vpt.train import NotLearnedError
@@ -22,9 +23,10 @@ RESUME = "type the same command again, and it resumes where it stopped"
 
 def main() -> None:
     """Check the command line, then run the job; Hydra composes and runs the jobs of a sweep, and prints its help."""
-    is_help = bool({"-h", "--help", "--hydra-help", "--version"} & set(sys.argv))
+    is_help = bool({"-h", "--help", "--hydra-help"} & set(sys.argv))
     codes: list[int] = []
     try:
+        answer_help(sys.argv[1:], dict(schema_options()))
         line = None if is_help else check_command_line(sys.argv[1:])
         if line is not None:
             refuse_unread(line)
