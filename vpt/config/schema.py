@@ -301,9 +301,9 @@ class RunConfig:
     """The run folder."""
 
     root: str = option("runs", "the folder of all runs", shown="FOLDER")
-    name: str | None = option(None, "name of the run folder; null: the title and a digest of the config")
+    name: str | None = option(None, "name of the run folder; null: the title and a digest")
     title: str = option(
-        "${dataset.title}_${tuning.title}${head.title}", "readable part of the folder's name", shown="TEXT"
+        "${dataset.title}_${tuning.title}${head.title}", "readable part of the name of the folder", shown="TEXT"
     )
     save_minutes: float = option(5.0, "minutes between checkpoints inside an epoch; one follows each epoch", above=0)
 
