@@ -89,6 +89,15 @@ def test_a_rate_multiplies_the_configured_learning_rates():
     assert plan.num_runs == 2 * (2 + 1)
 
 
+def test_short_names_mean_the_key_of_each_method_and_a_key_that_no_method_reads_is_refused():
+    plan = plan_of("bias", "prompt_deep", words=[*DATA, "lr=4e-3", "prompt.num_tokens=3"], rates=(0.5, 1.0))
+    for rate in (0.5, 1.0):
+        bias, prompted = (plan.compose(Trial(name, None, 0, rate))[0] for name in plan.methods)
+        assert (bias.tuning.lr, prompted.optim.prompt_lr) == (4e-3 * rate, 4e-3 * rate)
+    with pytest.raises(ConfigError, match=r"prompt\.num_tokens=3 has no effect"):
+        plan_of("bias", "linear", words=[*DATA, "prompt.num_tokens=3"])
+
+
 def test_runs_have_folders_and_titles_of_their_own(tmp_path):
     plan = plan_of("bias", words=[*DATA, "run.root=elsewhere"])
     for config in plan.place(Trial("bias", 5, 1, 0.3), tmp_path):

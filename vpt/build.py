@@ -24,7 +24,6 @@ from vpt.config.schema import (
     PromptConfig,
     PromptFormName,
     PromptInitName,
-    PromptName,
     TuningConfig,
     TuningName,
     schema_keys,
@@ -144,8 +143,7 @@ def build_model(config: Config, task_type: str, classes: Sequence[str], head_opt
         FileNotFoundError: `backbone.checkpoint` does not exist.
     """
     prompt, tuning = config.prompt, config.tuning
-    is_prompted = prompt.variant is not PromptName.none and (tuning.method is TuningName.prompt or tuning.with_prompt)
-    variant: Any = prompt.variant.value if is_prompted else None
+    variant: Any = prompt.variant.value if config.is_prompted else None
     vit = build_backbone(config)
     with config_keys(**KEYS):
         backbone = PromptedViT(

@@ -19,7 +19,6 @@ from vpt.config.command_line import (
     fail,
     is_for_user,
     parse_options,
-    quote_paths,
     split_options,
 )
 from vpt.config.errors import ConfigError
@@ -106,7 +105,7 @@ def read_options(arguments: Sequence[str]) -> Request:
     options = parse_options(CompareOptions, own, USAGE)
     shots = sorted(options.shots, key=lambda shots: math.inf if isinstance(shots, str) else shots)
     plan = Plan(
-        words=tuple(quote_paths(words)),
+        words=tuple(words),
         methods=choose_methods(options.methods, options.define),
         seeds=tuple(range(options.seeds)) if isinstance(options.seeds, int) else options.seeds,
         rates=tuple(sorted(options.rates)),

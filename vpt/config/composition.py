@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vpt.config.errors import ConfigError, first_line, no_such_choice, unknown_key
 from vpt.config.schema import Config, schema_keys
+from vpt.config.text import register_source
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -26,6 +27,7 @@ def config_folder() -> Path:
 
 def register_schema() -> None:
     """Make the schema known to Hydra as `schema`, the first entry of the defaults list of `conf/train.yaml`."""
+    register_source()
     ConfigStore.instance().store(name="schema", node=Config)
 
 
@@ -50,7 +52,7 @@ def explain(error: Exception) -> str:
         key = full_key[1] if full_key else unknown[1]
         if key.startswith("tuning.options."):
             return f"{key} is not among the present options; to add it, type +{key}=..."
-        return unknown_key(key, list(schema_keys()))
+        return unknown_key(key, schema_keys())
     missing = re.search(
         r"Missing mandatory value: (\S+)|Structured config of type .* has missing mandatory value: (\S+)", message
     )
@@ -63,6 +65,11 @@ def explain(error: Exception) -> str:
     if line.endswith(":"):  # a heading of the next line
         line = " ".join(part.strip() for part in message.splitlines()[:2])
     return f"{full_key[1]}: {line}" if full_key and full_key[1] not in line else line
+
+
+def groups() -> frozenset[str]:
+    """Names of the groups of `conf/`."""
+    return frozenset(folder.name for folder in config_folder().iterdir() if folder.is_dir())
 
 
 def group_choices(group: str, config_dir: Path | None = None) -> list[str]:

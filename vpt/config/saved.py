@@ -19,6 +19,7 @@ from omegaconf.resolvers import oc
 from vpt.config.composition import explain
 from vpt.config.errors import RENAMED, ConfigError
 from vpt.config.schema import Config, schema_keys
+from vpt.config.text import quote_text
 from vpt.config.validation import to_config
 
 WITHOUT_EFFECT = (  # on the result of a run that ends
@@ -129,7 +130,7 @@ def load_config(path: Path) -> Config:
     A ConfigError is raised if the file is missing, not YAML, has what no run writes, or keys unknown to the schema.
     """
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.create(_plain_text(path)), resolve=False)
+        values: Any = OmegaConf.to_container(OmegaConf.create(quote_text(_plain_text(path))), resolve=False)
         loaded = OmegaConf.create(_escape(_of_this_version(values) if isinstance(values, dict) else values))
         merged = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), loaded))
     except FileNotFoundError as error:

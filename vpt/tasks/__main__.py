@@ -3,22 +3,13 @@
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpt.config.command_line import (
-    HELP,
-    INTERRUPTED,
-    check_file,
-    check_folder,
-    describe_options,
-    escape_output,
-    fail,
-    parse_options,
-    print_help,
-)
+from vpt.config.command_line import INTERRUPTED, check_file, check_folder, escape_output, fail, parse_options
 from vpt.config.errors import ConfigError, config_keys, did_you_mean
+from vpt.config.help import HELP, answer_help, describe_options, print_help
 from vpt.config.schema import option
 from vpt.storage.text import printable
 
@@ -79,6 +70,8 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> bool:
     """Run a subcommand; False if a file was refused."""
     name, *words = arguments or [""]
+    options = {entry.name: entry for _, schema, _ in COMMANDS.values() for entry in fields(schema)}
+    answer_help([word for word in arguments if word not in COMMANDS], options)
     if not name or HELP & set(arguments):
         print_help(_overview(), USAGE)
     if name not in COMMANDS:
