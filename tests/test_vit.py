@@ -27,10 +27,12 @@ def test_preprocessing_is_that_of_timm_at_the_size_of_the_model():
     assert described["interpolation"] == "bicubic"
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_weights_are_loaded_from_a_file(tmp_path, suffix):
+def test_weights_are_loaded_from_a_file(tmp_path, suffix, prefix):
     source = timm.create_model("vit_nano_patch8_64", num_classes=7)
-    path, state = tmp_path / f"weights{suffix}", source.state_dict()
+    path = tmp_path / f"weights{suffix}"
+    state = {f"{prefix}{name}": tensor for name, tensor in source.state_dict().items()}
     save_file(state, path) if suffix == ".safetensors" else torch.save({"model": state}, path)
     vit = load_vit("vit_nano_patch8_64", checkpoint=path)
     assert fingerprint(vit) == fingerprint(source)
@@ -45,6 +47,9 @@ def test_unsuitable_checkpoints_are_refused(tmp_path):
     for name, reason in (("vit_nano_patch8_64", ""), ("vit_tiny_patch16_224", r"it lacks blocks\.2")):
         with pytest.raises(ValueError, match=rf"^checkpoint=.*other\.safetensors: does not fit {name}: {reason}"):
             load_vit(name, checkpoint=path)
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"list\.pth: .* no dict of weights"):
+        load_vit("vit_nano_patch8_64", checkpoint=tmp_path / "list.pth")
     path.write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match=r"other\.safetensors: does not fit"):
         load_vit("vit_nano_patch8_64", checkpoint=path)

@@ -309,6 +309,11 @@ def _load_checkpoint(vit: ViT, name: str, path: Path) -> None:
         _refuse_packed(path)
         state = family.checkpoint_filter_fn(load_state_dict(str(path), device="cpu", weights_only=True), vit)
         missing, unexpected = vit.load_state_dict(state, strict=False)
+    except AttributeError as error:  # of timm, for a tensor or a list
+        how = "torch.save(vit.state_dict(), PATH)"
+        raise ValueError(
+            f"checkpoint={path}: does not fit {name}: it is no dict of weights; write it by {how}"
+        ) from error
     except Exception as error:  # safetensors, pickle, timm and torch raise various exceptions
         raise ValueError(f"checkpoint={path}: does not fit {name}: {_first_line(error)}") from error
     odd = [key for key in unexpected if not key.startswith(("head.", "head_dist."))]
