@@ -55,11 +55,16 @@ def test_a_detector_gets_its_options_and_keeps_its_own_defaults():
         ({"taps": "last"}, "taps=.*task=classification, which takes classes"),
         ({"task": "segmentation"}, "'segmentation': must be one of "),
         ({"classes": ["cat", "dog", "eel"]}, "3 class names for num_classes=2"),
+        ({"classes": ["cat", "cat"]}, "classes: 'cat' is there more than once"),
+        ({"classes": "ab"}, "classes='ab': must be a list of texts"),
+        ({"classes": [1, 2]}, r"classes=\[1, 2\]: must be a list of texts"),
+        *(({"num_classes": value}, rf"num_classes={value!r}: must be") for value in ("2", 2.0, True, 0)),
+        ({"num_tokens": "10"}, "num_tokens='10': must be an integer"),
     ],
 )
 def test_an_option_that_the_model_does_not_take_is_refused_by_name(options, message):
-    with pytest.raises(ValueError, match=message):
-        vpt.create_model(make_tiny_vit(), num_classes=2, **options)
+    with pytest.raises((ValueError, TypeError), match=message):
+        vpt.create_model(make_tiny_vit(), **{"num_classes": 2, **options})
 
 
 @pytest.mark.parametrize("task", ["classification", "detection"])
