@@ -584,6 +584,13 @@ def test_weights_of_the_hub_are_used_and_cached(hub, weights, home):
     assert "GET" not in {method for method, _, _ in hub.requests}
 
 
+def test_weights_that_are_not_here_are_asked_for_once_without_a_network(home, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("a request is repeated"))
+    use_endpoint(monkeypatch, "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=rf"{TINY}: .*127\.0\.0\.1:9 cannot be reached.* use checkpoint=FILE$"):
+        load_vit(TINY)
+
+
 @pytest.mark.parametrize("place", [-5, 8])  # in a number, so that the file can be read; in the header
 def test_weights_that_are_not_those_of_the_hub_are_refused_and_not_cached(hub, weights, home, place):
     def harm(body):
