@@ -426,6 +426,7 @@ def test_without_a_network_the_cache_is_enough(hub, task, images, monkeypatch):
 @pytest.mark.parametrize("offline", [True, False])
 def test_without_a_network_and_a_cache_one_line_names_the_reason(home, task, monkeypatch, offline):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("a request is repeated"))
     use_endpoint(monkeypatch, "http://127.0.0.1:9")
     message = r"the transfer with http://127\.0\.0\.1:9 failed \(.+\); check the network and try again$"
     message = r"HF_HUB_OFFLINE is set, and task\.safetensors is not in the cache; unset it$" if offline else message
