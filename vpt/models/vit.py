@@ -19,7 +19,7 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 from timm.data.config import resolve_model_data_config
 from timm.layers.norm import RmsNorm, SimpleNorm
 from timm.models import Beit, Eva, VisionTransformer, beit, eva, load_state_dict, vision_transformer
@@ -86,6 +86,8 @@ def load_vit(
         parameter = f"name={name}" if img_size is None else f"img_size={img_size}"
         raise ValueError(f"{parameter}: {name} cannot be built: {_first_line(error)}") from error
     try:
+        if pretrained and path is None:
+            _check_connection(name)
         with _checked_downloads():
             vit = timm.create_model(name, pretrained=pretrained and path is None, num_classes=0, **options)
     except _DamagedDownloadError as error:
@@ -314,6 +316,20 @@ def pools_prefix_only(vit: ViT) -> bool:
 
 class _DamagedDownloadError(ValueError):
     """A downloaded file that differs from the file on the hub."""
+
+
+def _check_connection(name: str) -> None:
+    """Ask the hub once for weights that are not in its cache: its client would repeat each request for a minute."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if config is None or not config.hf_hub_id or constants.HF_HUB_OFFLINE:
+        return
+    folder = f"models--{config.hf_hub_id.replace('/', '--')}"
+    if any(Path(constants.HF_HUB_CACHE).glob(f"{folder}/snapshots/*/*")):
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # those of the hub's client, of its library and of sockets
+        raise ConnectionError(f"{constants.ENDPOINT} cannot be reached: {_first_line(error)}") from error
 
 
 @contextmanager

@@ -229,9 +229,9 @@ class PredictionEvaluator(Evaluator, Protocol):
 
 def name_pairs(confusion: Tensor, classes: Sequence[str]) -> list[tuple[str, str, int]]:
     """The counts of a confusion matrix (K, K) that are not 0, with the names of their rows and columns."""
-    return [
-        (classes[row], classes[column], int(confusion[row, column])) for row, column in confusion.nonzero().tolist()
-    ]
+    counts = confusion.to_sparse()
+    pairs = zip(*counts.indices().tolist(), counts.values().tolist(), strict=True)
+    return [(classes[row], classes[column], count) for row, column, count in pairs]
 
 
 _registered: dict[str, type[TaskType]] = {}
