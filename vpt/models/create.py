@@ -9,7 +9,7 @@ from vpt.models.detector import Detector
 from vpt.models.prompts import PromptVariant, VisualPrompt
 from vpt.models.task_model import TaskModel, model_named
 from vpt.models.tuning import Tuning, tune
-from vpt.models.vit import ViT, load_vit
+from vpt.models.vit import ViT, check_input_size, load_vit
 
 Backbone = str | ViT | PromptedViT
 PromptChoice = PromptVariant | VisualPrompt | Literal["auto"] | None
@@ -74,7 +74,8 @@ def create_model(
         options: What the model of this type of task takes, such as head="dense" for detection, see `Detector`.
 
     Raises:
-        ValueError: The model does not take an option. Other errors are those of `load_vit`, `PromptedViT` and `tune`.
+        ValueError: The model does not take an option, or the input size is no multiple of the patch size. Other errors
+            are those of `load_vit`, `PromptedViT` and `tune`.
 
     Example:
         >>> model = create_model("vit_nano_patch8_64", prompt="deep", num_tokens=10, num_classes=14, pretrained=False)
@@ -94,5 +95,6 @@ def create_model(
         prompt = "deep" if tuning == "prompt" else None
     prompted = vit if isinstance(vit, PromptedViT) else PromptedViT(vit, prompt, num_tokens=num_tokens)
     model = model_class(prompted, num_classes, **options)
+    check_input_size(prompted.vit)
     tune(model, tuning)
     return model

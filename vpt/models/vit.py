@@ -9,6 +9,7 @@ Legend: B batch, H, W pixels, M patch tokens, N prefix + patch tokens, D embed_d
 
 import difflib
 import hashlib
+import math
 import re
 import zipfile
 from collections.abc import Iterator
@@ -134,6 +135,25 @@ def check_supported(vit: nn.Module) -> None:
         supported = "plain timm ViTs based on VisionTransformer, Eva or Beit"
         examples = "ViT, DeiT, AugReg, MAE, CLIP, SigLIP, DINO, DINOv2, DINOv3, EVA-02, BEiT; docs/backbones.md"
         raise TypeError(f"{type(vit).__name__} cannot be prompted; supported are {supported} ({examples})")
+
+
+def check_input_size(vit: ViT) -> None:
+    """Raise a ValueError if the patches do not cover the whole input, so that no token would see its right or bottom.
+
+    `load_vit` does not refuse such a size, since a task file of version 0.1 may have it.
+    """
+    embed: Any = vit.patch_embed
+    size, patch = embed.img_size, embed.patch_size
+    if size is None or getattr(embed, "dynamic_img_pad", False):
+        return
+    lower, higher = ([f(s / p) * p for s, p in zip(size, patch, strict=True)] for f in (math.floor, math.ceil))
+    if lower == higher:
+        return
+    given, *near = (str(sides[0] if sides[0] == sides[1] else list(sides)) for sides in (size, lower, higher))
+    raise ValueError(
+        f"img_size={given}: not whole patches of {patch[0]} x {patch[1]} px, so that the right or lower edge of images "
+        f"would not be seen; use img_size={' or '.join(near if min(lower) else near[1:])}"
+    )
 
 
 def grid_size(vit: ViT, images: Tensor) -> tuple[int, int]:

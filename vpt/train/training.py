@@ -92,9 +92,12 @@ class _Training:
                 task_type.log_start(monitor, self.data)
             with _with_config_keys(config):
                 result = self._fit(state, checkpoints, monitor)
-                metrics = self._evaluate(monitor, result)
+                evaluators, metrics = self._evaluate()
+            monitor.scalars(task_type.class_scalars(evaluators["val"], self.data), result.best_step)
             report.log_hparams(monitor, to_plain(self.shown), result, metrics.get("test", {}))
-        self._finish(result, metrics)
+            self._finish(result, metrics)
+            for split, evaluator in evaluators.items():  # last: figures may take long, and all results are written
+                task_type.log_end(monitor, self.data, evaluator, split, result.best_step)
         if checkpoints.error is not None:
             raise OSError(
                 f"the last checkpoint could not be written ({checkpoints.error}); all other files of the run are saved"
@@ -138,18 +141,17 @@ class _Training:
         preprocessing = self.data.preprocessing.to_dict()
         save_task(self.model, self.folder.task, metrics=metrics, preprocessing=preprocessing, config=recipe(self.shown))
 
-    def _evaluate(self, monitor: Monitor, result: FitResult) -> Metrics:
-        """Metrics of the best epoch on val, and on test if there is one."""
+    def _evaluate(self) -> tuple[dict[str, Any], Metrics]:
+        """Evaluators and metrics of the best epoch on val, and on test if there is one."""
         settings = build.build_settings(self.config, next(self.model.parameters()).device, self.task_type.main_metric)
         limits = {"precision": settings.precision, "max_batches": settings.max_batches}
         reading: dict[str, Any] = {**limits, "stop": self.stop}
-        evaluator = self.task_type.evaluator(self.data, "val")
-        metrics = {"val": evaluate(self.model, self.data.loaders["val"], evaluator, **reading)}
-        if "test" in self.data.loaders:
-            of_test = self.task_type.evaluator(self.data, "test")
-            metrics["test"] = evaluate(self.model, self.data.loaders["test"], of_test, description="test", **reading)
-        self.task_type.log_end(monitor, self.data, evaluator, result)  # last: a run that dies here logs it once more
-        return metrics
+        splits = [split for split in ("val", "test") if split in self.data.loaders]
+        evaluators = {split: self.task_type.evaluator(self.data, split) for split in splits}
+        return evaluators, {
+            split: evaluate(self.model, self.data.loaders[split], evaluator, description=split, **reading)
+            for split, evaluator in evaluators.items()
+        }
 
     def _finish(self, result: FitResult, metrics: Metrics) -> None:
         """Write the task file and, last, the file that marks the run as finished."""
