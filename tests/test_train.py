@@ -7,6 +7,7 @@ import shutil
 from functools import partial
 from math import log
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -77,7 +78,9 @@ def test_tensorboard_has_scalars_images_and_texts(finished):
     expected |= {f"val_recall/{name}" for name in ("blue sky", "grass", "rose")}
     expected |= {"best/val_top1", "best/test_top1"}
     assert expected <= set(tags["scalars"])
-    assert set(tags["images"]) == {"train/augmented", "val/confusion", "val/worst"}
+    assert set(tags["images"]) == {"train/augmented"} | {
+        f"{split}/{name}" for split in ("val", "test") for name in ("confusion", "worst")
+    }
     assert {"config/text_summary", "summary/text_summary", "custom_scalars__config__"} <= set(tags["tensors"])
     num_steps = 6 * 3
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, num_steps + 1))
@@ -154,6 +157,13 @@ def test_a_dry_run_takes_two_steps_of_everything(tmp_path, photos):
     assert (result["epochs"], result["steps"]) == (1, 2)
     assert set(result["metrics"]) == {"val", "test"}
     assert (run_dir / "task.safetensors").is_file()
+
+
+def test_results_are_written_before_figures_are_drawn(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(Classification, "log_end", Mock(side_effect=ZeroDivisionError))
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path, photos, "mode=dry")
+    assert {"result.json", "task.safetensors"} <= {path.name for path in tmp_path.rglob("*")}
 
 
 def test_overfit_learns_one_batch_and_saves_nothing(tmp_path, photos, capsys):

@@ -5,6 +5,7 @@ Pillow leaves to its callers: EXIF orientation, transparency, bands without a me
 cannot be read, files that take much longer than their pixels, and pipes, on which opening would block.
 """
 
+import errno
 import io
 import math
 import os
@@ -339,6 +340,8 @@ def _opened(path: str | Path, decoding: Decoding) -> Iterator[Image.Image]:
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such file") from error
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise  # nothing of the image, which must not be left out for it
         if isinstance(error, OSError) and error.strerror:  # of the system: Pillow's own have a text only
             raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
         reason = " ".join(str(error).split()) or type(error).__name__
