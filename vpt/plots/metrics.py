@@ -27,10 +27,10 @@ def confusion_matrix(confusion: ArrayLike, classes: Sequence[str], group: int = 
     if K == 0 or counts.shape != (K, K):
         raise ValueError(f"a confusion matrix of {K} classes is ({K}, {K}), not {counts.shape}")
     if K > MAX_CELLS:
-        size = -(-K // MAX_CELLS)
-        starts = range(0, K, size)
+        num = -(-K // MAX_CELLS)
+        starts = range(0, K, num)
         counts = np.add.reduceat(np.add.reduceat(counts, starts, axis=0), starts, axis=1)
-        K, group, classes = len(counts), group * size, [""] * len(counts)
+        K, group, classes = len(counts), group * num, [""] * len(counts)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     cell = min(64, 960 / K)  # pixels
     names = legible_names(classes, _MAX_NAME) if cell >= 11 and group == 1 else []  # pixels for a legible name

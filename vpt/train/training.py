@@ -147,7 +147,7 @@ class _Training:
         limits = {"precision": settings.precision, "max_batches": settings.max_batches}
         reading: dict[str, Any] = {**limits, "stop": self.stop}
         splits = [split for split in ("val", "test") if split in self.data.loaders]
-        evaluators = {split: self.task_type.evaluator(self.data, split) for split in splits}
+        evaluators: dict[str, Any] = {split: self.task_type.evaluator(self.data, split) for split in splits}
         return evaluators, {
             split: evaluate(self.model, self.data.loaders[split], evaluator, description=split, **reading)
             for split, evaluator in evaluators.items()

@@ -117,10 +117,12 @@ class ClassificationMetrics:
     def _count_pairs(self, size: int) -> Tensor:
         num = -(-self.num_classes // size)
         targets, predictions = torch.cat([torch.empty(2, 0, dtype=torch.int64), *self._pairs], dim=1) // size
-        return (targets * num + predictions).bincount(minlength=num * num).view(num, num)
+        counts: Tensor = (targets * num + predictions).bincount(minlength=num * num)
+        return counts.view(num, num)
 
     def _recall(self) -> Tensor:
-        return self._hits.double() / self.class_counts.double()
+        recall: Tensor = self._hits.double() / self.class_counts.double()
+        return recall
 
     def worst(self, num: int | None = None) -> list[Sample]:
         """The samples of the highest cross-entropy, highest first; of equal ones the earlier comes first.
