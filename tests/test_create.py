@@ -75,3 +75,13 @@ def test_weights_in_bfloat16_are_not_tuned(task):
             vpt.create_model(vit, num_classes=2, task=task, tuning=tuning)
     model = vpt.create_model(vit, num_classes=2, task=task)
     assert {p.dtype for p in vpt.tuned_parameters(model).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"), [(100, "96 or 104$"), ((32, 100), r"\[32, 96\] or \[32, 104\]$"), (9, "8 or 16$")]
+)
+def test_an_input_that_patches_do_not_cover_is_refused_with_the_nearest_sizes(size, nearest):
+    vit = make_tiny_vit(img_size=size)
+    with pytest.raises(ValueError, match=rf"^img_size=.*{nearest}"):
+        vpt.create_model(vit, num_classes=3)
+    vpt.create_model(make_tiny_vit(img_size=size, dynamic_img_pad=True), num_classes=3)

@@ -13,7 +13,7 @@ from vpt.models.detector import Detector
 from vpt.models.prompts import DEFAULT_PROMPT, PromptName, VisualPrompt
 from vpt.models.task_model import TaskModel, model_named
 from vpt.models.tuning import Tuning, tune
-from vpt.models.vit import ViT, load_vit
+from vpt.models.vit import ViT, check_input_size, load_vit
 
 Backbone = str | ViT | PromptedViT
 PromptChoice = PromptName | VisualPrompt | Literal["auto"] | None
@@ -62,8 +62,8 @@ def create_model(
 
     Raises:
         TypeError: `num_classes` is no integer, or `classes` is no list of texts.
-        ValueError: The model does not take an option, or two classes have one name.
-            Other errors are those of `load_vit`, `PromptedViT` and `tune`.
+        ValueError: The model does not take an option, two classes have one name, or the input size is no multiple of
+            the patch size. Other errors are those of `load_vit`, `PromptedViT` and `tune`.
 
     Example:
         >>> model = create_model("vit_nano_patch8_64", prompt="deep", num_tokens=10, num_classes=14, pretrained=False)
@@ -86,6 +86,7 @@ def create_model(
         prompt = DEFAULT_PROMPT if tuning == "prompt" else None
     prompted = vit if isinstance(vit, PromptedViT) else PromptedViT(vit, prompt, num_tokens=num_tokens)
     model = model_class(prompted, num_classes, **options)
+    check_input_size(prompted.vit)
     tune(model, tuning)
     return model
 

@@ -256,6 +256,25 @@ def check_images(images: object, vit: ViT | None = None) -> None:
         raise ValueError(f"images: must be {tuple(own)} px, height and width, for this backbone, got {size}; {how}")
 
 
+def check_input_size(vit: ViT) -> None:
+    """Raise a ValueError if the patches do not cover the whole input, so that no token would see its right or bottom.
+
+    `load_vit` does not refuse such a size, since a task file of version 0.1 may have it.
+    """
+    embed: Any = vit.patch_embed
+    size, patch = embed.img_size, embed.patch_size
+    if size is None or getattr(embed, "dynamic_img_pad", False):
+        return
+    lower, higher = ([f(s / p) * p for s, p in zip(size, patch, strict=True)] for f in (math.floor, math.ceil))
+    if lower == higher:
+        return
+    given, *near = (str(sides[0] if sides[0] == sides[1] else list(sides)) for sides in (size, lower, higher))
+    raise ValueError(
+        f"img_size={given}: not whole patches of {patch[0]} x {patch[1]} px, so that the right or lower edge of images "
+        f"would not be seen; use img_size={' or '.join(near if min(lower) else near[1:])}"
+    )
+
+
 def grid_size(vit: ViT, images: Tensor) -> tuple[int, int]:
     """Rows and columns of the patch tokens of images (B, 3, H, W)."""
     check_images(images, vit)
