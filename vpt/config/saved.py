@@ -114,7 +114,10 @@ def first_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `rename_keys` for keys such as "prompt.variant", so that digests in run names stay the same."""
     before = {new: old for old, new in RENAMED.items()}
     new = ("dataset.task", "dataset.required", "head.task")
-    unset = {"dataset.layout": "auto", "dataset.group": None, "dataset.folds": None, "dataset.fold": 0}  # later keys
+    unset = {  # keys of later versions, and their values where they change nothing
+        **{"dataset.layout": "auto", "dataset.group": None, "dataset.folds": None, "dataset.fold": 0},
+        "train.sampling": "uniform",
+    }
     old = {key: value for key, value in values.items() if key not in new and (key, value) not in unset.items()}
     return {before.get(key, key): value for key, value in old.items()}
 

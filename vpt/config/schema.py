@@ -118,6 +118,13 @@ class ClassWeights(StrEnum):
     balanced = "balanced"
 
 
+class Sampling(StrEnum):
+    """How an epoch draws train images: each once (uniform), or as many of each class, with replacement (balanced)."""
+
+    uniform = "uniform"
+    balanced = "balanced"
+
+
 class Precision(StrEnum):
     """Arithmetic of the model; auto is bf16 autocast on CUDA and fp32 elsewhere."""
 
@@ -288,6 +295,7 @@ class TrainConfig:
     clip_norm: float | None = option(1.0, above=0)  # null: no clipping
     label_smoothing: float = option(0.0, low=0, high=0.99, task="classification")
     class_weights: ClassWeights = option(ClassWeights.none, task="classification")
+    sampling: Sampling = option(Sampling.uniform, task="classification")
     patience: int | None = option(None, low=1)  # epochs without a better val top1 (map) before stopping
     ema: float | None = option(None, above=0, high=0.99999)  # decay of a moving average of the tuned parameters
     precision: Precision = Precision.auto
