@@ -13,9 +13,12 @@ def test_logits_are_the_head_on_the_pooled_features(images):
     assert model(images).shape == (4, 6)
 
 
-def test_class_names_must_be_as_many_as_classes():
-    with pytest.raises(ValueError, match="2 class names for num_classes=3"):
-        build_model(make_tiny_vit(), num_classes=3, classes=["cat", "dog"])
+@pytest.mark.parametrize(
+    ("classes", "words"), [(["cat", "dog"], "2 class names for num_classes=3"), (["cat", "dog", "cat"], "repeated")]
+)
+def test_class_names_must_be_as_many_as_classes_and_differ(classes, words):
+    with pytest.raises(ValueError, match=words):
+        build_model(make_tiny_vit(), num_classes=3, classes=classes)
 
 
 def test_a_few_steps_learn_a_batch(images):

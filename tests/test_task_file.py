@@ -273,9 +273,13 @@ def test_edited_tensors_are_refused(tmp_path):
         vpt.load_task(path, backbone=make_tiny_vit())
 
 
-def test_the_number_of_class_names_is_checked_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="2 class names for a head of 3 classes"):
-        vpt.save_task(make_model(), tmp_path / "pets.safetensors", classes=["cat", "dog"])
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [(["cat", "dog"], "2 class names for a head of 3 classes"), (["cat", "dog", "cat"], "'cat' more than once")],
+)
+def test_class_names_are_checked_before_anything_is_written(tmp_path, classes, words):
+    with pytest.raises(ValueError, match=words):
+        vpt.save_task(make_model(), tmp_path / "pets.safetensors", classes=classes)
     assert list(tmp_path.iterdir()) == []
 
 
