@@ -59,7 +59,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
             return list(range(self.num_samples))
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "order", epoch))
         if self.targets is not None:
-            _, counts = self.targets.unique(return_counts=True)
+            counts = self.targets.bincount()
+            counts = counts[counts > 0]
             classes = torch.randint(len(counts), (self.num_samples,), generator=generator)
             draws = torch.rand(self.num_samples, dtype=torch.float64, generator=generator)
             places = (counts.cumsum(0) - counts)[classes] + (draws * counts[classes]).long()

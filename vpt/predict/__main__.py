@@ -136,7 +136,7 @@ def _print_one(inputs: "Inputs", tasks: "OpenTasks", options: PredictOptions) ->
     from vpt.predict.open_tasks import run_model
     from vpt.task_types.base import AnswerLimits, task_type_named
 
-    given = {"top_k": options.top_k, "min_score": options.min_score, "max_detections": options.max_detections}
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("top_k", "min_score", "max_detections")}
     limits = AnswerLimits(**{name: value for name, value in given.items() if value is not None})
     for name in ("drawings", "max_overlap", "classes"):
         if getattr(options, name) is not None:
