@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import TINY_VITS, make_tiny_vit
+import vpt
+from tests.helpers import NANO, TINY_VITS, build_model, make_tiny_vit, train_with
 from tests.offline import OUTSIDE
+from vpt.models.vit import load_vit, preprocessing_of
 
 torch.set_num_threads(1)  # tests run in a process for each core
 
@@ -88,3 +90,40 @@ def boxes(tmp_path_factory):
             Image.fromarray(pixels).save(root / split / name)
         (root / split / "_annotations.coco.json").write_text(json.dumps(content))
     return root
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory):
+    """A folder of task files on the embedded backbone, with random prompts and heads; "other" wants other images."""
+    folder, vit = tmp_path_factory.mktemp("tasks"), load_vit(NANO)
+    squashed = {**preprocessing_of(vit), "crop_pct": 1.0, "crop_mode": "squash"}
+    boxes = {"task": "detection", "channels": 16, "num_convs": 1}
+    torch.manual_seed(0)
+    for name, num_classes, num_tokens, preprocessing, options in (
+        ("deep", 7, 3, None, {}),
+        ("late", 3, 5, None, {"blocks": "last:2"}),
+        ("other", 4, 2, squashed, {"prompt": "shallow"}),
+        ("boxes", 2, 2, None, boxes),
+        ("trees", 3, 2, None, boxes),
+    ):
+        model = build_model(vit, num_classes=num_classes, num_tokens=num_tokens, **{"prompt": "deep", **options})
+        for parameter in vpt.tuned_parameters(model).values():
+            torch.nn.init.normal_(parameter, std=0.2)
+        classes = [f"{name} {i}" for i in range(num_classes)]
+        vpt.save_task(model, folder / f"{name}.safetensors", classes=classes, preprocessing=preprocessing)
+    return folder
+
+
+DRY = ["mode=dry", "num_workers=0", "augment=none", "train.batch_size=4", "prompt.num_tokens=2", "device=cpu"]
+
+
+@pytest.fixture(scope="session")
+def class_run(tmp_path_factory, photos):
+    root = tmp_path_factory.mktemp("runs")
+    return train_with(f"run.root={root}", "run.name=a", *DRY, "dataset=folder", f"dataset.root={photos}")
+
+
+@pytest.fixture(scope="session")
+def box_run(tmp_path_factory, boxes):
+    small = ["head.channels=16", "head.num_convs=1", f"run.root={tmp_path_factory.mktemp('runs')}", "run.name=a"]
+    return train_with(*DRY, "dataset=boxes", f"dataset.root={boxes}", *small)

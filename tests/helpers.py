@@ -1,5 +1,6 @@
 """What several test files share: tiny models, data on disk, short runs, commands."""
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -9,9 +10,10 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
+import cv2
 import httpx
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ import timm
 import torch
 import uvicorn
 from PIL import Image, features
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -62,9 +66,13 @@ def make_tiny_vit(kind: str = "cls", **options):
     """A random ViT of three blocks for 32 px images; every parameter is random, also those that timm starts at zero."""
     name, extra = TINY_VITS[kind]
     torch.manual_seed(0)
-    vit = timm.create_model(name, **{**TINY, **extra, **options})
-    for parameter_name, parameter in vit.named_parameters():
-        if parameter.ndim in (1, 3) or "relative_position_bias" in parameter_name:
+    return randomise(timm.create_model(name, **{**TINY, **extra, **options}))
+
+
+def randomise(vit):
+    """The ViT in eval mode with all vectors, positions and biases random, also those that timm starts at zero."""
+    for name, parameter in vit.named_parameters():
+        if parameter.ndim in (1, 3) or "relative_position_bias" in name:
             parameter.data.normal_(std=0.2).add_(1.0 if parameter.ndim == 1 else 0.0)
     return vit.eval()
 
@@ -94,6 +102,15 @@ def make_album(num_photos):
         pixels = generator.integers(0, 255, (40 + 30 * (number % 5), 90, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(Path("album") / ("sub" if number % 2 else "") / f"{number:02d}.png")
     return Path("album")
+
+
+def write_clip(path, codec="MJPG"):
+    """Seven red frames of 64 x 48 pixels; the red of each is 30 more."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 10, (64, 48))
+    for number in range(7):
+        writer.write(np.full((48, 64, 3), (0, 0, 30 * number), np.uint8))  # OpenCV's order is blue, green, red
+    writer.release()
+    return path
 
 
 def train_with(*overrides):
@@ -313,6 +330,24 @@ def edit_json(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
+def coco_evaluation(truth: dict, results: str | list[dict]) -> COCOeval:
+    """The evaluation of pycocotools, of the content of an annotation file and the path or content of results."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def coco_metrics(evaluation: COCOeval) -> dict[str, float]:
+    names = ("map", "map50", "map75", "map_small", "map_medium", "map_large", "ar1", "ar10", "ar100")
+    return {name: float("nan") if value == -1 else value for name, value in zip(names, evaluation.stats, strict=False)}
+
+
 HAS_AVIF = features.check("avif")
 
 
@@ -384,6 +419,14 @@ def attempt_run(log, overrides, point=None, number=0):
     return process.exitcode
 
 
+def fill_disk(disk):
+    """Write a file that takes all space on a disk; its path."""
+    with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(1024)):
+            pass
+    return disk / "filler"
+
+
 def kept_files(root):
     """What must be the same, byte for byte."""
     return {name: (root / "run" / name).read_bytes() for name in ("metrics.jsonl", "task.safetensors")}
@@ -393,7 +436,7 @@ NANO = "vit_nano_patch8_64"
 SLOW = 60.0  # seconds; far longer than anything here takes
 
 
-@contextmanager
+@contextlib.contextmanager
 def served(bank, **settings):
     """A client of a real server in a thread."""
     app = make_app(bank, Settings(**settings))

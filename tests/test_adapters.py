@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from functools import partial
 
 import pytest
 import timm
@@ -136,8 +137,7 @@ def test_a_detector_can_have_adapters(tmp_path):
     images = torch.randn(2, 3, 64, 64)
     targets = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}] * 2
     sum(model.train()(images, targets).values()).backward()
-    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert with_gradient == set(vpt.tuned_parameters(model))
+    assert all(parameter.grad is not None for parameter in vpt.tuned_parameters(model).values())
     loaded = vpt.load_task(vpt.save_task(model, tmp_path / "task.safetensors"), make_tiny_vit(img_size=64))
     torch.testing.assert_close(loaded(images), model.eval()(images))
 
@@ -193,50 +193,44 @@ def test_unknown_methods_and_options_are_refused(method, options, message):
 
 
 def test_errors_of_peft_and_its_absence_are_reported(monkeypatch):
+    from peft import mapping
+
     def refuse(*_, **__):
         raise NotImplementedError
 
-    from peft import mapping
-
     older = {name: config for name, config in mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items() if name.value != "LORA"}
-    for change, match in (
-        (lambda: monkeypatch.setattr("peft.inject_adapter_in_model", refuse), "lora adapters: NotImplementedError"),
-        (
-            lambda: monkeypatch.setattr(mapping, "PEFT_TYPE_TO_CONFIG_MAPPING", older),
-            r"'lora': not in peft \S+; install",
-        ),
-        (lambda: monkeypatch.setitem(sys.modules, "peft", None), r'needs PEFT .*; type pip install "vpt\[baselines\]"'),
+    for change, *arguments, match in (
+        (monkeypatch.setattr, "peft.inject_adapter_in_model", refuse, "lora adapters: NotImplementedError"),
+        (monkeypatch.setattr, mapping, "PEFT_TYPE_TO_CONFIG_MAPPING", older, r"'lora': not in peft \S+; install"),
+        (monkeypatch.setitem, sys.modules, "peft", None, r'needs PEFT .*; type pip install "vpt\[baselines\]"'),
     ):
-        change()
+        change(*arguments)
         with pytest.raises(ValueError, match=match):
             add_adapters(make_tiny_vit(), Adapters("lora"))
     assert len(add_adapters(make_tiny_vit(), Adapters("sequential"))) == 12
 
 
-def test_a_vit_has_adapters_once_and_keeps_its_weights(images, tmp_path):
-    vit = make_tiny_vit()
-    model = make_tuned_model("lora", vit)
-    with pytest.raises(ValueError, match="has lora adapters already; load it again"):
-        vpt.tune(model, "adapters", adapters=Adapters("sequential"))
-    with pytest.raises(ValueError, match="tuning=bias: this ViT has lora adapters; load it again"):
-        vpt.tune(model, "bias")
-    path = vpt.save_task(model, tmp_path / "task.safetensors")
-    with pytest.raises(ValueError, match=r"was tuned; load"):
-        vpt.load_task(path, vit)
-    with pytest.raises(ValueError, match="required for tuning=adapters"):
-        vpt.create_model(make_tiny_vit(), num_classes=3, tuning="adapters")
-    with pytest.raises(ValueError, match="required for tuning=adapters"):
-        build_model(make_tiny_vit(), num_classes=3, tuning="bias", adapters=Adapters("lora"))
-    tuned = vpt.create_model(make_tiny_vit(), num_classes=3, tuning="bias")
-    with pytest.raises(ValueError, match="weights of this ViT were tuned"):
-        vpt.tune(tuned, "adapters", adapters=Adapters("lora"))
+def test_a_vit_has_adapters_once_and_keeps_its_weights(tmp_path):
+    def make(tuning, **options):
+        return build_model(make_tiny_vit(), num_classes=3, tuning=tuning, **options)
 
-
-def test_folded_adapters_are_not_saved_as_if_there_were_none(images, tmp_path):
-    model = train_steps(make_tuned_model("lora"), images)
-    fold_adapters(model.backbone.vit)
-    with pytest.raises(ValueError, match=r"lora_A\.vpt\.weight was tuned and is no longer in the backbone"):
-        vpt.save_task(model, tmp_path / "task.safetensors")
+    model, lora = make_tuned_model("lora"), Adapters("lora")
+    path, folded = vpt.save_task(model, tmp_path / "task.safetensors"), copy.deepcopy(model)
+    fold_adapters(folded.backbone.vit)
+    for use, message in (
+        (
+            lambda: vpt.tune(model, "adapters", adapters=Adapters("sequential")),
+            "has lora adapters already; load it again",
+        ),
+        (lambda: vpt.tune(model, "bias"), "tuning=bias: this ViT has lora adapters; load it again"),
+        (lambda: vpt.load_task(path, model.backbone.vit), "was tuned; load"),
+        (lambda: make("adapters"), "required for tuning=adapters"),
+        (lambda: make("bias", adapters=lora), "required for tuning=adapters"),
+        (lambda: vpt.tune(make("bias"), "adapters", adapters=lora), "weights of this ViT were tuned"),
+        (partial(vpt.save_task, folded, path), r"lora_A\.vpt\.weight was tuned and is no longer in the backbone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
 
 
 def test_a_kv_prompt_cannot_be_combined_with_adapters_of_attention():

@@ -8,46 +8,28 @@ import pytest
 import timm
 import torch
 
+from tests.helpers import randomise
 from vpt.models.attention import keys_values_width
 from vpt.models.backbone import PromptedViT
 
 FAMILIES = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva", "beit", "vitamin")
 ARCHITECTURES = [name for family in FAMILIES for name in timm.list_models(module=family)]
 
-# One or two of each kind; all others are marked as slow.
-CHOSEN = {
-    "vit_tiny_patch16_224": "AugReg, plain",
-    "vit_base_patch8_224": "patches of 8",
-    "vit_base_patch32_224": "patches of 32, DINO and MAE are vit_base_patch16_224",
-    "vit_huge_patch14_224": "patches of 14",
-    "vit_tiny_r_s16_p8_224": "a convolutional stem",
-    "deit_tiny_distilled_patch16_224": "a distilled token",
-    "deit3_small_patch16_224": "layer scale",
-    "vit_base_patch16_clip_224": "norm before the blocks",
-    "vit_base_patch16_clip_quickgelu_224": "another activation",
-    "vit_base_patch16_siglip_224": "attention pool, no CLS",
-    "vit_base_patch16_siglip_gap_224": "average, no CLS",
-    "vit_so400m_patch14_siglip_224": "SO400M",
-    "vit_small_patch14_dinov2": "DINOv2",
-    "vit_small_patch14_reg4_dinov2": "DINOv2 with registers",
-    "vit_giant_patch14_dinov2": "SwiGLU",
-    "vit_small_patch16_dinov3": "DINOv3",
-    "vit_small_plus_patch16_dinov3": "DINOv3, SwiGLU",
-    "eva02_tiny_patch14_224": "EVA-02, fused",
-    "eva02_base_patch14_224": "EVA-02, separate projections",
-    "eva02_enormous_patch14_clip_224": "post-norm",
-    "eva_giant_patch14_224": "EVA",
-    "vit_small_patch16_rope_mixed_224": "RoPE of each block",
-    "vit_pe_core_tiny_patch16_384": "RoPE, attention pool",
-    "beit_base_patch16_224": "relative position bias",
-    "flexivit_small": "FlexiViT",
-    "vit_base_patch16_rpn_224": "post-norm, average",
-    "vit_base_patch16_xp_224": "parallel, fused",
-    "vit_small_patch16_18x2_224": "parallel, two of each",
-    "vit_dwee_patch16_reg1_gap_256": "differential attention",
-    "vit_intern300m_patch14_448": "InternViT",
-    "vit_base_patch16_sapiens2": "keys shared by query heads",
-}
+# One or two of each kind of stem, prefix, position, norm, MLP and pooling; all others are marked as slow.
+CHOSEN = re.findall(
+    r"\w+",
+    """
+    vit_tiny_patch16_224 vit_base_patch8_224 vit_base_patch32_224 vit_huge_patch14_224 vit_tiny_r_s16_p8_224
+    deit_tiny_distilled_patch16_224 deit3_small_patch16_224 vit_base_patch16_clip_224
+    vit_base_patch16_clip_quickgelu_224 vit_base_patch16_siglip_224 vit_base_patch16_siglip_gap_224
+    vit_so400m_patch14_siglip_224 vit_small_patch14_dinov2 vit_small_patch14_reg4_dinov2 vit_giant_patch14_dinov2
+    vit_small_patch16_dinov3 vit_small_plus_patch16_dinov3 eva02_tiny_patch14_224 eva02_base_patch14_224
+    eva02_enormous_patch14_clip_224 eva_giant_patch14_224 vit_small_patch16_rope_mixed_224
+    vit_pe_core_tiny_patch16_384 beit_base_patch16_224 flexivit_small vit_base_patch16_rpn_224
+    vit_base_patch16_xp_224 vit_small_patch16_18x2_224 vit_dwee_patch16_reg1_gap_256 vit_intern300m_patch14_448
+    vit_base_patch16_sapiens2
+    """,
+)
 
 
 def make_tiny(name, grid_size=(2, 3), **options):
@@ -55,10 +37,7 @@ def make_tiny(name, grid_size=(2, 3), **options):
     torch.manual_seed(0)
     size = tuple(num * side for num, side in zip(grid_size, native_patch_size(name), strict=True))
     vit = timm.create_model(name, img_size=size, num_classes=0, **smallest(name, 2), **options)
-    for key, parameter in vit.named_parameters():
-        if parameter.ndim in (1, 3) or "relative_position_bias" in key:
-            parameter.data.normal_(std=0.2).add_(1.0 if parameter.ndim == 1 else 0.0)
-    return vit.eval()
+    return randomise(vit)
 
 
 def smallest(name, depth):

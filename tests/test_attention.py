@@ -19,8 +19,8 @@ def assert_equal_results_and_gradients(fast, plain):
     weights = torch.randn(3, 32, dtype=torch.float64)
     for backbone in (fast, plain):
         (backbone(images) * weights).sum().backward()
-    torch.testing.assert_close(fast(images), plain(images), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(fast.forward_features(images), plain.forward_features(images), rtol=1e-10, atol=1e-10)
+    for function in (type(fast).forward, type(fast).forward_features):
+        torch.testing.assert_close(function(fast, images), function(plain, images), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(fast.prompt.tokens.grad, plain.prompt.tokens.grad, rtol=1e-9, atol=1e-10)
 
 
@@ -33,11 +33,9 @@ def test_both_implementations_have_the_same_results_and_gradients(name):
         assert all(path.startswith("concat (") and "is not supported" in path for path in fast.paths.values())
     assert all(path.startswith("concat (") for path in plain.paths.values())
     assert_equal_results_and_gradients(fast, plain)
-
-
-@pytest.mark.parametrize("blocks", ["last:1", "first:1"])
-def test_both_implementations_are_equal_for_prompts_in_some_blocks(blocks):
-    assert_equal_results_and_gradients(*make_pair("vit_tiny_patch16_224", {}, blocks=blocks))
+    if name == "vit_tiny_patch16_224":
+        for blocks in ("last:1", "first:1"):
+            assert_equal_results_and_gradients(*make_pair(name, {}, blocks=blocks))
 
 
 @pytest.mark.parametrize("kind", ["deep", "shallow"])
@@ -93,11 +91,14 @@ def step_flops(backbone, images):
     return count_flops(lambda: backbone(images).sum().backward())
 
 
-def test_a_training_step_needs_far_fewer_flops_than_with_the_longer_sequence():
+@pytest.mark.parametrize("num_tokens", [1, 4, 32])
+def test_a_training_step_computes_and_saves_less_than_with_the_longer_sequence(num_tokens):
     vit = make_tiny_vit(embed_dim=64, num_heads=1)
     images = torch.randn(8, 3, 32, 32)
-    work = {impl: step_flops(PromptedViT(vit, "deep", num_tokens=32, impl=impl), images) for impl in ("auto", "concat")}
-    assert work["auto"] < 0.6 * work["concat"]
+    fast, plain = (PromptedViT(vit, "deep", num_tokens=num_tokens, impl=impl) for impl in ("auto", "concat"))
+    assert step_flops(fast, images) < (0.6 if num_tokens == 32 else 1) * step_flops(plain, images)
+    saved = [count_saved_bytes(lambda b=b: b(images), b.parameters()) for b in (fast, plain)]
+    assert saved[0] < saved[1]
 
 
 @pytest.mark.slow
@@ -120,15 +121,6 @@ def test_a_vit_b_has_the_documented_cost():
                 for impl in ("auto", "concat")
             )
         assert fast < most * plain
-
-
-@pytest.mark.parametrize("num_tokens", [1, 4, 16])
-def test_less_is_saved_for_the_backward_pass_than_with_the_longer_sequence(num_tokens):
-    vit = make_tiny_vit(embed_dim=64, num_heads=1)
-    images = torch.randn(8, 3, 32, 32)
-    backbones = [PromptedViT(vit, "deep", num_tokens=num_tokens, impl=impl) for impl in ("auto", "concat")]
-    fast, plain = (count_saved_bytes(lambda b=b: b(images), b.parameters()) for b in backbones)
-    assert fast < plain
 
 
 def roll_the_output(module, arguments, output):

@@ -5,21 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
+from PIL.Image import Transpose
 
 from tests.helpers import coco_content, draw_image, edit_json, read_one, write_coco, write_text
 from vpt.data.images import ImageError
 from vpt.data.readers.box_checks import DataReport, Finding
 from vpt.data.readers.coco import read_coco
-from vpt.data.transforms.preprocessing import Preprocessing
+from vpt.data.readers.yolo import read_yolo
 
-SMALL = Preprocessing(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 EXIF_ORIENTATION = 0x0112
-
-
-# Dirt
 
 
 NAN, INF = float("nan"), float("inf")
@@ -106,25 +101,22 @@ def test_a_declared_size_that_the_image_never_had_is_reported(tmp_path):
     assert len(read_coco(tmp_path, strict=True)) == 3
 
 
-def store(path: Path, upright: Image.Image, orientation: int) -> Path:
-    """Save an image so that EXIF turns it upright."""
-    undo = {
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-        3: Image.Transpose.ROTATE_180,
-    }[orientation]
+def store(path: Path, upright: Image.Image, orientation: int) -> Image.Image:
+    """Save an image so that EXIF turns it upright; the stored image."""
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
-    path.parent.mkdir(parents=True, exist_ok=True)
-    upright.transpose(undo).save(path, exif=exif)
-    return path
+    stored = upright.transpose(UNDO[orientation])
+    stored.save(path, exif=exif)
+    return stored
+
+
+UNDO = {3: Transpose.ROTATE_180, 5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_90, 7: Transpose.TRANSVERSE}
+UNDO |= {8: Transpose.ROTATE_270, 2: Transpose.FLIP_LEFT_RIGHT, 4: Transpose.FLIP_TOP_BOTTOM}
 
 
 def white_part(image: Image.Image) -> list[int]:
     rows, columns = np.nonzero(np.asarray(image)[..., 0] > 127)
-    return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    return [int(value) for value in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
@@ -132,30 +124,53 @@ def white_part(image: Image.Image) -> list[int]:
 def test_boxes_turn_with_an_image_if_the_declared_size_is_that_of_the_stored_one(orientation, suffix, tmp_path):
     upright = Image.new("RGB", (24, 40))
     upright.paste("white", (3, 8, 10, 31))
-    path = store(tmp_path / f"a.{suffix}", upright, orientation)
-    stored = np.asarray(upright.transpose({5: 5, 6: 2, 7: 6, 8: 4}[orientation]))
-    lying, standing = white_part(Image.fromarray(stored)), [3, 8, 10, 31]
+    lying, standing = white_part(store(tmp_path / f"a.{suffix}", upright, orientation)), [3, 8, 10, 31]
     for size, box, num_turned in [((40, 24), lying, 1), ((24, 40), standing, 0)]:
-        content = coco_content({path.name: (size, [("cat", tuple(map(int, box)))])})
+        content = coco_content({f"a.{suffix}": (size, [("dog", box)])})
         write_text(tmp_path / "train.json", json.dumps(content))
         report = DataReport()
         train = read_coco(tmp_path, {"train": "train.json"}, val_fraction=0, report=report, strict=True)["train"]
         assert train.sizes == ((40, 24),)
         assert train.boxes[0].tolist() == [standing]
+        assert train.labels[0].tolist() == [1]
         assert white_part(train.read(0)) == standing
         assert report.counts[Finding.TURNED] == num_turned
 
 
-def test_without_a_declared_size_or_with_equal_sides_boxes_are_upright(tmp_path):
-    store(tmp_path / "a.png", Image.new("RGB", (24, 40)), 6)
-    store(tmp_path / "b.png", Image.new("RGB", (24, 24)), 6)
-    store(tmp_path / "c.png", Image.new("RGB", (24, 40)), 3)
-    boxes = [("cat", (3, 8, 10, 20))]
-    content = coco_content({"a.png": ((0, 0), boxes), "b.png": ((24, 24), boxes), "c.png": ((24, 40), boxes)})
-    write_text(tmp_path / "train.json", json.dumps(content))
-    train = read_coco(tmp_path, {"train": "train.json"}, val_fraction=0, strict=True)["train"]
-    assert train.sizes == ((40, 24), (24, 24), (40, 24))
-    assert all(array.tolist() == [[3, 8, 10, 20]] for array in train.boxes)
+@pytest.mark.parametrize("exif_boxes", ["auto", "upright", "stored"])
+@pytest.mark.parametrize(("size", "declared"), [((24, 40), (0, 0)), ((24, 24), (24, 24)), ((24, 40), (9, 9))])
+@pytest.mark.parametrize("orientation", UNDO)
+def test_where_the_declared_size_does_not_show_how_boxes_were_drawn_exif_boxes_decides(
+    orientation, size, declared, exif_boxes, tmp_path
+):
+    upright = Image.new("RGB", size)
+    upright.paste("white", (3, 8, 10, 20))
+    stored = white_part(store(tmp_path / "a.png", upright, orientation))
+    write_text(tmp_path / "train.json", json.dumps(coco_content({"a.png": (declared, [("cat", stored)])})))
+    report = DataReport()
+    options = {"val_fraction": 0, "exif_boxes": exif_boxes, "report": report}
+    train = read_coco(tmp_path, {"train": "train.json"}, **options)["train"]
+    assert train.sizes == (size[::-1],)
+    is_turned = exif_boxes == "stored"
+    if is_turned or max(stored) <= 24:
+        assert train.boxes[0].tolist() == [[3, 8, 10, 20] if is_turned else stored]
+    assert (report.counts[Finding.UNSURE], report.counts[Finding.TURNED]) == (exif_boxes == "auto", is_turned)
+
+
+def test_boxes_in_fractions_of_the_stored_image_are_turned(tmp_path):
+    upright = Image.new("RGB", (20, 40))
+    upright.paste("white", (2, 8, 10, 20))
+    (tmp_path / "images").mkdir()
+    x1, y1, x2, y2 = white_part(store(tmp_path / "images" / "a.png", upright, 6))
+    line = f"0 {(x1 + x2) / 80} {(y1 + y2) / 40} {(x2 - x1) / 40} {(y2 - y1) / 20}"
+    write_text(tmp_path / "labels" / "a.txt", line)
+    write_text(tmp_path / "data.yaml", "train: images\nnames: [cat]\n")
+    train = read_yolo(tmp_path, val_fraction=0, exif_boxes="stored", strict=True)["train"]
+    assert train.boxes[0].tolist() == pytest.approx(np.array([[2, 8, 10, 20]]))
+    with pytest.raises(ValueError, match="exif_boxes"):
+        read_yolo(tmp_path, val_fraction=0, strict=True)
+    with pytest.raises(ValueError, match="exif_boxes='turned'"):
+        read_yolo(tmp_path, exif_boxes="turned")
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:
@@ -175,25 +190,3 @@ def test_an_image_that_is_not_of_the_size_its_boxes_are_for_is_refused(tmp_path)
     train.paths[1].write_bytes(late)
     with pytest.raises(ImageError, match=r"b\.png: 64 x 32 pixels, but its boxes are for 32 x 64"):
         read_coco(tmp_path)["train"].read(1)
-
-
-@settings(max_examples=50, derandomize=True, deadline=None)
-@given(data=st.data(), orientation=st.sampled_from([5, 6, 7, 8]), height=st.integers(3, 40), width=st.integers(3, 40))
-def test_a_box_turns_with_its_pixels_and_keeps_its_class(data, orientation, height, width, tmp_path_factory):
-    x1, y1 = data.draw(st.integers(0, width - 2)), data.draw(st.integers(0, height - 2))
-    x2, y2 = data.draw(st.integers(x1 + 1, width)), data.draw(st.integers(y1 + 1, height))
-    label = data.draw(st.sampled_from(["cat", "dog"]))
-    upright = Image.new("RGB", (width, height))
-    upright.paste("white", (x1, y1, x2, y2))
-    root = tmp_path_factory.mktemp("turned")
-    path = store(root / "a.png", upright, orientation)
-    with Image.open(path) as image:
-        stored_size, lying = image.size, white_part(image.convert("RGB"))
-    content = coco_content({"a.png": (stored_size, [(label, tuple(map(int, lying)))])})
-    write_text(root / "train.json", json.dumps(content))
-    train = read_coco(root, {"train": "train.json"}, val_fraction=0)["train"]
-    assert train.sizes == ((height, width),)
-    # A square one tells nothing of how its boxes were meant: they are taken as upright.
-    assert train.boxes[0].tolist() == [[x1, y1, x2, y2] if height != width else lying]
-    assert [train.classes[index] for index in train.labels[0]] == [label]
-    assert train.labels[0].dtype == np.int64

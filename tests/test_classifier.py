@@ -13,11 +13,6 @@ def test_logits_are_the_head_on_the_pooled_features(images):
     assert model(images).shape == (4, 6)
 
 
-def test_class_names_must_be_as_many_as_classes():
-    with pytest.raises(ValueError, match="2 class names for num_classes=3"):
-        build_model(make_tiny_vit(), num_classes=3, classes=["cat", "dog"])
-
-
 def test_a_few_steps_learn_a_batch(images):
     model = build_model(make_tiny_vit(), prompt="deep", num_tokens=3, num_classes=4).train()
     optimizer = torch.optim.AdamW(vpt.tuned_parameters(model).values(), lr=0.05)

@@ -1,5 +1,7 @@
 """The commands as they are typed: exit codes, one line of error, nothing heavy loaded before it is needed."""
 
+import importlib
+import io
 import os
 import re
 import shutil
@@ -8,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.helpers import ROOT, call
+from tests.helpers import ROOT, call, exit_code_of
 
 
 @pytest.mark.parametrize(
@@ -27,6 +29,20 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path, module, arguments, messa
     assert done.stderr.startswith(message)
     assert (done.stderr.count("\n"), done.stdout) == (1, "")
     assert list(tmp_path.iterdir()) == []
+
+
+COMMANDS = "benchmark compare doctor evaluate explain export predict prune serve tasks train"
+
+
+@pytest.mark.parametrize("name", COMMANDS.split())
+def test_every_command_escapes_what_the_console_cannot_show(monkeypatch, name):
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert exit_code_of(importlib.import_module(f"vpt.{name}.__main__"), monkeypatch, "犬=1") == 2
+    for stream in (sys.stdout, sys.stderr):
+        stream.write("犬")
+        stream.flush()
+        assert stream.buffer.getvalue().endswith(b"\\u72ac")
 
 
 @pytest.mark.parametrize(

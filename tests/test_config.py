@@ -25,7 +25,7 @@ from vpt.config.schema import Config, Mode, PromptName, option, schema_options
 from vpt.config.validation import to_config
 from vpt.data.images import Decoding
 from vpt.data.readers.box_checks import make_samples
-from vpt.data.readers.folder import read_folder
+from vpt.data.splits import divide
 from vpt.data.transforms.boxes import DetectionTrainTransform
 from vpt.models.parametrizations import Bilinear, Fourier
 
@@ -56,8 +56,8 @@ def test_the_library_and_the_schema_have_the_same_defaults():
         (vpt.Detector, "head", "channels strides num_convs"),
         (Decoding, "data", "max_pixels background"),
         (DetectionTrainTransform, "augment", "min_visibility"),
-        (read_folder, "dataset", "val_fraction"),
-        (make_samples, "dataset", "val_fraction strict"),
+        (divide, "dataset", "val_fraction test_fraction group folds fold"),
+        (make_samples, "dataset", "val_fraction strict exif_boxes"),
     ]:
         parameters, defaults = inspect.signature(call).parameters, getattr(Config(), section)
         for name in names.split():

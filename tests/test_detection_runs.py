@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools.coco import COCO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vpt
-from tests.helpers import metric_lines, train_with
+from tests.helpers import coco_evaluation, coco_metrics, edit_json, metric_lines, train_with, write_text
 from vpt import build
 from vpt.config.composition import compose_config
 from vpt.config.errors import ConfigError
@@ -65,8 +65,7 @@ def test_a_run_detects_boxes_and_saves_the_epoch_that_val_chose(finished, result
 
 
 def test_tensorboard_has_the_losses_apart_and_the_images_with_boxes(finished, result):
-    events = EventAccumulator(str(finished), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
-    events.Reload()
+    events = EventAccumulator(str(finished), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
     tags = events.Tags()
     expected = {"train/loss", "train/class_loss", "train/box_loss", "lr/prompt", "lr/neck", "lr/head"}
     expected |= {"val/map", "val/map50", "val/map75", "val/map_small", "val/ar100", "val/loss_class", "val/loss_box"}
@@ -89,9 +88,8 @@ def test_the_task_file_reproduces_the_test_metrics_and_a_table_of_classes(finish
     assert trained.model.category_ids == (3, 17)
     assert fingerprint(trained.model.backbone.vit) == fingerprint(load_vit("vit_nano_patch8_64"))
     values = evaluate_run(EvaluateOptions(run=str(finished), device="cpu", batch_size=4))
-    assert {name: None if value != value else value for name, value in values.items()} == pytest.approx(
-        result["metrics"]["test"]
-    )
+    saved = {name: np.nan if value is None else value for name, value in result["metrics"]["test"].items()}
+    assert values == pytest.approx(saved, nan_ok=True)
     out = capsys.readouterr().out
     assert "map50" in out
     assert "blue box" in out
@@ -119,6 +117,44 @@ def test_boxes_are_written_as_csv_coco_and_yolo_in_pixels_of_the_images(finished
             x, y, width, height = annotation["bbox"]
             num_hit += np.abs(corners - [x, y, x + width, y + height]).max() < 10
     assert num_hit >= 4
+
+
+def test_coco_results_with_the_ids_of_an_annotation_file_can_be_measured_against_it(finished, boxes, tmp_path, capsys):
+    truth = json.loads((boxes / "test" / "_annotations.coco.json").read_text())
+    for i, entry in enumerate(truth["images"]):
+        entry["id"] = 50 - i
+    for entry in truth["annotations"]:
+        entry["image_id"] = 151 - entry["image_id"]
+        entry["category_id"] += 5
+    truth["categories"] = [entry | {"id": entry["id"] + 5} for entry in truth["categories"]]
+    truth["images"].pop()
+    file = write_text(tmp_path / "truth.json", json.dumps(truth))
+    options = {"run": str(finished), "input": str(boxes / "test"), "device": "cpu", "annotations": str(file)}
+    predict_run(PredictOptions(**options, output=str(tmp_path / "found.json")))
+    assert "5.png; their boxes are left out" in capsys.readouterr().err
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert {(row["image_id"], row["file_name"]) for row in results} == {(51 - i, f"{i}.png") for i in range(1, 5)}
+    truth["annotations"] = [row for row in truth["annotations"] if row["image_id"] > 46]
+    assert coco_metrics(coco_evaluation(truth, results))["map50"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("content", "output", "message"),
+    [
+        ({}, "f.csv", "is for COCO results"),
+        ({"categories": []}, "f.json", "no category 'red box'"),
+        ({"images": []}, "f.json", "has 5 of the 5 images not"),
+        ({"images": 3}, "f.json", "'images' is of type int"),
+    ],
+)
+def test_annotations_that_do_not_fit_are_refused_before_the_prediction(
+    finished, boxes, tmp_path, content, output, message
+):
+    truth = json.loads((boxes / "test" / "_annotations.coco.json").read_text()) | content
+    file = write_text(tmp_path / "truth.json", json.dumps(truth))
+    options = {"run": str(finished), "input": str(boxes / "test"), "device": "cpu", "annotations": str(file)}
+    with pytest.raises(ConfigError, match=message):
+        predict_run(PredictOptions(**options, output=str(tmp_path / output)))
 
 
 def test_options_choose_boxes_and_images_are_drawn(finished, boxes, tmp_path):
@@ -158,9 +194,8 @@ def test_wrong_options_of_predict_are_refused_by_name(finished, boxes, tmp_path,
 
 
 def test_options_of_boxes_are_refused_for_classes(tmp_path, photos):
-    run_dir = train_with(
-        "dataset=folder", f"dataset.root={photos}", f"run.root={tmp_path}", "run.name=a", "mode=dry", *SMALL[3:]
-    )
+    options = "dataset=folder", f"dataset.root={photos}", f"run.root={tmp_path}", "run.name=a", "mode=dry"
+    run_dir = train_with(*options, *SMALL[3:])
     with pytest.raises(ConfigError, match="min_score: is not for a classification task"):
         predict_run(PredictOptions(str(photos), str(tmp_path / "p.csv"), run=str(run_dir), min_score=0.5))
 
@@ -205,20 +240,31 @@ def test_overfit_finds_the_boxes_of_one_batch(tmp_path, boxes, capsys):
     assert "learned 2 images in" in capsys.readouterr().out
 
 
-def test_the_summary_describes_what_trains_and_the_checks_of_the_boxes(tmp_path, boxes, capsys):
-    copy = tmp_path / "boxes"
-    shutil.copytree(boxes, copy)
-    path = copy / "train" / "_annotations.coco.json"
-    content = json.loads(path.read_text())
-    content["annotations"][0]["bbox"] = [5, 5, 0.2, 30]
-    content["annotations"][1]["iscrowd"] = 1
-    path.write_text(json.dumps(content))
+@pytest.fixture
+def copy(tmp_path, boxes):
+    """A copy of the folder with boxes, which a test may change."""
+    return shutil.copytree(boxes, tmp_path / "boxes")
+
+
+def test_the_summary_describes_what_trains_and_the_checks_of_the_boxes(tmp_path, copy, capsys):
+    def change(content):
+        content["annotations"][0]["bbox"] = [5, 5, 0.2, 30]
+        content["annotations"][1]["iscrowd"] = 1
+
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    with Image.open(copy / "train" / "2.png") as image:
+        image.save(copy / "train" / "2.png", exif=exif)
+    edit_json(copy / "train" / "_annotations.coco.json", change)
     train(tmp_path / "runs", copy, "mode=dry")
     out = capsys.readouterr().out
     assert "data       boxes: 2 classes; images (boxes): train 16 (23), val 4 (6), test 5 (8)\n" in out
     assert "boxes with a side below 1 px: 1, dropped; first " in out
     assert "boxes of crowds or difficult objects: 1, ignored" in out
+    assert "(set exif_boxes): 1, boxes taken as for the upright image; first " in out
     assert "prompt 2,925 + neck " in out
+    train(tmp_path / "runs", copy, "mode=dry", "dataset.exif_boxes=stored")
+    assert "images stored turned or mirrored, with their boxes: 1, turned upright; first " in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"_annotations\.coco\.json.*boxes with a side below 1 px \(1\)"):
         train(tmp_path / "runs", copy, "mode=dry", "dataset.strict=true")
 
@@ -226,10 +272,7 @@ def test_the_summary_describes_what_trains_and_the_checks_of_the_boxes(tmp_path,
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            ["dataset=boxes", "dataset.root=a", "head=linear"],
-            "head=linear is for classification, and dataset=boxes is for detection",
-        ),
+        (["dataset=boxes", "dataset.root=a", "head=linear"], "head=linear is for classification, and dataset=boxes"),
         (["head=dense"], "head=dense is for detection, and dataset=fruit is for classification"),
         (["dataset=boxes"], r"dataset\.root is needed"),
         (["dataset=trees", "train.label_smoothing=0.1"], r"train\.label_smoothing=0\.1 is for classification"),
@@ -244,18 +287,13 @@ def test_heads_and_data_of_different_task_types_are_refused(overrides, message):
         to_config(compose_config(overrides))
 
 
-def test_val_without_boxes_is_refused_since_it_cannot_choose(tmp_path, boxes):
-    copy = tmp_path / "boxes"
-    shutil.copytree(boxes, copy)
-    path = copy / "val" / "_annotations.coco.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+def test_val_without_boxes_is_refused_since_it_cannot_choose(tmp_path, copy):
+    edit_json(copy / "val" / "_annotations.coco.json", lambda content: content.update(annotations=[]))
     with pytest.raises(ValueError, match="val has no box"):
         train(tmp_path / "runs", copy)
 
 
-def test_files_of_other_names_are_named_by_split(tmp_path, boxes):
-    copy = tmp_path / "boxes"
-    shutil.copytree(boxes, copy)
+def test_files_of_other_names_are_named_by_split(tmp_path, copy):
     for split in ("train", "val"):
         (copy / split / "_annotations.coco.json").rename(copy / split / "mine.json")
     shutil.rmtree(copy / "test")

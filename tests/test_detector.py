@@ -27,38 +27,16 @@ def make_targets(*boxes):
     ]
 
 
-@pytest.mark.parametrize("prompt", ["deep", "kv", "shallow", None])
-@pytest.mark.parametrize("kind", ["cls", "no_prefix", "rope_with_cls_and_4_registers", "relative_position_bias"])
-def test_losses_in_train_mode_reach_exactly_what_trains(kind, prompt):
-    model = make_model(kind, prompt).train()
-    losses = model(torch.randn(2, 3, 64, 64), make_targets([[4, 4, 40, 40], [10, 20, 30, 60]], []))
-    assert set(losses) == {"class", "box"}
-    sum(losses.values()).backward()
-    trained = {
-        name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
-    }
-    assert trained == {"backbone", "pyramid", "head"} - (set() if prompt else {"backbone"})
-    assert all(p.grad is None for p in model.backbone.vit.parameters())
+KINDS = ("cls", "no_prefix", "rope_with_cls_and_4_registers", "relative_position_bias")
 
 
-def test_detections_in_eval_mode_are_boxes_in_the_image_the_best_first_and_not_twice():
-    model = make_model().eval()
-    torch.nn.init.normal_(model.head.class_logits.weight, std=0.3)
-    found = model(torch.randn(2, 3, 64, 64))
-    assert len(found) == 2
-    for one in found:
-        assert 0 < len(one["boxes"]) == len(one["scores"]) == len(one["labels"]) <= model.selection.max_detections
-        assert ((one["boxes"] >= 0) & (one["boxes"] <= 64)).all()
-        assert (one["scores"].diff() <= 0).all()
-        assert (one["scores"] > model.selection.min_score).all()
-        for label in one["labels"].unique():
-            same = one["boxes"][one["labels"] == label]
-            assert (box_iou(same, same).fill_diagonal_(0) <= model.selection.max_overlap).all()
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_every_head_trains_with_the_pyramid_and_the_prompt_and_nothing_else_does(head):
-    model = make_model(head=head).train()
+@pytest.mark.parametrize(
+    ("kind", "prompt", "head"),
+    [(kind, prompt, "dense") for kind in KINDS for prompt in ("deep", "kv", "shallow", None)]
+    + [("cls", "deep", "retinanet"), ("cls", "deep", "fasterrcnn")],
+)
+def test_losses_in_train_mode_reach_exactly_what_trains(kind, prompt, head):
+    model = make_model(kind, prompt, head=head).train()
     losses = model(torch.randn(2, 3, 64, 64), make_targets([[4, 4, 40, 40], [10, 20, 30, 60]], []))
     assert set(losses) == {"class", "box"} | ({"rpn_class", "rpn_box"} if head == "fasterrcnn" else set())
     sum(losses.values()).backward()
@@ -84,7 +62,7 @@ def test_a_detection_model_and_its_layout_make_each_other(head):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_detections_with_losses_are_those_of_separate_passes_and_pass_the_backbone_once(head, monkeypatch):
+def test_detections_with_losses_pass_the_backbone_once_and_training_goes_on_after_them(head, monkeypatch):
     model = make_model(head=head).eval()
     model.selection = Selection(min_score=0.001)
     images, targets = torch.randn(2, 3, 64, 64), make_targets([[4, 4, 40, 40]], [])
@@ -103,18 +81,12 @@ def test_detections_with_losses_are_those_of_separate_passes_and_pass_the_backbo
     else:
         assert losses.keys() == in_train_mode.keys()
         assert all(losses[name].item() == pytest.approx(in_train_mode[name].item(), rel=1e-5) for name in losses)
+    sum(in_train_mode.values()).backward()  # although the pass before was in inference mode
+    assert model.backbone.prompt.tokens.grad.abs().sum() > 0
     with pytest.raises(ValueError, match=r"for evaluation; call model\.eval\(\) first"):
         model.detect_with_losses(images, targets)
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_training_goes_on_after_an_evaluation_in_inference_mode(head):
-    model = make_model(head=head).eval()
-    images, targets = torch.randn(1, 3, 64, 64), make_targets([[4, 4, 40, 40]])
-    with torch.inference_mode():
-        model.detect_with_losses(images, targets)
-    sum(model.train()(images, targets).values()).backward()
-    assert model.backbone.prompt.tokens.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match=r"needs targets; call model\.eval\(\) to detect"):
+        model(images)
 
 
 def eager_model(head):
@@ -127,13 +99,15 @@ def eager_model(head):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_every_head_selects_when_it_is_called(head):
+def test_every_head_selects_when_it_is_called_the_best_first_and_not_twice(head):
     model, images = eager_model(head), torch.randn(2, 3, 64, 64)
     model.selection = Selection(min_score=0.01, max_overlap=0.9, max_detections=10_000)
     many = model(images)
     scores = torch.cat([one["scores"] for one in many])
     assert scores.min() > 0.01
     assert all((one["boxes"][:, 2:] > one["boxes"][:, :2]).all() for one in many)
+    assert all((one["boxes"] == one["boxes"].clamp(0, 64)).all() for one in many)
+    assert all((one["scores"].diff() <= 0).all() for one in many)
     assert set(torch.cat([one["labels"] for one in many]).tolist()) == {0, 1, 2}
     middle = scores.median().item()
 
@@ -179,19 +153,19 @@ def test_a_selection_of_a_class_that_the_model_has_not_is_refused():
     assert model.selection == Selection()
 
 
-def test_heads_names_and_ids_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"head='detr': must be one of dense, retinanet, fasterrcnn"):
-        make_model(head="detr")
-    with pytest.raises(ValueError, match="2 class names for num_classes=3"):
-        make_model(classes=["ant", "bee"])
-    with pytest.raises(ValueError, match="4 category ids for num_classes=3"):
-        make_model(category_ids=[1, 2, 3, 4])
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_train_mode_without_targets_is_refused(head):
-    with pytest.raises(ValueError, match=r"needs targets; call model\.eval\(\) to detect"):
-        make_model(head=head).train()(torch.zeros(1, 3, 64, 64))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": "detr"}, r"head='detr': must be one of dense, retinanet, fasterrcnn"),
+        ({"classes": ["ant", "bee"]}, "2 class names for num_classes=3"),
+        ({"category_ids": [1, 2, 3, 4]}, "4 category ids for num_classes=3"),
+        ({"strides": (8, 12)}, r"strides: 12 cannot be reached from patches of 8 px"),
+        ({"out_indices": [99]}, r"out_indices=\[99\]"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(**options)
 
 
 @pytest.mark.parametrize(
@@ -203,11 +177,6 @@ def test_levels_have_the_strides_that_are_nearest_to_8_16_and_32(patch, strides)
     side = 4 * 32 // patch if patch != 14 else 8
     levels = pyramid([torch.zeros(1, 16, side, side)])
     assert [level.shape[-1] * stride for level, stride in zip(levels, strides, strict=True)] == [side * patch] * 3
-
-
-def test_a_stride_that_cannot_be_reached_is_refused():
-    with pytest.raises(ValueError, match=r"strides: 12 cannot be reached from patches of 8 px"):
-        make_model(strides=(8, 12))
 
 
 def test_taps_are_the_last_blocks_of_each_quarter_or_the_last_one_or_a_list():
@@ -234,10 +203,14 @@ def test_a_backbone_in_bfloat16_trains_a_float32_pyramid_and_head(head):
 @pytest.mark.parametrize("head", HEADS)
 def test_losses_and_detections_are_float32_under_autocast(head):
     model, images = make_model(head=head), torch.randn(2, 3, 64, 64)
-    model.selection = Selection(min_score=0.001)
+    model.selection, targets = Selection(min_score=0.001), make_targets([[4, 4, 40, 40]], [])
+    torch.manual_seed(3)
+    plain = model.train()(images, targets)
+    torch.manual_seed(3)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = model.train()(images, make_targets([[4, 4, 40, 40]], []))
+        losses = model(images, targets)
         found = model.eval()(images)
+    assert all(losses[name].item() == pytest.approx(plain[name].item(), rel=0.05) for name in plain)
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     assert {one[name].dtype for one in found for name in ("boxes", "scores")} == {torch.float32}
     sum(losses.values()).backward()
@@ -266,30 +239,20 @@ def learn_pictures(num, num_steps, **options):
 
 
 @pytest.mark.slow
-def test_four_pictures_are_learned():
-    """Every box is found with the right class, and nothing else."""
-    model, images, targets = learn_pictures(num=4, num_steps=80)
-    with torch.no_grad():
-        for found, target in zip(model(images), targets, strict=True):
-            sure = found["scores"] > 0.5
-            overlaps = box_iou(target["boxes"], found["boxes"][sure])
-            assert overlaps.shape == (2, 2)
-            assert (overlaps.max(dim=1).values > 0.8).all()
-            assert torch.equal(found["labels"][sure][overlaps.argmax(dim=1)], target["labels"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head", ["retinanet", "fasterrcnn"])
-def test_two_pictures_are_learned_by_the_heads_of_torchvision(head):
+@pytest.mark.parametrize(
+    ("head", "num", "num_steps", "overlap"),
+    [("dense", 4, 80, 0.8), ("retinanet", 2, 60, 0.7), ("fasterrcnn", 2, 60, 0.7)],
+)
+def test_pictures_are_learned(head, num, num_steps, overlap):
     """The best box of each class is the true one, no other class is likely, and class 0 is a class like the others."""
-    model, images, targets = learn_pictures(num=2, num_steps=60, head=head)
+    model, images, targets = learn_pictures(num=num, num_steps=num_steps, head=head)
     with torch.no_grad():
         for found, target in zip(model(images), targets, strict=True):
-            sure = found["scores"] > 0.5
-            assert set(found["labels"][sure].tolist()) == set(target["labels"].tolist())
+            labels = found["labels"][found["scores"] > 0.5].tolist()
+            assert (sorted(labels) if head == "dense" else sorted(set(labels))) == sorted(target["labels"].tolist())
             for box, label in zip(target["boxes"], target["labels"], strict=True):
                 best = found["boxes"][found["labels"] == label][:1]
-                assert box_iou(box[None], best).item() > 0.7
+                assert box_iou(box[None], best).item() > overlap
     assert any(0 in target["labels"] for target in targets)
 
 
@@ -317,8 +280,3 @@ def test_images_that_are_no_whole_cells_of_the_largest_stride_are_refused():
     assert len(free(torch.zeros(1, 3, 32, 64))) == 1
     with pytest.raises(ValueError, match="40 x 64 px are not whole cells"):
         free(torch.zeros(1, 3, 40, 64))
-
-
-def test_a_tap_that_is_no_block_is_refused_by_its_key():
-    with pytest.raises(ValueError, match=r"out_indices=\[99\]"):
-        make_model(out_indices=[99])

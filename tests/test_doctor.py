@@ -4,15 +4,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import vpt.doctor.__main__
 from tests.helpers import ROOT, exit_code_of
@@ -25,18 +24,11 @@ doctor = partial(exit_code_of, vpt.doctor.__main__)
 
 
 @pytest.fixture
-def broken(tmp_path):
+def broken(photos, tmp_path):
     """Class folders with an unreadable image and a leak."""
-    generator = np.random.default_rng(0)
-    root = tmp_path / "my photos (1)"
-    for split in ("train", "val", "test"):
-        for name in ("a", "b"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(5):
-                pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    (root / "train" / "a" / "empty.jpg").write_bytes(b"")
-    (root / "test" / "b" / "leak.png").write_bytes((root / "train" / "b" / "0.png").read_bytes())
+    root = shutil.copytree(photos, tmp_path / "my photos (1)")
+    (root / "train" / "grass" / "empty.jpg").write_bytes(b"")
+    shutil.copyfile(root / "train" / "rose" / "0.png", root / "test" / "rose" / "leak.png")
     return root
 
 
@@ -50,9 +42,9 @@ def test_a_clean_data_set_exits_with_0_and_reports_what_training_would_do(monkey
 def test_problems_exit_with_1_and_are_reported_with_their_files(monkeypatch, capsys, broken):
     assert doctor(monkeypatch, "dataset=folder", f"dataset.root={broken}", *PLAIN) == 1
     text = capsys.readouterr().out
-    assert "  unreadable: train: 1 of 11 (9.1 %) images cannot be read" in text
-    assert "    train/a/empty.jpg: the file is empty" in text
-    assert "    test/b/leak.png: same as train/b/0.png: the same file" in text
+    assert "  unreadable: train: 1 of 19 (5.3 %) images cannot be read" in text
+    assert "    train/grass/empty.jpg: the file is empty" in text
+    assert "    test/rose/leak.png: same as train/rose/0.png: the same file" in text
     assert "training  would stop: unreadable" in text
     assert "next      fix unreadable and leakage, then check again" in text
 
@@ -77,7 +69,7 @@ def test_json_has_the_documented_form(monkeypatch, tmp_path, broken):
     assert content["version"] == documented["version"] == 2
     leak = next(finding for finding in content["findings"] if finding["code"] == "leakage")
     assert (leak["level"], leak["split"], leak["count"]) == ("error", "test", 1)
-    file = {"file": "test/b/leak.png", "split": "test", "detail": "the same file", "same_as": "train/b/0.png"}
+    file = {"file": "test/rose/leak.png", "split": "test", "detail": "the same file", "same_as": "train/rose/0.png"}
     assert leak["files"] == [file]
 
 
@@ -92,8 +84,8 @@ def test_every_code_is_documented():
 
 
 def test_the_next_command_can_be_typed(monkeypatch, capsys, broken):
-    (broken / "train" / "a" / "empty.jpg").unlink()
-    (broken / "test" / "b" / "leak.png").unlink()
+    (broken / "train" / "grass" / "empty.jpg").unlink()
+    (broken / "test" / "rose" / "leak.png").unlink()
     words = ["dataset=folder", f"dataset.root={broken}", *PLAIN]
     assert doctor(monkeypatch, *words) == 0
     line = capsys.readouterr().out.splitlines()[-1]

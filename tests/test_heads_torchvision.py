@@ -24,6 +24,10 @@ def target_of(boxes, labels=None, crowd=None):
     return {"boxes": boxes, "labels": labels} | ({} if crowd is None else {"crowd": torch.tensor(crowd)})
 
 
+def detect(head, levels, size=(64, 64), **selection):
+    return head.eval().detect(levels, [size] * len(levels[0]), Selection(**selection))
+
+
 def make_head(make, num_classes=3, strides=STRIDES, **options):
     torch.manual_seed(0)
     return make(16, num_classes, strides, **options)
@@ -44,10 +48,9 @@ def test_anchors_are_centred_on_cells_at_the_strides_of_the_pyramid(size, stride
     for anchors, stride, num in zip(by_level, strides, generator.num_anchors_per_location(), strict=True):
         side = size // stride
         centres = ((anchors[:, :2] + anchors[:, 2:]) / 2).reshape(side, side, num, 2)
-        for row in range(side):
-            for column in range(side):
-                x, y = (column + 0.5) * stride, (row + 0.5) * stride
-                assert (centres[row, column] == torch.tensor([x, y])).all()
+        middles = (torch.arange(side) + 0.5) * stride
+        assert (centres[..., 0] == middles[None, :, None]).all()
+        assert (centres[..., 1] == middles[:, None, None]).all()
         sides = (anchors[:, 2:] - anchors[:, :2]).prod(dim=1).sqrt()
         assert sides.min().item() == pytest.approx(4 * stride, rel=0.03)
         assert sides.max().item() < 8 * stride
@@ -61,9 +64,8 @@ def test_anchors_of_a_wide_image_are_in_row_major_order():
 
 @pytest.mark.parametrize("make", [DenseHead, *HEADS])
 def test_detections_are_clipped_to_the_height_and_the_width_of_a_wide_image(make):
-    head = make_head(make).eval()
     levels = [torch.randn(2, 16, 64 // stride, 128 // stride) for stride in STRIDES]
-    found = head.detect(levels, [(64, 128)] * len(levels[0]), Selection(min_score=0.001, max_detections=10_000))
+    found = detect(make_head(make), levels, (64, 128), min_score=0.001, max_detections=10_000)
     x2, y2 = torch.cat([one["boxes"][:, 2:] for one in found]).unbind(dim=1)
     assert (x2.max(), y2.max()) == (128, 64)
 
@@ -97,28 +99,18 @@ def test_the_losses_of_retinanet_are_those_of_the_paper():
     class_loss = box_loss = 0.0
     for target, logits, offsets in zip(targets, outputs["cls_logits"], outputs["bbox_regression"], strict=True):
         overlaps = box_iou(anchors, target["boxes"])
-        class_sum, box_sum, num = 0.0, 0.0, 0
-        for a, anchor in enumerate(anchors.tolist()):
-            box = None
-            if len(target["boxes"]):
-                best, index = overlaps[a].max(dim=0)
-                if best >= 0.5 or (overlaps[a] == overlaps.max(dim=0).values).any():
-                    box = target["boxes"][index].tolist()
-                elif best >= 0.4:
-                    continue
-            for label, logit in enumerate(logits[a].tolist()):
-                p = 1 / (1 + math.exp(-logit))
-                is_true = box is not None and target["labels"][index] == label
-                class_sum -= 0.25 * (1 - p) ** 2 * math.log(p) if is_true else 0.75 * p**2 * math.log(1 - p)
-            if box is not None:
-                num += 1
-                (x, y, w, h), (u, v, s, t) = (
-                    ((b[0] + b[2]) / 2, (b[1] + b[3]) / 2, b[2] - b[0], b[3] - b[1]) for b in (box, anchor)
-                )
-                expected = [(x - u) / s, (y - v) / t, math.log(w / s), math.log(h / t)]
-                box_sum += sum(abs(a - b) for a, b in zip(expected, offsets[a].tolist(), strict=True))
-        class_loss += class_sum / max(1, num) / 2
-        box_loss += box_sum / max(1, num) / 2
+        best, index = F.pad(overlaps, (0, 1)).max(dim=1)  # the last column is no box
+        is_box = (best >= 0.5) | (overlaps == overlaps.amax(dim=0)).any(dim=1)
+        is_true = torch.zeros_like(logits, dtype=torch.bool)
+        is_true[is_box, target["labels"][index[is_box]]] = True
+        p, num = logits.sigmoid(), max(1, int(is_box.sum()))
+        focal = torch.where(is_true, -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log())
+        class_loss += focal[is_box | (best < 0.4)].sum().item() / num / 2
+        (xy, wh), (uv, st) = (
+            ((b[:, :2] + b[:, 2:]) / 2, b[:, 2:] - b[:, :2]) for b in (target["boxes"][index[is_box]], anchors[is_box])
+        )
+        expected = torch.cat([(xy - uv) / st, (wh / st).log()], dim=1)
+        box_loss += (expected - offsets[is_box]).abs().sum().item() / num / 2
     assert losses["class"].item() == pytest.approx(class_loss, rel=1e-4)
     assert losses["box"].item() == pytest.approx(box_loss, rel=1e-4)
 
@@ -129,22 +121,16 @@ def test_retinanet_decodes_boxes_from_anchors_and_offsets():
     towers = head.retinanet.head.classification_head
     torch.nn.init.zeros_(head.retinanet.head.regression_head.bbox_reg.weight)
     towers.cls_logits.weight.data[0] *= 300  # class 0 of the first anchor of each cell, and no other
-    found = head.detect(
-        levels, [(64, 64)] * len(levels[0]), Selection(min_score=0.02, max_overlap=1.0, max_detections=1000)
-    )[0]
+    (found,) = detect(head, levels, min_score=0.02, max_overlap=1.0, max_detections=1000)
     logits = head.retinanet.head(levels)["cls_logits"][0, :, 0]
     anchors = torch.cat(head.retinanet.anchor_generator.of_levels(levels))
     order = [i for i in logits.argsort(descending=True).tolist() if logits[i].sigmoid() > 0.02]
-    expected = []
-    for x1, y1, x2, y2 in anchors[order].tolist():
-        w, h = x2 - x1, y2 - y1
-        x, y = (x1 + x2) / 2 + 0.25 * w, (y1 + y2) / 2 - 0.125 * h
-        expected.append([min(64, max(0, v)) for v in (x - w / 4, y - h / 2, x + w / 4, y + h / 2)])
-    is_visible = [box[2] > box[0] and box[3] > box[1] for box in expected]
-    assert sum(is_visible) > 3
-    torch.testing.assert_close(
-        found["boxes"], torch.tensor([box for box, visible in zip(expected, is_visible, strict=True) if visible])
-    )
+    centres, sides = (anchors[order, :2] + anchors[order, 2:]) / 2, anchors[order, 2:] - anchors[order, :2]
+    centres, sides = centres + sides * torch.tensor([0.25, -0.125]), sides * torch.tensor([0.5, 1.0])
+    expected = torch.cat([centres - sides / 2, centres + sides / 2], dim=1).clamp(0, 64)
+    expected = expected[(expected[:, 2:] > expected[:, :2]).all(dim=1)]
+    assert len(expected) > 3
+    torch.testing.assert_close(found["boxes"], expected)
     assert (found["labels"] == 0).all()
 
 
@@ -161,15 +147,17 @@ def test_faster_rcnn_pools_regions_at_the_strides_of_the_pyramid(size, strides):
         torch.testing.assert_close(region, expected[0])
 
 
-def test_faster_rcnn_refuses_strides_that_do_not_double():
-    with pytest.raises(ValueError, match=r"strides=\[8, 32\]: must double"):
-        make_head(FasterRCNNHead, strides=(8, 32))
-
-
-@pytest.mark.parametrize("num_convs", [0, 5])
-def test_retinanet_refuses_numbers_of_convolutions_that_torchvision_does_not_support(num_convs):
-    with pytest.raises(ValueError, match=f"num_convs={num_convs}: must be 1 to 4"):
-        make_head(RetinaNetHead, num_convs=num_convs)
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (FasterRCNNHead, {"strides": (8, 32)}, r"strides=\[8, 32\]: must double"),
+        (RetinaNetHead, {"num_convs": 0}, "num_convs=0: must be 1 to 4"),
+        (RetinaNetHead, {"num_convs": 5}, "num_convs=5: must be 1 to 4"),
+    ],
+)
+def test_options_that_torchvision_does_not_support_are_refused(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_head(make, **options)
 
 
 def test_towers_have_the_given_number_of_convolutions_and_group_norm():
@@ -197,13 +185,12 @@ def test_faster_rcnn_trains_on_labels_plus_one_and_returns_the_original_labels(m
     torch.nn.init.zeros_(head.roi_heads.box_predictor.cls_score.weight)
     head.roi_heads.box_predictor.cls_score.bias.data = torch.tensor([0.0, 2.0, 0.0, 1.0])
     shares = torch.tensor([0.0, 2.0, 0.0, 1.0]).softmax(dim=0)
-    found = head.eval().detect(levels, [(64, 64)] * len(levels[0]), Selection(min_score=0.2))
-    for one in found:
+    for one in detect(head, levels, min_score=0.2):
         assert set(one["labels"].tolist()) == {0, 2}
         torch.testing.assert_close(one["scores"], shares[1 + one["labels"]])
 
 
-@pytest.mark.parametrize("make", HEADS)
+@pytest.mark.parametrize("make", [DenseHead, *HEADS])
 @pytest.mark.parametrize("targets", [[[], []], [[], [[4, 4, 20, 20]]]])
 def test_batches_with_images_without_boxes_have_finite_losses_and_gradients(make, targets):
     head = make_head(make)
@@ -216,7 +203,7 @@ def test_batches_with_images_without_boxes_have_finite_losses_and_gradients(make
     assert all(torch.isfinite(p.grad).all() for p in head.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("make", HEADS)
+@pytest.mark.parametrize("make", [DenseHead, *HEADS])
 def test_a_crowd_is_not_a_true_box(make):
     """A batch of crowds has the losses of no box; a crowd beside a box leaves the loss of boxes as it is."""
     head, levels = make_head(make), levels_of(batch_size=1)
@@ -248,25 +235,8 @@ def test_retinanet_ignores_background_anchors_in_a_crowd_and_still_matches_the_b
     assert (matched >= 0).any()
 
 
-@pytest.mark.parametrize("make", HEADS)
-def test_losses_are_computed_in_float32_under_autocast(make):
-    head, levels, targets = make_head(make), levels_of(), [target_of([[4, 4, 20, 20]]), target_of([])]
-    torch.manual_seed(3)
-    plain = head.losses(levels, (64, 64), targets)
-    torch.manual_seed(3)
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = head.losses([level.bfloat16() for level in levels], (64, 64), targets)
-        found = head.eval().detect(
-            [level.bfloat16() for level in levels], [(64, 64)] * len(levels[0]), Selection(min_score=0.001)
-        )
-    assert {loss.dtype for loss in losses.values()} == {torch.float32}
-    assert {one["boxes"].dtype for one in found} == {torch.float32}
-    assert all(losses[name].item() == pytest.approx(plain[name].item(), rel=0.05) for name in plain)
-
-
 def test_an_image_without_likely_boxes_has_no_detections():
     for make in HEADS:
-        head = make_head(make).eval()
-        for one in head.detect(levels_of(), [(64, 64)] * len(levels_of()[0]), Selection(min_score=0.99)):
+        for one in detect(make_head(make), levels_of(), min_score=0.99):
             assert one["boxes"].shape == (0, 4)
             assert (len(one["scores"]), len(one["labels"])) == (0, 0)

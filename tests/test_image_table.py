@@ -13,7 +13,15 @@ import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
 from tests.helpers import HAS_AVIF, encode, noise
-from vpt.data.images import ImageError, check_image, read_header, read_image
+from vpt.data.images import (
+    DEFAULT_DECODING,
+    Decoding,
+    ImageError,
+    check_image,
+    read_header,
+    read_image,
+    read_properties,
+)
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 HALF_RED = (255, 127, 127)
@@ -23,9 +31,11 @@ def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def png(width: int, height: int, rows: bytes, *, colour_type: int = 0, extra: bytes = b"", end: bool = True) -> bytes:
-    """A PNG of 8 bits of what it is told, whether that fits together or not."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0))
+def png(
+    width: int, height: int, rows: bytes, *, bits: int = 8, colour_type: int = 0, extra: bytes = b"", end: bool = True
+) -> bytes:
+    """A PNG of what it is told, whether that fits together or not."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0))
     content = b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows, 1))
     return content + (chunk(b"IEND", b"") if end else b"")
 
@@ -53,7 +63,7 @@ def animation(form: str) -> bytes:
     return encode(plain(RED), form, save_all=True, append_images=[plain(BLUE), plain(GREEN)])
 
 
-def lying(orientation: int, form: str) -> bytes:
+def lying(orientation: int, form: str, **options) -> bytes:
     """Red at the upper left of the upright image, which has 16 columns and 12 rows; the rest is blue."""
     upright = plain(BLUE)
     upright.paste(RED, (0, 0, 8, 6))
@@ -61,7 +71,7 @@ def lying(orientation: int, form: str) -> bytes:
     stored = upright if orientation == 1 else upright.transpose(Image.Transpose(undo[orientation]))
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    return encode(stored, form, exif=exif, **({"quality": 95} if form == "JPEG" else {}))
+    return encode(stored, form, exif=exif, **({"quality": 95} if form == "JPEG" else {}), **options)
 
 
 def cut(content: bytes, part: float = 0.5) -> bytes:
@@ -84,6 +94,49 @@ def grey_16(form: str) -> bytes:
     return encode(Image.fromarray(np.array([[0, 128 * 257, 65535]], dtype=np.uint16)), form)
 
 
+def moved_behind(content: bytes) -> bytes:
+    """A PNG whose chunks between its header and its pixels follow the pixels."""
+    pixels, end = content.index(b"IDAT") - 4, content.index(b"IEND") - 4
+    return content[:33] + content[pixels:end] + content[33:pixels] + content[end:]
+
+
+def with_scans(num: int) -> bytes:
+    """A progressive JPEG with its last scan repeated."""
+    content = encode(plain(RED), "JPEG", progressive=True)
+    return content[:-2] + num * content[content.rindex(b"\xff\xda") : -2] + content[-2:]
+
+
+def tiff(width: int, bands: int, bits: int, samples: bytes, extra: int | None = None, form: int = 1) -> bytes:
+    """A TIFF of one row without compression; `extra` is what it says of the last band."""
+    depth = [(258, 3, 1, bits)] if bands == 1 else [(258, 3, bands, 8)]
+    entries = [(256, 3, 1, width), (257, 3, 1, 1), *depth, (259, 3, 1, 1), (262, 3, 1, 2 if bands > 2 else 1)]
+    entries += [(273, 4, 1, 16), (277, 3, 1, bands), (278, 3, 1, 1), (279, 4, 1, len(samples))]
+    entries += ([] if extra is None else [(338, 3, 1, extra)]) + [(339, 3, 1, form)] * (bands == 1)
+    listed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    start = struct.pack("<2sHI", b"II", 42, 16 + len(samples)) + struct.pack("<4H", *[bits] * 4)
+    return start + samples + struct.pack("<H", len(entries)) + listed + bytes(4)
+
+
+def bands_tiff(extra: int | None) -> bytes:
+    return tiff(2, 4, 8, bytes([10, 20, 30, 20] * 2), extra)
+
+
+def signed(values: list[int]) -> bytes:
+    return tiff(len(values), 1, 16, struct.pack(f"<{len(values)}h", *values), form=2)
+
+
+def colours_16(form: str, *extra: int) -> bytes:
+    """Two pixels of 12 bits in 16; of them a fourth band if it is given."""
+    pixels = np.uint16([[[257, 0, 4095, *extra], [0, 4095, 0, *[0] * len(extra)]]])
+    if form == "tif":
+        return tiff(2, pixels.shape[2], 16, pixels.astype("<u2").tobytes(), *[0] * len(extra))
+    rows = b"\0" + pixels.astype(">u2").tobytes()
+    return png(2, 1, rows, bits=16, colour_type=2)
+
+
+LARGE = b"x" * 5_000_000
+SIGNED, THERMAL = Decoding(range=(-300, 300)), Decoding(range=(28000, 29000))
+FLOATS = np.float32([[-1000, 0, np.nan]])
 HTML = b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
 BROKEN_EXIF = b"Exif\x00\x00nothing"
 CUT_EXIF = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x09\x00\x12\x01"
@@ -100,7 +153,8 @@ class File:
     row: Row = ()
     near: int = 0
     error: str = ""
-    background: str = "white"
+    decoding: Decoding = DEFAULT_DECODING
+    is_ignored: bool = False  # metadata
 
 
 TABLE = [
@@ -125,14 +179,14 @@ TABLE = [
         lambda: encode(two((*RED, 0), (*RED, 255), "RGBA"), "PNG"),
         (2, 1),
         [GREEN, RED],
-        background="green",
+        decoding=Decoding(background="green"),
     ),
     File(
         "rgba_over_numbers.webp",
         lambda: encode(two((*RED, 0), (*BLUE, 255), "RGBA"), "WEBP", lossless=True),
         (2, 1),
         [(1, 2, 3), BLUE],
-        background="#010203",
+        decoding=Decoding(background="#010203"),
     ),
     File("cmyk.jpg", lambda: encode(plain(RED, "CMYK"), "JPEG"), (16, 12), [RED], 8),
     File("cmyk.tif", lambda: encode(plain(RED, "CMYK"), "TIFF"), (16, 12), [RED], 1),
@@ -177,12 +231,72 @@ TABLE = [
     File("64_megapixels.png", lambda: png(8_000, 8_000, b""), error="64,000,000 pixels are more than the 50,000,000"),
     File("3600_megapixels.png", lambda: png(60_000, 60_000, b""), error="too many pixels"),
     File("broken_exif.jpg", lambda: encode(plain(BLUE), "JPEG", exif=BROKEN_EXIF), (16, 12), [BLUE], 8),
-    File("broken_exif.png", lambda: encode(plain(BLUE), "PNG", exif=BROKEN_EXIF), error="broken EXIF data"),
+    File("broken_exif.png", lambda: encode(plain(BLUE), "PNG", exif=BROKEN_EXIF), (16, 12), [BLUE], is_ignored=True),
+    File("broken_exif.webp", lambda: encode(plain(BLUE), "WEBP", exif=b"X"), (16, 12), [BLUE], 8, is_ignored=True),
     File("cut_exif.jpg", lambda: encode(plain(BLUE), "JPEG", exif=CUT_EXIF), (16, 12), [BLUE], 8),
     File("text_of_100_kB.png", lambda: with_text(100_000), (16, 12), [RED]),
-    File("text_of_100_MB.png", lambda: with_text(100_000_000), error="too large for"),
+    File("text_of_100_MB.png", lambda: with_text(100_000_000), (16, 12), [RED], is_ignored=True),
+    File("text_behind.png", lambda: moved_behind(with_text(2_000_000)), (16, 12), [RED]),
+    File("damaged_text.png", lambda: with_text(9).replace(b"note", b"nope"), (16, 12), [RED], is_ignored=True),
     File("profile.jpg", lambda: encode(plain(BLUE), "JPEG", icc_profile=b"x" * 500_000), (16, 12), [BLUE], 8),
-    File("profile.png", lambda: encode(plain(BLUE), "PNG", icc_profile=b"x" * 5_000_000), error="too large for"),
+    File("profile.png", lambda: encode(plain(BLUE), "PNG", icc_profile=LARGE), (16, 12), [BLUE], is_ignored=True),
+    File("profile_and_exif.png", lambda: lying(6, "PNG", icc_profile=LARGE), (16, 12), [RED], is_ignored=True),
+    File("plain.pgm", lambda: b"P2 2 1 255 0 200\n", error="numbers as text"),
+    File("plain.pbm", lambda: b"P1 2 1 0 1\n", error="numbers as text"),
+    File("comments.pgm", lambda: b"P5\n" + b"#\n" * 9000 + b"2 1 255\n\0\xc8", error="a header of more than"),
+    File("comment.pgm", lambda: b"P5\n# by hand\n2 1 255\n\0\xc8", (2, 1), [BLACK, (200,) * 3]),
+    File("scans.jpg", lambda: with_scans(200), error="scans"),
+    File("few_scans.jpg", lambda: with_scans(5), (16, 12), [RED], 8),
+    *(
+        File(
+            f"{bits}_bits.{form.lower()}", lambda v=values, f=form: encode(Image.fromarray(v), f), size, row, 0, "", how
+        )
+        for form in ("PNG", "TIFF")
+        for bits, values, size, row, how in (
+            (12, np.uint16([[0, 2056, 4095]]), (3, 1), [BLACK, (128,) * 3, WHITE], Decoding(range=(0, 4095))),
+            (8, np.uint16([[0, 200, 255]]), (3, 1), [BLACK, (200,) * 3, WHITE], Decoding(range=(0, 255))),
+            ("beyond", np.uint16([[28000, 28200, 60000]]), (3, 1), [BLACK, (51,) * 3, WHITE], THERMAL),
+        )
+    ),
+    File("signed.tif", lambda: signed([-300, 0, 300]), (3, 1), [BLACK, (128,) * 3, WHITE], 0, "", SIGNED),
+    File("32_bits.tif", lambda: encode(Image.new("I", (2, 2), 300), "TIFF"), (2, 2), [WHITE], 0, "", SIGNED),
+    File(
+        "floats.tif", lambda: encode(Image.fromarray(FLOATS), "TIFF"), (3, 1), [BLACK, (128,) * 3, BLACK], 0, "", SIGNED
+    ),
+    File(
+        "48_bits.png", lambda: colours_16("png"), (2, 1), [(16, 0, 255), (0, 255, 0)], 0, "", Decoding(range=(0, 4095))
+    ),
+    File(
+        "48_bits.tif", lambda: colours_16("tif"), (2, 1), [(16, 0, 255), (0, 255, 0)], 0, "", Decoding(range=(0, 4095))
+    ),
+    File("48_bits_as_before.png", lambda: colours_16("png"), (2, 1), [(1, 0, 15), (0, 15, 0)]),
+    File(
+        "64_bits.tif",
+        lambda: colours_16("tif", 20),
+        (2, 1),
+        [(16, 16, 16), (0, 0, 0)],
+        0,
+        "",
+        Decoding(range=(0, 320), bands=(4, 4, 4)),
+    ),
+    File("undeclared.tif", lambda: bands_tiff(None), error="4 bands, of which 1"),
+    File("unspecified.tif", lambda: bands_tiff(0), error="4 bands, of which 1"),
+    File("declared.tif", lambda: bands_tiff(2), (2, 1), [(235,) * 3], 2),
+    *(
+        File(f"chosen_{kind}_{bands[0]}.tif", lambda k=kind: bands_tiff(k), (2, 1), row, 0, "", Decoding(bands=bands))
+        for kind in (None, 0, 2)
+        for bands, row in (((1, 2, 3), [(10, 20, 30)]), ((4, 1, 2), [(20, 10, 20)]))
+    ),
+    File("no_fifth.tif", lambda: bands_tiff(0), error="only 3 can be read", decoding=Decoding(bands=(5, 1, 2))),
+    File(
+        "no_alpha.png",
+        lambda: encode(two((*RED, 0), (*RED, 9), "RGBA"), "PNG"),
+        (2, 1),
+        [RED, RED],
+        0,
+        "",
+        Decoding(bands=(1, 2, 3)),
+    ),
 ]
 if HAS_AVIF:
     TABLE += [
@@ -199,18 +313,19 @@ def test_a_file_is_read_as_its_image_or_refused_with_the_reason(file, tmp_path):
     path.write_bytes(file.content())
     if not file.row:
         with pytest.raises(ImageError) as error:
-            read_image(path, background=file.background)
+            read_image(path, file.decoding)
         assert str(error.value).startswith(f"{path}: ")
         assert file.error in str(error.value)
         assert "\n" not in str(error.value)
         return
-    image = read_image(path, background=file.background)
+    image = read_image(path, file.decoding)
     assert (image.mode, image.size) == ("RGB", file.size)
     found = np.asarray(image)[0, : len(file.row)].astype(int)
     assert np.abs(found - np.array(file.row)).max() <= file.near
-    (height, width), stored, _ = read_header(path)
+    (height, width), stored, _ = read_header(path, file.decoding)
     assert (width, height) == image.size
-    assert check_image(path) in (stored[::-1], image.size)
+    assert check_image(path, file.decoding) in (stored[::-1], image.size)
+    assert read_properties(path, file.decoding).is_ignored is file.is_ignored
 
 
 def test_checks_read_the_header_only_and_refuse_what_it_shows(tmp_path):
@@ -218,11 +333,19 @@ def test_checks_read_the_header_only_and_refuse_what_it_shows(tmp_path):
     assert len(files) == len(TABLE)
     path.write_bytes(files["no_pixels.png"].content())
     assert (check_image(path), read_header(path)) == ((20, 20), ((20, 20), (20, 20), 1))
-    for name in ("64_megapixels.png", "3600_megapixels.png", "empty.jpg", "text.jpg", "broken_exif.png"):
+    for name in (
+        "64_megapixels.png",
+        "3600_megapixels.png",
+        "empty.jpg",
+        "text.jpg",
+        "undeclared.tif",
+        "scans.jpg",
+        "plain.pgm",
+    ):
         path.write_bytes(files[name].content())
-        for check in (read_header, check_image)[: 1 if "exif" in name else 2]:
+        for check in (read_header, check_image, read_properties):
             with pytest.raises(ImageError, match=f"^{path}: .*{files[name].error}"):
-                check(path)
+                check(path, files[name].decoding)
 
 
 @pytest.mark.timeout(20)
@@ -249,7 +372,7 @@ def test_anything_but_a_regular_file_is_refused_without_waiting(make, words, tmp
 def test_a_background_must_be_an_opaque_colour_even_if_it_is_not_used(background, word, tmp_path):
     plain(RED).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=f"background='{background}': {word}"):
-        read_image(tmp_path / "a.png", background=background)
+        Decoding(background=background)
 
 
 MEASURE = """

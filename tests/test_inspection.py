@@ -3,8 +3,8 @@
 import copy
 import math
 
+import numpy as np
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,6 +15,10 @@ from vpt.models.inspection import compare_tokens, effective_number, effective_ra
 from vpt.models.vit import embed, rope_and_bias
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def prompted(prompt="deep", kind="cls", num_tokens=5, **options):
+    return PromptedViT(make_tiny_vit(kind), prompt, num_tokens=num_tokens, **options).double()
 
 
 def timm_softmax(block, tokens, rope):
@@ -29,11 +33,10 @@ def timm_softmax(block, tokens, rope):
 
 
 @torch.no_grad()
-def plain_weights(backbone, prompted=True):
+def plain_weights(backbone, with_prompt=True):
     """Weights (B, h, N, P + N) of each block, the prompt first, of sequences that hold the prompt's tokens."""
     tokens, position = embed(backbone.vit, IMAGES)
-    prompt, prefix = backbone.prompt if prompted else None, backbone.num_prefix_tokens
-    num_held = 0
+    prompt, prefix, num_held = backbone.prompt if with_prompt else None, backbone.num_prefix_tokens, 0
     for index, block in enumerate(backbone.vit.blocks):
         if prompt is not None and index in prompt.blocks:
             own = prompt.tokens[prompt.blocks.index(index)].expand(len(tokens), -1, -1)
@@ -62,7 +65,7 @@ def test_the_weights_are_those_that_timm_computes_on_the_longer_sequence(name):
 
 
 def test_weights_of_blocks_with_relative_position_bias_are_those_of_the_equation():
-    backbone = PromptedViT(make_tiny_vit("relative_position_bias"), "deep", num_tokens=5).double()
+    backbone = prompted(kind="relative_position_bias")
     vit, tokens = backbone.vit, backbone.prompt.tokens.detach()
     with torch.no_grad():
         entering, position = embed(vit, IMAGES)
@@ -79,16 +82,16 @@ def test_weights_of_blocks_with_relative_position_bias_are_those_of_the_equation
 @pytest.mark.parametrize("kind", [kind for kind in TINY_VITS if kind != "relative_position_bias"])
 @pytest.mark.parametrize("prompt", ["shallow", "deep"])
 def test_prompts_of_both_kinds_and_none_are_seen_in_each_block(kind, prompt):
-    backbone = PromptedViT(make_tiny_vit(kind), prompt, num_tokens=5).double()
+    backbone = prompted(prompt, kind)
     assert_weights(inspect_attention(backbone, IMAGES), plain_weights(backbone))
-    assert_weights(inspect_attention(backbone, IMAGES, prompted=False), plain_weights(backbone, prompted=False))
+    assert_weights(inspect_attention(backbone, IMAGES, prompted=False), plain_weights(backbone, with_prompt=False))
     bare = PromptedViT(backbone.vit, None)
-    assert_weights(inspect_attention(bare, IMAGES), plain_weights(backbone, prompted=False))
+    assert_weights(inspect_attention(bare, IMAGES), plain_weights(backbone, with_prompt=False))
 
 
 @pytest.mark.parametrize("prompt", ["shallow", "deep"])
 def test_a_projection_that_was_put_in_the_place_of_the_backbones_own_is_seen(prompt):
-    backbone = PromptedViT(make_tiny_vit(), prompt, num_tokens=5).double()
+    backbone = prompted(prompt)
     before = [attention.weights for attention in inspect_attention(backbone, IMAGES)]
     attn = backbone.vit.blocks[1].attn
     attn.qkv = nn.Sequential(attn.qkv, nn.Linear(96, 96).double())  # as an adapter would
@@ -100,7 +103,7 @@ def test_a_projection_that_was_put_in_the_place_of_the_backbones_own_is_seen(pro
 
 @pytest.mark.parametrize("impl", ["auto", "concat"])
 def test_weights_times_values_are_what_the_block_makes_of_its_tokens(impl):
-    backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=5, impl=impl).double()
+    backbone = prompted(impl=impl)
     block = backbone.vit.blocks[0]
     with torch.no_grad():
         tokens, _ = embed(backbone.vit, IMAGES)
@@ -114,7 +117,7 @@ def test_weights_times_values_are_what_the_block_makes_of_its_tokens(impl):
 
 
 def test_some_blocks_have_the_weights_that_they_have_among_all():
-    backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=5, blocks="last:1").double()
+    backbone = prompted(blocks="last:1")
     every = list(inspect_attention(backbone, IMAGES))
     assert [attention.num_prompt_tokens for attention in every] == [0, 0, 5]
     assert [attention.uniform_share for attention in every] == [0, 0, 5 / 22]
@@ -125,9 +128,8 @@ def test_some_blocks_have_the_weights_that_they_have_among_all():
 
 
 def test_prompt_keys_that_draw_all_attention_have_all_of_the_share_and_tokens_that_draw_none_have_none():
-    backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=5).double()
+    backbone, size = prompted(), 32
     block = backbone.vit.blocks[0]
-    size = 32
     with torch.no_grad():  # every query and the prompt's keys along one direction, all other keys zero
         block.attn.qkv.weight[: 2 * size] = 0
         block.attn.qkv.bias[:size] = 100
@@ -150,7 +152,7 @@ def test_prompt_keys_that_draw_all_attention_have_all_of_the_share_and_tokens_th
 
 @pytest.mark.parametrize("kind", ["cls", "cls_and_4_registers", "no_prefix"])
 def test_shares_and_maps_are_sums_and_means_of_the_weights(kind):
-    backbone = PromptedViT(make_tiny_vit(kind), "deep", num_tokens=5).double()
+    backbone = prompted(kind=kind)
     (attention,) = inspect_attention(backbone, IMAGES, [1])
     prefix, weights = backbone.num_prefix_tokens, attention.weights.mean(1)
     patches = weights[:, prefix:, :5].sum(2)
@@ -165,12 +167,8 @@ def test_shares_and_maps_are_sums_and_means_of_the_weights(kind):
 
 
 def test_registers_are_not_taken_for_a_class_token():
-    vit = timm.create_model(
-        "vit_tiny_patch16_224",
-        **{"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0},
-        **{"class_token": False, "reg_tokens": 2, "global_pool": "avg"},
-    )
-    (attention,) = inspect_attention(PromptedViT(vit.double(), "deep", num_tokens=3).double(), IMAGES)
+    vit = make_tiny_vit("no_prefix", reg_tokens=2, depth=1)
+    (attention,) = inspect_attention(PromptedViT(vit, "deep", num_tokens=3).double(), IMAGES)
     assert attention.num_prefix_tokens == 2
     assert set(attention.prompt_shares) == {"patches"}
 
@@ -189,7 +187,7 @@ def test_a_backbone_in_bfloat16_has_weights_in_float32_that_sum_to_one():
 
 
 def test_nothing_of_the_backbone_changes_by_looking():
-    backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=5).double().eval()
+    backbone = prompted().eval()
     backbone.vit.blocks[0].attn.qkv.weight.requires_grad_(True)
     before, paths = backbone(IMAGES), backbone.paths
     list(inspect_attention(backbone, IMAGES, prompted=False))
@@ -207,18 +205,15 @@ def test_attention_that_is_not_fused_is_refused():
 
 
 def test_tokens_are_compared_as_numpy_would_do_it():
-    backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=4, init="normal", blocks=[0, 2]).double()
-    for found, tokens in zip(compare_tokens(backbone), backbone.prompt.tokens.detach(), strict=True):
-        for i in range(4):
-            for j in range(4):
-                expected = tokens[i] @ tokens[j] / (tokens[i] @ tokens[i] * (tokens[j] @ tokens[j])) ** 0.5
-                assert found.cosines[i, j].item() == pytest.approx(expected.item())
-        others = [found.cosines[i, j].item() for i in range(4) for j in range(4) if i != j]
-        assert found.mean_cosine == pytest.approx(sum(others) / 12)
-        values = [math.sqrt(value) for value in torch.linalg.eigvalsh(tokens @ tokens.T).tolist()]
-        shares = [value / sum(values) for value in values]
-        rank = math.exp(-sum(share * math.log(share) for share in shares))
-        assert found.effective_rank == pytest.approx(rank, rel=1e-6)
+    backbone = prompted(num_tokens=4, init="normal", blocks=[0, 2])
+    for found, tokens in zip(compare_tokens(backbone), backbone.prompt.tokens.detach().numpy(), strict=True):
+        lengths = np.linalg.norm(tokens, axis=1)
+        cosines = tokens @ tokens.T / np.outer(lengths, lengths)
+        np.testing.assert_allclose(found.cosines, cosines)
+        assert found.mean_cosine == pytest.approx((cosines.sum() - 4) / 12)
+        shares = np.linalg.svd(tokens, compute_uv=False)
+        shares /= shares.sum()
+        assert found.effective_rank == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-6)
     assert [found.block for found in compare_tokens(backbone)] == [0, 2]
 
 
@@ -237,7 +232,7 @@ def test_tokens_that_have_collapsed_are_told_from_tokens_that_have_not():
 
 
 def test_a_prompt_that_is_a_patch_is_nearest_to_that_patch():
-    backbone = PromptedViT(make_tiny_vit(), "deep", num_tokens=2).double()
+    backbone = prompted(num_tokens=2)
     entering = [tokens.clone() for tokens in backbone.entering_patches(IMAGES)]
     with torch.no_grad():
         for block, patches in enumerate(entering):
@@ -252,7 +247,7 @@ def test_a_prompt_that_is_a_patch_is_nearest_to_that_patch():
 
 
 def test_patches_that_are_not_among_those_wanted_are_not_found():
-    backbone = PromptedViT(make_tiny_vit(), "shallow", num_tokens=2).double()
+    backbone = prompted("shallow", num_tokens=2)
     among = torch.zeros(2, 4, 4, dtype=torch.bool)
     among[1, 2, 1:3] = True
     (found,) = nearest_patches(backbone, IMAGES, 9, among=among)
@@ -267,9 +262,9 @@ def test_a_backbone_without_prompt_tokens_is_refused_in_words():
         compare_tokens(bare)
     with pytest.raises(ValueError, match="has no prompt"):
         next(nearest_patches(bare, IMAGES.float()))
-    prompted = PromptedViT(make_tiny_vit(), "deep", num_tokens=2)
+    backbone = prompted()
     with pytest.raises(ValueError, match="num=0"):
-        next(nearest_patches(prompted, IMAGES.float(), 0))
-    prompted.prompt.variant = "kv"
+        next(nearest_patches(backbone, IMAGES, 0))
+    backbone.prompt.variant = "kv"
     with pytest.raises(ValueError, match=r"VisualPrompt.*has no tokens"):
-        compare_tokens(prompted)
+        compare_tokens(backbone)

@@ -57,16 +57,10 @@ def test_the_size_of_batches_changes_nothing(batch_size):
     assert [sample.position for sample in parts.worst()] == [sample.position for sample in whole.worst()]
 
 
-def test_rows_of_the_confusion_are_targets_and_columns_are_predictions():
-    metrics = ClassificationMetrics(3)
-    metrics.update(torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 0, 0, 2]))
+def test_confusion_has_rows_of_targets_and_classes_without_targets_are_nan_and_left_out_of_the_mean():
+    metrics = fed(torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 0, 0, 2]), batch_size=4)
     assert metrics.confusion.tolist() == [[1, 2, 0], [0, 0, 0], [0, 0, 1]]
     assert metrics.confusion.dtype == torch.int64
-
-
-def test_classes_without_targets_are_nan_and_left_out_of_the_mean():
-    metrics = ClassificationMetrics(3)
-    metrics.update(torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 0, 0, 2]))
     first, absent, last = metrics.per_class()
     assert (first, last) == (pytest.approx(1 / 3), 1.0)
     assert math.isnan(absent)
@@ -81,10 +75,8 @@ def test_top5_is_present_only_with_more_than_five_classes(num_classes, present):
 
 @pytest.mark.parametrize("value", [0.0, math.nan])
 def test_equal_logits_and_nan_do_not_count_as_hits_of_every_class(value):
-    metrics = ClassificationMetrics(10)
-    metrics.update(torch.full((10, 10), value), torch.arange(10))
-    assert metrics.compute()["top1"] == pytest.approx(0.1)
-    assert metrics.compute()["top5"] == pytest.approx(0.5)
+    values = fed(torch.full((10, 10), value), torch.arange(10), batch_size=10).compute()
+    assert (values["top1"], values["top5"]) == pytest.approx((0.1, 0.5))
 
 
 def test_the_lower_of_equal_classes_ranks_first_as_in_argmax():
@@ -113,15 +105,12 @@ def test_the_worst_samples_are_those_of_the_highest_cross_entropy():
     assert [sample.prediction for sample in worst] == logits[expected].argmax(dim=1).tolist()
 
 
-def test_a_sample_whose_loss_is_nan_is_the_worst():
+def test_nan_is_the_worst_loss_and_worst_returns_as_many_as_were_evaluated_and_refuses_more_than_are_stored():
     logits, targets = random_split(20, 4)
     logits[11] = math.nan
     metrics = fed(logits, targets, batch_size=6)
     assert metrics.worst(1)[0].position == 11
     assert math.isnan(metrics.compute()["loss"])
-
-
-def test_worst_returns_fewer_when_fewer_were_evaluated_and_refuses_more_than_are_stored():
     metrics = fed(*random_split(3, 4), batch_size=2, num_worst=5)
     assert len(metrics.worst()) == 3
     assert metrics.worst(0) == []
@@ -130,18 +119,15 @@ def test_worst_returns_fewer_when_fewer_were_evaluated_and_refuses_more_than_are
     assert fed(*random_split(9, 3), batch_size=4, num_worst=0).worst() == []
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_logits_of_any_precision_are_accepted(dtype):
-    logits, targets = random_split(40, 7)
-    logits = logits.to(dtype).requires_grad_()
-    assert fed(logits, targets, batch_size=16).compute() == pytest.approx(by_hand(logits, targets), abs=1e-12)
+ON_CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_logits_on_a_gpu_are_accepted():
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64, ON_CUDA])
+def test_logits_of_any_precision_and_on_a_gpu_are_accepted(kind):
     logits, targets = random_split(40, 7)
-    on_gpu = fed(logits.cuda(), targets.cuda(), batch_size=16)
-    assert on_gpu.compute() == pytest.approx(by_hand(logits, targets), abs=1e-12)
+    logits = logits.to(kind).requires_grad_()
+    metrics = fed(logits, targets.to(logits.device), batch_size=16)
+    assert metrics.compute() == pytest.approx(by_hand(logits, targets), abs=1e-12)
 
 
 def test_reset_clears_everything_and_an_empty_batch_changes_nothing():
@@ -156,25 +142,23 @@ def test_reset_clears_everything_and_an_empty_batch_changes_nothing():
     assert max(sample.position for sample in metrics.worst()) == 4
 
 
-def test_computing_without_samples_is_an_error():
-    with pytest.raises(ValueError, match="no sample was evaluated"):
-        ClassificationMetrics(3).compute()
-
-
 @pytest.mark.parametrize(
     ("logits", "targets", "message"),
     [
-        (torch.zeros(2, 4), torch.tensor([0, 1]), r"3 classes require \(B, 3\)"),
-        (torch.zeros(3), torch.tensor([0, 1, 2]), r"3 classes require \(B, 3\)"),
-        (torch.zeros(2, 3), torch.tensor([0]), r"these logits require \(2,\)"),
-        (torch.zeros(2, 3), torch.tensor([0, 3]), r"target 3 is outside of \[0, 3\)"),
-        (torch.zeros(2, 3), torch.tensor([-100, 0]), r"target -100 is outside"),
-        (torch.zeros(2, 3), torch.tensor([0.0, 1.0]), "must be integers"),
+        ((2, 4), [0, 1], r"3 classes require \(B, 3\)"),
+        ((3,), [0, 1, 2], r"3 classes require \(B, 3\)"),
+        ((2, 3), [0], r"these logits require \(2,\)"),
+        ((2, 3), [0, 3], r"target 3 is outside of \[0, 3\)"),
+        ((2, 3), [-100, 0], "target -100 is outside"),
+        ((2, 3), [0.0, 1.0], "must be integers"),
     ],
 )
-def test_batches_that_do_not_fit_are_refused(logits, targets, message):
+def test_batches_that_do_not_fit_are_refused_and_so_is_a_result_without_samples(logits, targets, message):
+    metrics = ClassificationMetrics(3)
     with pytest.raises(ValueError, match=message):
-        ClassificationMetrics(3).update(logits, targets)
+        metrics.update(torch.zeros(logits), torch.tensor(targets))
+    with pytest.raises(ValueError, match="no sample was evaluated"):
+        metrics.compute()
 
 
 @pytest.mark.parametrize("settings", [{"num_classes": 0}, {"num_classes": 3, "num_worst": -1}])

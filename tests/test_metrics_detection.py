@@ -7,16 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers import coco_evaluation, coco_metrics
+from vpt.engine.metrics import detection
 from vpt.engine.metrics.detection import DetectionMetrics
 
 Image = dict[str, Tensor]
 HAS_FAST = importlib.util.find_spec("faster_coco_eval") is not None
 FAST = pytest.param("faster-coco-eval", marks=pytest.mark.skipif(not HAS_FAST, reason="needs faster-coco-eval"))
 BACKENDS = pytest.mark.parametrize("backend", ["pycocotools", FAST])
-
-THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
-RECALLS = np.linspace(0, 1, 101).tolist()  # not i / 100: the last digit decides at a recall of 0.7
-AREAS = {"": (0, 1e10), "_small": (0, 32**2), "_medium": (32**2, 96**2), "_large": (96**2, 1e10)}
 
 
 def image(boxes: list[list[float]], labels: list[int], **others: list[float] | list[bool]) -> Image:
@@ -51,75 +49,26 @@ def random_images(num: int, num_classes: int, seed: int, num_extra: int = 5) -> 
     return detections, targets
 
 
-def area(box: list[float]) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
+def by_pycocotools(detections: list[Image], targets: list[Image], num_classes: int) -> tuple[dict, np.ndarray]:
+    """Metrics of the same boxes in the form of files, and the precision (T, R, K), nan where there is no true box."""
 
-
-def overlap(found: list[float], true: list[float], is_crowd: bool) -> float:
-    width = min(found[2], true[2]) - max(found[0], true[0])
-    height = min(found[3], true[3]) - max(found[1], true[1])
-    common = max(width, 0) * max(height, 0)
-    return common / (area(found) if is_crowd else area(found) + area(true) - common)
-
-
-def hits_of_image(
-    detections: Image, targets: Image, label: int, threshold: float, limits: tuple[float, float], most: int
-) -> tuple[list[tuple[float, bool]], int]:
-    """(score, is right) of every detection that is right or wrong, and the number of targets that count."""
-
-    def counts(box: list[float]) -> bool:
-        return limits[0] <= area(box) <= limits[1]
+    def rows(images: list[Image], key: str) -> list[dict]:
+        return [
+            {"image_id": i, "category_id": int(label), "bbox": [x1, y1, x2 - x1, y2 - y1], key: value}
+            for i, one in enumerate(images)
+            for (x1, y1, x2, y2), label, value in zip(*(one[k].tolist() for k in ("boxes", "labels", key)), strict=True)
+        ]
 
     true = [
-        (box, crowd, counts(box) and not crowd)
-        for box, name, crowd in zip(
-            *(targets[key].double().tolist() for key in ("boxes", "labels", "crowd")), strict=True
-        )
-        if name == label
+        row | {"id": i, "iscrowd": int(row["crowd"]), "area": row["bbox"][2] * row["bbox"][3]}
+        for i, row in enumerate(rows(targets, "crowd"), start=1)
     ]
-    rows = zip(*(detections[key].double().tolist() for key in ("boxes", "labels", "scores")), strict=True)
-    found = sorted([(score, box) for box, name, score in rows if name == label], reverse=True)[:most]
-    taken: set[int] = set()
-    hits = []
-    for score, box in found:
-        overlaps = [overlap(box, other, crowd) for other, crowd, _ in true]
-        near = [i for i, value in enumerate(overlaps) if value >= threshold and (true[i][1] or i not in taken)]
-        best = max(near, key=lambda i: (true[i][2], overlaps[i]), default=None)
-        if best is not None:
-            taken.add(best)
-            if true[best][2]:
-                hits.append((score, True))
-        elif counts(box):
-            hits.append((score, False))
-    return hits, sum(row[2] for row in true)
-
-
-def precision_and_recall(hits: list[tuple[float, bool]], num: int) -> tuple[float, float]:
-    points, right = [], 0
-    for seen, (_, is_right) in enumerate(sorted(hits, reverse=True), start=1):
-        right += is_right
-        points.append((right / num, right / seen))
-    best = [max((precision for recall, precision in points if recall >= least), default=0) for least in RECALLS]
-    return sum(best) / len(best), right / num
-
-
-def by_hand(detections: list[Image], targets: list[Image], num_classes: int) -> dict[str, float]:
-    """The evaluation of COCO, read from its description, with plain loops."""
-
-    def mean(size: str, most: int, thresholds: list[float], which: int) -> float:
-        values = []
-        for label in range(num_classes):
-            for threshold in thresholds:
-                pairs = zip(detections, targets, strict=True)
-                rows = [hits_of_image(*pair, label, threshold, AREAS[size], most) for pair in pairs]
-                num = sum(row[1] for row in rows)
-                if num:
-                    values.append(precision_and_recall([hit for row in rows for hit in row[0]], num)[which])
-        return sum(values) / len(values) if values else math.nan
-
-    maps = {f"map{size}": mean(size, 100, THRESHOLDS, 0) for size in AREAS}
-    at_one = {"map50": mean("", 100, THRESHOLDS[:1], 0), "map75": mean("", 100, THRESHOLDS[5:6], 0)}
-    return maps | at_one | {f"ar{most}": mean("", most, THRESHOLDS, 1) for most in (1, 10, 100)}
+    found = [row | {"score": row["scores"]} for row in rows(detections, "scores")]
+    categories = [{"id": label} for label in range(num_classes)]
+    images = [{"id": i} for i in range(len(targets))]
+    evaluation = coco_evaluation({"images": images, "categories": categories, "annotations": true}, found)
+    precision = evaluation.eval["precision"][..., 0, -1]
+    return coco_metrics(evaluation), np.where(precision > -1, precision, np.nan)
 
 
 def fed(
@@ -136,39 +85,36 @@ def as_found(target: Image) -> Image:
     return {"boxes": target["boxes"], "labels": target["labels"], "scores": scores}
 
 
+A, B, FAR = [0.0, 0.0, 20.0, 20.0], [40.0, 0.0, 60.0, 20.0], [200.0, 200.0, 220.0, 220.0]
+NEAR = [0.0, 0.0, 20.0, 16.0]
 ONE = image([[10.0, 10.0, 50.0, 50.0]], [0], crowd=[False])
+SECOND = {"labels": torch.tensor([1])}
 NOTHING = image([], [], scores=[])
 NO_TARGET = image([], [], crowd=[])
 
 
 @BACKENDS
 @pytest.mark.parametrize("seed", range(6))
-def test_metrics_equal_a_plain_reading_of_the_coco_evaluation(backend, seed):
-    detections, targets = random_images(6, 3, seed)
-    values = fed(detections, targets, 3, backend).compute()
-    assert values == pytest.approx(by_hand(detections, targets, 3), abs=1e-9, nan_ok=True)
-    assert 0 < values["map"] < 1
-
-
-@BACKENDS
-def test_average_precision_of_each_class_equals_a_plain_reading(backend):
-    detections, targets = random_images(8, 3, seed=7)
-    values = fed(detections, targets, 3, backend).per_class()
-    for label in range(3):
-        of_class = [
-            {name: value[one["labels"] == label] for name, value in one.items()}
-            | {"labels": 0 * one["labels"][one["labels"] == label]}
-            for one in detections + targets
-        ]
-        assert values[label] == pytest.approx(by_hand(of_class[:8], of_class[8:], 1)["map"], abs=1e-9)
+def test_metrics_classes_and_curves_equal_the_coco_evaluation_of_the_same_boxes_in_files(backend, seed):
+    detections, targets = random_images(8, 4, seed)
+    targets = [{**target, "labels": target["labels"].clamp(max=2)} for target in targets]
+    metrics = fed(detections, targets, 4, backend)
+    expected, precision = by_pycocotools(detections, targets, 4)
+    assert metrics.compute() == pytest.approx(expected, abs=1e-9, nan_ok=True)
+    assert 0 < expected["map"] < 1
+    assert metrics.per_class() == pytest.approx(precision.mean((0, 1)).tolist(), abs=1e-9, nan_ok=True)
+    curves = metrics.precision_curves()
+    assert curves.dtype == np.float64
+    assert np.isnan(curves[3]).all()
+    np.testing.assert_allclose(curves, precision[0].T, atol=1e-9)
+    assert curves[:3].mean() == pytest.approx(metrics.compute()["map50"], abs=1e-12)
 
 
 @pytest.mark.skipif(not HAS_FAST, reason="needs faster-coco-eval")
-@pytest.mark.parametrize("have_equal_scores", [False, True])
-def test_both_backends_return_the_same_numbers(have_equal_scores):
+def test_both_backends_return_the_same_numbers_for_equal_scores():
     for seed in range(15):
         detections, targets = random_images(12, 4, seed)
-        for found in detections if have_equal_scores else ():
+        for found in detections:
             found["scores"] = (found["scores"] * 4).round() / 4
         slow, fast = (fed(detections, targets, 5, backend) for backend in ("pycocotools", "faster-coco-eval"))
         assert fast.compute() == pytest.approx(slow.compute(), abs=5e-6, nan_ok=True)
@@ -199,15 +145,25 @@ def test_order_of_images_and_sizes_of_batches_change_nothing_and_nothing_is_prin
 
 
 @BACKENDS
+@pytest.mark.parametrize("num_rows", [1, 60])
+def test_classes_that_are_evaluated_in_parts_have_the_same_numbers(backend, num_rows, monkeypatch):
+    detections, targets = random_images(9, 5, seed=2)
+    whole, parts = (fed(detections, targets, 6, backend) for _ in range(2))
+    expected = whole.compute(), whole.per_class(), whole.precision_curves()
+    monkeypatch.setattr(detection, "MAX_ROWS", num_rows)
+    assert 1 < len(list(parts._parts())) <= 6
+    for value, other in zip((parts.compute(), parts.per_class(), parts.precision_curves()), expected, strict=True):
+        np.testing.assert_equal(value, other)
+
+
+@BACKENDS
 def test_without_detections_everything_is_zero(backend):
-    metrics = fed([NOTHING], [ONE | {"labels": torch.tensor([1])}], 2, backend)
+    metrics = fed([NOTHING], [ONE | SECOND], 2, backend)
     values = metrics.compute()
     assert math.isnan(values.pop("map_small"))
     assert math.isnan(values.pop("map_large"))
     assert set(values.values()) == {0.0}
-    absent, present = metrics.per_class()
-    assert math.isnan(absent)
-    assert present == 0.0
+    assert metrics.per_class() == pytest.approx([math.nan, 0.0], nan_ok=True)
 
 
 @BACKENDS
@@ -218,24 +174,51 @@ def test_without_true_boxes_or_with_crowds_alone_everything_is_nan(backend, foun
     assert all(math.isnan(value) for value in [*metrics.compute().values(), *metrics.per_class()])
 
 
-@BACKENDS
-def test_detections_on_an_image_without_boxes_are_wrong(backend):
-    better = as_found(ONE) | {"scores": torch.tensor([0.95])}
-    values = fed([as_found(ONE), better], [ONE, NO_TARGET], 1, backend).compute()
-    assert values["map"] == pytest.approx(0.5)
-    assert values["ar100"] == pytest.approx(1.0)
+TWO = image([[10.0, 10.0, 50.0, 50.0], [100.0, 100.0, 300.0, 300.0]], [0, 0], crowd=[False, False])
+CROWD = TWO | {"crowd": torch.tensor([False, True])}
+ON_TWO = image([[120, 120, 150, 150], [200, 200, 240, 240], [10, 10, 50, 50]], [0, 0, 0], scores=[0.9, 0.8, 0.7])
+
+
+def broken(place: int, value: float) -> Image:
+    """ONE of the second class, with another number."""
+    found = as_found(ONE) | SECOND | {"boxes": ONE["boxes"].clone()}
+    found["boxes"][0, place] = value
+    return found
 
 
 @BACKENDS
-def test_detections_that_fall_on_a_crowd_are_ignored(backend):
-    boxes = [[10.0, 10.0, 50.0, 50.0], [100.0, 100.0, 300.0, 300.0]]
-    found = image([[120, 120, 150, 150], [200, 200, 240, 240], boxes[0]], [0, 0, 0], scores=[0.9, 0.8, 0.7])
-    crowd, plain = (image(boxes, [0, 0], crowd=[False, is_crowd]) for is_crowd in (True, False))
-    assert fed([found], [crowd], 1, backend).compute()["map"] == pytest.approx(1.0)
-    assert fed([found], [plain], 1, backend).compute()["map"] < 0.3
-    other_class = found | {"labels": torch.tensor([1, 1, 0])}
-    both = fed([other_class, NOTHING], [crowd, image([boxes[0]], [1])], 2, backend)
-    assert both.per_class() == pytest.approx([1.0, 0.0])
+@pytest.mark.parametrize(
+    ("found", "true", "of_classes", "recall"),
+    [
+        pytest.param([as_found(ONE), image([FAR], [0], scores=[0.95])], [ONE, NO_TARGET], [0.5], 1.0, id="no true box"),
+        pytest.param([ON_TWO], [CROWD], [1.0], 1.0, id="on a crowd: ignored"),
+        pytest.param([ON_TWO], [TWO], [51 / 101 / 3], 0.5, id="the same on a box"),
+        pytest.param(
+            [ON_TWO | {"labels": torch.tensor([1, 1, 0])}, NOTHING], [CROWD, ONE | SECOND], [1, 0], 0.5, id="crowd"
+        ),
+        pytest.param(
+            [as_found(ONE) | {"scores": torch.tensor([math.nan])}, image([FAR], [0], scores=[0.1])],
+            *([ONE, NO_TARGET], [0.5], 1.0),
+            id="a score that is not finite counts as 0",
+        ),
+        *(
+            pytest.param([broken(place, value), as_found(ONE)], [ONE | SECOND, ONE], [1, 0], 0.5, id=f"{value} {place}")
+            for place in range(4)
+            for value in (math.nan, math.inf, -math.inf)
+        ),
+        *(
+            pytest.param(
+                [image([swapped, A], [0, 0], scores=[0.9, 0.8])], [image([A], [0])], [0.5], 1.0, id=str(swapped)
+            )
+            for swapped in ([20, 0, 0, 20], [0, 20, 20, 0], [20, 20, 0, 0])
+        ),
+    ],
+)
+def test_detections_that_are_wrong_and_those_that_are_ignored(backend, found, true, of_classes, recall):
+    metrics = fed(found, true, len(of_classes), backend)
+    assert metrics.per_class() == pytest.approx(of_classes)
+    assert metrics.compute()["map"] == pytest.approx(np.mean(of_classes))
+    assert metrics.compute()["ar100"] == pytest.approx(recall)
 
 
 @BACKENDS
@@ -265,33 +248,6 @@ def test_the_size_of_a_true_box_decides_which_of_the_three_it_counts_in(backend)
         assert values[present] == pytest.approx(1.0)
 
 
-@BACKENDS
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", range(4))
-def test_a_box_that_is_not_finite_is_wrong(backend, value, place):
-    broken = as_found(ONE) | {"boxes": ONE["boxes"].clone()}
-    broken["boxes"][0, place] = value
-    assert fed([broken], [ONE], 1, backend).compute()["map"] == 0.0
-    targets = [ONE | {"labels": torch.tensor([1])}, ONE]
-    both = fed([broken | {"labels": torch.tensor([1])}, as_found(ONE)], targets, 2, backend)
-    assert both.per_class() == [pytest.approx(1.0), 0.0]
-
-
-@BACKENDS
-def test_a_score_that_is_not_finite_counts_as_zero(backend):
-    found = as_found(ONE) | {"scores": torch.tensor([math.nan])}
-    wrong = image([[100.0, 100.0, 120.0, 120.0]], [0], scores=[0.1])
-    assert fed([found, wrong], [ONE, NO_TARGET], 1, backend).compute()["map"] == pytest.approx(0.5)
-
-
-@BACKENDS
-@pytest.mark.parametrize("corners", [[2, 1, 0, 3], [0, 3, 2, 1], [2, 3, 0, 1]])
-def test_a_box_with_swapped_corners_is_wrong(backend, corners):
-    swapped = ONE["boxes"][0, corners].tolist()
-    found = image([swapped, [10.0, 10.0, 50.0, 50.0]], [0, 0], scores=[0.9, 0.8])
-    assert fed([found], [ONE], 1, backend).compute()["map"] == pytest.approx(0.5)
-
-
 def test_losses_are_means_over_images_and_loss_is_their_sum():
     metrics = fed([as_found(ONE)], [ONE], 1)
     assert not any(name.startswith("loss") for name in metrics.compute())
@@ -319,17 +275,16 @@ def test_images_are_added_after_compute_and_cleared_by_reset():
     assert metrics.compute()["ar100"] == pytest.approx(0.5)
 
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_boxes_of_any_precision_are_accepted(dtype):
-    boxes, scores = ONE["boxes"].to(dtype).requires_grad_(), torch.tensor([0.5], dtype=dtype)
-    metrics = fed([as_found(ONE) | {"boxes": boxes, "scores": scores}], [ONE | {"labels": ONE["labels"].int()}], 1)
-    assert metrics.compute()["map"] == pytest.approx(1)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_boxes_on_a_gpu_are_accepted():
-    found, target = ({name: value.cuda() for name, value in one.items()} for one in (as_found(ONE), ONE))
-    assert fed([found], [target], 1).compute()["map"] == pytest.approx(1.0)
+def test_boxes_of_any_precision_on_any_device_are_accepted(dtype, device):
+    found = as_found(ONE) | {"boxes": ONE["boxes"].to(dtype).requires_grad_(), "scores": torch.tensor([0.5]).to(dtype)}
+    target = ONE | {"labels": ONE["labels"].int()}
+    found, target = ({name: value.to(device) for name, value in one.items()} for one in (found, target))
+    assert fed([found], [target], 1).compute()["map"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -357,9 +312,9 @@ def test_images_that_do_not_fit_are_refused_and_nothing_of_their_batch_is_added(
 def test_unequal_numbers_of_images_and_settings_out_of_range_are_refused():
     with pytest.raises(ValueError, match="2 images with detections, 1 with targets"):
         DetectionMetrics(1).update([NOTHING, NOTHING], [ONE])
-    for arguments, name in [((0,), "num_classes=0"), ((1,), "backend='fast'")]:
+    for num_classes, backend, name in [(0, "auto", "num_classes=0"), (1, "fast", "backend='fast'")]:
         with pytest.raises(ValueError, match=name):
-            DetectionMetrics(*arguments, **({"backend": "fast"} if name.startswith("backend") else {}))
+            DetectionMetrics(num_classes, backend=backend)
 
 
 def test_without_faster_coco_eval_auto_takes_pycocotools_and_the_name_is_refused(monkeypatch):
@@ -372,99 +327,28 @@ def test_without_faster_coco_eval_auto_takes_pycocotools_and_the_name_is_refused
 # Curves, confusion, worst images, thresholds.
 
 
-def share_of_crowd(found: list[float], crowds: list[list[float]]) -> float:
-    return max((overlap(found, crowd, is_crowd=True) for crowd in crowds), default=0.0)
-
-
-def confusion_by_hand(
-    detections: list[Image], targets: list[Image], num_classes: int, min_score: float, min_overlap: float
-) -> list[list[list[int]]]:
-    """A matrix for each image, read from the description of `DetectionMetrics.confusion`, with plain loops."""
-    matrices = []
-    for found, target in zip(detections, targets, strict=True):
-        matrix = [[0] * (num_classes + 1) for _ in range(num_classes + 1)]
-        rows = list(zip(*(target[key].double().tolist() for key in ("boxes", "labels", "crowd")), strict=True))
-        true = [(box, int(label)) for box, label, is_crowd in rows if not is_crowd]
-        crowds = [box for box, _, is_crowd in rows if is_crowd]
-        candidates = zip(*(found[key].double().tolist() for key in ("scores", "boxes", "labels")), strict=True)
-        for score, box, name in sorted(candidates, reverse=True):
-            if score < min_score:
-                continue
-            near = [(overlap(box, other, False), label == name, other, label) for other, label in true]
-            near = [entry for entry in near if entry[0] >= min_overlap]
-            if near:
-                _, _, other, label = max(near)
-                true.remove((other, label))
-                matrix[label][int(name)] += 1
-            elif share_of_crowd(box, crowds) < min_overlap:
-                matrix[num_classes][int(name)] += 1
-        for _, label in true:
-            matrix[label][num_classes] += 1
-        matrices.append(matrix)
-    return matrices
-
-
-def f1_by_hand(detections: list[Image], targets: list[Image], label: int, score: float) -> float:
-    """F1 of a class, of the detections of this score or a higher one alone."""
-    right = found = num = 0
-    for detection, target in zip(detections, targets, strict=True):
-        kept = detection["scores"] >= score
-        cut = {name: values[kept] for name, values in detection.items()}
-        hits, num_here = hits_of_image(cut, target, label, 0.5, AREAS[""], 1000)
-        right, found, num = right + sum(hit for _, hit in hits), found + len(hits), num + num_here
-    return 2 * right / (found + num) if num else math.nan
-
-
-@BACKENDS
-def test_precision_curves_average_to_map50_and_are_those_of_a_plain_reading(backend):
-    detections, targets = random_images(12, 4, seed=6)
-    targets = [{**target, "labels": target["labels"].clamp(max=2)} for target in targets]
-    metrics = fed(detections, targets, 4, backend)
-    curves = metrics.precision_curves()
-    assert curves.shape == (4, 101)
-    assert curves.dtype == np.float64
-    assert np.isnan(curves[3]).all()
-    assert curves[:3].mean() == pytest.approx(metrics.compute()["map50"], abs=1e-12)
-    for label, curve in enumerate(curves[:3]):
-        rows = [hits_of_image(*pair, label, 0.5, AREAS[""], 100) for pair in zip(detections, targets, strict=True)]
-        points, right, num = [], 0, sum(row[1] for row in rows)
-        for seen, (_, is_right) in enumerate(sorted((hit for row in rows for hit in row[0]), reverse=True), start=1):
-            right += is_right
-            points.append((right / num, right / seen))
-        for least, value in zip(RECALLS, curve, strict=True):
-            best = max((precision for recall, precision in points if recall >= least), default=0)
-            assert value == pytest.approx(best, abs=1e-12)
-
-
-@pytest.mark.parametrize(("min_score", "min_overlap"), [(0.25, 0.45), (0.0, 0.3), (0.6, 0.75)])
-def test_confusion_and_the_images_by_error_are_those_of_a_plain_reading(min_score, min_overlap):
-    detections, targets = random_images(25, 3, seed=7)
-    metrics = fed(detections, targets, 3)
-    matrices = np.array(confusion_by_hand(detections, targets, 3, min_score, min_overlap))
-    confusion = metrics.confusion(min_score, min_overlap)
-    assert confusion.dtype == torch.int64
-    assert confusion.tolist() == matrices.sum(axis=0).tolist()
-    errors = matrices.sum(axis=(1, 2)) - np.trace(matrices, axis1=1, axis2=2)
-    worst = metrics.images_by_error(10, min_score, min_overlap)
-    assert len(worst) == 10
-    assert len(set(errors.tolist())) > 3
-    assert worst == sorted(range(25), key=lambda i: (-errors[i], i))[:10]
-
-
-def test_best_thresholds_give_the_highest_f1_of_a_plain_reading():
+def test_best_thresholds_give_the_highest_f1():
     detections, targets = random_images(15, 4, seed=8)
     targets = [{**target, "labels": target["labels"].clamp(max=2)} for target in targets]
     thresholds = fed(detections, targets, 4).best_thresholds()
     assert len(thresholds) == 4
     assert math.isnan(thresholds[3])
-    scores = torch.cat([detection["scores"] for detection in detections]).tolist()
     for label in range(3):
-        best = max(f1_by_hand(detections, targets, label, score) for score in scores)
-        assert 0 < best < 1
-        assert f1_by_hand(detections, targets, label, thresholds[label]) == pytest.approx(best)
-
-
-A, B, FAR = [0.0, 0.0, 20.0, 20.0], [40.0, 0.0, 60.0, 20.0], [200.0, 200.0, 220.0, 220.0]
+        found, true = (
+            [
+                {name: value[one["labels"] == label] for name, value in one.items()}
+                | {"labels": 0 * one["labels"][one["labels"] == label]}
+                for one in images
+            ]
+            for images in (detections, targets)
+        )
+        scores = sorted(torch.cat([one["scores"] for one in found]).tolist())
+        f1 = []
+        for score in scores:
+            (right, missed), (wrong, _) = fed(found, true, 1).confusion(score, 0.5).tolist()
+            f1.append(2 * right / (2 * right + missed + wrong))
+        assert 0 < max(f1) < 1
+        assert f1[scores.index(thresholds[label])] == max(f1)
 
 
 @pytest.mark.parametrize(
@@ -478,6 +362,8 @@ A, B, FAR = [0.0, 0.0, 20.0, 20.0], [40.0, 0.0, 60.0, 20.0], [200.0, 200.0, 220.
         pytest.param([(A, 0, 0.9), (A, 0, 0.8)], [(A, 0)], {(0, 0): 1, (2, 0): 1}, id="twice"),
         pytest.param([(A, 0, 0.8), (A, 1, 0.9)], [(A, 0)], {(0, 1): 1, (2, 0): 1}, id="the higher score counts"),
         pytest.param([(A, 1, 0.9)], [(A, 0), (A, 1)], {(1, 1): 1, (0, 2): 1}, id="equal boxes: that of the class"),
+        pytest.param([(A, 1, 0.9)], [(A, 0), (NEAR, 1)], {(0, 1): 1, (1, 2): 1}, id="the highest overlap counts"),
+        pytest.param([(A, 0, 0.9), (NEAR, 0, 0.8)], [(A, 0), (NEAR, 1)], {(0, 0): 1, (1, 0): 1}, id="the free one"),
         pytest.param([(A, 0, 0.24)], [(A, 0)], {(0, 2): 1}, id="score too low"),
         pytest.param([(A, 0, 0.25)], [(A, 0)], {(0, 0): 1}, id="score just enough"),
         pytest.param([([0, 0, 20, 9.1], 0, 0.9)], [(A, 0)], {(0, 0): 1}, id="overlap just enough"),
@@ -491,6 +377,18 @@ def test_confusion_of_a_single_image(found, true, expected):
     targets = image([row[0] for row in true], [row[1] for row in true])
     confusion = fed([detections], [targets], 2).confusion()
     assert {tuple(at.tolist()): int(confusion[tuple(at)]) for at in confusion.nonzero()} == expected
+
+
+@pytest.mark.parametrize("limits", [(0.25, 0.45), (0.0, 0.3), (0.6, 0.75)])
+def test_confusion_is_the_sum_over_images_and_the_worst_images_have_the_most_errors(limits):
+    detections, targets = random_images(25, 3, seed=7)
+    metrics = fed(detections, targets, 3)
+    singles = [fed([one], [target], 3).confusion(*limits) for one, target in zip(detections, targets, strict=True)]
+    assert metrics.confusion(*limits).dtype == torch.int64
+    assert torch.equal(metrics.confusion(*limits), sum(singles))
+    errors = [int(single.sum() - single.trace()) for single in singles]
+    assert len(set(errors)) > 3
+    assert metrics.images_by_error(10, *limits) == sorted(range(25), key=lambda i: (-errors[i], i))[:10]
 
 
 def test_crowds_and_detections_on_them_are_not_in_the_confusion():

@@ -1,10 +1,10 @@
 import io
-import json
 import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
+from tests.helpers import metric_lines
 from vpt.engine.monitor import CHARTS, Monitor, overview
 from vpt.task_types.classification import Classification
 from vpt.task_types.detection import Detection
@@ -25,20 +26,11 @@ def events_of(run_dir: Path) -> EventAccumulator:
     return EventAccumulator(str(run_dir), size_guidance=dict.fromkeys(kinds, 0)).Reload()
 
 
-def lines_of(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def layout_of(run_dir: Path) -> Layout:
-    (event,) = events_of(run_dir).Tensors("custom_scalars__config__")
-    return Layout.FromString(event.tensor_proto.string_val[0])
-
-
 def test_scalars_come_back_with_their_steps_and_values(tmp_path):
     with Monitor(tmp_path) as monitor:
         for step in range(1, 31):
             monitor.scalars({"train/loss": 1 / step, "lr/prompt": torch.tensor(0.01 * step)}, step)
-            assert len(lines_of(tmp_path)) == step  # a line can be read before the run ends
+            assert len(metric_lines(tmp_path)) == step  # a line can be read before the run ends
         monitor.scalars({"val/top1": np.float64(0.5)}, 30)
     events = events_of(tmp_path)
     assert set(events.Tags()["scalars"]) == {"train/loss", "lr/prompt", "val/top1"}
@@ -46,21 +38,18 @@ def test_scalars_come_back_with_their_steps_and_values(tmp_path):
     assert [point.step for point in points] == list(range(1, 31))
     assert [point.value for point in points] == pytest.approx([1 / step for step in range(1, 31)])
     assert events.Scalars("lr/prompt")[-1].value == pytest.approx(0.3)
-    assert lines_of(tmp_path)[0] == {"step": 1, "train/loss": 1.0, "lr/prompt": pytest.approx(0.01)}
-    assert lines_of(tmp_path)[-1] == {"step": 30, "val/top1": 0.5}
-    assert len(lines_of(tmp_path)) == 31
+    assert metric_lines(tmp_path)[0] == {"step": 1, "train/loss": 1.0, "lr/prompt": pytest.approx(0.01)}
+    assert metric_lines(tmp_path)[-1] == {"step": 30, "val/top1": 0.5}
+    assert len(metric_lines(tmp_path)) == 31
 
 
-def test_numbers_that_are_not_finite_become_null(tmp_path):
+def test_numbers_that_are_not_finite_become_null_and_the_tag_step_is_refused(tmp_path):
     with Monitor(tmp_path) as monitor:
         monitor.scalars({"train/loss": math.nan, "val/loss": -math.inf, "lr/head": 1}, 1)
-    assert lines_of(tmp_path) == [{"step": 1, "train/loss": None, "val/loss": None, "lr/head": 1.0}]
+        with pytest.raises(ValueError, match='"step"'):
+            monitor.scalars({"step": 1.0}, 1)
+    assert metric_lines(tmp_path) == [{"step": 1, "train/loss": None, "val/loss": None, "lr/head": 1.0}]
     assert math.isnan(events_of(tmp_path).Scalars("train/loss")[0].value)
-
-
-def test_the_tag_step_is_refused(tmp_path):
-    with Monitor(tmp_path) as monitor, pytest.raises(ValueError, match='"step"'):
-        monitor.scalars({"step": 1.0}, 1)
 
 
 def test_images_and_text_are_read_back(tmp_path):
@@ -86,27 +75,24 @@ def test_images_of_another_shape_or_type_are_refused(tmp_path, picture):
 
 
 def test_hyperparameters_and_their_results_stay_in_the_same_run(tmp_path):
-    with Monitor(tmp_path) as monitor:
+    run_dir = tmp_path / "runs" / "first"
+    with Monitor(run_dir) as monitor:
         monitor.scalars({"val/top1": 0.8}, 40)
         settings = {"seed": 1, "prompt": {"kind": "deep", "impl": None, "dropout": 0.1}, "blocks": [0, 1]}
         monitor.hparams(settings, {"test/top1": torch.tensor(0.75)})
-    events = events_of(tmp_path)
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    events_file, metrics_file = sorted(path.name for path in run_dir.iterdir())
+    assert (events_file[:20], metrics_file) == ("events.out.tfevents.", "metrics.jsonl")
+    events = events_of(run_dir)
     start = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
     values = {name: value.WhichOneof("kind") for name, value in start.session_start_info.hparams.items()}
-    assert values == {
-        "seed": "number_value",
-        "prompt.kind": "string_value",
-        "prompt.impl": "string_value",
-        "prompt.dropout": "number_value",
-        "blocks": "string_value",
-    }
+    texts = dict.fromkeys(("prompt.kind", "prompt.impl", "blocks"), "string_value")
+    assert values == {"seed": "number_value", "prompt.dropout": "number_value", **texts}
     assert start.session_start_info.hparams["prompt.kind"].string_value == "deep"
     experiment = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/experiment").plugin_data.content)
     assert [info.name.tag for info in experiment.experiment.metric_infos] == ["test/top1"]
     (point,) = events.Scalars("test/top1")
     assert (point.step, point.value) == (40, 0.75)
-    assert lines_of(tmp_path)[-1] == {"step": 40, "test/top1": 0.75}
+    assert metric_lines(run_dir)[-1] == {"step": 40, "test/top1": 0.75}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +104,8 @@ def test_hyperparameters_and_their_results_stay_in_the_same_run(tmp_path):
 )
 def test_the_overview_page_shows_every_tag_that_training_writes_once(tmp_path, task_type, metrics):
     Monitor(tmp_path, layout=overview(task_type.charts)).close()
-    (page,) = layout_of(tmp_path).category
+    (event,) = events_of(tmp_path).Tensors("custom_scalars__config__")
+    (page,) = Layout.FromString(event.tensor_proto.string_val[0]).category
     assert page.title == "overview"
     patterns = [tag for chart in page.chart for tag in chart.multiline.tag]
     tags = [*metrics, "train/loss", "val/loss", "lr/prompt", "lr/head"]
@@ -127,15 +114,6 @@ def test_the_overview_page_shows_every_tag_that_training_writes_once(tmp_path, t
     for tag in tags:
         assert sum(re.match(pattern, tag) is not None for pattern in patterns) == 1, tag
     assert [chart.title for chart in page.chart] == ["loss", *task_type.charts, *CHARTS]
-
-
-def test_a_run_has_one_events_file_beside_its_metrics(tmp_path):
-    with Monitor(tmp_path / "runs" / "first") as monitor:
-        monitor.scalars({"train/loss": 1.0}, 1)
-        monitor.hparams({"seed": 1}, {"test/top1": 0.5})
-    events_file, metrics_file = sorted(path.name for path in (tmp_path / "runs" / "first").iterdir())
-    assert events_file.startswith("events.out.tfevents.")
-    assert metrics_file == "metrics.jsonl"
 
 
 def test_lines_after_the_checkpoint_are_removed_when_the_run_resumes_and_all_when_it_starts_anew(tmp_path):
@@ -148,18 +126,18 @@ def test_lines_after_the_checkpoint_are_removed_when_the_run_resumes_and_all_whe
         file.write('{"step": 4, "train/lo')
     with Monitor(tmp_path, resume_at=(num_bytes, 1)) as monitor:
         monitor.scalars({"train/loss": 0.2}, 2)
-    assert [(line["step"], line["train/loss"]) for line in lines_of(tmp_path)] == [(1, 0.5), (2, 0.2)]
+    assert [(line["step"], line["train/loss"]) for line in metric_lines(tmp_path)] == [(1, 0.5), (2, 0.2)]
     points = [(point.step, point.value) for point in events_of(tmp_path).Scalars("train/loss")]
     assert points == [(1, 0.5), (2, pytest.approx(0.2))]
     with Monitor(tmp_path) as monitor:
         monitor.scalars({"train/loss": 0.5}, 7)
-    assert [line["step"] for line in lines_of(tmp_path)] == [7]
+    assert [line["step"] for line in metric_lines(tmp_path)] == [7]
 
 
 def test_paces_and_memory_are_in_the_events_only(tmp_path):
     with Monitor(tmp_path) as monitor:
         monitor.scalars({"train/loss": 0.5, "perf/images_per_s": 10.0, "memory/peak_mib": 7.0}, 1)
-    assert lines_of(tmp_path) == [{"step": 1, "train/loss": 0.5}]
+    assert metric_lines(tmp_path) == [{"step": 1, "train/loss": 0.5}]
     assert {"perf/images_per_s", "memory/peak_mib"} <= set(events_of(tmp_path).Tags()["scalars"])
 
 
@@ -171,24 +149,19 @@ def test_a_folder_that_cannot_be_written_is_reported_once_and_training_continues
         monitor.text("run/config", "text")
         monitor.hparams({"seed": 1}, {"test/top1": 0.5})
         assert monitor.sync() == 0
-    texts = sorted(capsys.readouterr().err.splitlines())
-    assert len(texts) == 2
-    assert texts[0].startswith("warning: TensorBoard events of")
-    assert texts[1].startswith("warning: metrics.jsonl of")
+    warnings = [line.partition(" of ")[0] for line in sorted(capsys.readouterr().err.splitlines())]
+    assert warnings == ["warning: TensorBoard events", "warning: metrics.jsonl"]
 
 
 def test_metrics_and_events_are_written_when_the_other_fails(tmp_path, monkeypatch, capsys):
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     with Monitor(tmp_path / "a") as monitor:
         monitor.scalars({"train/loss": 1.0}, 1)
         with monkeypatch.context() as patch:
-            patch.setattr(SummaryWriter, "add_scalar", fail)
+            patch.setattr(SummaryWriter, "add_scalar", Mock(side_effect=OSError(28, "No space left on device")))
             monitor.scalars({"train/loss": 0.5}, 2)
             monitor.scalars({"train/loss": 0.25}, 3)
     assert capsys.readouterr().err.count("No space left on device") == 1
-    assert [line["step"] for line in lines_of(tmp_path / "a")] == [1, 2, 3]
+    assert [line["step"] for line in metric_lines(tmp_path / "a")] == [1, 2, 3]
     with Monitor(tmp_path / "b") as monitor:
         (tmp_path / "b" / "metrics.jsonl").mkdir()
         monitor.scalars({"train/loss": 0.5}, 1)
@@ -204,7 +177,7 @@ def test_a_disk_that_is_full_for_a_while_leaves_no_half_lines(small_disk, capsys
             monitor.scalars({f"train/{name}": step / 3 for name in "abcdefgh"}, step)
             if step == 1500:
                 (disk / "metrics.jsonl").write_text("")
-    lines = lines_of(disk)
+    lines = metric_lines(disk)
     assert 0 < len(lines) < 600
     assert all(len(line) == 9 for line in lines)
     assert capsys.readouterr().err.count("metrics.jsonl of") == 1

@@ -26,7 +26,7 @@ def grey(height: int, width: int) -> np.ndarray:
 
 
 def where(image: np.ndarray, label: int) -> np.ndarray:
-    return np.abs(image - 255 * np.array(to_rgb(class_colour(label)))).max(axis=-1) < 2
+    return (np.abs(image - np.float32(255 * np.array(to_rgb(class_colour(label))))) < 2).all(axis=-1)
 
 
 def least_distance(num: int, sight: str) -> float:
@@ -50,7 +50,7 @@ def test_the_colours_of_eighty_classes_differ_and_no_two_of_five_hundred_are_the
     assert len({class_colour(label) for label in range(500)}) == 500
 
 
-@pytest.mark.parametrize("side", [64, 300, 640, 4000])
+@pytest.mark.parametrize("side", [64, 300, 640, 2000])
 def test_lines_are_on_the_inner_edge_of_the_box_and_grow_with_the_image(side):
     x1, y1, x2, y2 = box = (np.array([0.25, 0.5, 0.75, 0.9]) * side).round().astype(int)
     drawn = draw_boxes(grey(side, side), [box.tolist()], [0], [""])
@@ -75,14 +75,9 @@ def test_the_input_is_unchanged_and_no_boxes_change_nothing():
 @pytest.mark.parametrize(
     "box",
     [
-        pytest.param([0, 0, 200, 200], id="all of the image"),
-        pytest.param([50, 0, 90, 40], id="top"),
-        pytest.param([180, 60, 200, 90], id="right"),
-        pytest.param([0, 180, 30, 200], id="lower left"),
-        pytest.param([-30, -20, 260, 300], id="larger than the image"),
-        pytest.param([300, 300, 400, 400], id="outside"),
-        pytest.param([90, 20, 90.2, 20.1], id="less than a pixel"),
-        pytest.param([90, 90, 60, 60], id="swapped"),
+        *([0, 0, 200, 200], [50, 0, 90, 40], [180, 60, 200, 90], [0, 180, 30, 200]),
+        *([-30, -20, 260, 300], [300, 300, 400, 400]),  # larger than the image; outside
+        *([90, 20, 90.2, 20.1], [90, 90, 60, 60]),  # less than a pixel; swapped
     ],
 )
 def test_a_name_can_be_read_wherever_its_box_is(box):
@@ -125,17 +120,13 @@ def test_a_crowd_is_dashed():
     assert 0.4 < crowd[179, 20:180].mean() < 0.7
 
 
-@pytest.mark.parametrize("name", ["猫", "кошка", "قط", "\udc80", "", "  ", "$x_1$", "$", "Pfläumchen\n2"])
-def test_a_name_in_any_script_is_drawn(name):
-    drawn = [draw_boxes(grey(100, 200), [[20, 50, 180, 90]], [1], ["other", name], [0.5]) for _ in range(2)]
-    assert np.array_equal(*drawn)
+@pytest.mark.parametrize("name", ["猫", "\udc80", "猫 2", "кошка", "قط", "", "  ", "$x_1$", "$", "Pfläumchen\n2"])
+def test_a_name_in_any_script_is_drawn_or_is_the_number_of_its_class_if_the_font_lacks_a_letter(name):
+    names = name, name, "class 1"
+    drawn = [draw_boxes(grey(100, 200), [[20, 50, 180, 90]], [1], ["other", one], [0.5]) for one in names]
+    assert np.array_equal(*drawn[:2])
+    assert np.array_equal(drawn[0], drawn[2]) == (name in ("猫", "\udc80", "猫 2"))
     assert where(drawn[0], 1)[:48].sum() > 100
-
-
-@pytest.mark.parametrize("name", ["猫", "\udc80", "猫 2"])
-def test_a_name_with_letters_that_the_font_lacks_is_the_number_of_its_class(name):
-    drawn = [draw_boxes(grey(100, 200), [[20, 50, 180, 90]], [1], ["other", one]) for one in (name, "class 1")]
-    assert np.array_equal(*drawn)
 
 
 @pytest.mark.parametrize("side", [64, 150, 350, 640])

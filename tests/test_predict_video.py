@@ -2,12 +2,11 @@
 
 import csv
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import train_with
+from tests.helpers import write_clip
 from vpt.config.errors import ConfigError
 from vpt.data.images import ImageError
 from vpt.predict.__main__ import PredictOptions, predict_run
@@ -16,16 +15,8 @@ from vpt.predict.video import Video
 
 @pytest.fixture(params=[("clip.avi", "MJPG"), ("clip.MP4", "mp4v")], ids=lambda pair: pair[1])
 def clip(request, tmp_path):
-    """Seven frames of 64 x 48 pixels, ever brighter, and red."""
     name, codec = request.param
-    path = tmp_path / name
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 10, (64, 48))
-    for number in range(7):
-        pixels = np.zeros((48, 64, 3), np.uint8)
-        pixels[..., 2] = 30 * number  # OpenCV's order is blue, green, red
-        writer.write(pixels)
-    writer.release()
-    return path
+    return write_clip(tmp_path / name, codec)
 
 
 def reds(frames):
@@ -39,10 +30,7 @@ def test_all_frames_come_in_order_upright_and_in_rgb(clip):
     assert {(frame.size, frame.mode) for frame in frames} == {((64, 48), "RGB")}
     assert reds(frames) == pytest.approx([30 * number for number in range(7)], abs=8)
     assert np.asarray(frames[6])[..., 2].mean() < 20
-    assert [path.relative_to(clip.parent).as_posix() for path in video.names][:2] == [
-        f"{clip.name}/000000.jpg",
-        f"{clip.name}/000001.jpg",
-    ]
+    assert video.names[:2] == [clip / "000000.jpg", clip / "000001.jpg"]
 
 
 def test_every_nth_frame_is_read_and_named_by_its_number(clip):
@@ -59,10 +47,8 @@ def test_a_file_that_is_not_a_video_is_refused_by_name(tmp_path):
         Video(tmp_path / "gone.mp4")
 
 
-def test_boxes_in_a_video_are_written_and_drawn_frame_by_frame(tmp_path, boxes, clip):
-    small = ["head.channels=16", "mode=dry", "num_workers=0", "device=cpu", "train.batch_size=2"]
-    run_dir = train_with("dataset=boxes", f"dataset.root={boxes}", f"run.root={tmp_path}", "run.name=a", *small)
-    options = {"run": str(run_dir), "input": str(clip), "device": "cpu", "batch_size": 2, "min_score": 0.0}
+def test_boxes_in_a_video_are_written_and_drawn_frame_by_frame(tmp_path, boxes, clip, tasks):
+    options = {"task": str(tasks / "boxes.safetensors"), "input": str(clip), "batch_size": 2, "min_score": 0.0}
     output, drawn = tmp_path / "found.csv", tmp_path / "drawn"
     assert predict_run(PredictOptions(**options, output=str(output), drawings=str(drawn), every=3)) == []
     frames = {f"{clip.name}/{number:06d}.jpg" for number in (0, 3, 6)}

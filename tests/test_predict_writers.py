@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from PIL import Image
 import vpt.engine.trainer
 import vpt.evaluate.__main__ as evaluate_command
 import vpt.predict.open_tasks
-from tests.helpers import train_with
+from tests.helpers import edit_json, exit_code_of
 from vpt import build
 from vpt.config.command_line import INTERRUPTED, parse_options
 from vpt.config.errors import ConfigError
@@ -28,23 +27,7 @@ from vpt.predict.__main__ import USAGE, PredictOptions, predict_run
 from vpt.predict.open_tasks import open_run
 from vpt.task_types.box_writer import BoxWriter
 
-SMALL = ["mode=dry", "num_workers=0", "augment=none", "train.batch_size=4", "prompt.num_tokens=2", "device=cpu"]
 EVERY_BOX = {"min_score": 0.0, "max_overlap": 1.0}  # the models have learned nothing
-
-
-def train(root, *overrides):
-    return train_with(f"run.root={root}", "run.name=a", *SMALL, *overrides)
-
-
-@pytest.fixture(scope="module")
-def class_run(tmp_path_factory, photos):
-    return train(tmp_path_factory.mktemp("runs"), "dataset=folder", f"dataset.root={photos}")
-
-
-@pytest.fixture(scope="module")
-def box_run(tmp_path_factory, boxes):
-    small = ["head.channels=16", "head.num_convs=1"]
-    return train(tmp_path_factory.mktemp("runs"), "dataset=boxes", f"dataset.root={boxes}", *small)
 
 
 @pytest.fixture
@@ -64,43 +47,32 @@ def predict(run_dir, given, output, **more):
     return predict_run(PredictOptions(str(given), str(output), run=str(run_dir), device="cpu", **more))
 
 
+def rows_of(path):
+    return list(csv.DictReader(Path(path).read_text().splitlines()))
+
+
 def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def command(monkeypatch, module, *arguments):
-    """The exit code of a command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["vpt", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        module.main()
-    return stopped.value.code
-
-
 @pytest.mark.parametrize(
-    ("given", "more", "message"),
+    ("given", "key", "value", "word"),
     [
-        ("album", {"drawings": "album"}, "drawings=album: is the folder of the input; .* drawings=drawn"),
-        ("album/b.jpg", {"drawings": "album"}, "drawings=album: is the folder of the input"),
-        ("album", {"drawings": "link"}, "drawings=link: is the folder of the input"),
-        ("album", {"drawings": "album/sub"}, "drawings=album/sub: album/sub/b.jpg is one of the images of the input"),
-        ("album", {"output": "album"}, "output=album: is the folder of the input; .* output=found"),
+        ("album", "drawings", "album", "is the folder of the input"),
+        ("album/b.jpg", "drawings", "album", "is the folder of the input"),
+        ("album", "drawings", "link", "is the folder of the input"),
+        ("album", "drawings", "album/sub", r"album/sub/b\.jpg is one of the images"),
+        ("album/sub", "drawings", "album", r"album/sub/b\.jpg is one of the images"),
+        ("album", "output", "album", "is the folder of the input"),
     ],
 )
-def test_no_image_of_the_input_is_overwritten(box_run, album, given, more, message):
+def test_no_image_of_the_input_is_overwritten(box_run, album, given, key, value, word):
     Path("link").symlink_to(album)
-    before = content(album.parent)
-    with pytest.raises(ConfigError, match=message):
-        predict(box_run, given, **{"output": "found.csv", **more})
-    assert content(album.parent) == before
-
-
-def test_no_image_of_the_input_is_overwritten_from_a_folder_above(box_run, album):
-    predict(box_run, "album/sub", "found.csv", drawings=".")  # draws ./b.jpg
     shutil.copytree(album / "sub", album / "sub" / "sub")
-    before = content(album)
-    with pytest.raises(ConfigError, match=r"drawings=album: album/sub/b\.jpg is one of the images of the input"):
-        predict(box_run, "album/sub", "found.csv", drawings="album")
-    assert content(album) == before
+    before = content(album.parent)
+    with pytest.raises(ConfigError, match=f"{key}={value}: {word}"):
+        predict(box_run, given, **{"output": "found.csv", key: value})
+    assert content(album.parent) == before
 
 
 def test_existing_labels_are_not_overwritten_and_other_files_stay(box_run, album):
@@ -116,22 +88,20 @@ def test_existing_labels_are_not_overwritten_and_other_files_stay(box_run, album
     assert set(content(labels)) == {"other.txt", "a.jpg.txt", "a.png.txt", "b.txt", "sub/b.txt"}
 
 
-def test_earlier_outputs_of_predict_are_replaced(class_run, box_run, album):
+def test_earlier_outputs_are_replaced_and_drawings_of_two_images_of_one_name_are_two(class_run, box_run, album):
     for _ in range(2):
         predict(class_run, "album", "classes.csv")
         predict(box_run, "album", "found.json", drawings="drawn")
     assert set(content(Path("drawn"))) == {"a.jpg.jpg", "a.png.jpg", "b.jpg", "sub/b.jpg"}
-
-
-def test_drawings_of_two_images_of_one_name_are_two(box_run, album):
-    predict(box_run, "album", "found.csv", drawings="drawn")
     with Image.open("drawn/a.jpg.jpg") as wide, Image.open("drawn/a.png.jpg") as tall:
         assert (wide.size, tall.size) == ((90, 30), (30, 90))
+    predict(box_run, "album/sub", "found.csv", drawings=".")  # the current folder holds no image of the input
+    assert Path("b.jpg").is_file()
 
 
 def test_boxes_are_inside_their_images_and_have_an_area(box_run, album):
     predict(box_run, "album", "found.csv", max_detections=10_000, **EVERY_BOX)
-    rows = list(csv.DictReader(Path("found.csv").read_text().splitlines()))
+    rows = rows_of("found.csv")
     assert {row["path"] for row in rows} == {f"album/{name}" for name in content(album)}
     sizes = {row["path"]: read_image(row["path"]).size for row in rows}
     for row in rows:
@@ -145,43 +115,38 @@ def test_tables_have_the_path_as_typed_and_coco_the_name_in_the_folder(class_run
     names = ["a.jpg", "a.png", "b.jpg", "sub/b.jpg"]
     for run_dir in (class_run, box_run):
         more = EVERY_BOX | {"max_detections": 1} if run_dir is box_run else {}
-        predict(run_dir, "./album", "f.csv", **more)
-        rows = list(csv.DictReader(Path("f.csv").read_text().splitlines()))
-        assert [row["path"] for row in rows] == [f"album/{name}" for name in names]
-        predict(run_dir, album, "f.csv", **more)
-        rows = list(csv.DictReader(Path("f.csv").read_text().splitlines()))
-        assert [row["path"] for row in rows] == [f"{album}/{name}" for name in names]
+        for given, folder in (("./album", "album"), (album, album)):
+            predict(run_dir, given, "f.csv", **more)
+            assert [row["path"] for row in rows_of("f.csv")] == [f"{folder}/{name}" for name in names]
     predict(box_run, "album", "f.json", **more)
     results = json.loads(Path("f.json").read_text())
     assert [(row["image_id"], row["file_name"]) for row in results] == list(enumerate(names, 1))
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("more", "word"),
     [
-        ({"output": "there.csv"}, r"output=there\.csv: is a folder; name a file"),
-        ({"output": "album/b.jpg/f.csv"}, r"output=album/b\.jpg/f\.csv: cannot write to \S+/album/b\.jpg \(Not a dir"),
-        ({"output": "plain"}, "output=plain: is a file; name a folder"),
-        ({"drawings": "plain"}, "drawings=plain: is a file; name a folder"),
+        ({"output": "there.csv"}, r"output=there\.csv: is a folder"),
+        ({"output": "album/b.jpg/f.csv"}, r"output=album/b\.jpg/f\.csv: cannot write to \S+/album/b\.jpg"),
+        ({"output": "plain"}, "output=plain: is a file"),
+        ({"drawings": "plain"}, "drawings=plain: is a file"),
         ({"drawings": "album/b.jpg/drawn"}, r"drawings=album/b\.jpg/drawn: cannot write to \S+/album/b\.jpg"),
-        ({"output": "f.v2"}, r"output=f\.v2: must end in \.csv or \.json or \.parquet, or be a folder"),
+        ({"output": "f.v2"}, r"output=f\.v2: must end in"),
+        pytest.param(
+            {"output": "/proc/new/f.csv"},
+            r"output=/proc/new/f\.csv: cannot write to /proc ",
+            marks=pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to"),
+        ),
     ],
 )
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(box_run, album, monkeypatch, more, message):
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(box_run, album, monkeypatch, more, word):
     monkeypatch.setattr(vpt.predict.open_tasks, "run_model", None)
     Path("there.csv").mkdir()
     Path("plain").write_text("")
     before = content(album.parent)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=word):
         predict(box_run, "album", **{"output": "f.csv", **more})
     assert content(album.parent) == before
-
-
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to")
-def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(class_run, photos, monkeypatch):
-    monkeypatch.setattr(vpt.predict.open_tasks, "run_model", None)
-    with pytest.raises(ConfigError, match=r"output=/proc/new/f\.csv: cannot write to /proc \("):
-        predict(class_run, photos / "test", "/proc/new/f.csv")
 
 
 def test_endings_may_be_in_capitals(class_run, box_run, album):
@@ -209,35 +174,32 @@ def test_ctrl_c_in_evaluate_is_one_line(class_run, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(vpt.engine.trainer, "evaluate", stopped)
     output = tmp_path / "m.json"
-    assert command(monkeypatch, evaluate_command, f"run={class_run}", f"output={output}", "device=cpu") == INTERRUPTED
+    assert exit_code_of(evaluate_command, monkeypatch, f"run={class_run}", f"output={output}") == INTERRUPTED
     assert capsys.readouterr().err == "error: interrupted before the metrics were computed; nothing was written\n"
     assert not output.exists()
 
 
-def test_predict_computes_in_the_precision_of_the_run(class_run, box_run, album):
-    for run_dir in (class_run, box_run):
-        copy = album.parent / f"bf16_{run_dir is box_run}"
-        shutil.copytree(run_dir, copy)
-        text = (copy / "config.yaml").read_text()
-        assert "precision: auto" in text
-        (copy / "config.yaml").write_text(text.replace("precision: auto", "precision: bf16"))
-        trained = build.load_run(copy, device="cpu")
-        photo = read_image(album / "b.jpg")
-        image = EvalTransform(trained.preprocessing)(photo)[None]
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            if run_dir is class_run:
-                expected = trained.model(image).float().softmax(dim=1).max()
-            else:
-                trained.model.selection = Selection(**EVERY_BOX, max_detections=1)
-                size = letterboxed_size((40, 64), trained.preprocessing)
-                expected = trained.model(image, sizes=[size])[0]["scores"].float().max()
-        scores = []
-        for folder in (copy, run_dir):
-            predict(folder, "album/b.jpg", "f.json", **(EVERY_BOX if run_dir is box_run else {}))
-            (row, *_) = json.loads(Path("f.json").read_text())
-            scores.append(row["score"] if run_dir is box_run else row["predictions"][0]["probability"])
-        assert scores[0] == pytest.approx(float(expected), abs=1e-7)
-        assert scores[0] != pytest.approx(scores[1], abs=1e-6)
+@pytest.mark.parametrize("run", ["class_run", "box_run"])
+def test_predict_computes_in_the_precision_of_the_run(request, album, run):
+    run_dir, copy, is_box = request.getfixturevalue(run), album.parent / "bf16", run == "box_run"
+    shutil.copytree(run_dir, copy)
+    text = (copy / "config.yaml").read_text()
+    assert "precision: auto" in text
+    (copy / "config.yaml").write_text(text.replace("precision: auto", "precision: bf16"))
+    trained = build.load_run(copy, device="cpu")
+    if is_box:
+        trained.model.select(Selection(**EVERY_BOX, max_detections=1))
+    image = EvalTransform(trained.preprocessing)(read_image(album / "b.jpg"))[None]
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        (output,) = trained.model.predict(image, [letterboxed_size((40, 64), trained.preprocessing)])
+    expected = (output["scores"] if is_box else output.float().softmax(dim=0)).max()
+    scores = []
+    for folder in (copy, run_dir):
+        predict(folder, "album/b.jpg", "f.json", **(EVERY_BOX if is_box else {}))
+        (row, *_) = json.loads(Path("f.json").read_text())
+        scores.append(row["score"] if is_box else row["predictions"][0]["probability"])
+    assert scores[0] == pytest.approx(float(expected), abs=1e-7)
+    assert scores[0] != pytest.approx(scores[1], abs=1e-6)
 
 
 @pytest.fixture
@@ -261,76 +223,56 @@ def test_classes_are_named_as_in_csv(labels_of, text, labels):
     assert labels_of(("Größe, x", "blue box"), text) == labels
 
 
-def test_a_class_with_a_comma_but_without_quotes_is_refused_with_what_to_type(labels_of):
-    message = "no class Größe.*; a name with a comma needs quotes: classes='\"Größe, x\"'"
-    with pytest.raises(ConfigError, match=message):
-        labels_of(("Größe, x", "blue box"), "blue box, Größe, x")
-
-
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("names", "text", "words"),
     [
-        ("", "classes=: names no class; valid: red box, blue box$"),
-        (" ,", "names no class"),
-        ("red bix,blue box", "classes=red bix,blue box: no class red bix; did you mean red box"),
-        ("unicorn", "no class unicorn; valid: red box, blue box$"),
+        (("red box", "blue box"), "", "classes=: names no class; valid: red box, blue box$"),
+        (("red box", "blue box"), " ,", "names no class"),
+        (("red box", "blue box"), "red bix,blue box", "classes=red bix,blue box: no class red bix; .*red box"),
+        (("red box", "blue box"), "unicorn", "no class unicorn; valid: red box, blue box$"),
+        (("Größe, x", "blue box"), "blue box, Größe, x", "no class Größe.* classes='\"Größe, x\"'"),
     ],
 )
-def test_unknown_classes_are_refused_with_the_valid_ones(labels_of, text, message):
-    with pytest.raises(ConfigError, match=message):
-        labels_of(("red box", "blue box"), text)
+def test_unknown_classes_are_refused_with_what_to_type(labels_of, names, text, words):
+    with pytest.raises(ConfigError, match=words):
+        labels_of(names, text)
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        ("min_score=1", r"min_score=1\.0 is out of range: it must be at least 0 and at most 0\.999"),
-        ("max_overlap=0", r"max_overlap=0\.0 is out of range: it must be above 0 and at most 1"),
-    ],
+    ("word", "message"), [("min_score=1", r"at most 0\.999"), ("max_overlap=0", "above 0 and at most 1")]
 )
 def test_numbers_that_no_selection_takes_are_refused_as_options(word, message):
     with pytest.raises(ConfigError, match=message):
         parse_options(PredictOptions, ["run=a", "input=b", "output=c.csv", word], USAGE)
 
 
-def changed(boxes, folder, change):
-    """A copy of the data, in which the categories are changed."""
-    shutil.copytree(boxes, folder)
-    for path in folder.rglob("*.json"):
-        whole = json.loads(path.read_text())
-        change(whole)
-        path.write_text(json.dumps(whole))
-    return folder
+def rename(content):
+    content["categories"][1]["name"] = "green box"
 
 
-def rename(whole):
-    whole["categories"][1]["name"] = "green box"
+def add(content):
+    content["categories"].append({"id": 90, "name": "green box"})
 
 
-def add(whole):
-    whole["categories"].append({"id": 90, "name": "green box"})
-
-
-def renumber(whole):
-    whole["categories"][1]["id"] = 18
-    for annotation in whole["annotations"]:
+def renumber(content):
+    content["categories"][1]["id"] = 18
+    for annotation in content["annotations"]:
         annotation["category_id"] += annotation["category_id"] == 17
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "words"),
     [
-        (
-            rename,
-            r"root=.*: classes\[1\] is green box in the data and blue box in the task file; .*: red box, blue box",
-        ),
-        (add, r"root=.*: classes\[2\] is green box in the data and missing in the task file"),
+        (rename, r"root=.*: classes\[1\] is green box in the data and blue box in the task .*: red box, blue box"),
+        (add, r"root=.*: classes\[2\] is green box in the data and missing"),
         (renumber, r"root=.*: category_ids\[1\] is 18 in the data and 17 in the task file; .*: 3, 17"),
     ],
 )
-def test_evaluate_names_the_first_class_that_differs(box_run, boxes, tmp_path, change, message):
-    root = changed(boxes, tmp_path / "boxes", change)
-    with pytest.raises(ConfigError, match=message):
+def test_evaluate_names_the_first_class_that_differs(box_run, boxes, tmp_path, change, words):
+    root = shutil.copytree(boxes, tmp_path / "boxes")
+    for path in root.rglob("*.json"):
+        edit_json(path, change)
+    with pytest.raises(ConfigError, match=words):
         evaluate_run(EvaluateOptions(str(box_run), root=str(root), device="cpu"))
 
 

@@ -1,4 +1,3 @@
-import contextlib
 import csv
 import io
 import json
@@ -6,13 +5,19 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
+from tests.helpers import coco_evaluation, coco_metrics, draw_image, write_text
 from vpt.data.readers.boxes import read_yolo
 from vpt.engine.metrics.detection import DetectionMetrics
-from vpt.predictions.boxes import FoundBoxes, coco_image_ids, file_names, to_box_table, to_coco, to_yolo
+from vpt.predictions.boxes import (
+    FoundBoxes,
+    coco_image_ids,
+    file_names,
+    match_image_ids,
+    to_box_table,
+    to_coco,
+    to_yolo,
+)
 
 CLASSES = ["cat", "guinea pig", "猫, black"]
 CATEGORY_IDS = [3, 7, 90]
@@ -54,12 +59,8 @@ def test_csv_has_a_row_for_each_box_and_none_for_an_image_without():
 def test_several_tasks_have_a_column():
     found = {"a/x.jpg": {"zoo": TWO, "house": found_in("a/x.jpg", [[0, 0, 9, 9]], [0.5], [1])}}
     table = to_box_table(found, {"zoo": CLASSES, "house": ["door", "roof"]}, ".csv").decode()
-    assert [line.split(",")[:2] for line in table.splitlines()] == [
-        ["path", "task"],
-        ["a/x.jpg", "zoo"],
-        ["a/x.jpg", "zoo"],
-        ["a/x.jpg", "house"],
-    ]
+    begins = [",".join(line.split(",")[:2]) for line in table.splitlines()]
+    assert begins == ["path,task", "a/x.jpg,zoo", "a/x.jpg,zoo", "a/x.jpg,house"]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -67,14 +68,9 @@ def test_a_record_keeps_every_bit(seed):
     boxes = random_boxes(200 * seed, (20_000, 2500), seed)
     scores = np.random.default_rng(seed).random(200 * seed).astype(np.float32) ** 9
     image = found_in("a.jpg", boxes, scores, np.arange(200 * seed) % 3, (20_000, 2500), image_id=seed or None)
-    same_as(FoundBoxes.from_record("a.jpg", json.loads(json.dumps(image.to_record()))), image)
-
-
-def same_as(one, two):
-    assert (one.path, one.size, one.image_id) == (two.path, two.size, two.image_id)
-    for name in ("boxes", "scores", "labels"):
-        a, b = getattr(one, name), getattr(two, name)
-        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+    again = FoundBoxes.from_record("a.jpg", json.loads(json.dumps(image.to_record())))
+    for name, value in vars(image).items():
+        np.testing.assert_array_equal(getattr(again, name), value, strict=isinstance(value, np.ndarray))
 
 
 def test_scores_keep_their_order_and_their_value():
@@ -102,13 +98,37 @@ def test_numbers_that_are_not_finite_are_refused_by_json():
         pytest.param([], [], id="none"),
     ],
 )
-def test_images_have_their_own_numbers_or_are_counted(pictures, ids):
+def test_images_have_their_own_numbers_or_are_counted_with_a_warning(pictures, ids, capsys):
     found = [found_in(path, [[1, 2, 4, 6]], [0.5], [1], image_id=image_id) for path, image_id in pictures]
     assert coco_image_ids(found) == ids
+    assert ("annotations=FILE" in capsys.readouterr().err) == (ids == [1, 2])
     entries = json.loads(to_coco(found, CATEGORY_IDS, CLASSES))
     assert [(entry["image_id"], entry["file_name"]) for entry in entries] == [
         (image_id, path) for image_id, (path, _) in zip(ids, pictures, strict=True)
     ]
+
+
+@pytest.mark.parametrize(
+    ("paths", "ids", "expected"),
+    [
+        (["zebra.jpg", "ant.jpg"], {"ant.jpg": 3, "cow.jpg": 2, "zebra.jpg": 1}, {"zebra.jpg": 1, "ant.jpg": 3}),
+        (["a.jpg"], {"images/a.jpg": 4}, {"a.jpg": 4}),
+        (["val/a.jpg", "test/a.jpg"], {"test/a.jpg": 4, "val/a.jpg": 5}, {"val/a.jpg": 5, "test/a.jpg": 4}),
+        (["x/val/a.jpg"], {"a.jpg": 4, "val/a.jpg": 5}, {"x/val/a.jpg": 5}),
+        (["a.jpg"], {"a.jpg": 4, "val/a.jpg": 5}, {"a.jpg": 4}),
+        (["test/a.jpg"], {"/home/data/a.jpg": 4}, {"test/a.jpg": 4}),
+        (["a.jpg"], {"A.jpg": 4, "xa.jpg": 5}, {}),
+        (["a.jpg"], {"test/a.jpg": 4, "val2/a.jpg": 5}, "may be"),
+        (["a.jpg"], {"test/a.jpg": 4, "val1/a.jpg": 5}, "may be"),
+        (["c/a.jpg", "b/a.jpg"], {"a.jpg": 4}, "both"),
+    ],
+)
+def test_ids_of_an_annotation_file_are_those_of_the_same_path(paths, ids, expected):
+    if isinstance(expected, dict):
+        assert match_image_ids(paths, ids) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            match_image_ids(paths, ids)
 
 
 def test_two_images_of_one_number_are_refused():
@@ -147,23 +167,13 @@ def test_pycocotools_reads_coco_results_and_measures_the_same(tmp_path):
             [{name: torch.tensor(values) for name, values in detection.items()}],
             [{"boxes": torch.tensor(true), "labels": torch.tensor(labels)}],
         )
-    truth, results = tmp_path / "truth.json", tmp_path / "results.json"
     categories = [{"id": number, "name": name} for number, name in zip(CATEGORY_IDS, CLASSES, strict=True)]
     images = [{"id": image_id, "height": 480, "width": 640} for image_id in ids]
-    truth.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}))
-    results.write_text(to_coco(found, CATEGORY_IDS, CLASSES))
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(str(truth))
-        evaluation = COCOeval(coco, coco.loadRes(str(results)), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    assert 0.05 < evaluation.stats[0] < 0.95
-    values = metrics.compute()
-    measured = [values[name] for name in ("map", "map50", "map75", "map_small", "map_medium", "map_large")]
-    measured += [values[name] for name in ("ar1", "ar10", "ar100")]
-    stats = np.where(evaluation.stats[:9] == -1, np.nan, evaluation.stats[:9])
-    assert measured == pytest.approx(stats.tolist(), abs=1e-9, nan_ok=True)
+    truth = {"images": images, "categories": categories, "annotations": annotations}
+    results = write_text(tmp_path / "results.json", to_coco(found, CATEGORY_IDS, CLASSES))
+    expected = coco_metrics(coco_evaluation(truth, str(results)))
+    assert 0.05 < expected["map"] < 0.95
+    assert metrics.compute() == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 
 def test_yolo_has_a_line_for_each_box():
@@ -196,21 +206,15 @@ def test_files_that_would_be_written_elsewhere_or_over_each_other_are_refused(pa
 
 def test_yolo_files_without_their_scores_are_read_back_as_the_same_boxes(tmp_path):
     found = []
+    write_text(tmp_path / "data.yaml", "train: images\nnames: [a, b, c]\n")
     for i, size in enumerate([(37, 53), (2000, 3001)]):
         boxes = random_boxes(40, size, seed=i)
         found.append(found_in(f"{i}.png", boxes, np.linspace(1, 0, 40), np.arange(40) % 3, size))
-        (tmp_path / "images").mkdir(exist_ok=True)
-        (tmp_path / "labels").mkdir(exist_ok=True)
-        Image.new("RGB", size[::-1]).save(tmp_path / "images" / f"{i}.png")
-    (tmp_path / "data.yaml").write_text("train: images\nnames: [a, b, c]\n")
-    for i, picture in enumerate(found):
-        lines = [line.rsplit(" ", 1)[0] + "\n" for line in to_yolo(picture).splitlines()]
-        (tmp_path / "labels" / f"{i}.txt").write_text("".join(lines))
+        draw_image(tmp_path / "images" / f"{i}.png", size[::-1])
+        lines = [line.rsplit(" ", 1)[0] + "\n" for line in to_yolo(found[i]).splitlines()]
+        write_text(tmp_path / "labels" / f"{i}.txt", "".join(lines))
     samples = read_yolo(tmp_path, val_fraction=0)["train"]
     assert samples.names == ("images/0.png", "images/1.png")
     for i in range(2):
         assert samples.boxes[i] == pytest.approx(found[i].boxes, abs=1e-3)
         assert samples.labels[i].tolist() == found[i].labels.tolist()
-    (tmp_path / "labels" / "0.txt").write_text(to_yolo(found[0]))
-    with pytest.raises(ValueError, match="must be `class cx cy w h`"):
-        read_yolo(tmp_path, val_fraction=0)

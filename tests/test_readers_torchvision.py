@@ -1,5 +1,6 @@
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,9 +70,7 @@ def test_a_set_in_memory_has_its_test_split_and_val_from_train(fakes, tmp_path):
     assert splits["test"].classes == ("cat", "dog")
     assert splits["test"].targets == (0, 1, 0, 1)
     assert splits["test"].names[3] == "CIFAR10 test 3"
-    picture = splits["test"].read(3)
-    assert picture.mode == "RGB"
-    assert picture.getpixel((0, 0)) == (3, 3, 3)
+    assert splits["test"].read(3).getpixel((0, 0)) == (3, 3, 3)
 
 
 def test_a_set_without_official_splits_is_split_by_seed_whatever_the_order_of_the_disk(fakes, tmp_path, monkeypatch):
@@ -123,27 +122,23 @@ def test_files_are_checked_and_images_in_memory_are_not(fakes, tmp_path):
         check_readable(train)
 
 
-def test_one_class_only_is_refused(fakes, tmp_path, monkeypatch):
-    monkeypatch.setattr(FakeInMemory, "classes", ("cat",))
-    with pytest.raises(ValueError, match=r"torchvision's CIFAR10 in .*: one class only, 'cat'"):
-        read_torchvision("CIFAR10", tmp_path, download=True)
-
-
-def test_missing_files_are_reported_with_the_way_to_download_them(tmp_path):
-    for name in ("CIFAR10", "EuroSAT", "Food101"):
-        with pytest.raises(ValueError, match=rf"files of torchvision's {name} are not in .*download=True"):
-            read_torchvision(name, tmp_path)
-
-
-def test_an_unknown_set_is_answered_with_the_nearest(tmp_path):
-    with pytest.raises(ValueError, match=r"name='cifar100': unknown; did you mean 'CIFAR100'\? Allowed: CIF"):
-        read_torchvision("cifar100", tmp_path)
-
-
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        *((name, rf"torchvision's {name} are not in .*download=True") for name in ("CIFAR10", "EuroSAT", "Food101")),
+        ("cifar100", r"name='cifar100': unknown; did you mean 'CIFAR100'\? Allowed: CIF"),
+        ("SVHN", "SVHN needs scipy: pip install scipy"),
+        ("GTSRB", "torchvision's GTSRB in .*: one class only, '0'"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_what_to_do(name, words, tmp_path, monkeypatch):
     def without_scipy(root, split, download):
         raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
 
+    def of_one_class(root, split, download):
+        return SimpleNamespace(_samples=[("a.png", 0)])
+
     monkeypatch.setattr(torchvision.datasets, "SVHN", without_scipy)
-    with pytest.raises(ValueError, match="SVHN needs scipy: pip install scipy"):
-        read_torchvision("SVHN", tmp_path)
+    monkeypatch.setattr(torchvision.datasets, "GTSRB", of_one_class)
+    with pytest.raises(ValueError, match=words):
+        read_torchvision(name, tmp_path)

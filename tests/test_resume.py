@@ -8,17 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import POINTS, SMALL_RUN, attempt_run, kept_files, train_with
+from tests.helpers import POINTS, SMALL_RUN, attempt_run, fill_disk, kept_files, train_with
 from vpt.config.errors import ConfigError
 from vpt.engine.checkpoint import NAMES, Checkpoints
 from vpt.engine.metrics.classification import ClassificationMetrics
 
-KEPT = {"config", "events", "last", "metrics", "previous", "result", "task"}  # no leftover of a write that was cut
+# No leftover of a write that was cut.
+KEPT = {"config", "data", "events", "last", "metrics", "previous", "result", "task"}
 KILLED = -signal.SIGKILL
 NUM_KILLS = int(os.environ.get("VPT_NUM_KILLS", "2"))  # of each of eight configs
 
@@ -43,10 +45,6 @@ def prove(tmp_path, overrides, points, num_kills, seed=0):
             kills.append(where)
 
 
-FOREIGN = {"classification": "in validation of boxes", "detection": "in validation"}
-TASK_TYPES = ("classification", "detection")
-
-
 @pytest.fixture
 def choices(photos, boxes):
     """Overrides of a run of each type of task."""
@@ -64,12 +62,16 @@ def test_a_run_that_is_killed_several_times_ends_with_the_same_bytes(tmp_path, c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task_type", TASK_TYPES)
+@pytest.mark.parametrize(
+    ("task_type", "foreign"), [("classification", "in validation of boxes"), ("detection", "in validation")]
+)
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_run_killed_anywhere_ends_with_the_same_bytes(tmp_path, choices, task_type, num_workers, accumulation):
+def test_a_run_killed_anywhere_ends_with_the_same_bytes(
+    tmp_path, choices, task_type, foreign, num_workers, accumulation
+):
     options = [f"num_workers={num_workers}", f"train.accumulation={accumulation}", "train.ema=0.5", "train.patience=2"]
-    points = [point for point in POINTS if point != FOREIGN[task_type]]
+    points = [point for point in POINTS if point != foreign]
     prove(tmp_path, [*options, *choices[task_type]], points, NUM_KILLS, seed=num_workers + accumulation)
 
 
@@ -102,8 +104,15 @@ def wait_for(process, text):
     pytest.fail(f"{text!r} was not printed")
 
 
+def assert_same_as_whole(tmp_path, options, root):
+    """The files of the run in a root are those of a run that nothing ended."""
+    whole = [*SMALL_RUN, "num_workers=0", *options, f"run.root={tmp_path}/whole"]
+    assert attempt_run(tmp_path / "log", whole) == 0
+    assert kept_files(tmp_path / root) == kept_files(tmp_path / "whole")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_the_command_with_75_and_the_same_command_resumes(start, tmp_path, choices, number):
     options = [*choices["classification"], "train.epochs=8"]
     process = start(tmp_path, *options)
@@ -119,8 +128,7 @@ def test_a_signal_saves_and_ends_the_command_with_75_and_the_same_command_resume
     wait_for(process, f"after step {last}")
     assert process.communicate(timeout=120)
     assert process.returncode == 0
-    assert attempt_run(tmp_path / "log", [*SMALL_RUN, *options, f"run.root={tmp_path}/whole", "num_workers=0"]) == 0
-    assert kept_files(tmp_path / "runs") == kept_files(tmp_path / "whole")
+    assert_same_as_whole(tmp_path, options, "runs")
 
 
 @pytest.mark.slow
@@ -147,8 +155,7 @@ def test_the_command_that_is_killed_at_any_time_ends_with_the_same_bytes(start, 
             process.wait(draw.uniform(4, 14))
         process.kill()
     assert start(tmp_path, *options).wait(200) == 0
-    assert attempt_run(tmp_path / "log", [*SMALL_RUN, *options, f"run.root={tmp_path}/whole", "num_workers=0"]) == 0
-    assert kept_files(tmp_path / "runs") == kept_files(tmp_path / "whole")
+    assert_same_as_whole(tmp_path, options, "runs")
 
 
 @pytest.mark.slow
@@ -188,33 +195,51 @@ def test_a_second_command_in_the_same_folder_is_refused_and_the_first_one_contin
 # What is on the disk.
 
 
-def test_data_that_changed_are_refused(tmp_path, photos, choices):
+def test_data_that_changed_are_refused_and_times_that_changed_are_reported(tmp_path, photos, choices, capsys):
     shutil.copytree(photos, tmp_path / "photos")
     places = [f"dataset.root={tmp_path}/photos", f"run.root={tmp_path}"]
     options = [*SMALL_RUN, *choices["classification"], *places, "cache=off"]
     assert attempt_run(tmp_path / "log", options, "behind a step", 4) == KILLED
-    (tmp_path / "photos/train/rose/0.png").rename(tmp_path / "photos/train/rose/9.png")
+    image = tmp_path / "photos/train/rose/0.png"
+    image.rename(image.with_name("9.png"))
+    with pytest.raises(ConfigError, match=r"images added: 1 \(train/rose/9\.png\); images removed: 1 .*fresh=true"):
+        train_with(*options)
+    (tmp_path / "run/data.jsonl").rename(tmp_path / "data.jsonl")  # as in version 0.1
     with pytest.raises(ValueError, match=r"images or labels of this run changed .*fresh=true"):
         train_with(*options)
+    (tmp_path / "data.jsonl").rename(tmp_path / "run/data.jsonl")
+    image.with_name("9.png").rename(image)
+    os.utime(image, (0, 0))
+    train_with(*options)
+    assert "1 image of the same bytes (first train/rose/0.png)" in capsys.readouterr().err
 
 
 def test_without_a_whole_checkpoint_nothing_is_done(tmp_path, choices):
     options = [*SMALL_RUN, *choices["classification"], f"run.root={tmp_path}"]
     assert attempt_run(tmp_path / "log", options, "behind a step", 6) == KILLED
-    for name in NAMES:
-        (tmp_path / "run" / name).write_bytes((tmp_path / "run" / name).read_bytes()[:1000])
+    for path in (tmp_path / "run" / name for name in NAMES):
+        path.write_bytes(path.read_bytes()[:1000])
+    (tmp_path / "run/.lock").unlink()
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     with pytest.raises(ValueError, match="no checkpoint is left: type fresh=true"):
         train_with(*options)
-    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != ".lock"} == {
-        path: content for path, content in before.items() if path.name != ".lock"
-    }
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.slow
+def test_a_folder_that_was_moved_and_renamed_resumes_to_the_same_bytes(tmp_path, choices):
+    options = [*SMALL_RUN, *choices["classification"], "num_workers=0"]
+    assert attempt_run(tmp_path / "log", [*options, f"run.root={tmp_path}/a"], "behind a step", 8) == KILLED
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a/run").rename(tmp_path / "b/other")
+    train_with(*options, f"run.root={tmp_path}/b", "run.name=other")
+    (tmp_path / "b/other").rename(tmp_path / "b/run")
+    assert_same_as_whole(tmp_path, choices["classification"], "b")
 
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, choices, capsys):
     options = [*SMALL_RUN, *choices["classification"], "num_workers=0"]
-    assert attempt_run(tmp_path / "log", [*options, f"run.root={tmp_path}/whole"]) == 0
     assert attempt_run(tmp_path / "log", [*options, f"run.root={tmp_path}/killed"], "behind a step", 8) == KILLED
     last = tmp_path / "killed/run" / NAMES[0]
     content = bytearray(last.read_bytes())
@@ -222,7 +247,7 @@ def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, choices, capsys):
     last.write_bytes(content)
     train_with(*options, f"run.root={tmp_path}/killed")
     assert "resuming from previous.checkpoint" in capsys.readouterr().err
-    assert kept_files(tmp_path / "killed") == kept_files(tmp_path / "whole")
+    assert_same_as_whole(tmp_path, choices["classification"], "killed")
 
 
 @pytest.mark.slow
@@ -230,34 +255,28 @@ def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, choices, capsys):
 def test_a_full_disk_does_not_end_a_run_but_is_reported_at_its_end(small_disk, tmp_path, choices, is_room_made, capsys):
     disk = small_disk("2m")
     options = [*SMALL_RUN, *choices["classification"], "num_workers=0", "train.epochs=5"]
-    epochs, filler = [], disk / "filler"
+    epochs = count(1)
 
     def fill(evaluator):
-        epochs.append(None)
-        if len(epochs) == 2:
-            with suppress(OSError), filler.open("wb", buffering=0) as file:
-                while file.write(bytes(4096)):
-                    pass
-        if len(epochs) == 4 and is_room_made:
-            filler.unlink()
+        epoch = next(epochs)
+        if epoch == 2:
+            fill_disk(disk)
+        if epoch == 4 and is_room_made:
+            (disk / "filler").unlink()
         return compute(evaluator)
 
     compute = ClassificationMetrics.compute
-    with pytest.MonkeyPatch.context() as patch:
+    ends = nullcontext() if is_room_made else pytest.raises(OSError, match="No space left on device")
+    with pytest.MonkeyPatch.context() as patch, ends:
         patch.setattr(ClassificationMetrics, "compute", fill)
-        if is_room_made:
-            train_with(*options, f"run.root={disk}")
-        else:
-            with pytest.raises(OSError, match="No space left on device"):
-                train_with(*options, f"run.root={disk}")
-    output = capsys.readouterr()
+        train_with(*options, f"run.root={disk}")
+    output, saved = capsys.readouterr(), Checkpoints(disk / "run").load()
     assert "Training continues, and the next checkpoint is tried again" in output.err
     assert "epoch 5/5: val" in output.out
     assert output.err.count("metrics.jsonl of") == 1
-    saved = Checkpoints(disk / "run").load()
     assert saved.numbers["epoch"] == (6 if is_room_made else 2)
     if not is_room_made:
-        filler.unlink()
+        (disk / "filler").unlink()
         train_with(*options, f"run.root={disk}")
     assert (disk / "run/result.json").exists()
     train_with(*options, f"run.root={tmp_path}/whole")

@@ -32,6 +32,12 @@ def folders(tmp_path):
     return read_folder(make_folder(tmp_path, {"train/a": 2, "train/b": 1, "val/b": 1}))
 
 
+@pytest.fixture
+def with_crowd(tmp_path):
+    rows = [{"bbox": [40, 4, 10, 10], "category_id": 17, "iscrowd": 1}, {"bbox": [20, 4, 10, 10], "category_id": 17}]
+    return read_one(tmp_path / "crowd", rows)[0]
+
+
 def digest_of_version_0_1(splits):
     """The digest in checkpoints of version 0.1, as it was computed there."""
     digest = hashlib.sha256()
@@ -58,12 +64,12 @@ def test_the_digest_is_that_of_version_0_1_and_depends_on_images_labels_and_size
     assert len({*digests, data_digest(folders)}) == 6
 
 
-def test_labels_are_read_in_one_way_for_both_tasks(tmp_path, folders):
-    rows = [{"bbox": [40, 4, 10, 10], "category_id": 17, "iscrowd": 1}, {"bbox": [20, 4, 10, 10], "category_id": 17}]
-    boxes, _ = read_one(tmp_path / "boxes", rows)
-    assert [boxes.labels_of(0).tolist(), boxes.class_counts().tolist()] == [[0, 1, 1], [1, 1]]
-    assert boxes.label_text(0).startswith("3 boxes (")
-    assert boxes.take([]).class_counts().tolist() == [0, 0]
+def test_labels_are_read_in_one_way_for_both_tasks(with_crowd, folders):
+    assert [with_crowd.labels_of(0).tolist(), with_crowd.class_counts().tolist()] == [[0, 1, 1], [1, 1]]
+    assert with_crowd.label_text(0).startswith("3 boxes (")
+    uncrowded = replace(with_crowd, crowd=(np.zeros(3, bool), *with_crowd.crowd[1:]))
+    assert with_crowd.label_text(0) != uncrowded.label_text(0)
+    assert with_crowd.take([]).class_counts().tolist() == [0, 0]
     images = folders["train"]
     assert [images.labels_of(2).tolist(), images.class_counts().tolist()] == [[1], [2, 1]]
     assert images.label_text(2) == "b"
@@ -90,51 +96,36 @@ def test_samples_cannot_be_changed(train):
 
 
 def test_an_item_for_classification_is_an_image_and_its_class(folders):
-    dataset = ClassificationDataset(folders["train"], EvalTransform(SMALL))
-    image, target = dataset[2]
-    assert len(dataset) == 3
+    image, target = ClassificationDataset(folders["train"], EvalTransform(SMALL))[2]
     assert (image.shape, image.dtype, target) == ((3, 32, 32), torch.float32, 1)
 
 
 def test_an_item_for_detection_is_an_image_and_a_target_in_its_pixels(train):
     dataset = DetectionDataset(train, DetectionEvalTransform(SMALL))
-    assert len(dataset) == 3
-    image, target = dataset[0]
-    assert (image.shape, image.dtype) == ((3, 32, 32), torch.float32)
+    (image, target), (_, empty) = dataset[0], dataset[2]
+    assert (len(dataset), image.shape, image.dtype) == (3, (3, 32, 32), torch.float32)
     assert target["boxes"].tolist() == [[0, 0, 32, 16], [4, 2, 12, 14]]
     assert target["labels"].tolist() == [0, 1]
-    empty = {key: (tuple(value.shape), value.dtype) for key, value in dataset[2][1].items()}
-    assert empty == {
-        "boxes": ((0, 4), torch.float32),
-        "labels": ((0,), torch.int64),
-        "crowd": ((0,), torch.bool),
-        "image_index": ((), torch.int64),
-    }
+    assert [tuple(empty[key].shape) for key in ("boxes", "labels", "crowd", "image_index")] == [(0, 4), (0,), (0,), ()]
+    dtypes = [torch.float32, torch.int64, torch.bool, torch.int64]
+    assert [empty[key].dtype for key in ("boxes", "labels", "crowd", "image_index")] == dtypes
 
 
-def test_labels_and_crowd_stay_with_the_boxes_that_remain(tmp_path):
-    rows = [{"bbox": [40, 4, 10, 10], "category_id": 17, "iscrowd": 1}, {"bbox": [20, 4, 10, 10], "category_id": 17}]
-    train, _ = read_one(tmp_path, rows)
+def test_labels_and_crowd_stay_with_the_boxes_that_remain(with_crowd):
     right = [{"name": "Crop", "x_min": 32, "y_min": 0, "x_max": 64, "y_max": 32}]
-    _, target = DetectionDataset(train, DetectionTrainTransform(SMALL, right))[0]
+    _, target = DetectionDataset(with_crowd, DetectionTrainTransform(SMALL, right))[0]
     torch.testing.assert_close(target["boxes"], torch.tensor([[8.0, 4.0, 18.0, 14.0]]), atol=1e-3, rtol=0)
-    assert target["labels"].tolist() == [1]
-    assert target["crowd"].tolist() == [True]
+    assert (target["labels"].tolist(), target["crowd"].tolist()) == ([1], [True])
 
 
-@pytest.mark.parametrize("task", ["classification", "detection"])
-def test_the_seed_of_an_item_depends_on_seed_epoch_and_index_only(task, folders, train):
-    def seeds(seed):
-        if task == "classification":
-            return ClassificationDataset(folders["train"], SeedTransform(), seed)
-        return DetectionDataset(train, SeedTransform(), seed)
-
+def test_the_seed_of_an_item_depends_on_seed_epoch_and_index_only(folders, train):
     keys = [(0, 1), (1, 0), (0, 0), (1, 1), (12, 2), (1, 2)]
-    found = [int(seeds(seed)[key][0]) for seed in (0, 1) for key in keys]
-    assert len(set(found)) == 12
-    again = pickle.loads(pickle.dumps(seeds(0)))
-    assert [int(again[key][0]) for key in reversed(keys)] == found[5::-1]
-    assert again[1][0] == again[0, 1][0]
+    for dataset, samples in ((ClassificationDataset, folders["train"]), (DetectionDataset, train)):
+        found = [int(dataset(samples, SeedTransform(), seed)[key][0]) for seed in (0, 1) for key in keys]
+        assert len(set(found)) == 12
+        again = pickle.loads(pickle.dumps(dataset(samples, SeedTransform(), 0)))
+        assert [int(again[key][0]) for key in reversed(keys)] == found[5::-1]
+        assert again[1][0] == again[0, 1][0]
 
 
 class SeedTransform:
@@ -147,9 +138,7 @@ class SeedTransform:
 
 def test_a_batch_for_detection_is_images_and_a_list_of_targets(train):
     dataset = DetectionDataset(train, DetectionEvalTransform(SMALL))
-    loader = DataLoader(dataset, batch_size=2, sampler=EpochSampler(3), collate_fn=collate_detection)
-    batches = list(loader)
-    assert [tuple(images.shape) for images, _ in batches] == [(2, 3, 32, 32), (1, 3, 32, 32)]
-    targets = [target for _, members in batches for target in members]
-    assert [len(target["boxes"]) for target in targets] == [2, 1, 0]
-    assert [int(target["image_index"]) for target in targets] == [0, 1, 2]
+    first, second = DataLoader(dataset, batch_size=2, sampler=EpochSampler(3), collate_fn=collate_detection)
+    assert (first[0].shape, second[0].shape) == ((2, 3, 32, 32), (1, 3, 32, 32))
+    targets = [(len(target["boxes"]), int(target["image_index"])) for target in (*first[1], *second[1])]
+    assert targets == [(2, 0), (1, 1), (0, 2)]

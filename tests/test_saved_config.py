@@ -101,3 +101,10 @@ def test_a_recipe_has_what_decides_the_result_and_no_paths_of_this_machine():
     assert (values["seed"], values["optim"]["prompt_lr"]) == (3, 0.01)
     assert not {"run", "num_workers", "cache"} & values.keys()
     assert "/home" not in json.dumps(values)
+
+
+@pytest.mark.parametrize(("reader", "expected"), [("folder", 0.0), ("torchvision", None)])
+def test_a_run_of_version_0_1_has_no_test_split_off_train(reader, expected, tmp_path):
+    text = FIRST_CONFIG.replace("kind: boxes", f"kind: {reader}").replace("name: dense", "name: linear")
+    (tmp_path / "config.yaml").write_text(text.replace("taps: last", "taps: quarters"))
+    assert load_config(tmp_path / "config.yaml").dataset.test_fraction == expected

@@ -3,6 +3,7 @@
 import math
 import signal
 from itertools import pairwise
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ class WithDropout(Separable):
         return super().forward(nn.functional.dropout(images, 0.3, self.training))
 
 
-def train(folder, model=None, change=None, losses=cross_entropy, stop=None, **settings):
+def train(folder, model=None, change=None, losses=cross_entropy, stop=None, on_epoch=lambda *_: None, **settings):
     """Start a run, or resume it."""
     loader = build_loader(Images(change), BATCH, shuffle=True, seed=3)
     return fit_small(
@@ -57,7 +58,7 @@ def train(folder, model=None, change=None, losses=cross_entropy, stop=None, **se
         names_of=lambda epoch, first, end: [
             f"{index}.png" for index in loader.sampler.order(epoch)[first * BATCH : end * BATCH]
         ],
-        callbacks={"stop": stop or StopSignal()},
+        callbacks={"stop": stop or StopSignal(), "on_epoch": on_epoch},
         **{"epochs": EPOCHS, **settings},
     )
 
@@ -66,40 +67,22 @@ def metrics_of(folder):
     return (folder / "metrics.jsonl").read_bytes()
 
 
-def stopping_losses(stop, number):
-    """The losses, and a signal in the middle of a batch of the given number."""
+@pytest.mark.parametrize("settings", [{}, {"accumulation": 3}, {"ema": 0.5, "patience": 1}], ids=str)
+@pytest.mark.parametrize("number", [1, 4, 5, 6, 7, 11])
+def test_a_run_that_a_signal_or_an_error_ends_in_a_batch_resumes_to_the_same_bytes(tmp_path, settings, number):
     calls = []
 
     def losses(model, images, targets):
         calls.append(None)
+        if len(calls) == number == 7:
+            raise OSError("the disk is gone")
         if len(calls) == number:
             signal.raise_signal(SIGNALS[number % len(SIGNALS)])
         return cross_entropy(model, images, targets)
 
-    return losses
-
-
-def failing_losses(stop, number):
-    """The losses, and an error in the batch of the given number."""
-    calls = []
-
-    def losses(model, images, targets):
-        calls.append(None)
-        if len(calls) == number:
-            raise OSError("the disk is gone")
-        return cross_entropy(model, images, targets)
-
-    return losses
-
-
-@pytest.mark.parametrize("settings", [{}, {"accumulation": 3}, {"ema": 0.5, "patience": 1}], ids=str)
-@pytest.mark.parametrize(
-    ("losses_until", "number"), [*((stopping_losses, number) for number in (1, 4, 5, 6, 11)), (failing_losses, 7)]
-)
-def test_a_run_that_a_signal_or_an_error_ends_resumes_to_the_same_bytes(tmp_path, settings, losses_until, number):
     whole, expected, _ = train(tmp_path / "whole", **settings)
     with pytest.raises((Stopped, OSError)), StopSignal() as stop:
-        train(tmp_path / "cut", losses=losses_until(stop, number), stop=stop, **settings)
+        train(tmp_path / "cut", losses=losses, stop=stop, **settings)
     torch.rand(100)  # another process has other random numbers
     again, result, _ = train(tmp_path / "cut", **settings)
     assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
@@ -108,17 +91,13 @@ def test_a_run_that_a_signal_or_an_error_ends_resumes_to_the_same_bytes(tmp_path
     assert result.seconds > 0
 
 
-def test_a_finished_run_that_is_resumed_does_nothing(tmp_path):
+def test_a_finished_run_that_is_resumed_does_nothing_and_its_state_of_other_parameters_is_refused(tmp_path):
     model, result, _ = train(tmp_path)
     before = metrics_of(tmp_path)
     again, same, _ = train(tmp_path, losses=None)
     assert metrics_of(tmp_path) == before
     assert torch.equal(again.head.weight, model.head.weight)
     assert same.best == result.best
-
-
-def test_a_state_of_other_parameters_is_refused(tmp_path):
-    train(tmp_path)
     other = nn.Module()
     other.head = nn.Linear(12, 4)
     with pytest.raises(ValueError, match=r"tunes other parameters \(head\.weight\)"):
@@ -134,11 +113,9 @@ def test_an_image_that_is_not_finite_stops_the_run_and_is_named(tmp_path):
     with pytest.raises(FloatingPointError) as caught:
         train(tmp_path, change={7: math.nan, 9: math.inf})
     message = str(caught.value)
-    assert "the loss is nan at step" in message
-    assert "(lr/head 0." in message
+    assert all(text in message for text in ("the loss is nan at step", "(lr/head 0.", "skip_nonfinite=0"))
     assert "7.png (not finite itself)" in message or "9.png (not finite itself)" in message
     assert "0.png" not in message
-    assert "skip_nonfinite=0" in message
 
 
 def test_skipped_steps_are_counted_and_change_nothing(tmp_path, capsys):
@@ -172,13 +149,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_a_finite_loss(tmp_path
 
 
 def test_an_epoch_whose_val_loss_is_not_finite_is_never_the_best(tmp_path, capsys, monkeypatch):
-    compute, calls = Evaluator.compute, []
-
-    def odd(evaluator):
-        calls.append(None)
-        return {**compute(evaluator), "top1": 1.0, "loss": math.nan} if len(calls) < 3 else compute(evaluator)
-
-    monkeypatch.setattr(Evaluator, "compute", odd)
+    odd = {"top1": 1.0, "loss": math.nan}
+    monkeypatch.setattr(Evaluator, "compute", Mock(side_effect=[odd, odd, {"top1": 0.5, "loss": 1.0}]))
     _, result, _ = train(tmp_path / "a")
     assert result.best_epoch == 3
     assert capsys.readouterr().err.count("this epoch cannot be the best one") == 2
@@ -229,10 +201,7 @@ def test_without_memory_the_error_names_the_size_of_the_batch(tmp_path, monkeypa
     with pytest.raises(OutOfMemoryError, match="in 8 parts"):
         train(tmp_path / "b", losses=hungry(0, [], error), auto_batch=True)
 
-    def update(*_):
-        raise error
-
-    monkeypatch.setattr(Evaluator, "update", update)
+    monkeypatch.setattr(Evaluator, "update", Mock(side_effect=error))
     with pytest.raises(OutOfMemoryError, match=r"with a batch of 5; .*batch_size=2"):
         evaluate(Separable(), make_loader(), Evaluator())
 
@@ -258,28 +227,32 @@ def test_a_signal_ends_the_wait_for_a_batch(tmp_path):
     assert Checkpoints(tmp_path).load().numbers["batch"] == 0
 
 
-def test_a_long_epoch_is_saved_again_and_again(tmp_path, monkeypatch):
-    saved = []
-    save = Checkpoints.save
+@pytest.mark.parametrize(("seconds", "batches"), [(0.0, [1, 2, 3, 4, 5, 0]), (1000.0, [0])])
+def test_a_long_epoch_is_saved_again_and_again(tmp_path, monkeypatch, seconds, batches):
+    saved, save = [], Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", lambda *arguments: saved.append(arguments[2]["batch"]) or save(*arguments))
-    train(tmp_path / "a", epochs=1, save_every_s=0.0)
-    assert saved == [1, 2, 3, 4, 5, 0]
-    saved.clear()
-    train(tmp_path / "b", epochs=1, save_every_s=1000.0)
-    assert saved == [0]
+    train(tmp_path, epochs=1, save_every_s=seconds)
+    assert saved == batches
+
+
+def test_a_run_whose_folder_is_moved_ends_and_resumes_where_the_folder_is(tmp_path):
+    def move(epoch, step):
+        if epoch == 2:
+            (tmp_path / "run").rename(tmp_path / "moved")
+
+    with pytest.raises(FileNotFoundError, match="moved or removed"):
+        train(tmp_path / "run", on_epoch=move)
+    assert not (tmp_path / "run").exists()
+    model, *_ = train(tmp_path / "moved")
+    whole, *_ = train(tmp_path / "whole")
+    assert metrics_of(tmp_path / "moved") == metrics_of(tmp_path / "whole")
+    assert torch.equal(model.head.weight, whole.head.weight)
 
 
 def test_a_checkpoint_that_fails_at_the_end_is_tried_again(tmp_path, monkeypatch):
-    calls, write = [], checkpoint.write_tensors
-
-    def full(*arguments):
-        calls.append(None)
-        if len(calls) in (2, 3):
-            raise OSError(28, "No space left on device")
-        write(*arguments)
-
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    full = OSError(28, "No space left on device")
+    write = Mock(wraps=checkpoint.write_tensors, side_effect=[DEFAULT, full, full, DEFAULT])
+    monkeypatch.setattr(checkpoint, "write_tensors", write)
     _, result, _ = train(tmp_path)
-    assert result.epochs == EPOCHS
-    assert len(calls) == 4
+    assert (result.epochs, write.call_count) == (EPOCHS, 4)
     assert Checkpoints(tmp_path).load().numbers["epoch"] == EPOCHS + 1

@@ -32,21 +32,21 @@ SMALL = [
     *("backbone.img_size=32", "augment=none", "device=cpu"),
 ]
 LAST = "prompt.blocks=last:1"
+BLOCK_0 = "no tokens: the prompt enters block 0"
 
 
 def configured(root, photos, *overrides):
-    return compose_config(
-        ["dataset=folder", f"dataset.root={photos}", f"run.root={root}", "run.name=a", *SMALL, *overrides]
-    )
+    own = "dataset=folder", f"dataset.root={photos}", f"run.root={root}", "run.name=a"
+    return to_config(compose_config([*own, *SMALL, *overrides]))
 
 
 def train(root, photos, *overrides):
-    return run(to_config(configured(root, photos, *overrides)))
+    return run(configured(root, photos, *overrides))
 
 
 def prepared(root, photos, *overrides):
     """Config, model and plan of a run that has not started."""
-    config = to_config(configured(root, photos, *overrides))
+    config = configured(root, photos, *overrides)
     task_type = task_type_of(config)
     samples = task_type.read()
     model = task_type.build_model(samples["train"])
@@ -63,11 +63,8 @@ def results(run_dir):
     lines = metric_lines(run_dir)
     assert sum("train/loss" in line for line in lines) >= 4
     last = safetensors.torch.load((run_dir / "last.checkpoint").read_bytes())
-    return (
-        lines,
-        (run_dir / "task.safetensors").read_bytes(),
-        {name: last[name].tolist() for name in last if name.startswith("tuned")},
-    )
+    tuned = {name: last[name].tolist() for name in last if name.startswith("tuned")}
+    return lines, (run_dir / "task.safetensors").read_bytes(), tuned
 
 
 def full_disk(*_):
@@ -187,10 +184,9 @@ def test_with_a_full_disk_training_continues_in_memory_or_without_a_cache(tmp_pa
     monkeypatch.setattr(os, "posix_fallocate", full_disk, raising=False)
     capsys.readouterr()
     assert results(train(tmp_path / "a", photos, LAST, "cache=disk")) == without
-    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no tokens on disk: ")]
-    assert len(notes) == 1
-    assert notes[0].endswith("; they are held in memory")
-    assert "No space left on device: " in notes[0]
+    (note,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("no tokens on disk: "))
+    assert note.endswith("; they are held in memory")
+    assert "No space left on device: " in note
     assert list((tmp_path / "a" / "cache").iterdir()) == []
     monkeypatch.setattr(caching, "free_memory", lambda: 10.0)
     assert results(train(tmp_path / "b", photos, LAST, "cache=disk")) == without
@@ -219,31 +215,18 @@ def test_tokens_that_are_required_and_cannot_be_cached_are_refused(photos, cache
     assert "\n" not in str(raised.value)
 
 
-def test_tokens_that_memory_cannot_hold_are_refused_but_not_on_disk(photos, monkeypatch):
-    monkeypatch.setattr(caching, "free_memory", lambda: 2e5)
-    with pytest.raises(ConfigError, match=r"needs 0\.4 MB, more than the free memory of 0\.2 MB; type cache=disk$"):
-        planned(photos, LAST, "cache=ram")
-    assert planned(photos, LAST, "cache=disk").tokens is not None
-
-
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
         (["cache=off"], "off"),
-        ([LAST], "tokens that enter block 4, 0.4 MB in memory, computed once"),
         (["prompt=none"], "features, 0.0 MB in memory, computed once"),
+        ([LAST], "tokens that enter block 4, 0.4 MB in memory, computed once"),
         ([LAST, "cache=disk"], "tokens that enter block 4, 0.4 MB in runs/cache, computed once"),
-        (
-            [LAST, "cache=disk", "cache_dir=/else where"],
-            "tokens that enter block 4, 0.4 MB in /else where, computed once",
-        ),
-        ([], "images, 0.2 MB, decoded once (no tokens: the prompt enters block 0)"),
+        ([LAST, "cache=disk", "cache_dir=/a b"], "tokens that enter block 4, 0.4 MB in /a b, computed once"),
+        ([], f"images, 0.2 MB, decoded once ({BLOCK_0})"),
         (["augment=standard", LAST], "images, 0.2 MB, decoded once (no tokens: augmentation is random)"),
         ([LAST, "cache_gb=0.0003"], "images, 0.2 MB, decoded once (no tokens: 0.4 MB are more than cache_gb=0.0003)"),
-        (
-            ["cache_gb=0.0001"],
-            "none (no tokens: the prompt enters block 0; no images: decoded they are more than cache_gb=0.0001)",
-        ),
+        (["cache_gb=0.0001"], f"none ({BLOCK_0}; no images: decoded they are more than cache_gb=0.0001)"),
         (["train.epochs=1"], "none: no image is read in a second epoch"),
         ([LAST, "mode=dry"], "none: no image is read in a second epoch"),
         ([LAST, "mode=overfit", "cache=ram"], "none: no image is read in a second epoch"),
@@ -256,11 +239,15 @@ def test_the_plan_states_in_one_line_what_is_cached_and_why_not_more(photos, ove
     assert (plan.tokens is not None) == text.startswith(("tokens", "features"))
 
 
-def test_half_of_the_free_memory_is_the_limit_of_cache_auto(photos, monkeypatch):
+def test_free_memory_limits_cache_ram_half_of_it_cache_auto_and_neither_the_disk(photos, monkeypatch):
     monkeypatch.setattr(caching, "free_memory", lambda: 6e5)
     text = "images, 0.2 MB, decoded once (no tokens: 0.4 MB are more than half of the free memory)"
     assert planned(photos, LAST).text == text
     assert planned(photos, LAST, "cache=ram").tokens is not None
+    monkeypatch.setattr(caching, "free_memory", lambda: 2e5)
+    with pytest.raises(ConfigError, match=r"needs 0\.4 MB, more than the free memory of 0\.2 MB; type cache=disk$"):
+        planned(photos, LAST, "cache=ram")
+    assert planned(photos, LAST, "cache=disk").tokens is not None
 
 
 def test_without_room_for_images_training_continues(tmp_path, photos, monkeypatch, capsys):
@@ -277,13 +264,13 @@ def test_images_that_are_not_files_are_not_cached_but_their_tokens_are(photos, m
     monkeypatch.setattr(
         Classification, "read", lambda task: {k: replace(samples, paths=()) for k, samples in read(task).items()}
     )
-    assert planned(photos).text == "none (no tokens: the prompt enters block 0; no images: they are not files)"
+    assert planned(photos).text == f"none ({BLOCK_0}; no images: they are not files)"
     assert planned(photos, LAST).text.startswith("tokens that enter block 4")
 
 
 def test_cache_off_is_saved_and_read(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(to_plain(to_config(configured(tmp_path, tmp_path, "cache=off")))))
+    path.write_text(yaml.safe_dump(to_plain(configured(tmp_path, tmp_path, "cache=off"))))
     assert load_config(path).cache is CacheName.off
 
 

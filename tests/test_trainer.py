@@ -1,6 +1,7 @@
 import math
 import signal
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,31 +26,37 @@ def test_training_lowers_the_loss_and_counts_epochs_and_steps(tmp_path):
     assert calls == [(epoch, 5 * epoch) for epoch in range(1, 7)]
 
 
-def test_the_model_ends_with_the_weights_that_val_chose(tmp_path):
-    val = make_loader(seed=1)
-    model, result, _ = fit_small(tmp_path, val=val, epochs=8, lr=20.0)
-    tops = [line["val/top1"] for line in metric_lines(tmp_path) if "val/top1" in line]
-    assert result.best["top1"] == max(tops) == tops[result.best_epoch - 1]
+@pytest.mark.parametrize(("num", "lr"), [(22, 20.0), (1, 0.5)])  # a single image: equal metrics, the lower loss wins
+def test_the_model_ends_with_the_weights_that_val_chose(tmp_path, num, lr):
+    val = make_loader(num=num, seed=1)
+    model, result, _ = fit_small(tmp_path, val=val, epochs=8, lr=lr)
+    found = [(line["val/top1"], -line["val/loss"]) for line in metric_lines(tmp_path) if "val/top1" in line]
+    assert found[result.best_epoch - 1] == max(found) == (result.best["top1"], -result.best["loss"])
     assert evaluate(model, val, Evaluator()) == result.best
     assert result.best_step == result.best_epoch * math.ceil(NUM_TRAIN / BATCH)
 
 
-def test_of_equal_val_metrics_the_lower_loss_is_better(tmp_path):
-    _, result, _ = fit_small(tmp_path, val=make_loader(num=1), epochs=5)
-    found = [(line["val/top1"], -line["val/loss"]) for line in metric_lines(tmp_path) if "val/top1" in line]
-    assert found[result.best_epoch - 1] == max(found)
+@pytest.mark.parametrize(
+    ("select", "epochs"),
+    [
+        ("map", [{"map": math.nan}, {"map": 0.0}, {"map": math.nan}]),  # nan is the worst, and no loss is needed
+        ("map50", [{"map": 0.9, "map50": 0.1}, {"map": 0.2, "map50": 0.3}, {"map": 0.5, "map50": 0.2}]),
+        ("loss", [{"top1": 0.9, "loss": 2.0}, {"top1": 0.2, "loss": 1.0}, {"top1": 0.5, "loss": 3.0}]),
+    ],
+)
+def test_the_best_epoch_is_that_of_the_selected_metric(tmp_path, capsys, select, epochs):
+    evaluator = Evaluator()
+    evaluator.compute = Mock(side_effect=epochs)
+    _, result, _ = fit_small(tmp_path, epochs=3, select=select, evaluator=evaluator)
+    assert (result.best_epoch, result.best) == (2, epochs[1])
+    output = capsys.readouterr()
+    assert output.out.count("100") == output.out.count("200") == 0  # a loss is no percentage
+    assert output.err.count("map on val is not a number") == 2 * (select == "map")
 
 
-def test_nan_is_worse_than_any_metric_and_needs_no_loss(tmp_path):
-    class Fixed(Evaluator):
-        values = iter([math.nan, 0.0, math.nan])
-
-        def compute(self):
-            return {"map": next(self.values)}
-
-    _, result, _ = fit_small(tmp_path, epochs=3, select="map", evaluator=Fixed())
-    assert result.best_epoch == 2
-    assert result.best == {"map": 0.0}
+def test_a_metric_that_the_evaluator_does_not_compute_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"select='map'.*top1"):
+        fit_small(tmp_path, select="map")
 
 
 def test_early_stopping_waits_for_its_patience(tmp_path):
@@ -79,29 +86,18 @@ def test_val_is_evaluated_with_the_moving_average_and_the_best_holds_it(tmp_path
 
 def test_evaluation_is_in_eval_mode_without_gradients_and_whatever_the_batches():
     model = Separable().train()
-    values = [evaluate(model, make_loader(batch_size=size), Evaluator()) for size in (1, 7, 100)]
+    one, *others = (evaluate(model, make_loader(batch_size=size), Evaluator()) for size in (1, 7, 100))
     assert not any(model.modes)
-    assert values[0] == pytest.approx(values[1])
-    assert values[1] == pytest.approx(values[2])
+    assert [pytest.approx(values) for values in others] == [one, one]
 
 
-def test_passes_can_be_limited(tmp_path):
-    model, result, _ = fit_small(tmp_path, epochs=1, max_batches=2)
+def test_passes_can_be_limited_and_autocast_reaches_the_forward_pass(tmp_path):
+    dtypes, model = [], Separable()
+    model.register_forward_hook(lambda _, inputs, logits: dtypes.append(logits.dtype))
+    _, result, _ = fit_small(tmp_path, model=model, epochs=1, max_batches=2, precision="bf16")
     assert result.steps == 2
     assert model.modes.count(False) == 2
-
-
-def test_bfloat16_autocast_reaches_the_forward_pass(tmp_path):
-    dtypes = set()
-
-    class Watching(Separable):
-        def forward(self, images):
-            logits = super().forward(images)
-            dtypes.add(logits.dtype)
-            return logits
-
-    fit_small(tmp_path, model=Watching(), epochs=1, precision="bf16")
-    assert dtypes == {torch.bfloat16}
+    assert set(dtypes) == {torch.bfloat16}
 
 
 def test_the_pace_memory_and_learning_rates_are_logged(tmp_path):
@@ -144,14 +140,11 @@ def test_several_losses_train_by_their_sum_and_are_logged_apart(tmp_path):
 
 
 def test_targets_of_any_form_reach_losses_and_evaluator(tmp_path):
-    seen = []
-
     def nested(batch):
         images, targets = zip(*batch, strict=True)
         return torch.stack(images), [{"label": target, "name": "a"} for target in targets]
 
     def losses(model, images, targets):
-        seen.append(targets)
         return cross_entropy(model, images, torch.stack([target["label"] for target in targets]))
 
     class Labels(Evaluator):
@@ -161,4 +154,3 @@ def test_targets_of_any_form_reach_losses_and_evaluator(tmp_path):
     loader = DataLoader(make_loader().dataset, batch_size=4, collate_fn=nested)
     _, result, _ = fit_small(tmp_path, train=loader, val=loader, losses=losses, evaluator=Labels(), epochs=1)
     assert result.best["top1"] > 0
-    assert seen[0][0]["name"] == "a"

@@ -14,6 +14,7 @@ from PIL import Image
 from timm.data import create_transform
 
 import vpt.data.transforms.preprocessing
+from tests.helpers import noise
 from vpt.data.transforms.boxes import DetectionEvalTransform, DetectionTrainTransform
 from vpt.data.transforms.images import EvalTransform, TrainTransform
 from vpt.data.transforms.preprocessing import Preprocessing, denormalise, resize_and_crop
@@ -27,11 +28,6 @@ RECIPE = [
     {"name": "GaussNoise", "p": 0.5},
 ]
 BOXES = np.float32([[0, 0, 16, 16], [20, 8, 44, 40]])
-
-
-def picture(width: int, height: int) -> Image.Image:
-    noise = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(noise)
 
 
 class WithoutBoxes:
@@ -66,7 +62,7 @@ def equal(ours, theirs):
 
 @both
 def test_an_empty_list_equals_evaluation(task):
-    image = picture(150, 400)
+    image = noise(150, 400)
     train, evaluation = task.train(SMALL), task.evaluation(SMALL)
     assert equal(task.apply(train, image, 3), task.apply(evaluation, image, 0))
     assert not train.is_random
@@ -75,7 +71,7 @@ def test_an_empty_list_equals_evaluation(task):
 
 @both
 def test_the_result_depends_on_image_and_seed_alone_and_changes_no_global_state(task):
-    transform, image = task.train(SMALL, RECIPE), picture(90, 70)
+    transform, image = task.train(SMALL, RECIPE), noise(90, 70)
     first = [task.apply(transform, image, seed) for seed in range(6)]
     for seed_all in (random.seed, np.random.seed, torch.manual_seed):
         seed_all(1)
@@ -92,7 +88,7 @@ def test_the_result_depends_on_image_and_seed_alone_and_changes_no_global_state(
 @both
 def test_two_steps_of_equal_probability_are_independent(task):
     flips = [{"name": "HorizontalFlip", "p": 0.5}, {"name": "VerticalFlip", "p": 0.5}]
-    transform, image = task.train(SMALL, flips), picture(32, 32)
+    transform, image = task.train(SMALL, flips), noise(32, 32)
     plain = task.apply(task.evaluation(SMALL), image, 0)[0]
     outcomes = set()
     for seed in range(40):
@@ -107,19 +103,14 @@ def test_two_steps_of_equal_probability_are_independent(task):
     [
         ({"name": "HorizontalFlp"}, "did you mean 'HorizontalFlip'"),
         ({"p": 0.5}, "None is not a transform"),
-        ({"name": "Compose"}, "'Compose' is not a transform"),
-        ({"name": "os"}, "'os' is not a transform"),
-        ({"name": "BasicTransform"}, "'BasicTransform' is not a transform"),
-        ({"name": "Lambda"}, "'Lambda' is not a transform"),
+        *(({"name": name}, f"'{name}' is not a transform") for name in ("Compose", "os", "BasicTransform", "Lambda")),
         ({"name": "HorizontalFlip", "prob": 1}, r"no argument 'prob'; did you mean 'p'\?"),
         ({"name": "Rotate", "limits": 5}, "did you mean 'limit'"),
         ({"name": "RandomResizedCrop", "scale": [2.0, 3.0]}, "RandomResizedCrop refuses"),
         ({"name": "GaussianBlur", "blur_limit": "wide"}, "GaussianBlur refuses"),
         ({"name": "RandomCrop"}, "RandomCrop refuses"),
         ({"name": "HorizontalFlip", 3: 1}, "no argument 3"),
-        ("x", "='x': must be a mapping"),
-        (None, "=None: must be a mapping"),
-        ([["name", "x"]], "must be a mapping"),
+        *((step, "must be a mapping") for step in ("x", None, [["name", "x"]])),
     ],
 )
 def test_a_wrong_step_is_refused_by_its_index_and_name(task, step, words):
@@ -141,7 +132,7 @@ def test_a_wrong_step_is_refused_by_its_index_and_name(task, step, words):
 )
 def test_a_step_that_fails_on_an_image_is_named(task, size, step, words):
     with pytest.raises(ValueError, match=f"^augment: .*{words}"):
-        task.apply(task.train(Preprocessing((size, size), *HALVES), [step]), picture(50, 40), 0)
+        task.apply(task.train(Preprocessing((size, size), *HALVES), [step]), noise(50, 40), 0)
 
 
 # Classification
@@ -151,14 +142,10 @@ def test_a_step_that_fails_on_an_image_is_named(task, size, step, words):
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
 @pytest.mark.parametrize(
     ("size", "crop_pct", "interpolation"),
-    [
-        ((64, 64), 0.9, "bicubic"),
-        ((64, 64), 1.0, "bilinear"),
-        ((33, 33), 0.875, "lanczos"),
-        ((48, 64), 0.95, "bicubic"),
-    ],
+    [(64, 0.9, "bicubic"), (64, 1.0, "bilinear"), (33, 0.875, "lanczos"), ((48, 64), 0.95, "bicubic")],
 )
 def test_evaluation_equals_timm(image_size, crop_mode, size, crop_pct, interpolation):
+    size = (size, size) if isinstance(size, int) else size
     if size[0] != size[1] and tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 31):
         pytest.skip("older timm resizes to oblong inputs in another way")
     mean, std = (0.48, 0.45, 0.4), (0.26, 0.25, 0.27)
@@ -166,7 +153,7 @@ def test_evaluation_equals_timm(image_size, crop_mode, size, crop_pct, interpola
     timms = create_transform(
         (3, *size), interpolation=interpolation, mean=mean, std=std, crop_pct=crop_pct, crop_mode=crop_mode
     )
-    image = picture(*image_size)
+    image = noise(*image_size)
     torch.testing.assert_close(ours(image), timms(image), rtol=0, atol=1e-6)
 
 
@@ -179,7 +166,7 @@ def test_shrinking_by_a_random_crop_is_antialiased():
 
 
 def test_without_a_crop_that_is_always_applied_the_evaluation_crop_comes_first():
-    image = picture(50, 40)
+    image = noise(50, 40)
     plain = EvalTransform(SMALL)(image)
     assert torch.equal(TrainTransform(SMALL, [{"name": "HorizontalFlip", "p": 1.0}])(image, 0), plain.flip(2))
     sometimes = TrainTransform(SMALL, [{"name": "RandomResizedCrop", "scale": [0.1, 0.2], "p": 0.5}])
@@ -207,7 +194,7 @@ assert "albumentations" in sys.modules
 
 
 def test_denormalise_inverts_the_normalisation():
-    image = picture(32, 32)
+    image = noise(32, 32)
     preprocessing = Preprocessing(size=(32, 32), mean=(0.1, 0.5, 0.9), std=(0.2, 0.3, 0.4), crop_pct=1.0)
     images = EvalTransform(preprocessing)(image)[None].repeat(2, 1, 1, 1)
     pixels = denormalise(images, preprocessing)
@@ -220,18 +207,12 @@ def test_denormalise_inverts_the_normalisation():
     ("change", "words"),
     [
         ({"size": [0, 32]}, r"size is \(0, 32\)"),
-        ({"size": [32]}, "size"),
-        ({"size": [32.0, 32.0]}, "size"),
-        ({"size": [10**9, 32]}, "size"),
-        ({"mean": [0.5, 0.5]}, "mean"),
-        ({"mean": [0.5, 0.5, float("nan")]}, "mean"),
-        ({"std": [0.5, 0.5, 0.0]}, "std"),
-        ({"std": "abc"}, "std"),
+        *(({"size": size}, "size") for size in ([32], [32.0, 32.0], [10**9, 32])),
+        *(({"mean": mean}, "mean") for mean in ([0.5, 0.5], [0.5, 0.5, float("nan")])),
+        *(({"std": std}, "std") for std in ([0.5, 0.5, 0.0], "abc")),
         ({"interpolation": "cubic"}, "interpolation is 'cubic'; allowed: .*bicubic"),
         ({"interpolation": {}}, "interpolation"),
-        ({"crop_pct": 0.0}, "crop_pct"),
-        ({"crop_pct": 1e-9}, "crop_pct"),
-        ({"crop_pct": True}, "crop_pct"),
+        *(({"crop_pct": value}, "crop_pct") for value in (0.0, 1e-9, True)),
         ({"crop_mode": "border"}, "crop_mode is 'border'; allowed: center, squash"),
         ({"_target_": "os.system"}, r"unknown keys \['_target_'\]"),
         ({"std": None}, r"missing keys \['std'\]"),
@@ -253,7 +234,7 @@ def test_a_preprocessing_survives_json_and_is_checked(change, words):
 def test_resizing_only_the_cropped_part_gives_the_same_pixels(
     image_size, crop_mode, size, interpolation, far, monkeypatch
 ):
-    image = picture(*image_size)
+    image = noise(*image_size)
     preprocessing = Preprocessing(size, *HALVES, interpolation, 0.9, crop_mode)
     whole = np.asarray(resize_and_crop(image, preprocessing)).astype(int)
     monkeypatch.setattr(vpt.data.transforms.preprocessing, "MAX_ENLARGED", 0)

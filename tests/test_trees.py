@@ -37,10 +37,6 @@ def place(file_name):
     return name, int(top), int(left)
 
 
-def places(split):
-    return [place(image["file_name"]) for image in coco(split)["images"]]
-
-
 def test_the_trees_read_without_any_finding_but_images_without_boxes():
     report = DataReport()
     splits = read_detection(trees_root(), strict=True, report=report)
@@ -66,25 +62,19 @@ def test_the_folder_is_small_and_has_no_image_that_is_not_listed():
 @pytest.mark.parametrize("split", SPLITS)
 def test_ids_count_up_and_each_box_is_inside_its_image(split):
     content = coco(split)
-    assert [image["id"] for image in content["images"]] == list(range(1, len(content["images"]) + 1))
-    assert [box["id"] for box in content["annotations"]] == list(range(1, len(content["annotations"]) + 1))
-    assert {box["image_id"] for box in content["annotations"]} <= {image["id"] for image in content["images"]}
+    for key in ("images", "annotations"):
+        assert [row["id"] for row in content[key]] == list(range(1, len(content[key]) + 1))
     for box in content["annotations"]:
         x, y, width, height = box["bbox"]
-        assert min(x, y) >= 0
-        assert max(x + width, y + height) <= SIZE
+        assert 1 <= box["image_id"] <= len(content["images"])
+        assert 0 <= min(x, y) < max(x + width, y + height) <= SIZE
         assert min(width, height) >= 4
         assert (box["area"], box["iscrowd"], box["category_id"]) == (width * height, 0, 1)
 
 
-def test_the_image_of_test_is_in_no_other_split():
-    pictures = {split: {name for name, _, _ in places(split)} for split in SPLITS}
-    assert pictures["test"] == {"yell_541000"}
-    assert not pictures["test"] & (pictures["train"] | pictures["val"])
-
-
-def test_no_tiles_overlap_and_val_keeps_its_distance_from_train():
-    tiles = [(split, *tile) for split in SPLITS for tile in places(split)]
+def test_no_tiles_overlap_val_keeps_its_distance_from_train_and_the_image_of_test_is_its_own():
+    tiles = [(split, *place(image["file_name"])) for split in SPLITS for image in coco(split)["images"]]
+    assert {(split == "test", name == "yell_541000") for split, name, _, _ in tiles} == {(True, True), (False, False)}
     for (split, name, top, left), (other_split, other_name, other_top, other_left) in combinations(tiles, 2):
         if name == other_name:
             rows, columns = abs(top - other_top) - SIZE, abs(left - other_left) - SIZE

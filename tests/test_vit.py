@@ -10,20 +10,14 @@ from vpt.models.vit import fingerprint, load_vit, preprocessing_of
 
 
 def test_the_fingerprint_depends_on_weights_but_not_on_input_size_or_classifier():
-    one = fingerprint(make_tiny_vit())
-    assert one == fingerprint(make_tiny_vit())
-    assert fingerprint(make_tiny_vit().to(torch.float64)) == fingerprint(make_tiny_vit().to(torch.bfloat16)) == one
-    vit = make_tiny_vit()
+    one, vit = fingerprint(make_tiny_vit()), make_tiny_vit()
+    assert all(fingerprint(make_tiny_vit().to(dtype)) == one for dtype in (torch.float64, torch.bfloat16))
     vit.blocks[1].mlp.fc1.weight.data.mul_(1.001)
     assert fingerprint(vit) != one
-    small = load_vit("vit_nano_patch8_64")
-    large = load_vit("vit_nano_patch8_64", img_size=96)
-    assert (
-        fingerprint(small)
-        == fingerprint(large)
-        == fingerprint(timm.create_model("vit_nano_patch8_64", pretrained=True, num_classes=5))
-    )
-    assert fingerprint(small) != fingerprint(load_vit("vit_nano_patch8_64", pretrained=False))
+    nano = fingerprint(load_vit("vit_nano_patch8_64"))
+    assert nano == fingerprint(load_vit("vit_nano_patch8_64", img_size=96))
+    assert nano == fingerprint(timm.create_model("vit_nano_patch8_64", pretrained=True, num_classes=5))
+    assert nano != fingerprint(load_vit("vit_nano_patch8_64", pretrained=False))
 
 
 def test_preprocessing_is_that_of_timm_at_the_size_of_the_model():
@@ -36,10 +30,8 @@ def test_preprocessing_is_that_of_timm_at_the_size_of_the_model():
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_weights_are_loaded_from_a_file(tmp_path, suffix):
     source = timm.create_model("vit_nano_patch8_64", num_classes=7)
-    path = tmp_path / f"weights{suffix}"
-    save_file(source.state_dict(), path) if suffix == ".safetensors" else torch.save(
-        {"model": source.state_dict()}, path
-    )
+    path, state = tmp_path / f"weights{suffix}", source.state_dict()
+    save_file(state, path) if suffix == ".safetensors" else torch.save({"model": state}, path)
     vit = load_vit("vit_nano_patch8_64", checkpoint=path)
     assert fingerprint(vit) == fingerprint(source)
     assert vit.num_classes == 0
@@ -71,21 +63,19 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(tmp_path, capsys):
     assert "executed" not in capsys.readouterr().out
 
 
-def test_the_nearest_name_is_suggested_for_an_unknown_one():
-    with pytest.raises(ValueError, match=r"^name=vit_tiny_patch16_2244: .* did you mean vit_tiny_patch16_224"):
-        load_vit("vit_tiny_patch16_2244")
-
-
-@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
-def test_an_unsupported_model_is_refused_before_any_download(monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vit_tiny_patch16_2244", {}, "^name=vit_tiny_patch16_2244: .* did you mean vit_tiny_patch16_224"),
+        ("resnet18", {}, "name=resnet18: .* cannot be prompted; supported are"),
+        ("swin_tiny_patch4_window7_224", {}, "name=swin_tiny_patch4_window7_224: .* cannot be prompted; supported are"),
+        ("vit_nano_patch8_64", {"img_size": 4}, "^img_size=4: vit_nano_patch8_64 cannot be built"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_before_any_download(monkeypatch, name, options, message):
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: pytest.fail("fetched"))
-    with pytest.raises(ValueError, match=f"name={name}: .* cannot be prompted; supported are"):
-        load_vit(name)
-
-
-def test_an_impossible_size_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"^img_size=4: vit_nano_patch8_64 cannot be built"):
-        load_vit("vit_nano_patch8_64", img_size=4)
+    with pytest.raises(ValueError, match=message):
+        load_vit(name, **options)
 
 
 def test_unavailable_weights_are_reported_with_the_file_to_download(monkeypatch):
@@ -93,7 +83,9 @@ def test_unavailable_weights_are_reported_with_the_file_to_download(monkeypatch)
         raise OSError("no network")
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
-    with pytest.raises(ValueError, match=r"model.safetensors of timm/vit_tiny_patch16_224.* checkpoint=FILE"):
-        load_vit("vit_tiny_patch16_224.augreg_in21k_ft_in1k")
-    with pytest.raises(ValueError, match="tags of vit_tiny_patch16_384 are augreg_in21k_ft_in1k"):
-        load_vit("vit_tiny_patch16_384.nothing")
+    for name, message in (
+        ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", "of timm/vit_tiny_patch16_224.* checkpoint=FILE"),
+        ("vit_tiny_patch16_384.nothing", "tags of vit_tiny_patch16_384 are augreg_in21k_ft_in1k"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_vit(name)

@@ -85,19 +85,21 @@ def test_a_backbone_in_bfloat16_is_whitened_in_float32(images):
     assert backbone.prompt.form.whitening.dtype == torch.float32
 
 
+WHITENED = Bilinear(2, whiten=True)
+
+
 def test_prompts_and_images_that_cannot_be_whitened_are_refused(images):
+    def refuse(message, batches, prompt="deep", form=WHITENED, vit=None):
+        with pytest.raises(ValueError, match=message):
+            whiten_from_patches(vpt.PromptedViT(vit or make_tiny_vit(), prompt, num_tokens=4, form=form), batches)
+
     for form in (None, Bilinear(2)):
-        with pytest.raises(ValueError, match=r"Bilinear\(whiten=True\)"):
-            whiten_from_patches(vpt.PromptedViT(make_tiny_vit(), num_tokens=4, form=form), [images])
-    backbone = vpt.PromptedViT(make_tiny_vit(), num_tokens=4, form=Bilinear(2, whiten=True))
-    with pytest.raises(ValueError, match="at least one image"):
-        whiten_from_patches(backbone, [])
-    keyed = vpt.PromptedViT(make_tiny_vit(), "kv", num_tokens=4, form=Bilinear(2, whiten=True))
-    with pytest.raises(ValueError, match=r"whiten=True: .*variant=kv"):
-        whiten_from_patches(keyed, [images])
-    backbone.vit.blocks[1].attn.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"whiten=True: .* in block 1 attn has hooks"):
-        whiten_from_patches(backbone, [images])
+        refuse(r"Bilinear\(whiten=True\)", [images], form=form)
+    refuse("at least one image", [])
+    refuse(r"whiten=True: .*variant=kv", [images], "kv")
+    hooked = make_tiny_vit()
+    hooked.blocks[1].attn.register_forward_hook(lambda *_: None)
+    refuse(r"whiten=True: .* in block 1 attn has hooks", [images], vit=hooked)
 
 
 @pytest.mark.parametrize("init", ["uniform", "patch"])

@@ -4,6 +4,7 @@ import pytest
 
 from tests.helpers import TRUTH, draw_image, write_text, write_yolo
 from vpt.data.readers.box_checks import DataReport, Finding
+from vpt.data.readers.boxes import find_formats
 from vpt.data.readers.yolo import read_yolo
 from vpt.data.samples import DetectionSamples
 
@@ -22,10 +23,11 @@ def read_lines(root: Path, text: str, keys: str = "", **options) -> tuple[Detect
     ("text", "keys", "box"),
     [
         ("1 0.5 0.5 0.25 0.5", "", [24, 8, 40, 24]),
-        ("\n1.0  0.5 0.5 0.25\t0.5 \r\n\n", "", [24, 8, 40, 24]),
+        ("\n1  0.5 0.5 0.25\t0.5 \r\n\n", "", [24, 8, 40, 24]),
         ("1 0.25 0.5 0.5 0.25 0.75 0.75", "", [16, 8, 48, 24]),
         ("1 0.25 0.25 0.75 0.25 0.75 0.75 0.25 0.75", "", [16, 8, 48, 24]),
         ("1 0.5 0.5 0.25 0.5 0.9 0.9 2 0.1 0.1 1", "kpt_shape: [2, 3]", [24, 8, 40, 24]),
+        ("1 0.5 0.5 0.25 0.5 0.9", "kpt_shape: [1, 1]", [24, 8, 40, 24]),
         ("1 0.5 0.5 1.0000001 1.0000001", "", [0, 0, 64, 32]),
     ],
 )
@@ -55,12 +57,71 @@ def test_a_wrong_line_is_counted_with_its_number(line, finding, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["1 0.5 0.5 0.25", "1", "cat 0.5 0.5 0.25 0.5", "1.5 0.5 0.5 0.25 0.5", "1 0.5 0.5 0.25 0.5 0.9", "nan 1 1 1 1"],
+    ("line", "finding"),
+    [
+        *(
+            (line, Finding.CONVERTED)
+            for line in ("1.0 0.5 0.5 0.25 0.5", "dog 0.5 0.5 0.25 0.5", "1 0.5 0.5 0.25 0.5 0.9")
+        ),
+        *((line, Finding.INVALID) for line in ("1 0.5 0.5 0.25", "1", "1 0.1 0.1 0.2 0.2 0.3 0.3 0.4", "1 x 1 1 1")),
+        *((line, Finding.INVALID) for line in ("bird 0.5 0.5 0.25 0.5", "1.5 0.5 0.5 0.25 0.5", "nan 1 1 1 1")),
+        ("1e400 0.5 0.5 0.25 0.5", Finding.INVALID),
+    ],
 )
-def test_a_line_that_is_no_box_is_refused_with_its_number(line, tmp_path):
-    with pytest.raises(ValueError, match=r"a\.txt, line 2: '.*'; must be `class cx cy w h`"):
-        read_lines(tmp_path, f"0 0.5 0.5 0.5 0.5\n{line}\n")
+def test_a_line_of_another_form_is_repaired_or_dropped_and_counted(line, finding, tmp_path):
+    train, report = read_lines(tmp_path, f"0 0.5 0.5 0.5 0.5\n{line}\n")
+    assert train.boxes[0].tolist() == [[16, 8, 48, 24], *([[24, 8, 40, 24]] if finding is Finding.CONVERTED else [])]
+    assert report.counts == {finding: 1}
+    assert "a.txt, line 2: " in report.first[finding]
+
+
+def test_images_that_share_a_file_of_labels_are_counted(tmp_path):
+    write_yolo(tmp_path)
+    draw_image(tmp_path / "images" / "train" / "a.jpg", (64, 32))
+    draw_image(tmp_path / "images" / "train" / "c.jpg", (64, 32))
+    report = DataReport()
+    train = read_yolo(tmp_path, report=report)["train"]
+    assert [len(boxes) for boxes in train.boxes] == [2, 2, 1, 0, 0]
+    assert report.counts == {Finding.SHARED: 2, Finding.BACKGROUND: 2}
+    assert report.first[Finding.SHARED].endswith("labels/train/a.txt: images/train/a.jpg")
+
+
+LINE = "0 0.5 0.5 0.5 0.5\n"
+LISTS = {"obj.names": "cat\n", "obj.data": "names = data/obj.names\n", "train.txt": "data/obj_train_data/a.png\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "image", "labels", "counts"),
+    [
+        ({"mine.yaml": "train: images\nnames: [cat]\n", "other.yaml": "a: 1"}, "images/a.png", "labels/a.txt", {}),
+        ({"coco8.yml": "path: .\nnames:\n  0: cat\ntrain: /data/x/images\n"}, "images/a.png", "labels/a.txt", {}),
+        ({"classes.txt": "cat\n", "notes.json": "{}"}, "images/a.png", "labels/a.txt", {}),
+        ({"labels/classes.txt": "cat\n"}, "images/a.png", "labels/a.txt", {}),
+        ({"classes.txt": "cat\n"}, "images/train/a.png", "labels/train/a.txt", {}),
+        ({"classes.txt": "cat\n"}, "train/a.png", "train/a.txt", {}),
+        ({"classes.txt": "cat\n", "README.txt": "1 export"}, "a.png", "a.txt", {}),
+        ({"train/_darknet.labels": "cat\n", "README.roboflow.txt": "x"}, "train/a.png", "train/a.txt", {}),
+        (LISTS, "obj_train_data/a.png", "obj_train_data/a.txt", {Finding.MOVED: 1}),
+        ({"data.yaml": "train: ../train/images\nnames: [cat]\n"}, "train/images/a.png", "train/labels/a.txt", {}),
+    ],
+)
+def test_the_folders_of_other_tools_are_read(files, image, labels, counts, tmp_path):
+    for name, text in {**files, labels: LINE}.items():
+        write_text(tmp_path / name, text)
+    draw_image(tmp_path / image, (64, 32))
+    assert find_formats(tmp_path) == ["yolo"]
+    report = DataReport()
+    train = read_yolo(tmp_path, val_fraction=0, report=report, strict=True)["train"]
+    assert train.names == (image,)
+    assert train.boxes[0].tolist() == [[16, 8, 48, 24]]
+    assert report.counts == counts
+
+
+def test_two_files_that_name_classes_are_refused(tmp_path):
+    for name in ("a.yaml", "b.yml"):
+        write_text(tmp_path / name, "train: x\nnames: [cat]\n")
+    with pytest.raises(ValueError, match=r"both a\.yaml and b\.yml"):
+        read_yolo(tmp_path)
 
 
 def test_labels_without_an_image_are_counted_and_a_list_of_classes_is_none(tmp_path):
@@ -73,6 +134,12 @@ def test_labels_without_an_image_are_counted_and_a_list_of_classes_is_none(tmp_p
     assert report.first[Finding.STRAY].endswith("labels/train/z.txt")
     with pytest.raises(ValueError, match=r"z\.txt is the first of: labels of images that do not exist \(1\)"):
         read_yolo(tmp_path, strict=True)
+    for name in ("a.txt", "b.txt"):
+        write_text(tmp_path / "beside" / name, LINE)
+    draw_image(tmp_path / "beside" / "a.png", (64, 32))
+    write_text(tmp_path / "beside" / "classes.txt", "cat\n")
+    with pytest.raises(ValueError, match=r"b\.txt is the first of: labels"):
+        read_yolo(tmp_path / "beside", val_fraction=0, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -99,17 +166,11 @@ def test_entries_are_folders_or_lists_wherever_they_start(entries, tmp_path):
     assert list(splits) == ["train", "val"]
 
 
-def test_labels_are_beside_images_that_are_in_no_folder_images(tmp_path):
-    draw_image(tmp_path / "photos" / "a.png", (64, 32))
-    write_text(tmp_path / "photos" / "a.txt", "0 0.5 0.5 0.5 0.5")
-    write_text(tmp_path / "data.yml", "train: photos\nnames: [cat]\n")
-    assert len(read_yolo(tmp_path, val_fraction=0)["train"].boxes[0]) == 1
-
-
-def test_the_last_folder_named_images_becomes_labels(tmp_path):
-    draw_image(tmp_path / "images" / "images" / "x" / "a.png", (64, 32))
-    write_text(tmp_path / "images" / "labels" / "x" / "a.txt", "0 0.5 0.5 0.5 0.5")
-    write_text(tmp_path / "data.yaml", "train: images\nnames: [cat]\n")
+@pytest.mark.parametrize(("image", "labels"), [("photos", "photos"), ("images/images/x", "images/labels/x")])
+def test_labels_are_in_the_folder_whose_last_images_is_labels_or_beside_the_image(image, labels, tmp_path):
+    draw_image(tmp_path / image / "a.png", (64, 32))
+    write_text(tmp_path / labels / "a.txt", "0 0.5 0.5 0.5 0.5")
+    write_text(tmp_path / "data.yml", f"train: {Path(image).parts[0]}\nnames: [cat]\n")
     assert len(read_yolo(tmp_path, val_fraction=0)["train"].boxes[0]) == 1
 
 
@@ -142,7 +203,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("train: images/train\nnc: 3\nnames: [cat, dog]", r"data\.yaml: nc must be 2, the number of names"),
         ("val: x\nvalid: y\ntrain: z\nnames: [cat]", r"data\.yaml: both val and valid are val"),
         ("names: [", r"data\.yaml: not YAML \("),
-        ("names: " + "[" * 3_000, r"data\.yaml: not YAML \("),
+        ("names: " + "[" * 1_000, r"data\.yaml: not YAML \("),
         ("x: " + "9" * 5000, r"data\.yaml: not YAML \("),
         ("- cat", r"data\.yaml: of type list; must have the keys"),
         ("!!python/object/apply:os.system ['false']", r"data\.yaml: not YAML \(could not determine a constructor"),

@@ -270,21 +270,23 @@ def build_optimizer(config: Config, model: TaskModel) -> Optimizer:
     return make_optimizer(optim.name.value, parts, weight_decay=optim.weight_decay, momentum=optim.momentum)
 
 
-def build_schedule(config: Config, optimizer: Optimizer, num_batches: int) -> LRScheduler:
-    """Warm-up and cosine over all optimiser steps of the run."""
+def build_schedule(config: Config, optimizer: Optimizer, num_batches: int, num_done: int = 0) -> LRScheduler:
+    """Warm-up and cosine over all optimiser steps of the run, or those behind `num_done` epochs."""
     steps_per_epoch = -(-num_batches // config.train.accumulation)
     return warmup_cosine(
         optimizer,
-        num_steps=config.train.epochs * steps_per_epoch,
+        num_steps=(config.train.epochs - num_done) * steps_per_epoch,
         num_warmup_steps=round(config.optim.warmup_epochs * steps_per_epoch),
     )
 
 
-def build_state(config: Config, model: TaskModel, num_batches: int) -> RunState:
-    """The state of a new run of `num_batches` batches an epoch."""
+def build_state(config: Config, model: TaskModel, num_batches: int, num_done: int = 0) -> RunState:
+    """The state of a new run of `num_batches` batches an epoch; its schedule is that behind `num_done` epochs."""
     optimizer = build_optimizer(config, model)
-    schedule = build_schedule(config, optimizer, num_batches)
-    return RunState(tuned_parameters(model), optimizer, schedule, build_average(config, model))
+    schedule, tuned = build_schedule(config, optimizer, num_batches, num_done), tuned_parameters(model)
+    return RunState(
+        tuned, optimizer, schedule, None if config.train.ema is None else MovingAverage(tuned, config.train.ema)
+    )
 
 
 def names_in(loader: Loader, names: Sequence[str]) -> NamesOf:
@@ -292,11 +294,6 @@ def names_in(loader: Loader, names: Sequence[str]) -> NamesOf:
     sampler: Any = loader.sampler
     size = loader.batch_size or 1
     return lambda epoch, first, behind: [names[index] for index in sampler.order(epoch)[first * size : behind * size]]
-
-
-def build_average(config: Config, model: nn.Module) -> MovingAverage | None:
-    """The moving average of the tuned parameters, or None."""
-    return None if config.train.ema is None else MovingAverage(tuned_parameters(model), config.train.ema)
 
 
 def build_watches(model: TaskModel) -> list[RowWatch]:

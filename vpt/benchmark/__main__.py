@@ -4,7 +4,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vpt.config.command_line import INTERRUPTED, fail, parse_options, tell
+from vpt.config.command_line import INTERRUPTED, escape_output, fail, parse_options, tell
 from vpt.config.errors import ConfigError
 from vpt.config.schema import option
 
@@ -68,6 +68,7 @@ class BenchmarkOptions:
 
 def main() -> None:
     """Read the options, measure, print the tables and write the files."""
+    escape_output()
     try:
         is_complete = benchmark(parse_options(BenchmarkOptions, sys.argv[1:], USAGE))
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vpt.compare.methods import METHODS, choose_methods
 from vpt.compare.plan import Plan
-from vpt.config.command_line import check_folder, fail, is_for_user, parse_options, split_options
+from vpt.config.command_line import check_folder, escape_output, fail, is_for_user, parse_options, split_options
 from vpt.config.errors import ConfigError
 from vpt.config.schema import Config, option
 from vpt.engine.signals import STOPPED, Stopped, StopSignal
@@ -78,6 +78,7 @@ class Request:
 
 def main() -> None:
     """Read the options, compare, print the table."""
+    escape_output()
     try:
         with StopSignal() as stop:
             comparison = compare(read_options(sys.argv[1:]), stop)
@@ -140,7 +141,7 @@ def _trainer(log: Path, stop: StopSignal) -> "Train":
     from vpt.train.training import run
 
     def train(config: Config, shown: Config) -> None:
-        with log.open("a") as file, redirect_stdout(file):
+        with log.open("a", encoding="utf-8", errors="backslashreplace") as file, redirect_stdout(file):
             run(config, shown, stop=stop)
 
     return train

@@ -78,7 +78,7 @@ def write_report(path: Path, comparison: Comparison) -> None:
 
 def to_html(content: Mapping[str, Any]) -> str:
     """The template filled with plain values; no text in them can end the script tag around them."""
-    html = TEMPLATE.read_text()
+    html = TEMPLATE.read_text(encoding="utf-8")
     sources = {tag: f"'sha256-{_digest(html, tag)}'" for tag in ("style", "script")}
     policy = f"default-src 'none'; img-src data:; style-src {sources['style']}; script-src {sources['script']}"
     text = json.dumps(finite(content), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")

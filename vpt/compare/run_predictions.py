@@ -37,7 +37,7 @@ class RunPredictions:
 def read_or_predict(config: Config, run_dir: Path, samples: Mapping[str, Any], split: str) -> RunPredictions:
     """The saved predictions of a finished run; computed and saved if there are none."""
     try:
-        values = json.loads((run_dir / FILE).read_text())
+        values = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
         saved = RunPredictions(**{entry.name: values[entry.name] for entry in fields(RunPredictions)})
         if saved.split == split:
             return saved

@@ -189,7 +189,7 @@ def _choose(search: list[Outcome], metric: str) -> float | None:
 def _read_curve(folder: Path, metric: str) -> tuple[float, ...]:
     """The metric on val after each epoch."""
     try:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):  # after a full disk, for example; the rest of the run is complete
         return ()
     values = [line[f"val/{metric}"] for line in lines if f"val/{metric}" in line]
@@ -199,6 +199,6 @@ def _read_curve(folder: Path, metric: str) -> tuple[float, ...]:
 def _read_costs(path: Path) -> dict[str, Cost]:
     """The saved costs; empty if they cannot be read."""
     try:
-        return {name: Cost.from_dict(values) for name, values in json.loads(path.read_text()).items()}
+        return {name: Cost.from_dict(values) for name, values in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}

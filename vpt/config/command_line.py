@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import io
 import re
 import sys
 import tempfile
@@ -31,6 +32,13 @@ FLAGS = {  # of Hydra, beside those with a value
     *("--cfg", "--package", "--info", "--config-name", "--config-path", "-h", "--help", "--hydra-help"),
 }
 LR = "lr"  # short for the rate of what is tuned
+
+
+def escape_output() -> None:
+    """Let the standard streams escape what their encoding does not have, such as a class name, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class CommandLine(NamedTuple):

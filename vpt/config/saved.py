@@ -23,7 +23,7 @@ from vpt.config.text import quote_text
 from vpt.config.validation import to_config
 
 WITHOUT_EFFECT = (  # on the result of a run that ends
-    *("run", "fresh", "num_workers", "timeout_s", "cache", "cache_gb", "cache_dir"),
+    *("run", "fresh", "extend", "num_workers", "timeout_s", "cache", "cache_gb", "cache_dir"),
     *("log_every", "auto_batch", "skip_nonfinite", "required"),
 )
 ROUNDING = ("device", "deterministic", "compile", "grad_checkpointing")  # they change last digits only
@@ -115,7 +115,11 @@ def first_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `rename_keys` for keys such as "prompt.variant", so that digests in run names stay the same."""
     before = {new: old for old, new in RENAMED.items()}
     new = ("dataset.task", "dataset.required", "head.task")
-    return {before.get(key, key): value for key, value in values.items() if key not in new}
+    # keys of later versions, and their values where they change nothing
+    unset = {"dataset.layout": "auto", "dataset.group": None, "dataset.folds": None, "dataset.fold": 0}
+    unset |= {"dataset.exif_boxes": "auto", "data.range": "auto", "data.bands": None, "train.select": None}
+    old = {key: value for key, value in values.items() if key not in new and (key, value) not in unset.items()}
+    return {before.get(key, key): value for key, value in old.items()}
 
 
 def load_config(path: Path) -> Config:
@@ -127,7 +131,7 @@ def load_config(path: Path) -> Config:
     """
     try:
         values: Any = OmegaConf.to_container(OmegaConf.create(quote_text(_plain_text(path))), resolve=False)
-        loaded = OmegaConf.create(_escape(rename_keys(values) if isinstance(values, dict) else values))
+        loaded = OmegaConf.create(_escape(_of_this_version(values) if isinstance(values, dict) else values))
         merged = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), loaded))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
@@ -137,6 +141,14 @@ def load_config(path: Path) -> Config:
         return to_config(merged)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _of_this_version(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the keys of this version; a null `dataset.test_fraction` of version 0.1 meant no test."""
+    new, given = rename_keys(values), values.get("dataset")
+    if isinstance(given, dict) and given.get("kind") in ("folder", "csv") and given.get("test_fraction") is None:
+        new["dataset"]["test_fraction"] = 0.0
+    return new
 
 
 def _plain_text(path: Path) -> str:

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vpt.config.composition import explain
 from vpt.config.errors import ConfigError
 from vpt.config.help import describe_range
-from vpt.config.schema import Config, DatasetConfig, PromptFormName, PromptName, TuningName, schema_options
+from vpt.config.schema import Config, DatasetConfig, Mode, PromptFormName, PromptName, TuningName, schema_options
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
@@ -28,10 +28,6 @@ def to_config(composed: DictConfig) -> Config:
     for key in config.dataset.required:
         required(config.dataset, key)
     _check_task(config)
-    annotations = config.dataset.annotations
-    for split, path in annotations.items() if isinstance(annotations, dict) else ():
-        if not isinstance(path, str):
-            raise ConfigError(f"dataset.annotations.{split}={path}: is no path; if it is a name, put quotes around it")
     prompt, tuning = config.prompt, config.tuning
     if prompt.whiten and prompt.form is not PromptFormName.bilinear:
         raise ConfigError(f"prompt.whiten=true is for prompt=bilinear, and prompt.form={prompt.form}: leave it out")
@@ -39,6 +35,9 @@ def to_config(composed: DictConfig) -> Config:
         raise ConfigError(f"prompt.init_from={prompt.init_from}: there is no prompt to initialise; leave it out")
     if tuning.options and tuning.method is not TuningName.adapters:
         raise ConfigError(f"tuning.options={tuning.options} are for adapters: type tuning=lora, or leave them out")
+    if config.extend and (config.fresh or config.mode is not Mode.train):
+        other = "fresh=true" if config.fresh else f"mode={config.mode}"
+        raise ConfigError(f"extend=true continues a finished run, and {other} does not: leave one of them out")
     for key, name in {"name": config.run.name, "title": config.run.title}.items():
         if name is not None and not RUN_NAME.fullmatch(name):
             shown = name if name.isprintable() else repr(name)
@@ -93,6 +92,10 @@ def required(dataset: DatasetConfig, key: str) -> str:
 
 def _check_task(config: Config) -> None:
     """Refuse a head, or a key, that is for another type of task than the data."""
+    annotations = config.dataset.annotations
+    for split, path in annotations.items() if isinstance(annotations, dict) else ():
+        if not isinstance(path, str):
+            raise ConfigError(f"dataset.annotations.{split}={path}: is no path; if it is a name, put quotes around it")
     head, data = config.head, f"dataset={config.dataset.reader} is for {config.task}"
     if head.task not in (None, config.task):
         raise ConfigError(f"head={head.name} is for {head.task}, and {data}: type another head, or leave head out")

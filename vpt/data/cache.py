@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vpt.data.images import check_image
+from vpt.data.images import Decoding, check_image
 from vpt.data.samples import Samples, SamplesT
 from vpt.storage.files import reserve
 
@@ -79,7 +79,7 @@ def decoded_sizes(samples: Samples, max_bytes: float) -> list[Size] | None:
     """Width and height of all image files, from their headers; None if their pixels take more than `max_bytes`."""
     sizes: list[Size] = []
     for path in samples.paths:
-        sizes.append(check_image(path, max_pixels=sys.maxsize))  # the limit of the run was checked by the reader
+        sizes.append(check_image(path, Decoding(sys.maxsize, bands=(1, 1, 1))))  # the reader checked the run's own
         max_bytes -= num_bytes(sizes[-1])
         if max_bytes < 0:
             return None

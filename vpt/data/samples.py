@@ -37,16 +37,17 @@ class Samples(ABC):
     since loader processes get a copy. `paths` is empty if the images are not files.
     """
 
-    PER_IMAGE: ClassVar[tuple[str, ...]] = ("names", "paths")  # fields with a value for each image
+    PER_IMAGE: ClassVar[tuple[str, ...]] = ("names", "paths", "groups")  # fields with a value for each image, or empty
 
     classes: tuple[str, ...]
     names: tuple[str, ...]
     reader: Callable[[int], Image.Image] = field(repr=False)
     paths: tuple[Path, ...] = field(default=(), repr=False)
+    groups: tuple[str, ...] = field(default=(), repr=False)  # images of one group, such as a patient, stay in one split
 
     def __post_init__(self) -> None:
         lengths = {key: len(getattr(self, key)) for key in self.PER_IMAGE}
-        assert all(length == len(self) for key, length in lengths.items() if key != "paths" or length)
+        assert all(length == len(self) for key, length in lengths.items() if length or key == "names")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -60,6 +61,10 @@ class Samples(ABC):
         values: dict[str, Any] = {key: getattr(self, key) for key in self.PER_IMAGE}
         taken = {key: tuple(value[i] for i in indices) for key, value in values.items() if value}
         return replace(self, reader=_TakenReader(self.reader, tuple(indices)), **taken)
+
+    def decoded(self, decoding: Decoding) -> Self:
+        """The same samples, whose files are read in another way; readers of other classes are kept."""
+        return replace(self, reader=_with_decoding(self.reader, decoding))
 
     @property
     @abstractmethod
@@ -157,7 +162,8 @@ class DetectionSamples(Samples):
 
     def label_text(self, index: int) -> str:
         """The number of boxes and a digest of them."""
-        rows = sorted(zip(self.labels[index].tolist(), self.boxes[index].tolist(), strict=True))
+        parts = (self.labels[index], self.boxes[index], self.crowd[index])
+        rows = sorted(zip(*(part.tolist() for part in parts), strict=True))
         return f"{len(rows)} boxes ({hashlib.sha256(repr(rows).encode()).hexdigest()[:8]})"
 
     def label_bytes(self) -> Iterator[bytes]:
@@ -190,7 +196,7 @@ def check_readable(samples: Samples, decoding: Decoding = DEFAULT_DECODING) -> N
     reasons = []
     for path in samples.paths:
         try:
-            check_image(path, decoding.max_pixels)
+            check_image(path, decoding)
         except ImageError as error:
             reasons.append(str(error))
     refuse_unreadable(reasons)
@@ -214,7 +220,7 @@ class FileReader:
     def __call__(self, index: int) -> Image.Image:
         """Read an image, mode RGB; an `ImageError` if it cannot be read, or has another size."""
         path = self.paths[index]
-        image = read_image(path, self.decoding.max_pixels, self.decoding.background)
+        image = read_image(path, self.decoding)
         if self.sizes and (image.height, image.width) != self.sizes[index]:
             raise ImageError(
                 f"{path}: {image.width} x {image.height} pixels, but its boxes are for "
@@ -231,6 +237,12 @@ class _TakenReader:
 
     def __call__(self, index: int) -> Image.Image:
         return self.reader(self.indices[index])
+
+
+def _with_decoding(reader: Callable[[int], Image.Image], decoding: Decoding) -> Callable[[int], Image.Image]:
+    if isinstance(reader, _TakenReader):
+        return replace(reader, reader=_with_decoding(reader.reader, decoding))
+    return replace(reader, decoding=decoding) if isinstance(reader, FileReader) else reader
 
 
 class SampleDataset(Dataset[Any], ABC, Generic[SamplesT]):

@@ -9,6 +9,7 @@ from vpt.config.command_line import (
     INTERRUPTED,
     check_file,
     compose_run,
+    escape_output,
     fail,
     is_for_user,
     parse_options,
@@ -44,6 +45,7 @@ class DoctorOptions:
 
 def main() -> None:
     """Check the command line and the data, and report."""
+    escape_output()
     try:
         own, words = split_options(DoctorOptions, sys.argv[1:])
         output = parse_options(DoctorOptions, own, USAGE).json

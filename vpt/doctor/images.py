@@ -1,30 +1,30 @@
 """Images that cannot be read, are unusual, or have sizes that do not fit the backbone."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vpt.config.schema import Config, OnError
-from vpt.data.images import EXTENSIONS
 from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.doctor.scan import Oddity, SplitScan
 from vpt.task_types.findings import File, Finding, Level, share
 
 EXTREME = 4  # the longer side over the shorter one
-OTHER_ENDINGS = {".arw", ".avif", ".cr2", ".dng", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jxl", ".nef", ".psd"}
 MUCH = 0.4  # of the area of an image that the centre crop cuts off
 
 ODDITIES = {
     Oddity.ANIMATED: ("animated", "are animated; the first frame is read"),
     Oddity.PAGES: ("pages", "have several pages; the first is read"),
-    Oddity.SIXTEEN_BIT: ("sixteen_bit", "have 16 bits per channel; their full range is scaled to 8 bits"),
+    Oddity.SIXTEEN_BIT: (
+        "sixteen_bit",
+        "have 16 bits per channel; data.range decides which values become black and white",
+    ),
     Oddity.TURNED: ("exif_turned", "have an EXIF orientation; they are read upright"),
     Oddity.CMYK: ("cmyk", "are CMYK; they are converted to RGB without a colour profile"),
     Oddity.ALPHA: ("alpha", "have transparency; they are placed on the background {background}"),
+    Oddity.METADATA: ("metadata", "have metadata that cannot be read; their pixels are read, as if upright"),
     Oddity.ENDING: ("ending", "have the extension of another format; they are read by their content"),
 }
 
@@ -73,19 +73,6 @@ def find_unusual(config: Config, splits: Mapping[str, Any], scans: Mapping[str, 
             if found := dict.fromkeys((index for index in of_split.odd(oddity) if index not in of_split.errors), ""):
                 text = text.format(background=config.data.background)
                 yield _of_images(Level.note, code, text, split, splits[split].names, found)
-
-
-def find_ignored(root: Path) -> Iterator[Finding]:
-    """Images below a folder in formats that are not supported."""
-    names = [
-        Path(parent, name).relative_to(root).as_posix()
-        for parent, _, files in os.walk(root)
-        for name in sorted(files)
-        if Path(name).suffix.lower() in OTHER_ENDINGS - EXTENSIONS
-    ]
-    if names:
-        message = f"images in formats that are not supported: {len(names):,}; save them as .jpg or .png"
-        yield Finding(Level.warning, "ignored", message, None, tuple(map(File, names)))
 
 
 def find_size_problems(

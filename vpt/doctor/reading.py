@@ -10,7 +10,7 @@ from vpt.config.schema import Config
 from vpt.data.images import find_images
 from vpt.data.readers.box_checks import DataReport
 from vpt.data.samples import ClassificationSamples, FileReader
-from vpt.data.splits import SPLIT_OF, SPLITS
+from vpt.data.splits import SPLITS, split_named
 from vpt.storage.archives import unpacked
 from vpt.task_types.base import task_type_of
 
@@ -37,13 +37,13 @@ def read_data(config: Config) -> Reading:
         dataset.root = str(root)  # an archive is unpacked once
     task_type = task_type_of(replace(config, dataset=dataset))
     try:
-        splits: dict[str, Any] = task_type.read_all()
+        splits: dict[str, Any] = task_type.decode(task_type.read_all())
     except ValueError as error:
         loose = {} if root is None else _read_loosely(root)
         if not any(map(len, loose.values())):
             raise ConfigError(str(error)) from error
         return Reading(loose, task_type.report, (), str(error), config.dataset.reader == "folder", root)
-    whole = replace(dataset, val_fraction=0.0, test_fraction=0.0)
+    whole = replace(dataset, val_fraction=0.0, test_fraction=0.0, folds=None, fold=0)
     given = task_type_of(replace(config, dataset=whole)).read_all()
     return Reading(splits, task_type.report, tuple(split for split in splits if split not in given), root=root)
 
@@ -65,7 +65,7 @@ def _read_loosely(root: Path) -> dict[str, ClassificationSamples]:
     has_splits = any(_split_of(entry) == "train" and entry.is_dir() for entry in root.iterdir())
     for path in find_images(root):
         parts = path.relative_to(root).parts[:-1]
-        split = SPLIT_OF.get(parts[0].lower(), UNSPLIT) if has_splits and parts else UNSPLIT
+        split = (split_named(parts[0]) or UNSPLIT) if has_splits and parts else UNSPLIT
         name = next(iter(parts[1:] if has_splits else parts), ".")
         rows[split].append((path, name))
         folders[name] += 1
@@ -76,7 +76,7 @@ def _read_loosely(root: Path) -> dict[str, ClassificationSamples]:
 
 
 def _split_of(folder: Path) -> str | None:
-    return SPLIT_OF.get(folder.name.lower()) if folder.is_dir() else None
+    return split_named(folder.name) if folder.is_dir() else None
 
 
 def _loose_samples(root: Path, classes: tuple[str, ...], rows: list[tuple[Path, str]]) -> ClassificationSamples:

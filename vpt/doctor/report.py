@@ -9,13 +9,14 @@ import numpy as np
 from vpt.config.schema import Config
 from vpt.doctor.classes import Counts, find_class_problems
 from vpt.doctor.copies import find_copies
-from vpt.doctor.images import find_ignored, find_size_problems, find_unreadable, find_unusual
+from vpt.doctor.images import find_size_problems, find_unreadable, find_unusual
 from vpt.doctor.reading import Reading, read_data
 from vpt.doctor.scan import SplitScan, scan_images
 from vpt.doctor.training_plan import Input, Plan, input_of, make_plan
 from vpt.engine.console import format_table
+from vpt.storage.text import printable
 from vpt.task_types.base import TaskType, task_type_of
-from vpt.task_types.findings import Finding, Level, some
+from vpt.task_types.findings import File, Finding, Level, some
 
 VERSION = 2  # of the JSON
 MANY = 20  # classes; of more, the table shows the largest and the smallest
@@ -123,16 +124,6 @@ def check(config: Config, command: str) -> DoctorReport:
     return DoctorReport(config, task_type, reading, scans, counts, expected, findings, plan)
 
 
-def printable(text: str) -> str:
-    r"""One line with control characters, and bytes of names that are not UTF-8, as escapes.
-
-    Example:
-        >>> printable("a\x1b[31m.jpg")
-        'a\\x1b[31m.jpg'
-    """
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-
-
 def storable(value: Any) -> Any:
     """Plain values for JSON, with bytes of names that are not UTF-8 as escapes."""
     match value:
@@ -184,8 +175,9 @@ def _find(
     yield from task_type.check_data(splits, readable, preprocessing, expected.strides if expected else ())
     yield from find_size_problems(splits, scans, preprocessing)
     yield from find_unusual(config, splits, scans)
-    if reading.root is not None and config.dataset.reader == "folder":
-        yield from find_ignored(reading.root)
+    for found in reading.report.notes:
+        if found.code != "split_off":  # which the plan states
+            yield Finding(Level.warning, found.code, found.message, None, tuple(map(File, found.names)))
     if expected is None:
         message = f"the input size of {config.backbone.name} is known on the hub only; image sizes were not compared"
         yield Finding(Level.note, "no_input", message)

@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntFlag, auto
 from pathlib import Path
@@ -10,18 +11,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 
 from vpt.build import build_loaders
 from vpt.config.schema import Config
-from vpt.data.images import EXTENSIONS, FORMATS, ImageError
+from vpt.data.images import EXTENSIONS, FORMATS, Decoding, ImageError, exif_orientation, read_properties
+from vpt.data.ranges import ANY_RANGE
 from vpt.engine.console import Progress
 
 ENDINGS = {
     "BMP": (".bmp",),
     "GIF": (".gif",),
-    "JPEG": (".jpg", ".jpeg"),
-    "MPO": (".jpg", ".jpeg"),
+    "JPEG": (".jpg", ".jpeg", ".jfif", ".jpe"),
+    "MPO": (".jpg", ".jpeg", ".jfif", ".jpe"),
     "PNG": (".png",),
     "PPM": (".pbm", ".pgm", ".pnm", ".ppm"),
     "TIFF": (".tif", ".tiff"),
@@ -42,6 +44,7 @@ class Oddity(IntFlag):
     ALPHA = auto()
     ENDING = auto()
     TOO_LARGE = auto()
+    METADATA = auto()
 
 
 @dataclass(frozen=True)
@@ -133,13 +136,18 @@ def pixel_digest(image: Image.Image) -> int:
 
 def find_oddities(path: Path, max_pixels: int) -> Oddity:
     """Unusual properties according to the header of an image file; none if it cannot be read."""
+    found = Oddity(0)
+    with suppress(ImageError):
+        properties = read_properties(path, Decoding(max_pixels, range=ANY_RANGE))
+        for oddity, is_so in ((Oddity.SIXTEEN_BIT, properties.is_deep), (Oddity.METADATA, properties.is_ignored)):
+            found |= oddity if is_so else Oddity(0)
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return _oddities_of(image, path, max_pixels)
+            return found | _oddities_of(image, path, max_pixels)
     except Image.DecompressionBombError:
         return Oddity.TOO_LARGE
     except Exception:  # Pillow raises almost anything on a broken file; decoding the image reports it
-        return Oddity(0)
+        return found
 
 
 def _oddities_of(image: Image.Image, path: Path, max_pixels: int) -> Oddity:
@@ -149,8 +157,7 @@ def _oddities_of(image: Image.Image, path: Path, max_pixels: int) -> Oddity:
     found = {
         Oddity.ANIMATED: has_frames and image.format != "TIFF",
         Oddity.PAGES: has_frames and image.format == "TIFF",
-        Oddity.SIXTEEN_BIT: image.mode.startswith("I"),
-        Oddity.TURNED: Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in range(2, 9),
+        Oddity.TURNED: exif_orientation(image) not in (None, 1),
         Oddity.CMYK: image.mode == "CMYK",
         Oddity.ALPHA: image.has_transparency_data,
         Oddity.ENDING: suffix in EXTENSIONS and suffix not in ENDINGS.get(str(image.format), (suffix,)),

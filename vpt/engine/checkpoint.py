@@ -24,19 +24,34 @@ class Saved:
     numbers: dict[str, Any]
 
 
+def check_run_dir(path: Path) -> None:
+    """Raise a FileNotFoundError if the folder of a run that has begun is gone."""
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path}: the run folder was moved or removed while the run was at work; move it back, and type the same "
+            "command again"
+        )
+
+
 class Checkpoints:
     """The two last states of a run; a file that is damaged by its sha256 is replaced by the other one.
 
     Args:
         run_dir: The run folder.
         made_from: Digests of what the run depends on, such as {"data": ...}; a state with others is refused.
+        made_with: What last digits of numbers depend on, such as {"threads": 2}; a state with others is reported.
 
     Attributes:
         error: Why the last `save` failed; None if it did not.
     """
 
-    def __init__(self, run_dir: Path, made_from: Mapping[str, str] | None = None) -> None:
-        self.made_from = dict(made_from or {})
+    def __init__(
+        self,
+        run_dir: Path,
+        made_from: Mapping[str, str] | None = None,
+        made_with: Mapping[str, str | int | None] | None = None,
+    ) -> None:
+        self.made_from, self.made_with = dict(made_from or {}), dict(made_with or {})
         self.last, self.previous = (run_dir / name for name in NAMES)
         self.error: OSError | None = None
         self._is_damaged = False  # the last file, so that it must not take the place of the previous one
@@ -45,11 +60,12 @@ class Checkpoints:
         """Write a state, read it back, and make it the last one; the last one becomes the previous one.
 
         A full disk is a warning: the last state stays, and the next call tries again. `numbers` are JSON values.
-        Returns whether the state is on the disk.
+        Returns whether the state is on the disk. FileNotFoundError if the run folder is gone; it is not made again.
         """
+        check_run_dir(self.last.parent)
         new = self.last.with_name(NEW)
         try:
-            write_tensors(new, tensors, {**numbers, "made_from": self.made_from})
+            write_tensors(new, tensors, {**numbers, "made_from": self.made_from, "made_with": self.made_with})
             read_tensors(new, max_bytes=float("inf"))
             if self.last.exists() and not self._is_damaged:
                 replace(self.last, self.previous)
@@ -80,6 +96,9 @@ class Checkpoints:
             if errors:
                 warn(f"{errors[0]}; resuming from {path.name}")
             self._check_made_from(path, numbers.get("made_from"))
+            for key, value in numbers.get("made_with", {}).items():  # version 0.1 did not save it
+                if value != (now := self.made_with.get(key)):
+                    warn(f"{path}: {key} was {value}, is now {now}: last digits of numbers may differ")
             return Saved(path, tensors, numbers)
         if errors:
             raise ValueError(f"{'; '.join(errors)}; no checkpoint is left")

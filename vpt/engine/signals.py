@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any, Self
 
 STOPPED = 75  # EX_TEMPFAIL: the exit code of a command that resumes when it is typed again
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(BaseException):
@@ -23,7 +23,8 @@ class Stopped(BaseException):
 class StopSignal:
     """While entered, one of `SIGNALS` raises `Stopped`: at once, or at the next `check` inside of `deferred`.
 
-    A second signal ends the process at once, with the exit code 128 plus the signal's number.
+    A second signal ends the process at once, with the exit code 128 plus the signal's number. A signal that the process
+    ignores, as SIGHUP under `nohup`, stays ignored.
 
     Example:
         >>> with StopSignal() as stop, stop.deferred():
@@ -42,7 +43,8 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._receive) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,7 +16,10 @@ from vpt.engine.optim import MovingAverage
 
 @dataclass
 class FitResult:
-    """Result of fit(): the best epoch (from 1), its last step and its val metrics; total epochs, steps and seconds."""
+    """Result of fit(): the best epoch (from 1), its last step and its val metrics; total epochs, steps and seconds.
+
+    `extended_after` are the epochs after which the schedule of the learning rates began anew.
+    """
 
     best_epoch: int = 0
     best_step: int = 0
@@ -24,6 +27,7 @@ class FitResult:
     epochs: int = 0
     steps: int = 0
     seconds: float = 0.0
+    extended_after: list[int] = field(default_factory=list)
 
 
 class RunState:
@@ -68,6 +72,11 @@ class RunState:
         torch.set_rng_state(self._random["cpu"])
         if self.device.type in self._random and self.device.type != "cpu":
             torch.get_device_module(self.device).set_rng_state(self._random[self.device.type])
+
+    def extend(self, schedule: LRScheduler) -> None:
+        """Begin a new schedule of the learning rates after the epochs that are done."""
+        self.schedule = schedule
+        self.result.extended_after.append(self.result.epochs)
 
     def save_best(self, values: dict[str, float]) -> None:
         """Copy the current parameters as those of the best epoch, with its val metrics."""

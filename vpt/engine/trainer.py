@@ -22,9 +22,10 @@ from vpt.engine.steps import (
     FitSettings,
     Loader,
     Losses,
+    OutOfMemoryError,
     Stepper,
     autocast,
-    memory_errors,
+    is_out_of_memory,
     move,
     num_batches_of,
     total_of,
@@ -110,8 +111,13 @@ def evaluate(
     shown = nullcontext() if description is None else Progress(num_batches_of(loader, max_batches), description)
     with torch.inference_mode(), autocast(device, precision), shown as progress:
         for images, targets in itertools.islice(loader, max_batches):
-            with memory_errors(len(images)):
+            try:
                 evaluator.update(model, *move((images, targets), device))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                num, halved = len(images), max(1, len(images) // 2)
+                raise OutOfMemoryError(f"out of memory with a batch of {num}; try batch_size={halved}") from error
             if progress is not None:
                 progress.advance(len(images))
             if stop is not None:
@@ -152,7 +158,9 @@ def overfit(
 
 def _is_over(state: RunState, settings: FitSettings) -> bool:
     """Whether all epochs are done, or none of the last `patience` was better."""
-    if settings.patience is not None and state.result.epochs - state.result.best_epoch >= settings.patience:
+    result = state.result
+    since = max([result.best_epoch, *result.extended_after])
+    if settings.patience is not None and result.epochs - since >= settings.patience:
         print(f"no better val {settings.select} for {settings.patience} epochs: stopping")
         return True
     return state.epoch > settings.epochs
@@ -160,17 +168,23 @@ def _is_over(state: RunState, settings: FitSettings) -> bool:
 
 def _is_better(values: dict[str, float], best: dict[str, float], select: str) -> bool:
     """Whether an epoch is better on val than the best so far; one whose loss is not finite never is."""
+    if select not in values:
+        raise ValueError(f"select={select!r}: the val metrics of this model are {', '.join(values)}")
+    sign = -1 if select == "loss" else 1
 
     def rank(values: dict[str, float]) -> list[float]:
-        ordered = values[select], -values.get("loss", math.nan)
+        ordered = sign * values[select], -values.get("loss", math.nan)
         return [-math.inf if math.isnan(value) else value for value in ordered]
 
     return math.isfinite(values.get("loss", 0.0)) and (not best or rank(values) > rank(best))
 
 
 def _print_epoch(state: RunState, settings: FitSettings, values: dict[str, float], is_best: bool) -> None:
-    loss = f"loss {values['loss']:.4f}, " if "loss" in values else ""
-    line = f"val {loss}{settings.select} {percent(values[settings.select])}"
-    print(f"epoch {state.epoch}/{settings.epochs}: {line}{' *' if is_best else ''}", flush=True)
+    shown = [f"loss {values['loss']:.4f}"] if "loss" in values else []
+    if settings.select != "loss":
+        shown.append(f"{settings.select} {percent(values[settings.select])}")
+    print(f"epoch {state.epoch}/{settings.epochs}: val {', '.join(shown)}{' *' if is_best else ''}", flush=True)
     if not math.isfinite(values.get("loss", 0.0)):
         warn("the loss on val is not finite: this epoch cannot be the best one")
+    elif math.isnan(values[settings.select]):
+        warn(f"{settings.select} on val is not a number, as of no example: any other epoch is better than this one")

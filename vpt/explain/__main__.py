@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vpt.config.command_line import INTERRUPTED, check_folder, fail, name_task_files, parse_options, tell
+from vpt.config.command_line import INTERRUPTED, check_folder, escape_output, fail, name_task_files, parse_options, tell
 from vpt.config.errors import ConfigError
 from vpt.config.schema import option
 
@@ -51,6 +51,7 @@ class ExplainOptions:
 
 def main() -> None:
     """Read the options and write the folder."""
+    escape_output()
     try:
         unreadable = explain(parse_options(ExplainOptions, sys.argv[1:], USAGE))
     except KeyboardInterrupt:
@@ -89,14 +90,19 @@ def explain(options: ExplainOptions) -> list[str]:
 def _find(options: ExplainOptions) -> tuple[list[Path], int]:
     """Images of the input, evenly spread, and the number of all."""
     from vpt.build import spread
-    from vpt.data.images import EXTENSIONS, find_images
+    from vpt.data.images import EXTENSIONS, describe_unread, find_images
     from vpt.predict.inputs import is_video
 
     path = Path(options.input).expanduser()
     if is_video(path):
         raise ConfigError(f"input={options.input}: is a video; save its frames as images")
-    if not (found := find_images(path)):
-        raise ConfigError(f"input={options.input}: has no images ({', '.join(sorted(EXTENSIONS))})")
+    left_out: list[Path] = []
+    found = find_images(path, left_out)
+    what = describe_unread(left_out) if left_out else ", ".join(sorted(EXTENSIONS))
+    if not found:
+        raise ConfigError(f"input={options.input}: has no images that can be read ({what})")
+    if left_out:
+        print(f"left out: {what}", file=sys.stderr)
     return [found[index] for index in spread(len(found), options.max_images)], len(found)
 
 
@@ -150,7 +156,7 @@ def _read(paths: list[Path], preprocessing: "Preprocessing") -> "tuple[list[Imag
     images, unreadable = [], []
     for path in paths:
         try:
-            images.append(view_image(str(path), read_image(path), preprocessing))
+            images.append(view_image(str(path), read_image(path, preprocessing.decoding), preprocessing))
         except ImageError as error:
             unreadable.append(str(error))
     return images, unreadable

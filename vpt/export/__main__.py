@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpt.config.command_line import INTERRUPTED, check_file, fail, parse_options
+from vpt.config.command_line import INTERRUPTED, check_file, escape_output, fail, parse_options
 from vpt.config.errors import ConfigError, config_keys
 from vpt.config.schema import option
 
@@ -58,6 +58,7 @@ class ExportOptions:
 
 def main() -> None:
     """Read the options, export, print what was written."""
+    escape_output()
     try:
         export(parse_options(ExportOptions, sys.argv[1:], USAGE))
     except KeyboardInterrupt:
@@ -83,7 +84,7 @@ def export(options: ExportOptions) -> None:
     start = time.monotonic()
     tasks = [read_task(path) for path in paths]
     _check_tasks(options, paths, tasks)
-    images = _read_images(options, tasks[0].task_type)
+    images = _read_images(options, tasks[0])
     print(f"exporting {paths[0]} as {output}, which takes up to some minutes", file=sys.stderr)
     models = _load(options, paths, tasks)
     model = SharedModel(models[0].backbone.vit) if options.shared else ExportedModel(models[0])
@@ -130,16 +131,20 @@ def _check_tasks(options: ExportOptions, paths: Sequence[Path], tasks: Sequence[
             raise ConfigError(f"task={path}: made for images of {size} px, the first task for {first} px")
 
 
-def _read_images(options: ExportOptions, task_type: str) -> list["Image"]:
+def _read_images(options: ExportOptions, task: "TaskMetadata") -> list["Image"]:
     """As many images as the largest batch needs; where there are fewer, some are repeated."""
     from vpt.data.images import find_images, read_image
+    from vpt.data.transforms.preprocessing import Preprocessing
     from vpt.task_types.base import task_type_named
 
-    root = task_type_named(task_type).sample_images() if options.input is None else Path(options.input).expanduser()
+    root = (
+        task_type_named(task.task_type).sample_images() if options.input is None else Path(options.input).expanduser()
+    )
     if not (paths := find_images(root)):
         raise ConfigError(f"input={root}: contains no images")
     num = max(BATCH_SIZES)
-    return [read_image(paths[number * len(paths) // num]) for number in range(num)]
+    decoding = Preprocessing.from_dict(task.preprocessing).decoding
+    return [read_image(paths[number * len(paths) // num], decoding) for number in range(num)]
 
 
 def _load(options: ExportOptions, paths: Sequence[Path], tasks: Sequence["TaskMetadata"]) -> list["TaskModel"]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vpt.models.task_schema import TaskMetadata
+from vpt.models.task_schema import DECODING, TaskMetadata
 from vpt.task_types.base import task_type_named
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ def _facts(metadata: TaskMetadata, tensors: Mapping[str, Tensor] | None) -> dict
         f"({_text(preprocessing['crop_mode'])}), mean {_numbers(preprocessing['mean'])}, "
         f"std {_numbers(preprocessing['std'])}",
     }
+    if decoding := [f"{name} {_text(str(preprocessing[name]))}" for name in DECODING if name in preprocessing]:
+        facts["input"] += ", " + ", ".join(decoding)
     if prompt is not None:
         facts["prompt"] = f"{prompt['kind']}, {prompt['num_tokens']} tokens in blocks {_numbers(prompt['blocks'])}"
     if metadata.tuned_backbone:

@@ -16,7 +16,7 @@ from vpt.models.block_loop import PromptSource, feature_map, pool, run_blocks, r
 from vpt.models.task_batch import LoadedTask, TaskBatch, keys_values_of
 from vpt.models.task_file import put_task, task_tensors
 from vpt.models.task_model import Sizes
-from vpt.models.task_schema import TaskMetadata
+from vpt.models.task_schema import DECODING, TaskMetadata
 from vpt.models.vit import ViT, check_supported, grid_size, load_vit, pools_prefix_only
 
 Tasks = Mapping[str, LoadedTask]
@@ -287,8 +287,9 @@ def _check_same_preprocessing(tasks: Tasks) -> None:
     wanted = {name: task.metadata.preprocessing for name, task in tasks.items()}
     for name, preprocessing in wanted.items():
         first = next(iter(wanted))
-        if odd := [field for field, value in preprocessing.items() if value != wanted[first][field]]:
+        one, other = ({**DECODING, **values} for values in (wanted[first], preprocessing))
+        if odd := [field for field, value in other.items() if value != one[field]]:
             raise ValueError(
                 f"tasks {first} and {name} require different preprocessing "
-                f"({odd[0]} {wanted[first][odd[0]]} and {preprocessing[odd[0]]}); call `every` for each of them"
+                f"({odd[0]} {one[odd[0]]} and {other[odd[0]]}); call `every` for each of them"
             )

@@ -6,41 +6,23 @@ from typing import Any, Literal, overload
 from vpt.models.backbone import PromptedViT
 from vpt.models.classifier import Classifier
 from vpt.models.detector import Detector
-from vpt.models.prompts import PromptVariant, VisualPrompt
+from vpt.models.prompts import DEFAULT_PROMPT, PromptName, VisualPrompt
 from vpt.models.task_model import TaskModel, model_named
 from vpt.models.tuning import Tuning, tune
 from vpt.models.vit import ViT, load_vit
 
 Backbone = str | ViT | PromptedViT
-PromptChoice = PromptVariant | VisualPrompt | Literal["auto"] | None
+PromptChoice = PromptName | VisualPrompt | Literal["auto"] | None
 
 
 @overload
 def create_model(
-    backbone: Backbone,
-    *,
-    num_classes: int,
-    task: Literal["classification"] = "classification",
-    prompt: PromptChoice = "auto",
-    num_tokens: int = 20,
-    tuning: Tuning = "prompt",
-    pretrained: bool = True,
-    **options: Any,
+    backbone: Backbone, *, num_classes: int, task: Literal["classification"] = "classification", **options: Any
 ) -> Classifier: ...
 
 
 @overload
-def create_model(
-    backbone: Backbone,
-    *,
-    num_classes: int,
-    task: Literal["detection"],
-    prompt: PromptChoice = "auto",
-    num_tokens: int = 20,
-    tuning: Tuning = "prompt",
-    pretrained: bool = True,
-    **options: Any,
-) -> Detector: ...
+def create_model(backbone: Backbone, *, num_classes: int, task: Literal["detection"], **options: Any) -> Detector: ...
 
 
 @overload
@@ -53,7 +35,7 @@ def create_model(
     num_classes: int,
     task: str = "classification",
     prompt: PromptChoice = "auto",
-    num_tokens: int = 20,
+    num_tokens: int | None = None,
     tuning: Tuning = "prompt",
     pretrained: bool = True,
     **options: Any,
@@ -66,9 +48,10 @@ def create_model(
         backbone: A timm name; or a ViT in memory, which is held and not copied; or a ready `PromptedViT`.
         num_classes: K.
         task: Type of task: "classification", "detection", or one that was registered.
-        prompt: "deep", "shallow", "kv", None, or a ready `VisualPrompt`; not with tuning="linear". "auto" is "deep"
-            with tuning="prompt" and no prompt with the other methods. A ready `PromptedViT` keeps its own.
-        num_tokens: P, prompt tokens in each prompted block.
+        prompt: A name such as "bilinear" or "deep", see `PromptedViT`; None, or a ready `VisualPrompt`; not with
+            tuning="linear". "auto" is "bilinear" with tuning="prompt", as in the command, and no prompt with the other
+            methods. A ready `PromptedViT` keeps its own.
+        num_tokens: P, prompt tokens in each prompted block; None is 20, of "shallow" 50 and of "kv" 10.
         tuning: What trains: "prompt", "linear", "bias", "proj_bias", "norm", "partial" or "full", see `tune`.
         pretrained: With a name: load the weights that timm has under it.
         options: What the model of this type of task takes, such as head="dense" for detection, see `Detector`.
@@ -91,7 +74,7 @@ def create_model(
             raise ValueError(f"{name}={value!r}: not an option of task={task}, which takes {', '.join(allowed)}")
     vit = load_vit(backbone, pretrained=pretrained) if isinstance(backbone, str) else backbone
     if prompt == "auto":
-        prompt = "deep" if tuning == "prompt" else None
+        prompt = DEFAULT_PROMPT if tuning == "prompt" else None
     prompted = vit if isinstance(vit, PromptedViT) else PromptedViT(vit, prompt, num_tokens=num_tokens)
     model = model_class(prompted, num_classes, **options)
     tune(model, tuning)

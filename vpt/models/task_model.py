@@ -141,7 +141,9 @@ class TunedPart(nn.Module):
     def __init__(self, model: TaskModel, position: Tensor | None) -> None:
         super().__init__()
         if any(parameter.requires_grad for parameter in model.backbone.vit.parameters()):
-            raise ValueError("tokens of a backbone that trains cannot be cached; use cache=off or tuning=prompt")
+            raise ValueError(
+                'model: tokens of a backbone that trains cannot be cached; call tune(model, "prompt") first'
+            )
         self.model = model
         self.register_buffer("position", position, persistent=False)
 

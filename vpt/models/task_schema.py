@@ -7,7 +7,7 @@ format for other programs. The file keeps the field names of format version 1, s
 import math
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
@@ -37,9 +37,11 @@ class TaskMetadata:
     Args:
         backbone: timm name of the backbone, with its pretrained tag.
         fingerprint: Digest of the backbone's pretrained weights.
+        traits: What else determines the backbone's features, see `vit.traits_of`; None in files of older versions.
         prompt: kind, num_tokens, embed_dim, width, blocks and dropout of the prompt; None without one.
         classes: Names of the classes, in the order of the logits; None where they are unnamed.
-        preprocessing: size, mean, std, interpolation, crop_pct and crop_mode of the input images.
+        preprocessing: size, mean, std, interpolation, crop_pct and crop_mode of the input images; optionally
+            background, range and bands of their files.
         metrics: Measured values by split, such as {"val": {"top1": 0.93}}; None for what was not a number.
         task_type: Type of task, such as "classification"; "kind" in the file.
         head: `TaskModel.layout`.
@@ -67,15 +69,17 @@ class TaskMetadata:
     versions: dict[str, str] = field(default_factory=dict)
     licence: str = ""
     note: str = ""
+    traits: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_fields("", self.to_json(), RULES)
-        check_fields("preprocessing", self.preprocessing, PREPROCESSING_RULES)
+        check_fields("preprocessing", self.preprocessing, PREPROCESSING_RULES, optional=DECODING)
         for split, values in self.metrics.items():
             check_values(f"metrics.{split}", values, or_none(number(-math.inf, math.inf)))
         check_values("versions", self.versions, TEXT)
-        if self.prompt is not None:
-            check_fields("prompt", self.prompt, PROMPT_RULES)
+        for name, values, rules in (("prompt", self.prompt, PROMPT_RULES), ("traits", self.traits, TRAIT_RULES)):
+            if values is not None:
+                check_fields(name, values, rules)
         if self.adapters is not None:
             check_fields("adapters", self.adapters, ADAPTERS_RULES)
             Adapters(**self.adapters)
@@ -100,7 +104,7 @@ class TaskMetadata:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TaskMetadata":
         """The metadata of a file of format version 1 or 2; a ValueError for any other, or what a rule refuses."""
-        values = _newest(values)
+        values = {"traits": None, **_newest(values)}  # versions before 0.2 did not write them
         version = values.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
             raise ValueError(f"task format {reprlib.repr(version)}; this version of vpt reads {FORMAT_VERSION}")
@@ -134,12 +138,12 @@ def _newest(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "format_version": FORMAT_VERSION, "prompt": prompt, "adapters": None}
 
 
-def check_fields(prefix: str, values: object, rules: Mapping[str, Rule]) -> None:
-    """Refuse an object of JSON whose fields are missing, unknown or break their rule."""
-    if not isinstance(values, dict) or set(values) != set(rules):
+def check_fields(prefix: str, values: object, rules: Mapping[str, Rule], optional: Collection[str] = ()) -> None:
+    """Refuse an object of JSON whose fields are missing (unless optional), unknown or break their rule."""
+    if not isinstance(values, dict) or not set(rules) - set(optional) <= set(values) <= set(rules):
         raise ValueError(f"{prefix} is {reprlib.repr(values)}; its fields must be {', '.join(rules)}")
     for name, (is_allowed, allowed) in rules.items():
-        if not is_allowed(values[name]):
+        if name in values and not is_allowed(values[name]):
             raise ValueError(f"{prefix}{'.' * bool(prefix)}{name} is {reprlib.repr(values[name])}; allowed: {allowed}")
 
 
@@ -225,7 +229,9 @@ RULES: dict[str, Rule] = {
     "versions": IS_OBJECT,
     "licence": TEXT,
     "note": text_like(f".{{0,{MAX_NOTE}}}", f"a text of at most {MAX_NOTE} characters"),
+    "traits": or_none(IS_OBJECT),
 }
+DECODING = {"background": "white", "range": None, "bands": None}  # fields of preprocessing that a file may lack
 PREPROCESSING_RULES: dict[str, Rule] = {
     "size": list_of(integer(1, MAX_SIDE), 2, 2),
     "mean": list_of(number(-1e6, 1e6), 3, 3),
@@ -233,6 +239,9 @@ PREPROCESSING_RULES: dict[str, Rule] = {
     "interpolation": one_of(INTERPOLATIONS),
     "crop_pct": number(0.1, 1),
     "crop_mode": one_of(CROP_MODES),
+    "background": text_like("#?[A-Za-z0-9]{1,40}", "the name of a colour, or #RRGGBB"),
+    "range": or_none(list_of(number(-1e30, 1e30), 2, 2, ascends=True)),
+    "bands": or_none(list_of(integer(1, 4), 3, 3)),
 }
 PROMPT_RULES: dict[str, Rule] = {
     "kind": one_of(get_args(PromptVariant)),
@@ -241,5 +250,18 @@ PROMPT_RULES: dict[str, Rule] = {
     "width": integer(1, 2 * MAX_WIDTH),
     "blocks": BLOCKS,
     "dropout": (lambda value: type(value) in (int, float) and 0 <= value < 1, "a number in [0, 1)"),
+}
+SUMS = or_none(list_of(number(-math.inf, math.inf), 9, 9))
+TRAIT_RULES: dict[str, Rule] = {
+    "size": list_of(integer(1, MAX_SIDE), 2, 2),
+    "pooling": or_none(TEXT),
+    "channels": integer(1, MAX_CHANNELS),
+    "patch_size": list_of(integer(1, MAX_SIDE), 2, 2),
+    "num_heads": or_none(integer(1, MAX_WIDTH)),
+    "scale": or_none(number(0, 1e6)),
+    "norm_eps": list_of(number(0, 1), 0, MAX_BLOCKS),
+    "activation": or_none(list_of(number(-1e6, 1e6), 6, 6)),
+    "tokens": SUMS,
+    "position": SUMS,
 }
 ADAPTERS_RULES: dict[str, Rule] = {"method": one_of(METHODS), "options": IS_OBJECT}

@@ -1,5 +1,6 @@
 """Tuning methods: selection of the parameters that train, by name and by part, and their numbers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -8,7 +9,7 @@ from torch import nn
 
 from vpt.models.adapters import Adapters, add_adapters
 from vpt.models.backbone import PromptedViT
-from vpt.models.vit import ViT, fingerprint, norms_of
+from vpt.models.vit import ViT, fingerprint, norms_of, preprocessing_of, traits_of
 
 Tuning = Literal["prompt", "linear", "bias", "proj_bias", "norm", "partial", "full", "adapters"]
 
@@ -37,12 +38,14 @@ class ParameterCount:
 class Origin:
     """State of a ViT before any of its parameters were tuned; stored with the ViT, which models may share.
 
-    `tuned` are names of the ViT's parameters that may have changed since, and of tensors of adapters.
+    `tuned` are names of the ViT's parameters that may have changed since, and of tensors of adapters; `traits` are
+    those of `vit.traits_of`, None where they are not known.
     """
 
     fingerprint: str
     tuned: frozenset[str]
     adapters: Adapters | None = None
+    traits: Mapping[str, Any] | None = None
 
 
 def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1, adapters: Adapters | None = None) -> None:
@@ -82,7 +85,7 @@ def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1, adapters: Ada
         raise ValueError(f"tuning={tuning!r}: must be one of {', '.join(get_args(Tuning))}")
     if tuning == "linear" and backbone.prompt is not None:
         raise ValueError(
-            "tuning=linear: trains the head alone, but there is a prompt; use prompt=none or tuning=prompt"
+            'tuning=linear: trains the head alone, but there is a prompt; use prompt=None or tuning="prompt"'
         )
     if (tuning == "adapters") != (adapters is not None):
         raise ValueError(
@@ -147,6 +150,12 @@ def pretrained_fingerprint(vit: ViT) -> str:
     return fingerprint(vit) if origin is None else origin.fingerprint
 
 
+def origin_now(vit: ViT) -> Origin:
+    """The state of the ViT before tuning, which is its present one if it was never tuned."""
+    traits = None if origin_of(vit) else traits_of(vit, preprocessing_of(vit)["size"])
+    return origin_of(vit) or Origin(fingerprint(vit), frozenset(), traits=traits)
+
+
 def origin_of(vit: ViT) -> Origin | None:
     """The state of the ViT before tuning; None if none of its parameters was ever tuned."""
     return vit.__dict__.get("vpt_origin")
@@ -175,10 +184,10 @@ def _add(vit: ViT, adapters: Adapters) -> frozenset[str]:
     if known is not None and known.tuned:
         raise ValueError("adapters: weights of this ViT were tuned, and adapters need pretrained ones; load it again")
     is_empty = next(vit.parameters()).is_meta  # there are no weights on the meta device
-    before = "" if is_empty else pretrained_fingerprint(vit)
+    before = Origin("", frozenset()) if is_empty else origin_now(vit)
     adapters = adapters.for_vit(vit)
     added = add_adapters(vit, adapters, is_empty=is_empty)
-    set_origin(vit, Origin(before, added, adapters))
+    set_origin(vit, replace(before, tuned=added, adapters=adapters))
     return added
 
 
@@ -239,7 +248,7 @@ def _store_origin(vit: ViT, chosen: list[nn.Parameter]) -> None:
         return
     changing = set(chosen)
     names = {name for name, parameter in vit.named_parameters() if parameter in changing}
-    known = origin_of(vit) or Origin(fingerprint(vit), frozenset())
+    known = origin_now(vit)
     set_origin(vit, replace(known, tuned=known.tuned | names))
 
 

@@ -9,9 +9,10 @@ Legend: B batch, H, W pixels, M patch tokens, N prefix + patch tokens, D embed_d
 
 import difflib
 import hashlib
+import math
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,19 @@ import vpt.models.nano  # noqa: F401  # registers the bundled backbone with timm
 from vpt.models.attention import relative_bias, run_block
 
 ViT = VisionTransformer | Eva | Beit
+TRAITS = {  # of a ViT that are not in its fingerprint, and their names in messages
+    "pooling": "pooling",
+    "channels": "input channels",
+    "patch_size": "patches of",
+    "num_heads": "attention heads",
+    "scale": "scale of attention",
+    "norm_eps": "epsilon of norms",
+    "activation": "activation function",
+    "tokens": "patch embedding or position embedding",
+    "position": "position embedding in attention",
+}
+SAMPLED = ("activation", "tokens", "position")
+PROBED = (-2.5, -1.0, -0.3, 0.5, 1.5, 2.5)  # inputs of the activation function
 NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, SimpleNorm)
 
 
@@ -120,6 +134,80 @@ def fingerprint(vit: ViT) -> str:
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         digest.update(values[:: max(1, len(values) // 64)][:64].to("cpu", torch.bfloat16).float().numpy().tobytes())
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def traits_of(vit: ViT, size: Sequence[int]) -> dict[str, Any]:
+    """What determines features beside the parameters in `fingerprint`, as plain JSON values; see `TRAITS`.
+
+    `tokens` and `position` are the root mean square and eight weighted sums of what enters block 0, for a fixed image
+    of `size`, (height, width) in pixels. They are None where the ViT takes another size or a number is not finite;
+    `position` also where there is none.
+    """
+    embed_parameter, attention = next(vit.patch_embed.parameters()), getattr(vit.blocks[0], "attn", None)
+    scale, patch = getattr(attention, "scale", None), list(vit.patch_embed.patch_size)
+    activations = {name.rpartition(".")[2]: part for name, part in vit.named_modules()}
+    traits: dict[str, Any] = {
+        "size": list(size),
+        "pooling": describe_pooling(vit),
+        "channels": embed_parameter.shape[1],
+        "patch_size": patch,
+        "num_heads": getattr(attention, "num_heads", None),
+        "scale": float(scale) if isinstance(scale, float) else None,
+        "norm_eps": sorted({float(norm.eps) for norm in norms_of(vit) if getattr(norm, "eps", None) is not None}),
+        "activation": None if "act" not in activations else activations["act"](torch.tensor(PROBED)).tolist(),
+        "tokens": None,
+        "position": None,
+    }
+    takes_any = not vit.patch_embed.strict_img_size and [side % n for side, n in zip(size, patch, strict=True)] == [
+        0,
+        0,
+    ]
+    fits = takes_any or list(vit.patch_embed.img_size or size) == list(size)
+    if fits and not embed_parameter.is_meta:
+        pixels = torch.arange(traits["channels"] * size[0] * size[1]) * 0.7
+        images = (2 * pixels.sin()).view(1, -1, *size).to(embed_parameter)
+        was_training = vit.training
+        tokens, position = embed(vit.eval(), images)
+        vit.train(was_training)
+        traits["tokens"] = _sums(tokens)
+        traits["position"] = None if position is None else _sums(position)
+    return traits
+
+
+def describe_pooling(vit: ViT) -> str:
+    """How a ViT pools, such as "token", "avg" or "avg with prefix tokens"; a class outside timm is named."""
+    module = type(vit).forward_head.__module__
+    with_prefix = " with prefix tokens" if getattr(vit, "pool_include_prefix", False) else ""
+    own = "" if module.startswith("timm.") else f" of {type(vit).__name__}"
+    return f"{vit.global_pool or 'none'}{with_prefix}{own}"
+
+
+def differing_trait(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """The first trait in which two results of `traits_of` differ, for a message; None if they agree.
+
+    Sums may differ by 2 % of the root mean square, since weights may be rounded to bfloat16. A trait that is None is
+    not compared.
+    """
+    for name, label in TRAITS.items():
+        one, other = wanted[name], found[name]
+        if one is None or other is None or one == other:
+            continue
+        if name not in SAMPLED:
+            return f"{label} {other}, not {one}"
+        most = 1e-5 if name == "activation" else 2e-2 * one[0]
+        if len(one) != len(other) or any(abs(a - b) > most for a, b in zip(one, other, strict=True)):
+            return f"another {label}"
+    return None
+
+
+def _sums(tensor: Tensor) -> list[float] | None:
+    """Root mean square of a tensor, and eight sums with fixed weights, which a change of any number changes."""
+    numbers = tensor.detach().double().flatten().cpu()
+    scaled, places = numbers / len(numbers) ** 0.5, torch.arange(1, len(numbers) + 1, dtype=torch.float64)
+    sums = [scaled.norm(), *(scaled @ (places * root**0.5).cos() for root in (2, 3, 5, 7, 11, 13, 17, 19))]
+    rounded = [float(f"{number:.6g}") for number in sums]
+    return rounded if all(map(math.isfinite, rounded)) else None
 
 
 def norms_of(vit: ViT) -> list[nn.Module]:

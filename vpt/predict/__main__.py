@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpt.config.command_line import INTERRUPTED, fail, parse_options, tell
+from vpt.config.command_line import INTERRUPTED, escape_output, fail, parse_options, tell
 from vpt.config.errors import ConfigError
 from vpt.config.schema import option
 
@@ -27,8 +27,9 @@ USAGE = """python -m vpt.predict: classes of images, or boxes in them, by task f
 
 With several tasks, tables have a column task, and JSON the key task; COCO results, YOLO text files and drawings are for
 one task.
-The image_id of COCO results is the number in the file name, as in 000139.jpg, if all names are numbers; else images are
-counted 1, 2, ... Each result also has the file_name, relative to the folder of the input.
+The image_id and category_id of COCO results are those of annotations=FILE. Without it, the image_id is the number in
+the file name, as in 000139.jpg, if all names are numbers; else images are counted 1, 2, ..., with a warning. Each
+result also has the file_name, relative to the folder of the input.
 No image of the input and no existing YOLO text file is overwritten; other files are.
 Images that cannot be read are listed and skipped; the exit code is then 1.
 
@@ -57,6 +58,9 @@ class PredictOptions:
     run: str | None = option(None, "instead of task: a run folder, such as runs/quickstart", shown="FOLDER")
     every: int | None = option(None, "of a video every n-th frame, as the image VIDEO/000012.jpg", low=1, shown="1")
     top_k: int | None = option(None, "classification: classes per image, most probable first", low=1, shown="5")
+    annotations: str | None = option(
+        None, "detection, with output=FILE.json: a COCO file whose ids of images and categories are used", shown="FILE"
+    )
     drawings: str | None = option(None, "detection: a folder for the images with their boxes, as .jpg", shown="FOLDER")
     # no score is above 1
     min_score: float | None = option(None, "detection: least score of a box", low=0, high=0.999, shown="0.25")
@@ -76,6 +80,7 @@ class PredictOptions:
 
 def main() -> None:
     """Read the options, predict, write the file."""
+    escape_output()
     try:
         options = parse_options(PredictOptions, sys.argv[1:], USAGE)
     except ConfigError as error:
@@ -174,7 +179,7 @@ def _predict(
 
 def _find(options: PredictOptions) -> "Inputs":
     """The images of the input, or the frames of a video."""
-    from vpt.data.images import EXTENSIONS
+    from vpt.data.images import EXTENSIONS, describe_unread
     from vpt.predict.inputs import Frames, ImageFiles, is_video
 
     path = Path(options.input).expanduser()
@@ -182,8 +187,12 @@ def _find(options: PredictOptions) -> "Inputs":
         return Frames(path, options.every or 1)
     if options.every is not None:
         raise ConfigError(f"every={options.every} is for a video, and input={options.input} is none: leave it out")
-    if not (images := ImageFiles(path)).paths:
-        raise ConfigError(f"input={options.input}: contains no images ({', '.join(sorted(EXTENSIONS))})")
+    images = ImageFiles(path)
+    what = describe_unread(images.left_out) if images.left_out else ", ".join(sorted(EXTENSIONS))
+    if not images.paths:
+        raise ConfigError(f"input={options.input}: contains no images that can be read ({what})")
+    if images.left_out:
+        print(f"left out: {what}", file=sys.stderr)
     return images
 
 

@@ -4,12 +4,13 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from PIL import Image
 
-from vpt.data.images import ImageError, find_images, read_image, split_pattern
+from vpt.data.images import Decoding, ImageError, find_images, read_image, split_pattern, to_rgb
 from vpt.predict.progress_file import Stamp, stamp_of
 from vpt.predict.video import EXTENSIONS, Video
 
@@ -17,7 +18,7 @@ NUM_THREADS = 4
 
 PreparedT = TypeVar("PreparedT")
 Chunks = Sequence[Sequence[Path]]
-Prepare = Callable[[Image.Image], PreparedT]
+Prepare = Callable[[Callable[[Decoding], Image.Image]], PreparedT]
 Batches = Generator[list[PreparedT | str]]
 
 
@@ -36,9 +37,10 @@ class Inputs(Protocol):
         """A value that changes with the image."""
 
     def read(self, chunks: Chunks, prepare: Prepare[PreparedT]) -> Batches[PreparedT]:
-        """Prepare each image, upright RGB, or return why it cannot be read; at most two batches are in memory.
+        """Prepare each image, or return why it cannot be read; at most two batches are in memory.
 
-        `chunks` are some of the paths, in order, batch by batch; `prepare` is called from several threads.
+        `chunks` are some of the paths, in order, batch by batch. `prepare` is called from several threads, with a
+        function that decodes the image as an upright RGB one.
         """
 
 
@@ -46,7 +48,8 @@ class ImageFiles:
     """An image file, those of a folder, or those that match a pattern; see `find_images`, also for errors."""
 
     def __init__(self, path: Path) -> None:
-        self.paths = find_images(path)
+        self.left_out: list[Path] = []  # images in formats that cannot be read
+        self.paths = find_images(path, self.left_out)
         folder, pattern = split_pattern(path)
         self.root = folder if pattern or path.is_dir() else path.parent
 
@@ -59,7 +62,7 @@ class ImageFiles:
 
         def work(path: Path) -> PreparedT | str:
             try:
-                return prepare(read_image(path))
+                return prepare(partial(read_image, path))
             except ImageError as error:
                 return str(error)
 
@@ -96,7 +99,7 @@ class Frames:
         if not (wanted := set(itertools.chain(*chunks))):
             return
         pairs = zip(self.paths, self.video.frames(), strict=True)
-        prepared = (prepare(frame) for path, frame in pairs if path in wanted)
+        prepared = (prepare(partial(to_rgb, frame)) for path, frame in pairs if path in wanted)
         for chunk in chunks:
             yield list(itertools.islice(prepared, len(chunk)))
 

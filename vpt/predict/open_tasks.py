@@ -14,6 +14,7 @@ from torch import Tensor
 from vpt import build
 from vpt.config.command_line import name_task_files
 from vpt.config.errors import ConfigError
+from vpt.data.images import Decoding
 from vpt.data.samples import Size
 from vpt.data.transforms.images import EvalTransform
 from vpt.data.transforms.preprocessing import Preprocessing, letterboxed_size
@@ -55,9 +56,12 @@ class OpenTasks:
         """The preprocessing of each task."""
         return {name: Preprocessing.from_dict(of.preprocessing) for name, of in self.metadata.items()}
 
-    def prepare(self, image: Image.Image, keeps_image: bool = False) -> Prepared:
-        """Prepare an upright RGB image for all tasks; may be called from any thread."""
-        inputs = {wanted: EvalTransform(wanted)(image) for wanted in set(self.preprocessings.values())}
+    def prepare(self, read: Callable[[Decoding], Image.Image], keeps_image: bool = False) -> Prepared:
+        """Prepare an image for all tasks; `read` decodes it, upright RGB; may be called from any thread."""
+        wanted = dict.fromkeys(self.preprocessings.values())
+        images = {decoding: read(decoding) for decoding in dict.fromkeys(each.decoding for each in wanted)}
+        inputs = {each: EvalTransform(each)(images[each.decoding]) for each in wanted}
+        image = next(iter(images.values()))
         return Prepared((image.height, image.width), inputs, image if keeps_image else None)
 
 

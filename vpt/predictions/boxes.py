@@ -7,7 +7,7 @@ Shapes: H, W pixels, n boxes of an image, K classes.
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath, PurePosixPath
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vpt.data.samples import Size
 from vpt.data.transforms.preprocessing import Preprocessing, unletterbox
+from vpt.engine.console import warn
 from vpt.predictions.tables import to_table
 
 NUMBERS = ("score", "x1", "y1", "x2", "y2")
@@ -120,7 +121,8 @@ def to_coco(found: Sequence[FoundBoxes], category_ids: Sequence[int], classes: S
 def coco_image_ids(found: Sequence[FoundBoxes]) -> list[int]:
     """A distinct number for each image: its image_id if all have one, else the number in its name, else 1, 2, ...
 
-    Names are used if all are distinct numbers, such as COCO's 000000000139.jpg.
+    Names are used if all are distinct numbers, such as COCO's 000000000139.jpg. Numbers that are counted belong to no
+    annotation file, which is reported on the standard error.
 
     Raises:
         ValueError: Two images have the same image_id.
@@ -134,7 +136,44 @@ def coco_image_ids(found: Sequence[FoundBoxes]) -> list[int]:
     stems = [PurePath(image.path).stem for image in found]
     if all(stem.isascii() and stem.isdigit() for stem in stems) and len({int(stem) for stem in stems}) == len(stems):
         return [int(stem) for stem in stems]
+    if found:
+        warn(
+            "image_id counts the images 1, 2, ..., and is not that of an annotation file; to measure the results, take "
+            "its ids (annotations=FILE of vpt.predict, or FoundBoxes.image_id)"
+        )
     return list(range(1, len(found) + 1))
+
+
+def match_image_ids(paths: Sequence[str], ids: Mapping[str, int]) -> dict[str, int]:
+    """The id of each image that a COCO file names, by its path; `ids` is by the file names of that file.
+
+    Paths and names may begin in different folders. Of several names with the file name of an image, those that it ends
+    in, or that end in it, come first, and of these the longest.
+
+    Raises:
+        ValueError: An image has several such names, or two images have the same one.
+
+    Example:
+        >>> match_image_ids(["test/a.jpg", "b.jpg"], {"a.jpg": 7, "train/a.jpg": 8})
+        {'test/a.jpg': 7}
+    """
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for name in ids:
+        by_name[PurePosixPath(name).name].append(name)
+    found: dict[str, int] = {}
+    owners: dict[str, str] = {}
+    for path in paths:
+        names = by_name.get(PurePosixPath(path).name, [])
+        ends = [name for name in names if f"/{path}".endswith(f"/{name}") or f"/{name}".endswith(f"/{path}")]
+        longest = max(map(len, ends), default=0) if path not in ends else len(path)
+        best = [name for name in ends if len(name) == longest] or names
+        if len(best) > 1:
+            raise ValueError(f"{path} may be {best[0]} or {best[1]}; name a folder of images that shows which")
+        for name in best:
+            if other := owners.get(name):
+                raise ValueError(f"{path} and {other} are both {name}; name a folder of images that shows which")
+            owners[name], found[path] = path, ids[name]
+    return found
 
 
 def to_yolo(found: FoundBoxes) -> str:

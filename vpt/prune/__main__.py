@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpt.config.command_line import INTERRUPTED, check_folder, fail, is_for_user, parse_options
+from vpt.config.command_line import INTERRUPTED, check_folder, escape_output, fail, is_for_user, parse_options
 from vpt.config.errors import ConfigError
 from vpt.config.schema import option
 
@@ -46,6 +46,7 @@ class PruneOptions:
 
 def main() -> None:
     """Read the options and prune."""
+    escape_output()
     try:
         prune_run(parse_options(PruneOptions, sys.argv[1:], USAGE))
     except KeyboardInterrupt:

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from vpt.build import Data, TrainedRun
 from vpt.config.errors import ConfigError
+from vpt.data.ranges import format_range
 from vpt.task_types.base import TaskType, task_type_of
 
 
@@ -30,12 +32,22 @@ def read_run(
     config.dataset.root = root or config.dataset.root
     config.train.batch_size, config.num_workers = batch_size or config.train.batch_size, num_workers
     config.augment.transforms = []
+    config.data.range = format_range(run.preprocessing.range)
     task_type = task_type_of(config)
-    samples = task_type.read()
+    try:
+        samples = task_type.read()
+    except (ValueError, OSError) as error:
+        place = config.dataset.root
+        if place is None or Path(place).expanduser().exists():
+            raise
+        moved = f"root={place}: no such file or folder"
+        moved += "; if the data of this run have moved, add root=PATH" if root is None else ""
+        raise ConfigError(moved) from error
     for split in splits:
         if split not in samples:
             raise ConfigError(f"split={split}: this data set has {', '.join(samples)}")
-        _check_classes("the data of this run" if root is None else f"root={root}", samples[split], run.model)
+    for members in samples.values():
+        _check_classes("the data of this run" if root is None else f"root={root}", members, run.model)
     return task_type, task_type.build_data(samples, run.metadata.preprocessing)
 
 

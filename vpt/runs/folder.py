@@ -19,10 +19,11 @@ import yaml
 from vpt.config.errors import ConfigError, first_line
 from vpt.config.naming import data_name
 from vpt.config.saved import PLACES, ROUNDING, WITHOUT_EFFECT, first_names, rename_keys, to_plain
-from vpt.config.schema import Config, Mode
+from vpt.config.schema import Config, Mode, TrainConfig
 from vpt.engine.checkpoint import NAMES, NEW
 from vpt.engine.console import warn
-from vpt.storage.files import write_bytes
+from vpt.runs.record import RECORD
+from vpt.storage.files import replace, write_bytes
 from vpt.storage.lock import locked
 
 CONFIG, RESULT, TASK, LOCK = "config.yaml", "result.json", "task.safetensors", ".lock"
@@ -39,6 +40,7 @@ class RunFolder:
     Attributes:
         path: The folder, which may not exist yet; `task` and `result_file`, which a run writes last, are in it.
         is_finished: Whether the run has finished.
+        is_extended: Whether it has finished, and `extend=true` begins more epochs; `make` then renames its result.
     """
 
     def __init__(self, config: Config, shown: Config, *, is_sweep: bool = False) -> None:
@@ -56,7 +58,8 @@ class RunFolder:
             self.path = next((path for path in named if path.is_dir()), named[0])
         self.task, self.result_file = self.path / TASK, self.path / RESULT
         self.config_text = yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True)
-        self.is_finished = False
+        self.is_finished = self.is_extended = False
+        self._former_epochs: int | None = None  # of a result that is no longer that of the run
         self._stack, self._is_locked = ExitStack(), False
 
     def __enter__(self) -> Self:
@@ -67,6 +70,8 @@ class RunFolder:
             LockedError: Another process trains in it.
         """
         if not _is_begun(self.path):
+            if self.config.extend:
+                raise ConfigError(f"extend=true: there is no run in {self.path}; name a finished one, run.name=NAME")
             return self
         with self._stack:
             if self.config.fresh or self.config.mode is Mode.dry:
@@ -82,7 +87,7 @@ class RunFolder:
     def result(self) -> dict[str, Any]:
         """Read `result.json` of a finished run, with nan for null; ConfigError if it is damaged."""
         try:
-            result = dict(json.loads(self.result_file.read_text()))
+            result = dict(json.loads(self.result_file.read_text(encoding="utf-8")))
             metrics = {
                 split: {name: math.nan if value is None else float(value) for name, value in values.items()}
                 for split, values in result["metrics"].items()
@@ -104,13 +109,15 @@ class RunFolder:
                 self._lock()
                 if _is_begun(self.path):  # another process created it meanwhile
                     self._refuse_changes()
-            for name in (CONFIG, RESULT, TASK, NEW):
+            for name in (CONFIG, RESULT, TASK, NEW, RECORD):
                 for leftover in self.path.glob(f".{name}.*"):  # of a process that was killed while writing
                     leftover.unlink()
             if not any((self.path / name).exists() for name in NAMES):
                 for leftover in [*self.path.glob("events.out.tfevents.*"), self.path / "metrics.jsonl"]:
                     leftover.unlink(missing_ok=True)
             write_bytes(self.path / CONFIG, self.config_text.encode())
+            if self._former_epochs is not None:
+                replace(self.result_file, self.path / f"result_{self._former_epochs}.json")
         except OSError as error:
             where = f"run.root={self.config.run.root}"
             raise ConfigError(f"{where}: {error.strerror}; choose a folder that can be written to") from error
@@ -118,14 +125,36 @@ class RunFolder:
     def _resume(self) -> None:
         """Lock the folder, or set `is_finished`; a finished run requires no lock and no permission to write."""
         before = self._refuse_changes()
-        is_done = self.result_file.is_file() and self.task.is_file()
-        if is_done and dict(_places(before)) == dict(_places(self.values)):
+        was, now = dict(_decisive(before)).get("train.epochs", TrainConfig.epochs), self.config.train.epochs
+        is_done, planned = self.result_file.is_file() and self.task.is_file(), self._planned_epochs() or was
+        if was != now and not is_done:
+            raise ConfigError(
+                f"{self.path}: extend=true is for a finished run, and this one has not done its {was} epochs: type "
+                f"train.epochs={was} without extend=true first"
+            )
+        if was > now:
+            raise ConfigError(f"train.epochs={now}: the run in {self.path} has {was} epochs; extend=true needs more")
+        self.is_extended = was < now
+        if is_done and planned != now:
+            self._former_epochs = planned  # a process may have been killed when the config was written
+            self._lock()
+        elif is_done and dict(_places(before)) == dict(_places(self.values)):
             self.is_finished = True  # moved data are first compared with those of the checkpoint
         else:
             self._lock()
 
+    def _planned_epochs(self) -> int | None:
+        """The `train.epochs` that the result is of; None without one, or where it does not state it, as in 0.1."""
+        try:
+            return int(json.loads(self.result_file.read_text(encoding="utf-8"))["planned_epochs"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
     def _lock(self) -> None:
-        self._stack.enter_context(locked(self.path / LOCK, self.path))
+        try:
+            self._stack.enter_context(locked(self.path / LOCK, self.path))
+        except OSError as error:  # a full disk, for example
+            raise ConfigError(f"{self.path}: cannot be locked: {error.strerror}; make it writable") from error
         self._is_locked = True
 
     def _unlock(self) -> None:
@@ -136,7 +165,7 @@ class RunFolder:
         """Read the saved config; refuse a folder that is no run folder."""
         another = "choose another run.name"
         try:
-            found = yaml.safe_load((self.path / CONFIG).read_text())
+            found = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise ConfigError(f"{self.path}: exists and is no run folder; {another}") from error
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -155,10 +184,11 @@ class RunFolder:
         was, now = defaults | dict(_decisive(before)), dict(_decisive(self.values))
         keys = [key for key in {**now, **dict(_decisive(before))} if was.get(key) != now.get(key)]
         changed = [f"{key} was {was.get(key)}, is now {now.get(key)}" for key in keys]
-        if changed:
+        if changed and not (self.config.extend and keys == ["train.epochs"]):
+            extend = "extend=true to train it on once it has finished, or " if keys == ["train.epochs"] else ""
             raise ConfigError(
                 f"{self.path}: was started with another config ({'; '.join(changed)}); restore these values, name "
-                "another folder with run.name=NAME, or type fresh=true to rename this one and start anew"
+                f"another folder with run.name=NAME, or type {extend}fresh=true to rename this one and start anew"
             )
         for key in ROUNDING:
             if before.get(key) != self.values.get(key):

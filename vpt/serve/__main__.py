@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vpt.config.command_line import check_folder, fail, name_task_files, parse_options
+from vpt.config.command_line import check_folder, escape_output, fail, name_task_files, parse_options
 from vpt.config.errors import ConfigError, config_keys, first_line
 from vpt.config.schema import option
 
@@ -55,6 +55,7 @@ class ServeOptions:
 
 def main() -> None:
     """Read the options, and serve until interrupted."""
+    escape_output()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # some imports swallow KeyboardInterrupt
     try:
         serve(parse_options(ServeOptions, sys.argv[1:], USAGE))

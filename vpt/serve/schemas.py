@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from vpt.data.images import FORMATS, ImageError, read_image
+from vpt.data.images import DEFAULT_DECODING, FORMATS, Decoding, ImageError, read_image
 from vpt.data.samples import Size
 from vpt.data.transforms.images import EvalTransform
 from vpt.data.transforms.preprocessing import Preprocessing, letterboxed_size
@@ -115,11 +115,16 @@ def clean_name(name: str | None) -> str:
 
 def prepare(upload: Upload, tasks: Mapping[str, TaskMetadata]) -> list[Job]:
     """Decode an image, and prepare it for each task; for errors see `read_upload`."""
-    image, jobs = read_upload(upload), []
-    size = (image.height, image.width)
+    jobs: list[Job] = []
+    images: dict[Decoding, Image.Image] = {}
     prepared: dict[Preprocessing, tuple[Tensor, Size]] = {}
     for name, metadata in tasks.items():
         preprocessing = Preprocessing.from_dict(metadata.preprocessing)
+        decoding = preprocessing.decoding
+        if decoding not in images:
+            images[decoding] = read_upload(upload, decoding)
+        image = images[decoding]
+        size = (image.height, image.width)
         if preprocessing not in prepared:
             is_whole = preprocessing.crop_mode == "letterbox"
             inner = letterboxed_size(size, preprocessing) if is_whole else preprocessing.size
@@ -128,10 +133,10 @@ def prepare(upload: Upload, tasks: Mapping[str, TaskMetadata]) -> list[Job]:
     return jobs
 
 
-def read_upload(upload: Upload) -> Image.Image:
+def read_upload(upload: Upload, decoding: Decoding = DEFAULT_DECODING) -> Image.Image:
     """Decode an image from memory as `read_image` does; ImageError, beginning with its name, if it cannot be used."""
     try:
-        image = read_image(cast(Any, _NamedBytes(upload)))
+        image = read_image(cast(Any, _NamedBytes(upload)), decoding)
     except TypeError as error:  # from the check whether the file is empty
         what = "not an image, or its header is broken" if upload.data else "the file is empty"
         raise ImageError(f"{upload.name}: {what}; supported are {', '.join(FORMATS)}") from error

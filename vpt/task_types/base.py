@@ -18,16 +18,16 @@ from torch.utils.data import Dataset
 from vpt.build import Data, build_loaders, build_model, build_preprocessing
 from vpt.config.errors import ConfigError, did_you_mean
 from vpt.config.schema import Config, DatasetConfig
-from vpt.data.images import Decoding
 from vpt.data.readers.box_checks import DataReport
 from vpt.data.readers.folder import fruit_root
 from vpt.data.samples import Size
-from vpt.data.transforms.preprocessing import Preprocessing
+from vpt.data.transforms.preprocessing import DECODING, Preprocessing
 from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Evaluator, Losses
 from vpt.models.task_model import TaskModel
 from vpt.models.task_schema import TaskMetadata
+from vpt.task_types.decoding import build_decoding, find_decoding
 from vpt.task_types.findings import Finding
 from vpt.task_types.unreadable import LeftOut, describe_left_out, leave_out_unreadable
 from vpt.task_types.writer import PredictionWriter
@@ -51,7 +51,8 @@ class TaskType(ABC):
     """
 
     name: ClassVar[str]  # `dataset.task` in configs, "kind" in task files
-    main_metric: ClassVar[str]  # on val; selects the best epoch, higher is better
+    main_metric: ClassVar[str]  # on val; selects the best epoch by default, higher is better
+    metrics: ClassVar[Sequence[str]] = ()  # others that `train.select` may name; higher is better, but for "loss"
     overfit_goal: ClassVar[float]  # of the main metric on one batch, for mode=overfit
     charts: ClassVar[Mapping[str, Sequence[str]]] = {}  # in TensorBoard's overview: title -> regular expressions
     readers: ClassVar[Sequence[str]]  # allowed values of `dataset.reader`
@@ -68,7 +69,9 @@ class TaskType(ABC):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.decoding = Decoding(config.data.max_pixels, config.data.background)
+        self.select = config.train.select or self.main_metric
+        self.decoding = build_decoding(config)
+        self.image_notes: list[str] = []  # what `decode` found in the headers of images
         self.report = DataReport()  # problems that `read_all` found in labels
         self.left_out: LeftOut = []  # train images that `read` left out, and why
 
@@ -80,8 +83,14 @@ class TaskType(ABC):
 
     def read(self) -> dict[str, Any]:
         """Samples by split; a ValueError or OSError for images that may not be left out, and other unusable data."""
-        samples, self.left_out = leave_out_unreadable(self.config, self.read_all(), self.report.left_out)
+        samples = self.decode(self.read_all())
+        samples, self.left_out = leave_out_unreadable(self.config, samples, self.report.left_out)
         return samples
+
+    def decode(self, samples: Mapping[str, Any]) -> dict[str, Any]:
+        """Samples whose files are read with the range of values that `data.range=auto` finds over train."""
+        self.decoding, self.image_notes = find_decoding(self.config, samples, self.decoding)
+        return {split: members.decoded(self.decoding) for split, members in samples.items()}
 
     @abstractmethod
     def transforms(self, preprocessing: Preprocessing) -> tuple[Any, Any]:
@@ -94,7 +103,8 @@ class TaskType(ABC):
 
     def build_data(self, samples: Mapping[str, Any], backbone_preprocessing: Mapping[str, Any]) -> Data:
         """Data sets and loaders of all splits, for a backbone with this preprocessing."""
-        preprocessing = self.preprocessing(backbone_preprocessing)
+        decoding = {name: getattr(self.decoding, name) for name in DECODING}
+        preprocessing = self.preprocessing({**decoding, **backbone_preprocessing})
         training, evaluation = self.transforms(preprocessing)
         datasets = {
             split: type(self).dataset(members, training if split == "train" else evaluation, seed=self.config.seed)
@@ -107,7 +117,8 @@ class TaskType(ABC):
         """Lines for the summary: the data, and the problems found in them."""
         counts = ", ".join(f"{split} {len(members)}" for split, members in samples.items())
         first = f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; images: {counts}"
-        return [first, *describe_left_out(self.left_out)]
+        notes = [*self.image_notes, *describe_left_out(self.left_out), *map(str, self.report.notes)]
+        return [first, *notes]
 
     # Checks of python -m vpt.doctor.
 
@@ -158,6 +169,10 @@ class TaskType(ABC):
         """A table with a row for each class, of an evaluated split; empty where there are no classes."""
         return ""
 
+    def confusion_counts(self, evaluator: Any, data: Data) -> list[tuple[str, str, int]]:
+        """True class, predicted class and their number in an evaluated split, without pairs that do not occur."""
+        raise ConfigError(f"confusion: classes of {self.name} are not counted in pairs; leave it out")
+
     # Figures in TensorBoard; a type may have none.
 
     def log_start(self, monitor: Monitor, data: Data) -> None:  # noqa: B027
@@ -166,8 +181,13 @@ class TaskType(ABC):
     def log_epoch(self, monitor: Monitor, data: Data, evaluator: Any, epoch: int, step: int) -> None:  # noqa: B027
         """Log figures after an evaluation on val."""
 
+    def log_class_metrics(  # noqa: B027
+        self, monitor: Monitor, data: Data, evaluator: Any, result: FitResult
+    ) -> None:
+        """Log the metrics of each class, of the best model on val."""
+
     def log_end(self, monitor: Monitor, data: Data, evaluator: Any, result: FitResult) -> None:  # noqa: B027
-        """Log figures of the best model on val."""
+        """Log figures of the best model on val; the result of the run is written before."""
 
     # Trained tasks.
 
@@ -207,6 +227,13 @@ class PredictionEvaluator(Evaluator, Protocol):
         """Results under "predictions" and "probabilities", or "precision"."""
 
 
+def name_pairs(confusion: Tensor, classes: Sequence[str]) -> list[tuple[str, str, int]]:
+    """The counts of a confusion matrix (K, K) that are not 0, with the names of their rows and columns."""
+    return [
+        (classes[row], classes[column], int(confusion[row, column])) for row, column in confusion.nonzero().tolist()
+    ]
+
+
 _registered: dict[str, type[TaskType]] = {}
 
 
@@ -237,8 +264,12 @@ def task_type_of(config: Config) -> TaskType:
     if name not in found:
         raise ConfigError(f"dataset.task={name}: no such type of task{did_you_mean(name, list(found))}")
     task_type = found[name]
-    reader = "dataset.reader", config.dataset.reader, task_type.readers
-    for key, value, allowed in (reader, ("head.name", config.head.name, (None, *task_type.heads))):
+    keys = (
+        ("dataset.reader", config.dataset.reader, task_type.readers),
+        ("head.name", config.head.name, (None, *task_type.heads)),
+        ("train.select", config.train.select, (None, task_type.main_metric, *task_type.metrics)),
+    )
+    for key, value, allowed in keys:
         if value not in allowed:
             names = ", ".join(str(choice) for choice in allowed if choice is not None)
             raise ConfigError(f"{key}={value}: must be one of {names}, for {name}")

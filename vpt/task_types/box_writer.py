@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,9 +12,11 @@ from PIL import Image
 
 from vpt.config.command_line import check_folder
 from vpt.config.errors import ConfigError, did_you_mean
+from vpt.data.readers.coco import read_ids
 from vpt.data.transforms.preprocessing import Preprocessing
+from vpt.engine.console import warn
 from vpt.models.heads.dense import Selection
-from vpt.predictions.boxes import FoundBoxes, file_names, to_box_table, to_coco, to_original, to_yolo
+from vpt.predictions.boxes import FoundBoxes, file_names, match_image_ids, to_box_table, to_coco, to_original, to_yolo
 from vpt.storage.files import write_bytes
 from vpt.task_types.writer import PredictedImage, Predictions, PredictionWriter, spare_images
 
@@ -23,7 +26,14 @@ MIN_SCORE = 0.25  # for people; metrics are computed from 0.05 up
 class BoxWriter(PredictionWriter):
     """The boxes in each image; drawings are written batch by batch, everything else at the end."""
 
-    options: ClassVar[Sequence[str]] = ("drawings", "min_score", "max_overlap", "max_detections", "classes")
+    options: ClassVar[Sequence[str]] = (
+        "annotations",
+        "drawings",
+        "min_score",
+        "max_overlap",
+        "max_detections",
+        "classes",
+    )
 
     def __init__(self, tasks: Any, origin: str, options: Mapping[str, Any], root: Path, paths: Sequence[Path]) -> None:
         super().__init__(tasks, origin, options, root, paths)
@@ -37,6 +47,10 @@ class BoxWriter(PredictionWriter):
         self.drawings = {} if self.folder is None else self._files("drawings", self.folder, ".jpg", paths)
         self.texts = self._texts(paths)
         self.needs_images = self.folder is not None
+        self.image_ids: dict[str, int] = {}
+        self.category_ids: Sequence[int] = ()
+        if options["annotations"] is not None:
+            self._use_ids(Path(options["annotations"]).expanduser(), paths)
 
     def predict(self, images: Sequence[PredictedImage], outputs: Mapping[str, Any]) -> list[Predictions]:
         """Boxes in pixels of each image; they are drawn, too."""
@@ -64,8 +78,11 @@ class BoxWriter(PredictionWriter):
                 write_bytes(self.texts[path], self._text(of_image))
         elif ending == ".json":
             ((task, metadata),) = self.tasks.items()
-            ids = metadata.category_ids or range(1, metadata.num_classes + 1)
+            ids = self.category_ids or metadata.category_ids or range(1, metadata.num_classes + 1)
             boxes = [of_image[task] for of_image in predictions.values()]
+            if self.image_ids:
+                named = [replace(image, image_id=self.image_ids.get(image.path)) for image in boxes]
+                boxes = [image for image in named if image.image_id is not None]
             write_bytes(self.output, to_coco(boxes, ids, self.classes[task]).encode())
         else:
             typed = {str(path): of_image for path, of_image in predictions.items()}
@@ -80,6 +97,30 @@ class BoxWriter(PredictionWriter):
         """Boxes, scores and labels."""
         name = path.relative_to(self.root).as_posix()
         return {task: FoundBoxes.from_record(name, boxes) for task, boxes in record.items()}
+
+    def _use_ids(self, file: Path, paths: Sequence[Path]) -> None:
+        """Take ids of images and categories from a COCO file; a ConfigError if they do not fit."""
+        if self.output.suffix.lower() != ".json":
+            raise ConfigError(f"annotations={file}: is for COCO results, output=FILE.json; leave it out")
+        try:
+            images, categories = read_ids(file)
+        except ValueError as error:
+            raise ConfigError(f"annotations={file}: {error}") from error
+        ((task, classes),) = self.classes.items()
+        if unknown := [name for name in classes if name not in categories]:
+            what = f"no category {unknown[0]!r}, a class of {task}{did_you_mean(unknown[0], list(categories))}"
+            raise ConfigError(f"annotations={file}: {what}")
+        self.category_ids = [categories[name] for name in classes]
+        names = [path.relative_to(self.root).as_posix() for path in paths]
+        try:
+            self.image_ids = match_image_ids(names, images)
+        except ValueError as error:
+            raise ConfigError(f"annotations={file}: {error}") from error
+        if unknown := [name for name in names if name not in self.image_ids]:
+            what = f"has {len(unknown):,} of the {len(names):,} images not, first {unknown[0]}"
+            if len(unknown) == len(names):
+                raise ConfigError(f"annotations={file}: {what}; name the file of these images")
+            warn(f"annotations={file}: {what}; their boxes are left out of the results")
 
     def _select(self, options: Mapping[str, Any]) -> dict[str, Selection]:
         if options["classes"] is not None and len(self.tasks) > 1:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from vpt.build import Data, spread
-from vpt.config.errors import config_keys
+from vpt.config.errors import ConfigError, config_keys
 from vpt.config.schema import ClassWeights, OnError
 from vpt.config.validation import required
 from vpt.data.readers.folder import fruit_root, read_folder
@@ -23,13 +23,13 @@ from vpt.data.transforms.images import EvalTransform, TrainTransform
 from vpt.data.transforms.preprocessing import Preprocessing, denormalise
 from vpt.engine.console import format_table, percent
 from vpt.engine.losses import CrossEntropy
-from vpt.engine.metrics.classification import ClassificationMetrics
+from vpt.engine.metrics.classification import NUM_TOP, ClassificationMetrics
 from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
 from vpt.models.task_schema import TaskMetadata
 from vpt.storage.archives import unpacked
-from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, register_task_type
+from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, name_pairs, register_task_type
 from vpt.task_types.class_writer import ClassWriter
 from vpt.task_types.findings import Finding, Level, some
 from vpt.task_types.unreadable import leave_out_unreadable
@@ -57,7 +57,7 @@ from vpt.hub import download
 
 model = vpt.from_pretrained({repo_id}, backbone={backbone})
 preprocessing = Preprocessing.from_dict(vpt.read_task(download({repo_id})).preprocessing)
-image = EvalTransform(preprocessing)(read_image("photo.jpg"))
+image = EvalTransform(preprocessing)(read_image("photo.jpg", preprocessing.decoding))
 with torch.inference_mode():
     probabilities = model(image[None]).softmax(dim=1)[0]
 best = int(probabilities.argmax())
@@ -109,6 +109,7 @@ class Classification(TaskType):
 
     name = "classification"
     main_metric = "top1"
+    metrics = ("mean_per_class", "top5", "loss")
     overfit_goal = 1.0
     charts: ClassVar[Mapping[str, Sequence[str]]] = {"accuracy": ["^val/top1$", "^val/mean_per_class$"]}
     readers = ("folder", "list", "csv", "torchvision", "fruit")
@@ -123,10 +124,12 @@ class Classification(TaskType):
     def read(self) -> dict[str, ClassificationSamples]:
         """Samples by split; with `dataset.num_per_class` only so many of train."""
         dataset, skips = self.config.dataset, self.config.data.on_error is OnError.skip
-        samples = self.read_all()
+        samples = self.decode(self.read_all())
         for split, members in samples.items():
             if split != "train" or not skips:
                 check_readable(members, self.decoding)
+        if self.select == "top5" and (num := len(samples["train"].classes)) <= NUM_TOP:
+            raise ConfigError(f"train.select=top5: has no meaning for {num} classes; use top1 or mean_per_class")
         samples, self.left_out = leave_out_unreadable(self.config, samples)
         if dataset.num_per_class is not None:
             samples["train"] = take_per_class(samples["train"], dataset.num_per_class, dataset.split_seed)
@@ -139,22 +142,20 @@ class Classification(TaskType):
         if config.reader in ("folder", "list"):
             required(config, "root")
         root = unpacked(Path(config.root or ".").expanduser(), self.config.cache_dir)
-        split: dict[str, Any] = {"val_fraction": config.val_fraction, "seed": config.split_seed}
-        split["decoding"] = self.decoding
+        keys = ("val_fraction", "test_fraction", "group", "folds", "fold")
+        reading: dict[str, Any] = {key: getattr(config, key) for key in keys}
+        reading |= {"seed": config.split_seed, "decoding": self.decoding, "notes": self.report.notes}
         match config.reader:
             case "folder":
-                return read_folder(root, test_fraction=config.test_fraction or 0.0, **split)
+                return read_folder(root, layout=config.layout.value, **reading)
             case "list":
-                lists: dict[str, Any] = {"train": config.train, "val": config.val, "test": config.test}
-                return read_list(root, **lists, test_fraction=config.test_fraction or 0.0, **split)
+                return read_list(root, config.train, config.val, config.test, **reading)
             case "csv":
                 path, images_root = Path(required(config, "path")).expanduser(), None if config.root is None else root
-                return read_csv(path, images_root, test_fraction=config.test_fraction or 0.0, **split)
+                return read_csv(path, images_root, **reading)
             case "torchvision":
-                if config.test_fraction is not None:
-                    split["test_fraction"] = config.test_fraction
-                return read_torchvision(required(config, "name"), root, download=config.download, **split)
-        return read_folder(fruit_root(), **split)
+                return read_torchvision(required(config, "name"), root, download=config.download, **reading)
+        return read_folder(fruit_root(), **reading)
 
     def transforms(self, preprocessing: Preprocessing) -> tuple[TrainTransform, EvalTransform]:
         """Augmentation of train as the config states."""
@@ -217,11 +218,17 @@ class Classification(TaskType):
         return ClassPredictions()
 
     def class_table(self, evaluator: ClassEvaluator, data: Data, split: str) -> str:
-        """Recall and number of images of each class."""
-        counts = map(str, evaluator.metrics.confusion.sum(dim=1).tolist())
-        recalls = map(percent, evaluator.metrics.per_class())
-        rows = [list(row) for row in zip(data.classes, recalls, counts, strict=True)]
-        return format_table(rows, ["class", "recall", "images"])
+        """Recall, precision, F1 and number of images of each class."""
+        confusion = evaluator.metrics.confusion
+        counts, found, hits = confusion.sum(dim=1), confusion.sum(dim=0), confusion.diagonal().double()
+        columns = hits / counts, hits / found, 2 * hits / (counts + found)
+        cells = [map(percent, column.tolist()) for column in columns]
+        rows = [list(row) for row in zip(data.classes, *cells, map(str, counts.tolist()), strict=True)]
+        return format_table(rows, ["class", "recall", "precision", "F1", "images"])
+
+    def confusion_counts(self, evaluator: ClassEvaluator, data: Data) -> list[tuple[str, str, int]]:
+        """Of images."""
+        return name_pairs(evaluator.metrics.confusion, data.classes)
 
     def log_start(self, monitor: Monitor, data: Data) -> None:
         """A grid of augmented train images."""
@@ -233,7 +240,7 @@ class Classification(TaskType):
         monitor.images("train/augmented", image_grid(pixels, [data.classes[target] for target in targets]), 0)
 
     def log_end(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, result: FitResult) -> None:
-        """The confusion matrix, the worst images and the recall of each class."""
+        """The confusion matrix and the worst images."""
         from vpt.plots.grid import RIGHT, WRONG, image_grid
         from vpt.plots.metrics import confusion_matrix
 
@@ -247,7 +254,11 @@ class Classification(TaskType):
         colours = [RIGHT if sample.target == sample.prediction else WRONG for sample in worst]
         grid = image_grid(denormalise(images, data.preprocessing), captions, columns=4, colours=colours)
         monitor.images("val/worst", grid, result.best_step)
-        recall = {f"val_recall/{name}": value for name, value in zip(data.classes, metrics.per_class(), strict=True)}
+
+    def log_class_metrics(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, result: FitResult) -> None:
+        """The recall of each class."""
+        per_class = evaluator.metrics.per_class()
+        recall = {f"val_recall/{name}": value for name, value in zip(data.classes, per_class, strict=True)}
         monitor.scalars(recall, result.best_step)
 
     @classmethod

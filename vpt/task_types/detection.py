@@ -21,7 +21,7 @@ from vpt.data.samples import DetectionDataset, DetectionSamples, Size, collate_d
 from vpt.data.transforms.boxes import DetectionEvalTransform, DetectionTrainTransform
 from vpt.data.transforms.preprocessing import Preprocessing, denormalise, letterboxed_size
 from vpt.engine.console import format_table, percent
-from vpt.engine.metrics.detection import DetectionMetrics
+from vpt.engine.metrics.detection import AREAS, NUMBERS, DetectionMetrics
 from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
@@ -30,7 +30,7 @@ from vpt.models.heads.pyramid import default_strides
 from vpt.models.task_schema import TaskMetadata
 from vpt.predictions.boxes import to_original
 from vpt.storage.archives import unpacked
-from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, register_task_type
+from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, name_pairs, register_task_type
 from vpt.task_types.box_findings import FullReport, find_box_problems, find_small_boxes
 from vpt.task_types.box_writer import MIN_SCORE, BoxWriter
 from vpt.task_types.findings import Finding, Level
@@ -66,7 +66,7 @@ from vpt.predictions.boxes import to_original
 
 model = vpt.from_pretrained({repo_id}, backbone={backbone})
 preprocessing = Preprocessing.from_dict(vpt.read_task(download({repo_id})).preprocessing)
-image = read_image("photo.jpg")
+image = read_image("photo.jpg", preprocessing.decoding)
 size = (image.height, image.width)
 inputs = EvalTransform(preprocessing)(image)[None]
 with torch.inference_mode():
@@ -129,6 +129,7 @@ class Detection(TaskType):
 
     name = "detection"
     main_metric = "map"
+    metrics = ("map50", "map75", *AREAS[1:], *NUMBERS, "loss")
     overfit_goal = 0.9
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
         "losses apart": ["^train/.*_loss$"],
@@ -162,7 +163,7 @@ class Detection(TaskType):
         """Samples by split, from boxes and the headers of images."""
         config = self.config.dataset
         reading: dict[str, Any] = {"val_fraction": config.val_fraction, "test_fraction": config.test_fraction or 0.0}
-        reading |= {"seed": config.split_seed, "strict": config.strict}
+        reading |= {"seed": config.split_seed, "strict": config.strict, "exif_boxes": config.exif_boxes.value}
         reading |= {"report": self.report, "decoding": self.decoding}
         if config.reader == "trees":
             return read_coco(trees_root(), **reading)
@@ -232,6 +233,10 @@ class Detection(TaskType):
         ]
         return format_table(rows, ["class", "map", "map50", "best score", "boxes"])
 
+    def confusion_counts(self, evaluator: BoxEvaluator, data: Data) -> list[tuple[str, str, int]]:
+        """Of boxes; missed and false ones are paired with "background"."""
+        return name_pairs(evaluator.metrics.confusion(), [*data.classes, "background"])
+
     def log_start(self, monitor: Monitor, data: Data) -> None:
         """A grid of augmented train images with their boxes."""
         from vpt.plots.boxes import draw_boxes  # matplotlib is not needed by commands that only predict
@@ -254,7 +259,7 @@ class Detection(TaskType):
             monitor.images("val/found", self._page(data, evaluator, indices), step)
 
     def log_end(self, monitor: Monitor, data: Data, evaluator: BoxEvaluator, result: FitResult) -> None:
-        """Precision-recall curves, the confusion matrix, images with most errors, and the precision of each class."""
+        """Precision-recall curves, the confusion matrix, and images with most errors."""
         from vpt.plots.metrics import confusion_matrix, precision_recall_curves
 
         metrics, step = evaluator.metrics, result.best_step
@@ -264,8 +269,11 @@ class Detection(TaskType):
         found = list(evaluator.found)
         worst = [found[position] for position in metrics.images_by_error(NUM_PAGE_IMAGES)]
         monitor.images("val/worst", self._page(data, evaluator, worst), step)
-        precision = zip(data.classes, metrics.per_class(), strict=True)
-        monitor.scalars({f"val_map/{name}": value for name, value in precision}, step)
+
+    def log_class_metrics(self, monitor: Monitor, data: Data, evaluator: BoxEvaluator, result: FitResult) -> None:
+        """The average precision of each class."""
+        precision = zip(data.classes, evaluator.metrics.per_class(), strict=True)
+        monitor.scalars({f"val_map/{name}": value for name, value in precision}, result.best_step)
 
     def _page(self, data: Data, evaluator: BoxEvaluator, indices: Sequence[int]) -> Any:
         from vpt.plots.boxes import boxes_page

@@ -7,10 +7,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpt.config.command_line import INTERRUPTED, check_file, check_folder, fail, parse_options
+from vpt.config.command_line import INTERRUPTED, check_file, check_folder, escape_output, fail, parse_options
 from vpt.config.errors import ConfigError, config_keys, did_you_mean
 from vpt.config.help import HELP, answer_help, describe_options, print_help
 from vpt.config.schema import option
+from vpt.storage.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +56,7 @@ class ConvertOptions:
 
 def main() -> None:
     """Read the subcommand and its options, and run it."""
+    escape_output()
     try:
         is_ok = run(sys.argv[1:])
     except KeyboardInterrupt:
@@ -329,8 +331,8 @@ def _line(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """A text without control characters, which could control the terminal."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
+    """A text of lines without control characters, which could control the terminal."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _print(text: str) -> None:

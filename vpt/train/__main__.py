@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from omegaconf import DictConfig
 
-from vpt.config.command_line import check_command_line, fail, is_for_user, refuse_unread, tell
+from vpt.config.command_line import check_command_line, escape_output, fail, is_for_user, refuse_unread, tell
 from vpt.config.composition import config_folder, register_schema
 from vpt.config.errors import ConfigError
 from vpt.config.help import answer_help
@@ -24,6 +24,7 @@ RESUME = "type the same command again, and it resumes where it stopped"
 
 def main() -> None:
     """Check the command line, then run the job; Hydra composes and runs the jobs of a sweep, and prints its help."""
+    escape_output()
     is_help = bool({"-h", "--help", "--hydra-help"} & set(sys.argv))
     codes: list[int] = []
     try:

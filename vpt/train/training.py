@@ -11,14 +11,15 @@ from vpt import build
 from vpt.build import Data
 from vpt.config.errors import ConfigError
 from vpt.config.saved import recipe, to_plain
-from vpt.config.schema import Config, Mode
+from vpt.config.schema import Config, Mode, OnError
 from vpt.data.samples import data_digest
-from vpt.engine.checkpoint import Checkpoints, Saved
+from vpt.engine.checkpoint import Checkpoints, Saved, check_run_dir
 from vpt.engine.console import warn
+from vpt.engine.measure import describe_machine
 from vpt.engine.monitor import Monitor, overview
 from vpt.engine.signals import StopSignal
 from vpt.engine.state import FitResult, RunState
-from vpt.engine.steps import Callbacks, FitData, OutOfMemoryError
+from vpt.engine.steps import Callbacks, Evaluator, FitData, OutOfMemoryError
 from vpt.engine.trainer import evaluate, fit, overfit
 from vpt.models.task_file import save_task
 from vpt.models.task_model import TaskModel
@@ -26,6 +27,7 @@ from vpt.models.tuning import pretrained_fingerprint
 from vpt.models.vit import preprocessing_of
 from vpt.runs import summary as report
 from vpt.runs.folder import RunFolder
+from vpt.runs.record import Record, changes, read_record, record_of, touched, write_record
 from vpt.storage.files import write_json
 from vpt.task_types.base import TaskType, task_type_of
 from vpt.train import NotLearnedError
@@ -52,12 +54,48 @@ def run(
         return None
     with RunFolder(config, shown or config, is_sweep=is_sweep) as folder:
         if folder.is_finished:
-            result = folder.result()
-            print(f"{folder.path}: this run has finished, in {result['epochs']} epochs; fresh=true would start it anew")
-            print(f"{report.result_table(result['metrics'])}\ntask file  {folder.task}")
+            _report_finished(config, folder)
         else:
             _Training(config, shown or config, folder, stop or StopSignal()).run()
         return folder.path
+
+
+def _report_finished(config: Config, folder: RunFolder) -> None:
+    """Print the result of a finished run again; a ConfigError if its data or files changed since."""
+    result, before = folder.result(), read_record(folder.path)
+    note, remarks = "it has no record of its data, so whether they changed since cannot be known", []
+    if before is not None:
+        # Images are opened only where those that a run uses depend on it, or are chosen after that.
+        is_chosen = config.data.on_error is OnError.skip or config.dataset.num_per_class is not None
+        task_type = task_type_of(config)
+        try:
+            samples = task_type.read() if is_chosen else task_type.read_all()
+            now = record_of(config, samples, before)
+        except (ValueError, OSError) as error:
+            note = f"whether its data changed since is not known: {error}"
+        else:
+            note = _refuse_changes(folder, before, now)
+            remarks = report.describe_small_splits(samples, result["metrics"])
+    if note:
+        warn(f"{folder.path}: {note}; fresh=true would train on the data as they are now")
+    print(f"{folder.path}: this run has finished, in {result['epochs']} epochs; fresh=true would start it anew")
+    print(f"{report.result_table(result['metrics'])}\ntask file  {folder.task}", flush=True)
+    for remark in remarks:
+        warn(remark)
+
+
+def _refuse_changes(folder: RunFolder, before: Record, now: Record) -> str:
+    """Refuse data or files that changed since a run was started; return a note on images that may have changed."""
+    if found := changes(before, now):
+        raise ConfigError(
+            f"{folder.path}: the data of this run changed since it was started: {'; '.join(found)}; type fresh=true to "
+            "rename its folder and train on the data as they are now, or run.name=NAME to leave it where it is, or "
+            "restore the data"
+        )
+    if not (names := touched(before, now)):
+        return ""
+    images = f"{len(names):,} image{'s' if len(names) > 1 else ''} of the same bytes (first {names[0]})"
+    return f"modification times changed since it was started, perhaps the content as well: {images}"
 
 
 class _Training:
@@ -68,33 +106,55 @@ class _Training:
         self.task_type, self.model, self.samples, data = _prepare(config)
         self.plan = plan_cache(config, self.model, data)
         self.data = self.plan.data
+        self.extended_after: list[int] = []
 
     def run(self) -> None:
         config, task_type = self.config, self.task_type
         weights = pretrained_fingerprint(self.model.backbone.vit)
         made_from = {"images or labels": data_digest(self.samples), "backbone": weights}
-        checkpoints = Checkpoints(self.folder.path, made_from)
+        machine = describe_machine(build.pick_device(config.device))
+        parts = ("threads", "cpu", "torch") if machine["gpu"] is None else ("gpu", "torch")
+        checkpoints = Checkpoints(self.folder.path, made_from, {part: machine[part] for part in parts})
+        before = read_record(self.folder.path)
+        record = record_of(config, self.samples, before)
+        is_begun = checkpoints.last.exists() or checkpoints.previous.exists()
+        if before is not None and is_begun and (note := _refuse_changes(self.folder, before, record)):
+            warn(f"{self.folder.path}: {note}")
         try:
             saved = checkpoints.load()
         except ValueError as error:
             raise ConfigError(f"{error}: type fresh=true to rename the folder and start anew") from error
         if saved is None:
             build.start_prompt(config, self.model, self.data)  # before there is a folder, if it is refused
+        num_batches = len(self.data.loaders["train"])
+        state = build.build_state(config, self.model, num_batches, 0 if saved is None else _last_extension(saved))
+        resume_at = None if saved is None else _restore(saved, state)
+        if self.folder.is_extended:
+            _extend(config, saved, state, num_batches, checkpoints)
         summary = report.summarise(self.model, self.data, config, task_type.describe(self.samples), self.plan.text)
+        summary += report.describe_schedules(state.result, config.train.epochs)
         print(summary, flush=True)
         self.folder.make()
+        if saved is None or before is None:
+            write_record(self.folder.path, record)
         print(f"{'run':<10} {self.folder.path} (tensorboard --logdir {config.run.root})", flush=True)
-        state = build.build_state(config, self.model, len(self.data.loaders["train"]))
-        resume_at = None if saved is None else _restore(saved, state)
         with Monitor(self.folder.path, layout=overview(task_type.charts), resume_at=resume_at) as monitor:
             if resume_at is None:
-                report.log_start(monitor, self.folder.config_text, summary)
+                monitor.text("config", f"```yaml\n{self.folder.config_text}\n```")
+                monitor.text("summary", f"```\n{summary}\n```")
                 task_type.log_start(monitor, self.data)
             with _with_config_keys(config):
+                self.extended_after = state.result.extended_after
                 result = self._fit(state, checkpoints, monitor)
-                metrics = self._evaluate(monitor, result)
-            report.log_hparams(monitor, to_plain(self.shown), result, metrics.get("test", {}))
-        self._finish(result, metrics)
+                evaluator = task_type.evaluator(self.data, "val")
+                metrics = self._evaluate(evaluator)
+            task_type.log_class_metrics(monitor, self.data, evaluator, result)
+            best = {"val": result.best, **{split: values for split, values in metrics.items() if split == "test"}}
+            results = {f"best/{split}_{name}": value for split in best for name, value in best[split].items()}
+            monitor.hparams(to_plain(self.shown), results)
+            monitor.sync()
+            self._finish(result, metrics)
+            task_type.log_end(monitor, self.data, evaluator, result)  # may fail, for instance for want of memory
         if checkpoints.error is not None:
             raise OSError(
                 f"the last checkpoint could not be written ({checkpoints.error}); all other files of the run are saved"
@@ -124,7 +184,7 @@ class _Training:
             on_epoch=lambda epoch, step: task_type.log_epoch(monitor, data, evaluator, epoch, step),
         )
         return fit(
-            inputs.model, fit_data, state, build.build_settings(config, state.device, task_type.main_metric), callbacks
+            inputs.model, fit_data, state, build.build_settings(config, state.device, task_type.select), callbacks
         )
 
     def _save_best(self, values: dict[str, float]) -> None:
@@ -135,28 +195,33 @@ class _Training:
             warn(f"the task of this epoch is not written: {error}")
 
     def _save_task(self, metrics: Metrics) -> None:
-        preprocessing = self.data.preprocessing.to_dict()
-        save_task(self.model, self.folder.task, metrics=metrics, preprocessing=preprocessing, config=recipe(self.shown))
+        check_run_dir(self.folder.path)
+        preprocessing, config = self.data.preprocessing.to_dict(), recipe(self.shown)
+        if self.extended_after:
+            config["extended_after"] = self.extended_after
+        save_task(self.model, self.folder.task, metrics=metrics, preprocessing=preprocessing, config=config)
 
-    def _evaluate(self, monitor: Monitor, result: FitResult) -> Metrics:
-        """Metrics of the best epoch on val, and on test if there is one."""
-        settings = build.build_settings(self.config, next(self.model.parameters()).device, self.task_type.main_metric)
+    def _evaluate(self, evaluator: Evaluator) -> Metrics:
+        """Metrics of the best epoch on val, which the evaluator holds afterwards, and on test if there is one."""
+        settings = build.build_settings(self.config, next(self.model.parameters()).device, self.task_type.select)
         limits = {"precision": settings.precision, "max_batches": settings.max_batches}
         reading: dict[str, Any] = {**limits, "stop": self.stop}
-        evaluator = self.task_type.evaluator(self.data, "val")
         metrics = {"val": evaluate(self.model, self.data.loaders["val"], evaluator, **reading)}
         if "test" in self.data.loaders:
             of_test = self.task_type.evaluator(self.data, "test")
             metrics["test"] = evaluate(self.model, self.data.loaders["test"], of_test, description="test", **reading)
-        self.task_type.log_end(monitor, self.data, evaluator, result)  # last: a run that dies here logs it once more
         return metrics
 
     def _finish(self, result: FitResult, metrics: Metrics) -> None:
         """Write the task file and, last, the file that marks the run as finished."""
         self._save_task(metrics)
         numbers = {name: value for name, value in asdict(result).items() if name != "best"}  # it is the val of metrics
-        write_json(self.folder.result_file, {"mode": self.config.mode.value, **numbers, "metrics": metrics})
-        print(report.describe_result(result, metrics, self.folder.task))
+        head = {"mode": self.config.mode.value, "select": self.task_type.select}
+        numbers["planned_epochs"] = self.config.train.epochs
+        write_json(self.folder.result_file, {**head, **numbers, "metrics": metrics})
+        print(report.describe_result(result, metrics, self.folder.task), flush=True)
+        for line in report.describe_small_splits(self.samples, metrics):
+            warn(line)
 
 
 @contextmanager
@@ -172,8 +237,9 @@ def _with_config_keys(config: Config) -> Iterator[None]:
     except OutOfMemoryError as error:
         size, accumulation = config.train.batch_size, config.train.accumulation
         smaller = f"train.batch_size={max(1, size // 2)} train.accumulation={accumulation * (2 if size > 1 else 1)}"
+        reason = str(error).partition("; try ")[0]  # of an evaluation, whose batch_size is that of the loader
         raise OutOfMemoryError(
-            f"{error}; type auto_batch=true, or {smaller}, or grad_checkpointing=true, or a smaller backbone.img_size"
+            f"{reason}; type auto_batch=true, or {smaller}, or grad_checkpointing=true, or a smaller backbone.img_size"
         ) from error
 
 
@@ -199,6 +265,22 @@ def _restore(saved: Saved, state: RunState) -> tuple[int, int]:
         raise ConfigError(f"{saved.path}: {error}; type fresh=true to rename the folder and start anew") from error
     print(f"{'resuming':<10} after step {state.result.steps}, epoch {state.epoch}, from {saved.path}", flush=True)
     return int(saved.numbers["metrics_bytes"]), state.result.steps
+
+
+def _last_extension(saved: Saved) -> int:
+    """The number of epochs after which the last schedule began."""
+    return int(max([0, *saved.numbers["result"].get("extended_after", [])]))
+
+
+def _extend(config: Config, saved: Saved | None, state: RunState, num_batches: int, checkpoints: Checkpoints) -> None:
+    """Begin a new schedule behind the epochs of a finished run, and save that before anything else is changed."""
+    if saved is None:
+        raise ConfigError(f"extend=true: there is no checkpoint at {checkpoints.last}; type fresh=true to start anew")
+    if _last_extension(saved) == state.result.epochs:  # a process was killed behind this
+        return
+    state.extend(build.build_schedule(config, state.optimizer, num_batches, state.result.epochs))
+    if not checkpoints.save(state.tensors(), {**state.numbers(), "metrics_bytes": saved.numbers["metrics_bytes"]}):
+        raise OSError(f"the run is not extended: {checkpoints.error}")
 
 
 def _overfit(config: Config, stop: StopSignal) -> None:

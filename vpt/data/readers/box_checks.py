@@ -9,7 +9,7 @@ Shapes: n boxes of an image.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import isfinite
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from vpt.data.images import DEFAULT_DECODING, Decoding, ImageError, read_header
+from vpt.data.images import DEFAULT_DECODING, EXTENSIONS, Decoding, ImageError, find_images, read_header
+from vpt.data.readers.annotation_files import Note, is_file
 from vpt.data.samples import DetectionSamples, FileReader, Size, format_size, refuse_unreadable
 from vpt.data.splits import split_off
 
@@ -40,10 +41,11 @@ class Unit(Enum):
 class SourceBox:
     """A box as declared in its file, unchecked."""
 
-    corners: Corners
-    category: int | str  # the id of its class or its name, whichever the file has
+    corners: Corners | None  # None if the file has no four numbers
+    category: int | str | None  # the id of its class or its name, whichever the file has
     where: str  # the file and the place in it
     crowd: bool = False  # whether loss and matching ignore it
+    repair: "Finding | None" = None  # what the reader made of it
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class SourceImage:
     name: str  # the path, relative to the root
     image_id: int  # in outputs
     where: str  # the place that names the image, for errors
-    boxes: Sequence[SourceBox]
+    boxes: Iterable[SourceBox]
     unit: Unit = Unit.PIXELS
     size: tuple[object, object] = (None, None)  # declared height and width, unchecked, or None
 
@@ -74,8 +76,16 @@ class Finding(Enum):
 
     MISSING = "images that do not exist", "left out"
     UNREADABLE = "images that cannot be read", "left out"
+    UNNAMED = "images beside those of the data set that no annotation or list names", "left out"
+    REPEATED = "images listed more than once in a split", "used once, with the boxes of all entries"
+    MOVED = "images with a path of another folder or machine", "found by the end of the path"
     STRAY = "labels of images that do not exist", "left out"
+    SHARED = "images that share a file of labels with another image", "each used with all of its boxes"
+    AMBIGUOUS = "labels that fit several images", "left out"
     SIZE = "images of another size than declared", "boxes used unchanged"
+    CONVERTED = "labels with ids or numbers of another type than usual, or a score", "converted"
+    INVALID = "boxes without a class or four numbers", "dropped"
+    POLYGON = "boxes that are given by a polygon only", "computed from it"
     UNKNOWN = "boxes of a class that is not declared, or not in train", "dropped"
     NOT_FINITE = "boxes with NaN or infinite numbers", "dropped"
     SWAPPED = "boxes with swapped corners", "corrected"
@@ -83,14 +93,27 @@ class Finding(Enum):
     CLIPPED = "boxes partly outside the image", "clipped"
     SMALL = f"boxes with a side below {MIN_SIDE:g} px", "dropped"
     DUPLICATE = "boxes that occur more than once", "dropped"
-    TURNED = "images stored on their side, with their boxes", "turned upright"
+    TURNED = "images stored turned or mirrored, with their boxes", "turned upright"
+    UNSURE = (
+        "images that EXIF turns or mirrors, whose boxes may be for the upright or the stored image (set exif_boxes)",
+        "boxes taken as for the upright image",
+    )
     CROWD = "boxes of crowds or difficult objects", "ignored by loss and matching"
     BACKGROUND = "images without boxes", "used as background"
 
     @property
     def is_error(self) -> bool:
-        """Whether something is wrong; other findings are information."""
-        return self not in (Finding.TURNED, Finding.CROWD, Finding.BACKGROUND)
+        """Whether something is wrong or doubtful; other findings are information."""
+        return self not in _INFORMATION
+
+
+_INFORMATION = (
+    *(Finding.UNNAMED, Finding.MOVED, Finding.POLYGON, Finding.TURNED),
+    *(Finding.CROWD, Finding.BACKGROUND),
+)
+
+
+Problems = list[tuple[Finding, str]]  # what a reader found, and where
 
 
 @dataclass
@@ -108,6 +131,7 @@ class DataReport:
     first: dict[Finding, str] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     left_out: list[tuple[str, str]] = field(default_factory=list)  # names of train images, and what is wrong
+    notes: list[Note] = field(default_factory=list)  # what a reader of classes ignored, guessed or changed
 
     def add(self, finding: Finding, where: str) -> None:
         """Count a finding; `where` names the file, the image and the box."""
@@ -138,6 +162,7 @@ class Reading(TypedDict, total=False):
     test_fraction: float
     seed: int
     strict: bool
+    exif_boxes: str
     report: DataReport | None
     decoding: Decoding
 
@@ -145,30 +170,34 @@ class Reading(TypedDict, total=False):
 def make_samples(
     categories: Mapping[int, str],
     images: Mapping[str, Iterable[SourceImage]],
-    strays: Iterable[str] = (),
+    problems: Sequence[tuple[Finding, str]] = (),
     val_fraction: float = 0.2,
     test_fraction: float = 0.0,
     seed: int = 0,
     strict: bool = False,
+    exif_boxes: str = "auto",
     report: DataReport | None = None,
     decoding: Decoding = DEFAULT_DECODING,
 ) -> dict[str, DetectionSamples]:
     """Check the images of all splits, and split test and val off train where they are missing.
 
     `categories` has the name of each class by its id, in the order of the labels; `images` those of each split; and
-    `strays` the places of labels without an image. Fractions are parts of train that become val and test where there is
+    `problems` what the reader found, and where. Fractions are parts of train that become val and test where there is
     none, chosen by `seed`. `strict` refuses data in which anything is wrong; otherwise it is repaired or dropped, and
-    counted in `report`.
+    counted in `report`. `exif_boxes` states how boxes were drawn on images that EXIF turns or mirrors, where the
+    declared size does not show it: on the "upright" or on the "stored" image; "auto" means upright, and reports it.
 
     Raises:
         ImageError: An image of a given val or test cannot be read; those of train are left out.
         ValueError: A split without an image, train without a box, a duplicate image, or a wrong fraction; anything that
             is wrong if `strict`.
     """
+    if exif_boxes not in ("auto", "upright", "stored"):
+        raise ValueError(f"exif_boxes={exif_boxes!r}: must be one of auto, upright, stored")
     report = report or DataReport()
-    for where in strays:
-        report.add(Finding.STRAY, where)
-    splits = _check_splits(categories, images, report, decoding)
+    for problem in problems:
+        report.add(*problem)
+    splits = _check_splits(categories, images, report, decoding, exif_boxes)
     if strict:
         report.refuse_errors()
     splits = split_off(splits, val_fraction, test_fraction, seed)
@@ -179,42 +208,79 @@ def make_samples(
 
 
 def _check_splits(
-    categories: Mapping[int, str], images: Mapping[str, Iterable[SourceImage]], report: DataReport, decoding: Decoding
+    categories: Mapping[int, str],
+    images: Mapping[str, Iterable[SourceImage]],
+    report: DataReport,
+    decoding: Decoding,
+    exif_boxes: str,
 ) -> dict[str, DetectionSamples]:
-    labels = {key: label for label, category in enumerate(categories.items()) for key in category}
+    labels: dict[int | str | None, int] = {}
+    for label, category in enumerate(categories.items()):
+        labels |= dict.fromkeys(category, label)
     seen: dict[Path, SourceImage] = {}
     splits = {}
     for split, members in images.items():
         rows: list[tuple[SourceImage, CheckedImage]] = []
         num_left_out = len(report.left_out)
-        for image in members:
+        for image in _join_repeated(members, report):
             other = seen.setdefault(image.path, image)
             if other is not image:
                 raise ValueError(f"{image.where}: {image.name} is a duplicate, first at {other.where}; remove one")
-            checked = check_image_boxes(image, labels, report, decoding.max_pixels)
+            checked = check_image_boxes(image, labels, report, decoding, exif_boxes)
             if checked is not None:
                 rows.append((image, checked))
         if split != "train":
             refuse_unreadable([reason for _, reason in report.left_out[num_left_out:]])
         if not rows:
             raise ValueError(f"{split} has no usable image; {_summary(report)}")
-        paths = tuple(image.path for image, _ in rows)
-        sizes = tuple(checked.size for _, checked in rows)
-        splits[split] = DetectionSamples(
-            classes=tuple(categories.values()),
-            category_ids=tuple(categories),
-            names=tuple(image.name for image, _ in rows),
-            reader=FileReader(paths, decoding, sizes),
-            paths=paths,
-            sizes=sizes,
-            image_ids=tuple(image.image_id for image, _ in rows),
-            boxes=tuple(checked.boxes for _, checked in rows),
-            labels=tuple(checked.labels for _, checked in rows),
-            crowd=tuple(checked.crowd for _, checked in rows),
-        )
+        splits[split] = _to_samples(categories, rows, decoding)
     if not any(map(len, splits["train"].boxes)):
         raise ValueError(f"train has no usable box; {_summary(report)}")
+    for place in _find_unnamed(seen):
+        report.add(Finding.UNNAMED, place)
     return splits
+
+
+def _to_samples(
+    categories: Mapping[int, str], rows: Sequence[tuple[SourceImage, CheckedImage]], decoding: Decoding
+) -> DetectionSamples:
+    paths = tuple(image.path for image, _ in rows)
+    sizes = tuple(checked.size for _, checked in rows)
+    return DetectionSamples(
+        classes=tuple(categories.values()),
+        category_ids=tuple(categories),
+        names=tuple(image.name for image, _ in rows),
+        reader=FileReader(paths, decoding, sizes),
+        paths=paths,
+        sizes=sizes,
+        image_ids=tuple(image.image_id for image, _ in rows),
+        boxes=tuple(checked.boxes for _, checked in rows),
+        labels=tuple(checked.labels for _, checked in rows),
+        crowd=tuple(checked.crowd for _, checked in rows),
+    )
+
+
+def _find_unnamed(images: Mapping[Path, SourceImage]) -> Iterator[str]:
+    """Image files that are none of these, below the folders of the root that have any of these, or in the root."""
+    depths = {path: image.name.count("/") for path, image in images.items()}
+    folders = {path.parents[depth - 1] for path, depth in depths.items() if depth}
+    roots = {path.parent for path, depth in depths.items() if not depth}
+    loose = (path for root in roots for path in root.iterdir() if path.suffix.lower() in EXTENSIONS)
+    for path in sorted({*loose, *(path for folder in folders if folder.is_dir() for path in find_images(folder))}):
+        if path not in images and not path.name.startswith("."):
+            yield str(path)
+
+
+def _join_repeated(images: Iterable[SourceImage], report: DataReport) -> Iterable[SourceImage]:
+    """The images of a split, each file once, with the boxes of all its entries; those of one place once."""
+    joined: dict[Path, SourceImage] = {}
+    for image in images:
+        first = joined.setdefault(image.path, image)
+        if first is not image:
+            report.add(Finding.REPEATED, f"{image.where}: {image.name}, first at {first.where}")
+            boxes = {box.where: box for box in [*first.boxes, *image.boxes]}
+            joined[image.path] = replace(first, boxes=tuple(boxes.values()))
+    return joined.values()
 
 
 def _summary(report: DataReport) -> str:
@@ -222,28 +288,36 @@ def _summary(report: DataReport) -> str:
 
 
 def check_image_boxes(
-    image: SourceImage, labels: Mapping[int | str, int], report: DataReport, max_pixels: int
+    image: SourceImage,
+    labels: Mapping[int | str | None, int],
+    report: DataReport,
+    decoding: Decoding,
+    exif_boxes: str,
 ) -> CheckedImage | None:
     """Check the header of an image and all of its boxes; None if the image cannot be used.
 
-    If EXIF turns an image by 90 degrees, its boxes are turned as well if the declared size is that of the stored image.
-    If it is that of the upright one, if the two are equal, or if none is declared, the boxes are upright already.
+    If EXIF turns an image by 90 degrees, its boxes are turned as well if the declared size is that of the stored image,
+    and not if it is that of the upright one. Where the declared size does not show it, `exif_boxes` decides.
     """
     try:
-        upright, stored, orientation = read_header(image.path, max_pixels)
+        upright, stored, orientation = read_header(image.path, decoding)
     except ImageError as error:
-        finding = Finding.UNREADABLE if image.path.is_file() else Finding.MISSING
+        finding = Finding.UNREADABLE if is_file(image.path) else Finding.MISSING
         report.add(finding, f"{image.where}: {error}")
         report.left_out.append((image.name, f"{image.where}: {error}"))
         return None
-    declared = _declared_size(*image.size) or upright
-    is_on_side = declared == stored != upright
-    if is_on_side:
+    declared = _declared_size(*image.size)
+    is_stored = orientation > 1 and exif_boxes == "stored"
+    if upright != stored and declared in (upright, stored):
+        is_stored = declared == stored
+    elif orientation > 1 and exif_boxes == "auto":
+        report.add(Finding.UNSURE, str(image.path))
+    if is_stored:
         report.add(Finding.TURNED, str(image.path))
-    elif declared != upright:
+    if declared not in (None, upright, stored):
         sizes = f"{format_size(declared)} declared, {image.path} has {format_size(upright)}"
         report.add(Finding.SIZE, f"{image.where}: {sizes}")
-    boxes = list(_check_boxes(image, labels, upright, orientation if is_on_side else 1, report))
+    boxes = list(_check_boxes(image, labels, stored if is_stored else upright, orientation if is_stored else 1, report))
     if not boxes:
         report.add(Finding.BACKGROUND, str(image.path))
     return CheckedImage(
@@ -264,24 +338,26 @@ def _declared_size(height: object, width: object) -> Size | None:
 
 
 def _check_boxes(
-    image: SourceImage, labels: Mapping[int | str, int], size: Size, orientation: int, report: DataReport
+    image: SourceImage, labels: Mapping[int | str | None, int], size: Size, orientation: int, report: DataReport
 ) -> Iterator[tuple[Corners, int, bool]]:
-    """Corners, label and crowd of each box that remains; of equal ones the first."""
+    """Corners, label and crowd of each box that remains; of equal ones the first. The size is that of the boxes."""
     seen = set()
     for box in image.boxes:
-        where = f"{box.where}: box ({', '.join(f'{number:g}' for number in box.corners)}) of {image.name}"
         label = labels.get(box.category)
-        if label is None:
-            report.add(Finding.UNKNOWN, f"{where}, class {box.category}")
+        if box.corners is None or box.category is None:
+            report.add(Finding.INVALID, f"{box.where} of {image.name}")
             continue
         corners, findings = _check_corners(box.corners, image.unit, size, orientation)
-        row = None if corners is None else (corners, label, box.crowd)
-        if row in seen:
+        row = None if corners is None or label is None else (corners, label, box.crowd)
+        if label is None:
+            findings = [Finding.UNKNOWN]
+        elif row in seen:
             findings.append(Finding.DUPLICATE)
-        elif row and box.crowd:
-            findings.append(Finding.CROWD)
+        elif row:
+            findings += [finding for finding in (box.repair, Finding.CROWD if box.crowd else None) if finding]
         for finding in findings:
-            report.add(finding, where)
+            where = f"{box.where}: box ({', '.join(f'{number:g}' for number in box.corners)}) of {image.name}"
+            report.add(finding, f"{where}, class {box.category}" if finding is Finding.UNKNOWN else where)
         if row is not None and row not in seen:
             seen.add(row)
             yield row
@@ -294,7 +370,7 @@ def _check_corners(corners: Corners, unit: Unit, size: Size, orientation: int) -
     x1, y1, x2, y2 = corners
     ordered = min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
     findings = [] if ordered == corners else [Finding.SWAPPED]
-    x1, y1, x2, y2 = _turn_upright(_to_pixels(ordered, unit, size), size, orientation)
+    x1, y1, x2, y2 = _to_pixels(ordered, unit, size)
     height, width = size
     if x1 > width or y1 > height or x2 < 0 or y2 < 0:
         return None, [*findings, Finding.OUTSIDE]
@@ -303,7 +379,7 @@ def _check_corners(corners: Corners, unit: Unit, size: Size, orientation: int) -
         return None, [*findings, Finding.SMALL]
     if max(-x1, -y1, x2 - width, y2 - height) > ROUNDING:
         findings.append(Finding.CLIPPED)
-    return inside, findings
+    return _turn_upright(inside, size, orientation), findings
 
 
 def _to_pixels(corners: Corners, unit: Unit, size: Size) -> Corners:
@@ -321,17 +397,11 @@ def _to_pixels(corners: Corners, unit: Unit, size: Size) -> Corners:
 
 
 def _turn_upright(corners: Corners, size: Size, orientation: int) -> Corners:
-    """Corners in the stored image -> corners in the upright one, of this size; by EXIF orientation."""
+    """Corners in the stored image, of this size -> corners in the upright one; by EXIF orientation."""
     height, width = size
     x1, y1, x2, y2 = corners
-    match orientation:
-        case 5:
-            return y1, x1, y2, x2
-        case 6:
-            return width - y2, x1, width - y1, x2
-        case 7:
-            return width - y2, height - x2, width - y1, height - x1
-        case 8:
-            return y1, height - x2, y2, height - x1
-        case _:
-            return corners
+    if orientation in (2, 3, 7, 8):
+        x1, x2 = width - x2, width - x1
+    if orientation in (3, 4, 6, 7):
+        y1, y2 = height - y2, height - y1
+    return (y1, x1, y2, x2) if orientation >= 5 else (x1, y1, x2, y2)

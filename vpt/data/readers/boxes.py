@@ -11,7 +11,7 @@ from typing import NoReturn, Unpack
 from vpt.data.readers.box_checks import Reading
 from vpt.data.readers.coco import COCO_LAYOUT, find_json, read_coco
 from vpt.data.readers.voc import VOC_LAYOUT, find_xml, read_voc
-from vpt.data.readers.yolo import YOLO_LAYOUT, find_yaml, read_yolo
+from vpt.data.readers.yolo import YOLO_LAYOUT, find_yolo, read_yolo
 from vpt.data.samples import DetectionSamples
 
 LAYOUTS = {"coco": COCO_LAYOUT, "yolo": YOLO_LAYOUT, "voc": VOC_LAYOUT}
@@ -49,7 +49,7 @@ def find_formats(root: str | Path) -> list[str]:
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"root={root} is no folder")
-    found = {"coco": find_json(root), "yolo": find_yaml(root), "voc": find_xml(root)}
+    found = {"coco": find_json(root), "yolo": find_yolo(root), "voc": find_xml(root)}
     return [format for format, files in found.items() if files]
 
 

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from PIL import Image
 
 from vpt.data.images import DEFAULT_DECODING, Decoding, ImageError, to_rgb
-from vpt.data.readers.annotation_files import refuse_one_class
+from vpt.data.readers.annotation_files import Note, divide_aloud, refuse_one_class
 from vpt.data.samples import ClassificationSamples, FileReader
-from vpt.data.splits import split_off
+from vpt.data.splits import Division
 from vpt.storage.archives import ArchiveError, extract, open_metered
 
 _BY_FLAG = {"train": {"train": True}, "test": {"train": False}}
@@ -66,10 +66,10 @@ def read_torchvision(
     name: str,
     root: str | Path,
     download: bool = False,
-    val_fraction: float = 0.2,
-    test_fraction: float = 0.2,
-    seed: int = 0,
     decoding: Decoding = DEFAULT_DECODING,
+    *,
+    notes: list[Note] | None = None,
+    **division: Unpack[Division],
 ) -> dict[str, ClassificationSamples]:
     """Read a data set of torchvision by its class name.
 
@@ -88,18 +88,19 @@ def read_torchvision(
     classes = found["train"].classes or tuple(map(str, range(1 + max(found["train"].targets))))
     refuse_one_class(classes, f"torchvision's {name} in {root}")
     found = {split: replace(samples, classes=classes) for split, samples in found.items()}
-    return split_off(found, val_fraction, test_fraction, seed)
+    names_splits = "test" in found
+    return divide_aloud(found, [] if notes is None else notes, names_splits=names_splits, **division)
 
 
 @dataclass(frozen=True)
 class _TorchvisionReader:
     dataset: Any
     name: str
-    background: str
+    decoding: Decoding
 
     def __call__(self, index: int) -> Image.Image:
         try:
-            return to_rgb(self.dataset[index][0], self.background)
+            return to_rgb(self.dataset[index][0], self.decoding)
         except Exception as error:  # Pillow's decoders raise almost anything on a broken file
             raise ImageError(f"{self.name} {index}: broken image ({error})") from error
 
@@ -112,7 +113,7 @@ def _open_torchvision(name: str, split: str, root: Path, download: bool, decodin
     targets = getattr(dataset, source.targets) if source.targets else _pcam_targets(dataset, split)
     if source.files is None:
         names = tuple(f"{name} {split} {i}" for i in range(len(targets)))
-        reader = _TorchvisionReader(dataset, f"{name} {split}", decoding.background)
+        reader = _TorchvisionReader(dataset, f"{name} {split}", decoding)
         return ClassificationSamples(classes=classes, targets=tuple(map(int, targets)), names=names, reader=reader)
     files = getattr(dataset, source.files)
     if source.files == source.targets:

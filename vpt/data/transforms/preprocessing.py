@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from vpt.data.images import Decoding
+
 INTERPOLATIONS = {
     name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 }
@@ -22,13 +24,15 @@ MAX_SIZE = 4096  # pixels; a preprocessing may come from an untrusted task file
 MIN_CROP_PCT = 0.1
 MAX_ENLARGED = 400  # times the pixels of the input, before the crop: at crop_pct 0.9 an image of 1 : 300
 
+DECODING = {"background": "white", "range": None, "bands": None}  # the fields of `Decoding` and their defaults
+
 Boxes = NDArray[np.float32]
 NO_BOXES = np.zeros((0, 4), dtype=np.float32)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a backbone expects its images: everything between an RGB image and a normalised tensor.
+    """How a backbone expects its images: everything between an image file and a normalised tensor.
 
     Args:
         size: (height, width) in pixels.
@@ -38,6 +42,7 @@ class Preprocessing:
         crop_pct: The part of the resized image's side that the centre crop keeps, in [0.1, 1].
         crop_mode: "center" resizes the short side and keeps the aspect ratio; "squash" resizes both sides; "letterbox"
             keeps the whole image and its aspect ratio, as detection does, see `letterbox`.
+        background, range, bands: How files become RGB images, see `vpt.data.images.Decoding`.
 
     Raises:
         ValueError: A value is out of range.
@@ -49,6 +54,9 @@ class Preprocessing:
     interpolation: str = "bicubic"
     crop_pct: float = 0.9
     crop_mode: str = "center"
+    background: str = "white"
+    range: tuple[float, float] | None = None
+    bands: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         _check("size", self.size, _are_numbers(self.size, 2, int, 1, MAX_SIZE), f"2 integers in [1, {MAX_SIZE}]")
@@ -59,17 +67,30 @@ class Preprocessing:
         is_crop_pct = _are_numbers((self.crop_pct,), 1, float, MIN_CROP_PCT, 1.0)
         _check("crop_pct", self.crop_pct, is_crop_pct, f"a number in [{MIN_CROP_PCT}, 1]")
         _check("crop_mode", self.crop_mode, self.crop_mode in CROP_MODES, ", ".join(CROP_MODES))
+        _check("background", self.background, isinstance(self.background, str), "the name of a colour")
+        is_range = self.range is None or _are_numbers(self.range, 2, float, -math.inf, math.inf)
+        _check("range", self.range, is_range, "null, or 2 finite numbers")
+        _check(
+            "bands", self.bands, self.bands is None or _are_numbers(self.bands, 3, int, 1, 4), "null, or 3 of 1 to 4"
+        )
+        assert self.decoding  # is checked when it is made
+
+    @property
+    def decoding(self) -> Decoding:
+        """How the files of images are read."""
+        return Decoding(background=self.background, range=self.range, bands=self.bands)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values: lists, numbers, strings."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """The fields as JSON values: lists, numbers, strings; those in `DECODING` only if they differ from it."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: value for key, value in values.items() if key not in DECODING or value != DECODING[key]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Preprocessing":
         """Read the result of `to_dict`; a `ValueError` if a key is missing or unknown, or a value is out of range."""
         keys = {field.name for field in fields(cls)}
-        if set(values) != keys:
-            missing, unknown = sorted(keys - set(values)), sorted(set(values) - keys)
+        if not keys - set(DECODING) <= set(values) <= keys:
+            missing, unknown = sorted(keys - set(DECODING) - set(values)), sorted(set(values) - keys)
             raise ValueError(f"preprocessing: missing keys {missing}, unknown keys {unknown}; allowed: {sorted(keys)}")
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**arguments)

@@ -22,6 +22,8 @@ MIN_SCORE = 0.25
 """Lowest score of detections that count as errors, and that are drawn."""
 MIN_OVERLAP = 0.45
 """Lowest intersection over union of a detection and a true box of the same object."""
+MAX_ROWS = 1_000_000
+"""Boxes that are evaluated at a time; each takes 4 kB."""
 Backend = Literal["auto", "pycocotools", "faster-coco-eval"]
 Curves = tuple[NDArray[np.float64], NDArray[np.float64]]  # precision (T, R, K, A, M), recall (T, K, A, M); -1: no box
 
@@ -220,18 +222,36 @@ class DetectionMetrics:
             from pycocotools.coco import COCO
             from pycocotools.cocoeval import COCOeval as Evaluation
         found = [_finite(rows) for rows in self._detections]
+        parts: list[Curves] = []
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = Evaluation(self._indexed(COCO(), self._targets), self._indexed(COCO(), found), "bbox")
-            evaluation.evaluate()
-            evaluation.accumulate()
-        self._curves = evaluation.eval["precision"], evaluation.eval["recall"]
+            for labels in self._parts():
+                evaluation = Evaluation(
+                    self._indexed(COCO(), self._targets, labels), self._indexed(COCO(), found, labels), "bbox"
+                )
+                evaluation.evaluate()
+                evaluation.accumulate()
+                parts.append((evaluation.eval["precision"], evaluation.eval["recall"]))
+        precision, recall = zip(*parts, strict=True)
+        self._curves = np.concatenate(precision, axis=2), np.concatenate(recall, axis=1)
         return self._curves
 
-    def _indexed(self, coco: Any, images: list[Tensor]) -> Any:
-        rows = [(image, *row) for image, of_image in enumerate(images) for row in of_image.tolist()]
+    def _parts(self) -> Iterator[range]:
+        """Classes that are evaluated together, which changes no number: they have up to MAX_ROWS boxes, or are one."""
+        labels = [rows[:, 4].long() for rows in (*self._detections, *self._targets)]
+        counts = torch.bincount(torch.cat(labels), minlength=self.num_classes).tolist()
+        start = total = 0
+        for label, count in enumerate(counts):
+            if total + count > MAX_ROWS and label > start:
+                yield range(start, label)
+                start, total = label, 0
+            total += count
+        yield range(start, self.num_classes)
+
+    def _indexed(self, coco: Any, images: list[Tensor], labels: range) -> Any:
+        rows = ((i, *row) for i, of_image in enumerate(images) for row in of_image.tolist() if int(row[4]) in labels)
         coco.dataset = {
             "images": [{"id": image} for image in range(len(images))],
-            "categories": [{"id": label} for label in range(self.num_classes)],
+            "categories": [{"id": label} for label in labels],
             "annotations": [
                 {"id": number, "image_id": image, "category_id": int(label), "bbox": [x, y, width, height]}
                 | {"area": width * height, "iscrowd": int(crowd), "score": score}
