@@ -48,8 +48,7 @@ def test_defaults_and_experiments_compose_to_typed_objects():
 
 def test_the_library_and_the_schema_have_the_same_defaults():
     for call, section, names in [
-        (vpt.create_model, "prompt", "num_tokens"),
-        (vpt.PromptedViT, "prompt", "num_tokens blocks dropout impl init"),
+        (vpt.PromptedViT, "prompt", "blocks dropout impl init"),
         (vpt.tune, "tuning", "num_blocks"),
         (Bilinear, "prompt", "rank whiten"),
         (Fourier, "prompt", "fraction"),
