@@ -75,6 +75,7 @@ def test_the_library_and_the_schema_have_the_same_defaults():
         (["optim.lr=1"], r"unknown key optim\.lr; did you mean lr\?"),
         (["data=folder"], r"data=folder: data is a section of keys; did you mean dataset=folder\?"),
         (["train=full"], r"train is a section of keys; type train\.KEY="),
+        (["--config-dir", "nowhere", "+experiment=mine"], "--config-dir nowhere: no such folder"),
         (["--epochs", "3"], "--epochs: options are typed without dashes: epochs=3"),
         (["--epochs=3"], "typed without dashes: epochs=3"),
         (["bacbone=vit_tiny"], r"unknown key bacbone; did you mean backbone\?"),
@@ -136,11 +137,19 @@ def test_experiments_in_a_folder_of_the_user_are_checked_as_well(tmp_path, optio
     for text, message in [
         ("prompt: {num_tokns: 3}", r"unknown key prompt\.num_tokns; did you mean prompt\.num_tokens\?"),
         ("prompt: {kind: deep}", r"prompt\.kind was renamed: type prompt\.variant="),
-        ("cache: on", r"^cache: .*Invalid value 'on', expected one of \[auto, off, ram, disk\]"),
+        ("cache: ran", r"cache: .*Invalid value 'ran', expected one of \[auto, off, ram, disk\]; did you mean ram\?"),
+        ("epochs: 3", r"unknown key epochs; did you mean train\.epochs\?"),
+        ("train: {epochs: many}", r"train\.epochs: Value 'many'"),
+        ("defaults: [override /promt: deep]", r"there is no group promt; did you mean prompt\?"),
+        ("defaults: [override /prompt: deeep]", r"prompt=deeep: no such choice; did you mean deep\?"),
+        ("train: {epochs: 3", "line 3: no YAML"),
     ]:
         write_text(path, f"# @package _global_\n{text}\n")
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=rf"mine\.yaml.*{message}"):
             check_command_line(words)
+    write_text(path, "train: {epochs: 3}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml.*first line must be: # @package _global_"):
+        check_command_line(words)
     write_text(path, "# @package _global_\nprompt: {num_tokens: 3}\n")
     line = check_command_line(words)
     assert (line.config.prompt.num_tokens, line.needs_hydra) == (3, False)

@@ -336,6 +336,8 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
         elif word.partition("=")[0] not in FLAGS:
             key, _, value = word.lstrip("-").partition("=")
             raise ConfigError(f"{word}: options are typed without dashes: {key}={value or next(rest, '...')}")
+    if folder and not Path(folder).is_dir():
+        raise ConfigError(f"--config-dir {folder}: no such folder")
     return words, Path(folder) if folder else None
 
 

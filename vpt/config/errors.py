@@ -70,6 +70,6 @@ def unknown_key(key: str, keys: Sequence[str], value: str = "...") -> str:
     return f"unknown key {key}{did_you_mean(key, keys)}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: Exception | str) -> str:
     """The first line of a message that is not empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
