@@ -1,25 +1,22 @@
-"""Requests and answers of the server: uploaded images, jobs for the bank, and JSON schemas.
+"""Requests and answers of the server: jobs for the bank, and JSON schemas.
 
 Classes derived from `BaseModel`, and the answers of the task types, are in /openapi.json.
 """
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from PIL import Image
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from vpt.data.images import FORMATS, ImageError, read_image
 from vpt.data.samples import Size
 from vpt.data.transforms.images import EvalTransform
 from vpt.data.transforms.preprocessing import Preprocessing, letterboxed_size
 from vpt.models.task_schema import TaskMetadata
 from vpt.task_types.base import task_types
 
-MAX_RATIO = 100  # of the sides: an image of one row would be resized to one that fills the memory
 MAX_NAME = 200  # characters of an image name
 
 
@@ -67,6 +64,12 @@ class TaskDescription(BaseModel):
     bytes: int = Field(description="memory of the task, without the backbone")
 
 
+class Ready(BaseModel):
+    """The server accepts predictions."""
+
+    status: Literal["ready"] = "ready"
+
+
 class Health(BaseModel):
     """State of the server."""
 
@@ -79,14 +82,6 @@ class Health(BaseModel):
     max_queue: int
     max_body_bytes: int
     uploads: bool = Field(description="whether task files may be uploaded and deleted")
-
-
-@dataclass(frozen=True)
-class Upload:
-    """An uploaded image file."""
-
-    name: str
-    data: bytes
 
 
 @dataclass(frozen=True)
@@ -113,9 +108,9 @@ def clean_name(name: str | None) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in name or "")[:MAX_NAME].strip() or "image"
 
 
-def prepare(upload: Upload, tasks: Mapping[str, TaskMetadata]) -> list[Job]:
-    """Decode an image, and prepare it for each task; for errors see `read_upload`."""
-    image, jobs = read_upload(upload), []
+def prepare(image: Image.Image, tasks: Mapping[str, TaskMetadata]) -> list[Job]:
+    """Prepare a decoded image for each task."""
+    jobs = []
     size = (image.height, image.width)
     prepared: dict[Preprocessing, tuple[Tensor, Size]] = {}
     for name, metadata in tasks.items():
@@ -128,32 +123,8 @@ def prepare(upload: Upload, tasks: Mapping[str, TaskMetadata]) -> list[Job]:
     return jobs
 
 
-def read_upload(upload: Upload) -> Image.Image:
-    """Decode an image from memory as `read_image` does; ImageError, beginning with its name, if it cannot be used."""
-    try:
-        image = read_image(cast(Any, _NamedBytes(upload)))
-    except TypeError as error:  # from the check whether the file is empty
-        what = "not an image, or its header is broken" if upload.data else "the file is empty"
-        raise ImageError(f"{upload.name}: {what}; supported are {', '.join(FORMATS)}") from error
-    sides = sorted(image.size)
-    if sides[1] > MAX_RATIO * sides[0]:
-        raise ImageError(f"{upload.name}: {image.width} x {image.height} pixels are too narrow; crop the image")
-    return image
-
-
 def describe(name: str, metadata: TaskMetadata, num_bytes: int) -> TaskDescription:
     """The public description of a task, without the config of its training, which may name folders."""
     fields = ("task_type", "backbone", "prompt", "preprocessing", "metrics", "licence", "note")
     shown = {field: getattr(metadata, field) for field in fields}
     return TaskDescription(name=name, classes=metadata.class_names, bytes=num_bytes, **shown)
-
-
-class _NamedBytes(io.BytesIO):
-    """A file in memory with a name for messages."""
-
-    def __init__(self, upload: Upload) -> None:
-        super().__init__(upload.data)
-        self._name = upload.name
-
-    def __str__(self) -> str:
-        return self._name
