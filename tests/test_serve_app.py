@@ -73,6 +73,13 @@ def send_header(client, length, body=None):
     return status
 
 
+def one_bit_png(width, height):
+    """A small file of many pixels."""
+    buffer = io.BytesIO()
+    Image.new("1", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def ask(client, tasks, *images, field="images", **query):
     parts = [(field, (f"{number}.png", data, "image/png")) for number, data in enumerate(images)]
     return client.post("/predict", params={"task": tasks, **query}, files=parts)
@@ -368,21 +375,13 @@ def test_a_wrong_request_is_refused_in_one_line(client, query, request_, status,
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a"),
         (png_bytes()[:400], "broken"),
         (png_bytes(0, (3000, 2)), "narrow"),
+        (one_bit_png(10_000, 6_000), "60,000,000 pixels"),  # by its header: its pixels would be white and usable
     ],
 )
 def test_an_unusable_image_is_named_with_the_reason(client, data, why):
     text = detail(ask(client, "deep", png_bytes(), data), 422)
     assert text.startswith("1.png: ")
     assert why in text
-
-
-def test_an_image_of_too_many_pixels_is_refused_by_its_header(client):
-    buffer = io.BytesIO()
-    Image.new("1", (10_000, 6_000)).save(buffer, "PNG")
-    assert len(buffer.getvalue()) < 20_000
-    begin = time.monotonic()
-    assert "60,000,000 pixels" in detail(ask(client, "deep", buffer.getvalue()), 422)
-    assert time.monotonic() - begin < 5
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a\nb.png", "<b>x</b>.png", "x" * 1000, "", "\x00"])
@@ -499,10 +498,8 @@ def test_numbers_that_are_not_finite_are_an_error(files, tmp_path):
 
 
 def test_an_image_that_takes_long_to_decode_is_refused():
-    buffer = io.BytesIO()
-    Image.new("1", (7000, 7000)).save(buffer, "PNG")
     with served(FakeBank(), decode_s=0.02) as client:
-        assert "to decode" in detail(ask(client, "a", buffer.getvalue()), 422)
+        assert "to decode" in detail(ask(client, "a", one_bit_png(7000, 7000)), 422)
 
 
 def test_an_answer_that_is_too_large_is_refused(monkeypatch):
