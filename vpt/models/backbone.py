@@ -58,6 +58,7 @@ class LivePrompt:
         self.prompt = prompt.computed() if torch.is_grad_enabled() else prompt
         self.vit, self.impl, self.cache = vit, impl, cache
         self.num_carried = prompt.num_tokens if prompt.variant == "shallow" else 0
+        self._learned = (*prompt.parameters(), *prompt.buffers())  # a computed prompt has none
         self._was_compared = False
 
     def enter(self, index: int, tokens: Tensor, num_read: int | None) -> BlockInput:
@@ -78,17 +79,16 @@ class LivePrompt:
         def compute() -> KeysValues:
             return prompt.keys_values(block, index, tokens.shape[0], dtype, num_read)
 
-        learned = (*prompt.parameters(), *prompt.buffers())
         frozen = (*block.norm1.parameters(), *block.attn.parameters())
         # A compiled or exported graph cannot tell when a tensor changes, so it computes them in each call.
         is_traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if is_traced or prompt.draws or any(parameter.requires_grad for parameter in frozen):
             return compute()
         if not self._was_compared:  # once a pass, since libraries that average weights edit them through `.data`
-            self.cache.compare(learned)
+            self.cache.compare(self._learned)
             self._was_compared = True
         # All tensors that `VisualPrompt.keys_values` reads; a change of any other cannot make the value stale.
-        return self.cache.get((index, num_read), (*learned, *frozen), compute, given=dtype)
+        return self.cache.get((index, num_read), (*self._learned, *frozen), compute, given=dtype)
 
 
 def prompt_path(vit: ViT, prompt: VisualPrompt, impl: PromptImpl, index: int) -> str:
