@@ -26,6 +26,7 @@ WITHOUT_EFFECT = (  # on the result of a run that ends
     *("log_every", "auto_batch", "skip_nonfinite", "required"),
 )
 ROUNDING = ("device", "deterministic", "compile", "grad_checkpointing")  # they change last digits only
+ADDED = {"data.range": "auto", "data.bands": None}  # keys that version 0.1 did not have, and their defaults
 PLACES = ("root", "path", "annotations", "checkpoint", "init_from")  # paths on this machine
 MAX_CONFIG_BYTES = 1_000_000
 MAX_CONFIG_DEPTH = 20  # of nested mappings and lists
@@ -114,7 +115,11 @@ def first_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `rename_keys` for keys such as "prompt.variant", so that digests in run names stay the same."""
     before = {new: old for old, new in RENAMED.items()}
     new = ("dataset.task", "dataset.required", "head.task")
-    return {before.get(key, key): value for key, value in values.items() if key not in new}
+    return {
+        before.get(key, key): value
+        for key, value in values.items()
+        if key not in new and not (key in ADDED and value == ADDED[key])
+    }
 
 
 def load_config(path: Path) -> Config:
