@@ -443,7 +443,7 @@ def served(bank, **settings):
         yield client
 
 
-@contextmanager
+@contextlib.contextmanager
 def listening(app):
     """A client of a real server in a thread, and the server."""
     server = make_server(app, SLOW, log_level="error")

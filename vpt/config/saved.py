@@ -27,6 +27,11 @@ WITHOUT_EFFECT = (  # on the result of a run that ends
     *("log_every", "auto_batch", "skip_nonfinite", "required"),
 )
 ROUNDING = ("device", "deterministic", "compile", "grad_checkpointing")  # they change last digits only
+ADDED = {  # keys of later versions, and their values where they change nothing
+    **{"dataset.layout": "auto", "dataset.group": None, "dataset.folds": None, "dataset.fold": 0},
+    **{"dataset.exif_boxes": "auto", "data.range": "auto", "data.bands": None},
+    **{"train.select": None, "train.sampling": "uniform"},
+}
 PLACES = ("root", "path", "annotations", "checkpoint", "init_from")  # paths on this machine
 MAX_CONFIG_BYTES = 1_000_000
 MAX_CONFIG_DEPTH = 20  # of nested mappings and lists
@@ -115,11 +120,7 @@ def first_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `rename_keys` for keys such as "prompt.variant", so that digests in run names stay the same."""
     before = {new: old for old, new in RENAMED.items()}
     new = ("dataset.task", "dataset.required", "head.task")
-    # keys of later versions, and their values where they change nothing
-    unset = {"dataset.layout": "auto", "dataset.group": None, "dataset.folds": None, "dataset.fold": 0}
-    unset |= {"train.select": None, "train.sampling": "uniform"}
-    unset |= {"dataset.exif_boxes": "auto", "data.range": "auto", "data.bands": None}
-    old = {key: value for key, value in values.items() if key not in new and (key, value) not in unset.items()}
+    old = {key: value for key, value in values.items() if key not in new and (key, value) not in ADDED.items()}
     return {before.get(key, key): value for key, value in old.items()}
 
 

@@ -134,9 +134,8 @@ def main() -> None:
             return
         signal.setitimer(signal.ITIMER_PROF, limit_s)  # its signal ends the process, also inside a decoder
         try:
-            options = {
-                name: tuple(value) if isinstance(value, list) else value for name, value in request["decoding"].items()
-            }
+            options: dict[str, Any] = request["decoding"]
+            options |= {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
             image = read_upload(Upload(request["name"], data), Decoding(**options))
             answers = [json.dumps({"size": image.size}).encode(), image.tobytes()]
         except ImageError as error:
