@@ -79,7 +79,9 @@ def test_hyperparameters_and_their_results_stay_in_the_same_run(tmp_path):
     with Monitor(run_dir) as monitor:
         monitor.scalars({"val/top1": 0.8}, 40)
         settings = {"seed": 1, "prompt": {"kind": "deep", "impl": None, "dropout": 0.1}, "blocks": [0, 1]}
-        monitor.hparams(settings, {"test/top1": torch.tensor(0.75)})
+        monitor.hparams(
+            settings, {"test/top1": torch.tensor(0.75)}, usual={"seed": 0, "prompt": {**settings["prompt"]}}
+        )
     events_file, metrics_file = sorted(path.name for path in run_dir.iterdir())
     assert (events_file[:20], metrics_file) == ("events.out.tfevents.", "metrics.jsonl")
     events = events_of(run_dir)
@@ -90,6 +92,8 @@ def test_hyperparameters_and_their_results_stay_in_the_same_run(tmp_path):
     assert start.session_start_info.hparams["prompt.kind"].string_value == "deep"
     experiment = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/experiment").plugin_data.content)
     assert [info.name.tag for info in experiment.experiment.metric_infos] == ["test/top1"]
+    names = [info.name for info in experiment.experiment.hparam_infos]
+    assert names == ["seed", "blocks", "prompt.kind", "prompt.impl", "prompt.dropout"]  # the unusual ones first
     (point,) = events.Scalars("test/top1")
     assert (point.step, point.value) == (40, 0.75)
     assert metric_lines(run_dir)[-1] == {"step": 40, "test/top1": 0.75}

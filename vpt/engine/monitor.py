@@ -123,20 +123,28 @@ class Monitor:
         """Write text in Markdown."""
         self._write_events(lambda writer: writer.add_text(tag, text, step))
 
-    def hparams(self, hparams: Mapping[str, object], metrics: Mapping[str, SupportsFloat]) -> None:
+    def hparams(
+        self,
+        hparams: Mapping[str, object],
+        metrics: Mapping[str, SupportsFloat],
+        usual: Mapping[str, object] | None = None,
+    ) -> None:
         """Write the row of this run in the table of hyperparameters, once, at the end of the run.
 
         TensorBoard shows the first row of a run: a later call changes the scalars only. A nested mapping becomes
-        `outer.inner`, values other than numbers become text. The metrics are also written as scalars, at the last step.
+        `outer.inner`, values other than numbers become text. Those that differ from the `usual` ones come first. The
+        metrics are also written as scalars, at the last step.
         """
         self.scalars(metrics, self._last_step)
+        defaults = _flat(usual or {})
+        ordered = sorted(_flat(hparams).items(), key=lambda item: defaults.get(item[0]) == item[1])
 
         def write(writer: "SummaryWriter") -> None:
             from torch.utils.tensorboard.summary import hparams as summaries
 
             # writer.add_hparams would open a second run in this one
             file_writer: Any = writer.file_writer
-            for summary in summaries(_flat(hparams), dict(metrics)):  # type: ignore[no-untyped-call]
+            for summary in summaries(dict(ordered), dict(metrics)):  # type: ignore[no-untyped-call]
                 file_writer.add_summary(summary)
 
         self._write_events(write)

@@ -9,6 +9,7 @@ from statistics import NormalDist
 import torch
 
 from vpt.build import Data, choose_precision
+from vpt.config.saved import to_plain
 from vpt.config.schema import Config, Dtype
 from vpt.data.samples import Samples
 from vpt.engine.console import format_table, percent
@@ -138,6 +139,7 @@ def log_start(monitor: Monitor, config_text: str, summary: str) -> None:
 
 
 def log_hparams(monitor: Monitor, values: Mapping[str, object], result: FitResult, test: Mapping[str, float]) -> None:
-    """Log the row of a run in the table of hyperparameters; `values` are those of its config."""
+    """Log the row of a run in the table of hyperparameters; `values` are those of its config, unusual ones first."""
     results = {f"best/val_{name}": value for name, value in result.best.items()}
-    monitor.hparams(values, results | {f"best/test_{name}": value for name, value in test.items()})
+    results |= {f"best/test_{name}": value for name, value in test.items()}
+    monitor.hparams(values, results, usual=to_plain(Config()))
