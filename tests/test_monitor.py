@@ -118,6 +118,10 @@ def test_the_overview_page_shows_every_tag_that_training_writes_once(tmp_path, t
     for tag in tags:
         assert sum(re.match(pattern, tag) is not None for pattern in patterns) == 1, tag
     assert [chart.title for chart in page.chart] == ["loss", *task_type.charts, *CHARTS]
+    (of_norms,) = overview({}, block=7)["prompt norm"]
+    shown = [f"{name}_norm/{row}" for name in ("prompt", "prompt_factor1") for row in ("block_07", "all_blocks")]
+    assert all(re.search(of_norms, tag) for tag in shown)
+    assert not re.search(of_norms, "prompt_norm/block_06")
 
 
 def test_lines_after_the_checkpoint_are_removed_when_the_run_resumes_and_all_when_it_starts_anew(tmp_path):

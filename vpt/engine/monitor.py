@@ -36,9 +36,16 @@ CHARTS: Charts = {
 """Charts of every run on the page "overview" under Custom Scalars, after those of its task type."""
 
 
-def overview(charts: Charts) -> Charts:
-    """The charts of a run: its loss, those of its task type, and `CHARTS`."""
-    return {"loss": ["^train/loss$", "^val/loss$"], **charts, **CHARTS}
+def overview(charts: Charts, block: int | None = None) -> Charts:
+    """The charts of a run: its loss, those of its task type, and `CHARTS`.
+
+    With `block` the charts of prompts have the curve of this block only, so that those of many runs can be read.
+    """
+    one = "" if block is None else f"(block_{block:02d}|all_blocks)$"
+    of_prompts = {
+        title: [f"{tag}{one}" for tag in tags] for title, tags in CHARTS.items() if title.startswith("prompt")
+    }
+    return {"loss": ["^train/loss$", "^val/loss$"], **charts, **CHARTS, **of_prompts}
 
 
 class Monitor:

@@ -135,7 +135,9 @@ class _Training:
         if saved is None or before is None:
             write_record(self.folder.path, record)
         print(f"{'run':<10} {self.folder.path} (tensorboard --logdir {config.run.root})", flush=True)
-        with Monitor(self.folder.path, layout=overview(task_type.charts), resume_at=resume_at) as monitor:
+        prompt = self.model.backbone.prompt
+        layout = overview(task_type.charts, None if prompt is None else prompt.blocks[-1])
+        with Monitor(self.folder.path, layout=layout, resume_at=resume_at) as monitor:
             if resume_at is None:
                 report.log_start(monitor, self.folder.config_text, summary)
                 task_type.log_start(monitor, self.data)
