@@ -138,7 +138,9 @@ class _Training:
         if saved is None or before is None:
             write_record(self.folder.path, record)
         print(f"{'run':<10} {self.folder.path} (tensorboard --logdir {config.run.root})", flush=True)
-        with Monitor(self.folder.path, layout=overview(task_type.charts), resume_at=resume_at) as monitor:
+        prompt = self.model.backbone.prompt
+        layout = overview(task_type.charts, None if prompt is None else prompt.blocks[-1])
+        with Monitor(self.folder.path, layout=layout, resume_at=resume_at) as monitor:
             if resume_at is None:
                 monitor.text("config", f"```yaml\n{self.folder.config_text}\n```")
                 monitor.text("summary", f"```\n{summary}\n```")
@@ -150,7 +152,7 @@ class _Training:
             monitor.scalars(task_type.class_scalars(evaluators["val"], self.data), result.best_step)
             best = {"val": result.best, **{split: values for split, values in metrics.items() if split == "test"}}
             results = {f"best/{split}_{name}": value for split in best for name, value in best[split].items()}
-            monitor.hparams(to_plain(self.shown), results)
+            monitor.hparams(to_plain(self.shown), results, usual=to_plain(Config()))
             monitor.sync()
             self._finish(result, metrics)
             for split, evaluator in evaluators.items():  # last: figures may take long, or fail for want of memory
