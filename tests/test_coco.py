@@ -84,10 +84,7 @@ def test_a_category_of_val_that_train_lacks_is_unknown_and_another_name_is_refus
         (lambda c: c["images"].append(3), r"images\[3\]: of type int; must be an object"),
         (lambda c: c["images"][1].pop("file_name"), r"images\[1\]: no key 'file_name'"),
         (lambda c: c["images"][1].update(id=None), r"images\[1\]: 'id' is missing or no whole number"),
-        (lambda c: c["images"][1].update(file_name="/x" * 3000), r"images\[1\]: .* is outside of"),
         (lambda c: c["images"][1].update(id=100), r"images\[1\]: id 100 is not unique"),
-        (lambda c: c["images"][1].update(file_name="../../x.png"), r"images\[1\]: .*x\.png is outside of"),
-        (lambda c: c["images"][1].update(file_name="/etc/hostname"), r"images\[1\]: /etc/hostname is outside of"),
         (lambda c: c["categories"][0].update(id=3), r"categories\[1\]: id 3 is not unique"),
         (lambda c: c["categories"][0].update(name="cat"), r"categories: two classes are named 'cat'"),
         (lambda c: c["categories"][0].update(name=None), r"categories\[0\]: 'name' is missing"),
@@ -243,8 +240,11 @@ def test_a_missing_file_an_unknown_split_and_two_files_of_one_are_refused(tmp_pa
         read_coco(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "", ".", "..\\", "\ud800"])
-def test_a_name_that_no_image_can_have_is_counted(name, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "a\0b", "", ".", "..\\", "\ud800", "/etc/hostname", "../../x.png", "/x" * 3000]
+)
+def test_a_name_that_no_image_of_the_root_can_have_is_counted(name, tmp_path):
     train, report = edited(tmp_path, lambda content: content["images"][1].update(file_name=name))
     assert train.names == ("train2017/a.png", "train2017/c.png")
     assert report.counts[Finding.MISSING] == 1
+    assert report.left_out[0][1].startswith(f"{tmp_path}/annotations/instances_train2017.json, images[1]: {tmp_path}")

@@ -426,6 +426,7 @@ def test_without_a_network_the_cache_is_enough(hub, task, images, monkeypatch):
 @pytest.mark.parametrize("offline", [True, False])
 def test_without_a_network_and_a_cache_one_line_names_the_reason(home, task, monkeypatch, offline):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("a request is repeated"))
     use_endpoint(monkeypatch, "http://127.0.0.1:9")
     message = r"the transfer with http://127\.0\.0\.1:9 failed \(.+\); check the network and try again$"
     message = r"HF_HUB_OFFLINE is set, and task\.safetensors is not in the cache; unset it$" if offline else message
@@ -582,6 +583,13 @@ def test_weights_of_the_hub_are_used_and_cached(hub, weights, home):
     hub.requests.clear()
     load_vit(TINY)
     assert "GET" not in {method for method, _, _ in hub.requests}
+
+
+def test_weights_that_are_not_here_are_asked_for_once_without_a_network(home, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("a request is repeated"))
+    use_endpoint(monkeypatch, "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=rf"{TINY}: .*127\.0\.0\.1:9 cannot be reached.* use checkpoint=FILE$"):
+        load_vit(TINY)
 
 
 @pytest.mark.parametrize("place", [-5, 8])  # in a number, so that the file can be read; in the header

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 import vpt
 from tests.helpers import TINY_VITS, build_model, make_detector, make_tiny_vit
 from vpt.models.detector import Detector
+from vpt.models.tuning import unwrapped
 from vpt.models.vit import fingerprint, load_vit
 from vpt.storage.files import UNSEALED, read_tensors, sha256_of, write_bytes, write_tensors
 
@@ -464,3 +465,19 @@ def test_a_backbone_that_computes_the_same_features_is_taken_at_any_dtype_or_siz
 def test_a_detector_takes_a_backbone_that_pools_otherwise(tmp_path):
     path = vpt.save_task(make_detector(), tmp_path / "a.safetensors")
     vpt.load_task(path, set_on(make_tiny_vit(img_size=64), global_pool="avg"))
+
+
+WRAPPERS = [torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel, partial(torch.compile, backend="eager")]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapped_model_is_tuned_counted_and_saved_as_the_model_itself(tmp_path, wrap):
+    wrapped = wrap(make_model("deep"))
+    vpt.tune(wrapped, "bias")
+    model = unwrapped(wrapped)
+    assert type(model) is vpt.Classifier
+    assert vpt.count_parameters(wrapped) == vpt.count_parameters(model)
+    one, other = (vpt.save_task(given, tmp_path / f"{type(given).__name__}.st") for given in (wrapped, model))
+    assert one.read_bytes() == other.read_bytes()
+    with pytest.raises(TypeError, match=r"model: expected a TaskModel, .* got Linear"):
+        vpt.save_task(torch.nn.Linear(2, 2), tmp_path / "c.safetensors")

@@ -79,6 +79,14 @@ def test_list_shows_each_task_file_below_a_folder_and_no_checkpoints(typed, made
     assert (code, errors) == (0, "")
 
 
+def test_list_counts_dry_runs_and_shows_none_of_them(typed, tmp_path):
+    for name, mode in {"one": "train", "two": "dry", "three": "dry"}.items():
+        make_task(tmp_path / name / "task.safetensors", config={"mode": mode})
+    code, output, _ = typed("list", tmp_path)
+    assert (code, "one/task" in output, "two" in output, "three" in output) == (0, True, False, False)
+    assert output.splitlines()[-1] == "left out: 2 of dry runs (mode=dry)"
+
+
 def test_list_names_refused_files_below_the_table(typed, copied):
     (copied / "deep.safetensors").write_bytes(b"no safetensors")
     code, output, _ = typed("list", copied)

@@ -92,7 +92,9 @@ def test_tensorboard_has_scalars_images_and_texts(finished):
         *(f"{kind}/block_{block:02d}" for kind in kinds for block in range(5)),
         *(f"val_recall/{name}" for name in ("blue sky", "grass", "rose")),
     } <= set(tags["scalars"])
-    assert set(tags["images"]) == {"train/augmented", "val/confusion", "val/worst"}
+    assert set(tags["images"]) == {"train/augmented"} | {
+        f"{split}/{name}" for split in ("val", "test") for name in ("confusion", "worst")
+    }
     assert {"config/text_summary", "summary/text_summary", "custom_scalars__config__"} <= set(tags["tensors"])
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 6 * 3 + 1))
     assert [event.step for event in events.Scalars("val/top1")] == [3, 6, 9, 12, 15, 18]

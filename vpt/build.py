@@ -43,7 +43,7 @@ from vpt.models.task_file import load_task, read_task
 from vpt.models.task_model import TaskModel, model_named
 from vpt.models.task_schema import TaskMetadata
 from vpt.models.tuning import tune, tuned_parameters, tuned_parts
-from vpt.models.vit import ViT, load_vit
+from vpt.models.vit import ViT, check_input_size, load_vit
 from vpt.models.whitening import whiten_from_patches
 
 DRY_BATCHES = 2
@@ -157,6 +157,7 @@ def build_model(config: Config, task_type: str, classes: Sequence[str], head_opt
             impl=prompt.impl.value,
         )
         model = model_named(task_type)(backbone, len(classes), classes=classes, **head_options)
+        check_input_size(vit)
         tune(model, tuning.method.value, num_blocks=tuning.num_blocks, adapters=build_adapters(tuning))
     vit.set_grad_checkpointing(config.grad_checkpointing)
     return model

@@ -242,7 +242,11 @@ class DatasetConfig:
         None, "COCO files: {train:a.json,val:b.json}", task="detection", needs="dataset.reader=boxes"
     )
     strict: bool = option(False, "refuse wrong boxes, which else are repaired or left out", task="detection")
-    exif_boxes: ExifBoxes = option(ExifBoxes.auto, "how boxes of turned images were drawn", task="detection")
+    exif_boxes: ExifBoxes = option(
+        ExifBoxes.auto,
+        "how boxes were drawn on images that EXIF turns, where nothing shows it; auto: upright, reported",
+        task="detection",
+    )
     root: str | None = option(None, "its folder or archive", shown="PATH", needs="dataset.reader!=fruit,trees")
     path: str | None = option(None, "the CSV file", shown="FILE", needs="dataset.reader=csv")
     name: str | None = option(None, "class in torchvision", shown="NAME", needs="dataset.reader=torchvision")
@@ -251,12 +255,20 @@ class DatasetConfig:
     val: str | None = option("val200.txt", "list of val images; null: none", needs="dataset.reader=list")
     test: str | None = option("test.txt", "list of test images; null: none", needs="dataset.reader=list")
     val_fraction: float = option(0.2, "part of train that becomes val where there is none", low=0.01, high=0.9)
-    test_fraction: float | None = option(None, "part that becomes test where there is none", low=0, high=0.9)
+    test_fraction: float | None = option(
+        None, "part that becomes test; null: 0.2, but 0 where the data name a split", low=0, high=0.9
+    )
     num_per_class: int | None = option(None, "train images of each class; null: all", low=1, task="classification")
-    layout: FolderLayout = option(FolderLayout.auto, "what folders in root are", task="classification")
-    group: str | None = option(None, "what images share that must stay in one split", task="classification")
+    layout: FolderLayout = option(
+        FolderLayout.auto, "what the folders in root are, where they may be both", task="classification"
+    )
+    group: str | None = option(
+        None, "images of a group stay in one split: regular expression, or column of a CSV", task="classification"
+    )
     folds: int | None = option(None, "parts of train, of which one is held out", low=2, task="classification")
-    fold: int = option(0, "the part that is held out, from 0", low=0, task="classification")
+    fold: int = option(
+        0, "the part that is held out, from 0", low=0, task="classification", needs="dataset.folds!=null"
+    )
     split_seed: int = option(0, "seed of splits and of num_per_class", low=0)
 
 
@@ -266,8 +278,8 @@ class DataConfig:
 
     max_pixels: int = option(50_000_000, "largest image, before decoding", low=1, high=178_956_970)  # Pillow's limit
     background: str = option("white", 'colour behind transparent images, by name or as "#RRGGBB"')
-    range: str = option("auto", "values that become 0 and 255 of more than 8 bits: auto (over train), full, LOW:HIGH")
-    bands: list[int] | None = option(None, "bands read as red, green, blue, from 1; null: colours, declared alpha")
+    range: str = option("auto", "values above 8 bits that become 0 and 255: auto (of train), full, or LOW:HIGH")
+    bands: list[int] | None = option(None, "bands read as red, green and blue, from 1; null: the colours of the file")
     on_error: OnError = option(OnError.stop, "skip: train images that cannot be read are left out, counted and listed")
     max_skipped: float = option(0.01, "part of train that may be skipped", low=0, high=1, needs="data.on_error=skip")
     timeout_s: float = option(120.0, "seconds for a batch of a loader process", above=0, needs="num_workers!=0")
@@ -310,7 +322,7 @@ class TrainConfig:
     clip_norm: float | None = option(1.0, "largest norm of the gradient; null: no clipping", above=0)
     label_smoothing: float = option(0.0, "label smoothing", low=0, high=0.99, task="classification")
     class_weights: ClassWeights = option(ClassWeights.none, "or balanced: inverse frequency", task="classification")
-    select: str | None = option(None, "val metric that chooses the best epoch; null: top1, map for boxes")
+    select: str | None = option(None, "val metric that chooses the best epoch, such as loss; null: top1 or map")
     patience: int | None = option(None, "stop after so many epochs without a better val metric; null: never", low=1)
     ema: float | None = option(None, "decay of an average of what trains; null: none", above=0, high=0.99999)
     precision: Precision = option(

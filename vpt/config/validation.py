@@ -28,6 +28,23 @@ def to_config(composed: DictConfig) -> Config:
     for key in config.dataset.required:
         required(config.dataset, key)
     _check_task(config)
+    _check_conflicts(config)
+    for key, name in {"name": config.run.name, "title": config.run.title}.items():
+        if name is not None and not RUN_NAME.fullmatch(name):
+            shown = name if name.isprintable() else repr(name)
+            raise ConfigError(
+                f"run.{key}={shown}: must be the name of a folder, 1 to 64 of A-Z a-z 0-9 . _ - without a dot in "
+                "front; run.root is the folder that it is in"
+            )
+    return config
+
+
+def _check_conflicts(config: Config) -> None:
+    """Refuse values that exclude each other."""
+    annotations = config.dataset.annotations
+    for split, path in annotations.items() if isinstance(annotations, dict) else ():
+        if not isinstance(path, str):
+            raise ConfigError(f"dataset.annotations.{split}={path}: is no path; if it is a name, put quotes around it")
     prompt, tuning = config.prompt, config.tuning
     if prompt.whiten and prompt.form is not PromptFormName.bilinear:
         raise ConfigError(f"prompt.whiten=true is for prompt=bilinear, and prompt.form={prompt.form}: leave it out")
@@ -38,14 +55,6 @@ def to_config(composed: DictConfig) -> Config:
     if config.extend and (config.fresh or config.mode is not Mode.train):
         other = "fresh=true" if config.fresh else f"mode={config.mode}"
         raise ConfigError(f"extend=true continues a finished run, and {other} does not: leave one of them out")
-    for key, name in {"name": config.run.name, "title": config.run.title}.items():
-        if name is not None and not RUN_NAME.fullmatch(name):
-            shown = name if name.isprintable() else repr(name)
-            raise ConfigError(
-                f"run.{key}={shown}: must be the name of a folder, 1 to 64 of A-Z a-z 0-9 . _ - without a dot in "
-                "front; run.root is the folder that it is in"
-            )
-    return config
 
 
 def check_ranges(config: Any) -> None:
@@ -92,10 +101,6 @@ def required(dataset: DatasetConfig, key: str) -> str:
 
 def _check_task(config: Config) -> None:
     """Refuse a head, or a key, that is for another type of task than the data."""
-    annotations = config.dataset.annotations
-    for split, path in annotations.items() if isinstance(annotations, dict) else ():
-        if not isinstance(path, str):
-            raise ConfigError(f"dataset.annotations.{split}={path}: is no path; if it is a name, put quotes around it")
     head, data = config.head, f"dataset={config.dataset.reader} is for {config.task}"
     if head.task not in (None, config.task):
         raise ConfigError(f"head={head.name} is for {head.task}, and {data}: type another head, or leave head out")

@@ -1,6 +1,10 @@
 """create_model: a whole model in one call, from the name of a backbone to a head and what trains."""
 
 import inspect
+import reprlib
+from collections import Counter
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal, overload
 
 from vpt.models.backbone import PromptedViT
@@ -9,7 +13,7 @@ from vpt.models.detector import Detector
 from vpt.models.prompts import DEFAULT_PROMPT, PromptName, VisualPrompt
 from vpt.models.task_model import TaskModel, model_named
 from vpt.models.tuning import Tuning, tune
-from vpt.models.vit import ViT, load_vit
+from vpt.models.vit import ViT, check_input_size, load_vit
 
 Backbone = str | ViT | PromptedViT
 PromptChoice = PromptName | VisualPrompt | Literal["auto"] | None
@@ -57,7 +61,9 @@ def create_model(
         options: What the model of this type of task takes, such as head="dense" for detection, see `Detector`.
 
     Raises:
-        ValueError: The model does not take an option. Other errors are those of `load_vit`, `PromptedViT` and `tune`.
+        TypeError: `num_classes` is no integer, or `classes` is no list of texts.
+        ValueError: The model does not take an option, two classes have one name, or the input size is no multiple of
+            the patch size. Other errors are those of `load_vit`, `PromptedViT` and `tune`.
 
     Example:
         >>> model = create_model("vit_nano_patch8_64", prompt="deep", num_tokens=10, num_classes=14, pretrained=False)
@@ -72,10 +78,24 @@ def create_model(
     for name, value in options.items():
         if name not in allowed:
             raise ValueError(f"{name}={value!r}: not an option of task={task}, which takes {', '.join(allowed)}")
+    if not isinstance(num_classes, Integral) or isinstance(num_classes, bool):
+        raise TypeError(f"num_classes={num_classes!r}: must be an integer")
+    _check_names(options.get("classes"))
     vit = load_vit(backbone, pretrained=pretrained) if isinstance(backbone, str) else backbone
     if prompt == "auto":
         prompt = DEFAULT_PROMPT if tuning == "prompt" else None
     prompted = vit if isinstance(vit, PromptedViT) else PromptedViT(vit, prompt, num_tokens=num_tokens)
     model = model_class(prompted, num_classes, **options)
+    check_input_size(prompted.vit)
     tune(model, tuning)
     return model
+
+
+def _check_names(classes: object) -> None:
+    """Refuse names of classes that are no texts, or not distinct."""
+    if classes is None:
+        return
+    if not isinstance(classes, Sequence) or isinstance(classes, str) or not all(isinstance(n, str) for n in classes):
+        raise TypeError(f"classes={reprlib.repr(classes)}: must be a list of texts")
+    if twice := [name for name, count in Counter(classes).items() if count > 1]:
+        raise ValueError(f"classes: {reprlib.repr(twice[0])} is there more than once; names must be distinct")

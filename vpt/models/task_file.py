@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from vpt.models.backbone import PromptedViT
 from vpt.models.prompts import VisualPrompt
 from vpt.models.task_model import TaskModel, device_of, model_named
 from vpt.models.task_schema import MAX_TEXT, TaskMetadata
-from vpt.models.tuning import Origin, origin_now, origin_of, pretrained_fingerprint, set_origin
+from vpt.models.tuning import Origin, origin_now, origin_of, pretrained_fingerprint, set_origin, unwrapped
 from vpt.models.vit import ViT, differing_trait, load_vit, name_of, preprocessing_of, traits_of
 from vpt.storage.files import read_tensors, write_tensors
 from vpt.version import __version__
@@ -47,7 +47,7 @@ def save_task(
     """Write the learned part of a model, and nothing that is pretrained, as a task file; return its path.
 
     Args:
-        model: The trained model.
+        model: The trained model, also inside DataParallel, DistributedDataParallel or torch.compile.
         path: The file; its folder is made if it does not exist.
         classes: Names of the classes, in the order of the logits; the model's own by default.
         preprocessing: How images were prepared; by default as timm states for the backbone, with `model.preprocessing`.
@@ -58,9 +58,13 @@ def save_task(
         dtype: Write the tensors in this dtype, torch.float16 or torch.bfloat16, for half the size; None keeps theirs.
 
     Raises:
+        TypeError: `model` is not a `TaskModel`.
         ValueError: The number of names is not the number of classes, another value cannot be stored, or parameters of
             the backbone train that `tune` did not choose.
     """
+    given, model = type(model).__name__, cast(TaskModel, unwrapped(model))
+    if not isinstance(model, TaskModel):
+        raise TypeError(f"model: expected a TaskModel, such as create_model returns, got {given}")
     vit, prompt = model.backbone.vit, model.backbone.prompt
     classes = model.classes if classes is None else classes
     if classes is not None and len(classes) != model.num_classes:

@@ -68,7 +68,8 @@ def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1, adapters: Ada
     pooling, and blocks after the last of `out_indices`. The ViT stays in eval mode. It is not copied: all methods but
     "prompt" and "linear" change it for every model that shares it, so such a model needs its own ViT.
 
-    The model is a prompted backbone, or holds one as `.backbone`; its pretrained weights are loaded. Only "partial"
+    The model is a prompted backbone, or holds one as `.backbone`, also inside DataParallel or torch.compile; its
+    pretrained weights are loaded. Only "partial"
     uses `num_blocks`, and only "adapters" uses `adapters`.
 
     Raises:
@@ -166,7 +167,15 @@ def set_origin(vit: ViT, origin: Origin) -> None:
     vit.__dict__["vpt_origin"] = origin
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel, AveragedModel or the result of torch.compile."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model
+
+
 def _held_backbone(model: nn.Module) -> PromptedViT:
+    model = unwrapped(model)
     backbone = model if isinstance(model, PromptedViT) else getattr(model, "backbone", None)
     if not isinstance(backbone, PromptedViT):
         raise TypeError(f"expected a PromptedViT or a model with one as .backbone, got {type(model).__name__}")
@@ -174,6 +183,7 @@ def _held_backbone(model: nn.Module) -> PromptedViT:
 
 
 def _neck_and_head(model: nn.Module) -> dict[str, nn.Module | None]:
+    model = unwrapped(model)
     return {"neck": getattr(model, "neck", None), "head": getattr(model, "head", None)}
 
 
@@ -196,7 +206,9 @@ def _choose(
 ) -> list[nn.Parameter]:
     """The parameters of the ViT that train; `added` are names of tensors of adapters."""
     vit: Any = backbone.vit
-    out_indices: tuple[int, ...] = getattr(model, "out_indices", ())  # of a TaskModel; other modules pool features
+    out_indices: tuple[int, ...] = getattr(
+        unwrapped(model), "out_indices", ()
+    )  # of a TaskModel; other modules pool features
     num_used = max(out_indices) + 1 if out_indices else backbone.depth
     if tuning == "partial" and not 1 <= num_blocks <= num_used:
         raise ValueError(f"num_blocks={num_blocks}: must be from 1 to {num_used}, the blocks that the model uses")

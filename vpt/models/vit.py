@@ -19,7 +19,7 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 from timm.data.config import resolve_model_data_config
 from timm.layers.norm import RmsNorm, SimpleNorm
 from timm.models import Beit, Eva, VisionTransformer, beit, eva, load_state_dict, vision_transformer
@@ -86,6 +86,8 @@ def load_vit(
         parameter = f"name={name}" if img_size is None else f"img_size={img_size}"
         raise ValueError(f"{parameter}: {name} cannot be built: {_first_line(error)}") from error
     try:
+        if pretrained and path is None:
+            _check_connection(name)
         with _checked_downloads():
             vit = timm.create_model(name, pretrained=pretrained and path is None, num_classes=0, **options)
     except _DamagedDownloadError as error:
@@ -146,6 +148,7 @@ def traits_of(vit: ViT, size: Sequence[int]) -> dict[str, Any]:
     """
     embed_parameter, attention = next(vit.patch_embed.parameters()), getattr(vit.blocks[0], "attn", None)
     scale, patch = getattr(attention, "scale", None), list(vit.patch_embed.patch_size)
+    epsilons: list[Any] = [getattr(norm, "eps", None) for norm in norms_of(vit)]
     activations = {name.rpartition(".")[2]: part for name, part in vit.named_modules()}
     traits: dict[str, Any] = {
         "size": list(size),
@@ -154,7 +157,7 @@ def traits_of(vit: ViT, size: Sequence[int]) -> dict[str, Any]:
         "patch_size": patch,
         "num_heads": getattr(attention, "num_heads", None),
         "scale": float(scale) if isinstance(scale, float) else None,
-        "norm_eps": sorted({float(norm.eps) for norm in norms_of(vit) if getattr(norm, "eps", None) is not None}),
+        "norm_eps": sorted({float(eps) for eps in epsilons if eps is not None}),
         "activation": None if "act" not in activations else activations["act"](torch.tensor(PROBED)).tolist(),
         "tokens": None,
         "position": None,
@@ -224,14 +227,67 @@ def check_supported(vit: nn.Module) -> None:
         raise TypeError(f"{type(vit).__name__} cannot be prompted; supported are {supported} ({examples})")
 
 
+def check_images(images: object, vit: ViT | None = None) -> None:
+    """Raise an error that names `images` unless they are (B, C, H, W) in floating point, and of the size of the ViT.
+
+    Numbers that are not finite are not looked for: the results are nan, too.
+
+    Raises:
+        TypeError: They are no tensor, or of another dtype.
+        ValueError: The shape, the number of channels, the size or the device is not that of the ViT.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: must be a torch.Tensor (B, 3, H, W), got {type(images).__name__}")
+    if images.ndim != 4:
+        raise ValueError(f"images: must be (B, 3, H, W), got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images: must be normalised numbers in floating point, got {images.dtype}; see preprocessing_of"
+        )
+    if vit is None:
+        return
+    kernel, own, size = next(vit.patch_embed.parameters()), vit.patch_embed.img_size, tuple(images.shape[-2:])
+    if images.device != kernel.device:
+        raise ValueError(f"images: are on {images.device}, and the backbone is on {kernel.device}; move one of them")
+    if kernel.ndim == 4 and images.shape[1] != kernel.shape[1]:
+        raise ValueError(f"images: must have {kernel.shape[1]} channels for this backbone, got {tuple(images.shape)}")
+    if own is not None and vit.patch_embed.strict_img_size and size != tuple(own):
+        how = f"resize them, or create the ViT with img_size={size}"
+        raise ValueError(f"images: must be {tuple(own)} px, height and width, for this backbone, got {size}; {how}")
+
+
+def check_input_size(vit: ViT) -> None:
+    """Raise a ValueError if the patches do not cover the whole input, so that no token would see its right or bottom.
+
+    `load_vit` does not refuse such a size, since a task file of version 0.1 may have it.
+    """
+    embed: Any = vit.patch_embed
+    size, patch = embed.img_size, embed.patch_size
+    if size is None or getattr(embed, "dynamic_img_pad", False):
+        return
+    lower, higher = ([f(s / p) * p for s, p in zip(size, patch, strict=True)] for f in (math.floor, math.ceil))
+    if lower == higher:
+        return
+    given, *near = (str(sides[0] if sides[0] == sides[1] else list(sides)) for sides in (size, lower, higher))
+    raise ValueError(
+        f"img_size={given}: not whole patches of {patch[0]} x {patch[1]} px, so that the right or lower edge of images "
+        f"would not be seen; use img_size={' or '.join(near if min(lower) else near[1:])}"
+    )
+
+
 def grid_size(vit: ViT, images: Tensor) -> tuple[int, int]:
     """Rows and columns of the patch tokens of images (B, 3, H, W)."""
+    check_images(images, vit)
     rows, columns = vit.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
     return int(rows), int(columns)
 
 
 def embed(vit: ViT, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Tokens (B, N, D) that enter block 0, and their position, which is the same for all images of one size."""
+    """Tokens (B, N, D) that enter block 0, and their position, which is the same for all images of one size.
+
+    For errors see `check_images`.
+    """
+    check_images(images, vit)
     tokens = vit.patch_embed(images.to(next(vit.patch_embed.parameters()).dtype))
     if isinstance(vit, Beit):
         tokens = torch.cat([vit.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
@@ -281,6 +337,20 @@ class _DamagedDownloadError(ValueError):
     """A downloaded file that differs from the file on the hub."""
 
 
+def _check_connection(name: str) -> None:
+    """Ask the hub once for weights that are not in its cache: its client would repeat each request for a minute."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if config is None or not config.hf_hub_id or constants.HF_HUB_OFFLINE:
+        return
+    folder = f"models--{config.hf_hub_id.replace('/', '--')}"
+    if any(Path(constants.HF_HUB_CACHE).glob(f"{folder}/snapshots/*/*")):
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # those of the hub's client, of its library and of sockets
+        raise ConnectionError(f"{constants.ENDPOINT} cannot be reached: {_first_line(error)}") from error
+
+
 @contextmanager
 def _checked_downloads() -> Iterator[None]:
     """Verify files that are added to the hub's cache inside this context by the sha256 in their name.
@@ -309,6 +379,11 @@ def _load_checkpoint(vit: ViT, name: str, path: Path) -> None:
         _refuse_packed(path)
         state = family.checkpoint_filter_fn(load_state_dict(str(path), device="cpu", weights_only=True), vit)
         missing, unexpected = vit.load_state_dict(state, strict=False)
+    except AttributeError as error:  # of timm, for a tensor or a list
+        how = "torch.save(vit.state_dict(), PATH)"
+        raise ValueError(
+            f"checkpoint={path}: does not fit {name}: it is no dict of weights; write it by {how}"
+        ) from error
     except Exception as error:  # safetensors, pickle, timm and torch raise various exceptions
         raise ValueError(f"checkpoint={path}: does not fit {name}: {_first_line(error)}") from error
     odd = [key for key in unexpected if not key.startswith(("head.", "head_dist."))]

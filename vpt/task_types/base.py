@@ -23,7 +23,6 @@ from vpt.data.readers.folder import fruit_root
 from vpt.data.samples import Size
 from vpt.data.transforms.preprocessing import DECODING, Preprocessing
 from vpt.engine.monitor import Monitor
-from vpt.engine.state import FitResult
 from vpt.engine.steps import Evaluator, Losses
 from vpt.models.task_model import TaskModel
 from vpt.models.task_schema import TaskMetadata
@@ -181,13 +180,12 @@ class TaskType(ABC):
     def log_epoch(self, monitor: Monitor, data: Data, evaluator: Any, epoch: int, step: int) -> None:  # noqa: B027
         """Log figures after an evaluation on val."""
 
-    def log_class_metrics(  # noqa: B027
-        self, monitor: Monitor, data: Data, evaluator: Any, result: FitResult
-    ) -> None:
-        """Log the metrics of each class, of the best model on val."""
+    def class_scalars(self, evaluator: Any, data: Data) -> dict[str, float]:
+        """A metric of each class for the best model on val, by tag; empty without classes."""
+        return {}
 
-    def log_end(self, monitor: Monitor, data: Data, evaluator: Any, result: FitResult) -> None:  # noqa: B027
-        """Log figures of the best model on val; the result of the run is written before."""
+    def log_end(self, monitor: Monitor, data: Data, evaluator: Any, split: str, step: int) -> None:  # noqa: B027
+        """Log figures of the best model on val, and on test; the result of the run is written before."""
 
     # Trained tasks.
 
@@ -229,9 +227,9 @@ class PredictionEvaluator(Evaluator, Protocol):
 
 def name_pairs(confusion: Tensor, classes: Sequence[str]) -> list[tuple[str, str, int]]:
     """The counts of a confusion matrix (K, K) that are not 0, with the names of their rows and columns."""
-    return [
-        (classes[row], classes[column], int(confusion[row, column])) for row, column in confusion.nonzero().tolist()
-    ]
+    counts = confusion.to_sparse()
+    pairs = zip(*counts.indices().tolist(), counts.values().tolist(), strict=True)
+    return [(classes[row], classes[column], count) for row, column, count in pairs]
 
 
 _registered: dict[str, type[TaskType]] = {}

@@ -25,11 +25,10 @@ from vpt.engine.console import format_table, percent
 from vpt.engine.losses import CrossEntropy
 from vpt.engine.metrics.classification import NUM_TOP, ClassificationMetrics
 from vpt.engine.monitor import Monitor
-from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
 from vpt.models.task_schema import TaskMetadata
 from vpt.storage.archives import unpacked
-from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, name_pairs, register_task_type
+from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, register_task_type
 from vpt.task_types.class_writer import ClassWriter
 from vpt.task_types.findings import Finding, Level, some
 from vpt.task_types.unreadable import leave_out_unreadable
@@ -219,8 +218,8 @@ class Classification(TaskType):
 
     def class_table(self, evaluator: ClassEvaluator, data: Data, split: str) -> str:
         """Recall, precision, F1 and number of images of each class."""
-        confusion = evaluator.metrics.confusion
-        counts, found, hits = confusion.sum(dim=1), confusion.sum(dim=0), confusion.diagonal().double()
+        metrics = evaluator.metrics
+        counts, found, hits = metrics.class_counts, metrics.prediction_counts, metrics.hits.double()
         columns = hits / counts, hits / found, 2 * hits / (counts + found)
         cells = [map(percent, column.tolist()) for column in columns]
         rows = [list(row) for row in zip(data.classes, *cells, map(str, counts.tolist()), strict=True)]
@@ -228,7 +227,10 @@ class Classification(TaskType):
 
     def confusion_counts(self, evaluator: ClassEvaluator, data: Data) -> list[tuple[str, str, int]]:
         """Of images."""
-        return name_pairs(evaluator.metrics.confusion, data.classes)
+        return [
+            (data.classes[target], data.classes[prediction], count)
+            for target, prediction, count in evaluator.metrics.pair_counts()
+        ]
 
     def log_start(self, monitor: Monitor, data: Data) -> None:
         """A grid of augmented train images."""
@@ -239,27 +241,28 @@ class Classification(TaskType):
         pixels = denormalise(torch.stack(images), data.preprocessing)
         monitor.images("train/augmented", image_grid(pixels, [data.classes[target] for target in targets]), 0)
 
-    def log_end(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, result: FitResult) -> None:
+    def class_scalars(self, evaluator: ClassEvaluator, data: Data) -> dict[str, float]:
+        """The recall of each class."""
+        pairs = zip(data.classes, evaluator.metrics.per_class(), strict=True)
+        return {f"val_recall/{name}": recall for name, recall in pairs}
+
+    def log_end(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, split: str, step: int) -> None:
         """The confusion matrix and the worst images."""
         from vpt.plots.grid import RIGHT, WRONG, image_grid
-        from vpt.plots.metrics import confusion_matrix
+        from vpt.plots.metrics import MAX_CELLS, confusion_matrix
 
         metrics, worst = evaluator.metrics, evaluator.metrics.worst()
-        monitor.images("val/confusion", confusion_matrix(metrics.confusion.numpy(), data.classes), result.best_step)
-        images = torch.stack([data.datasets["val"][sample.position][0] for sample in worst])
+        groups, counts = metrics.confusion_of_groups(MAX_CELLS)
+        names = data.classes if groups == 1 else [""] * len(counts)
+        monitor.images(f"{split}/confusion", confusion_matrix(counts.numpy(), names, groups), step)
+        images = torch.stack([data.datasets[split][sample.position][0] for sample in worst])
         captions = [
             f"{data.classes[sample.target]}\npredicted {data.classes[sample.prediction]}\nloss {sample.loss:.1f}"
             for sample in worst
         ]
         colours = [RIGHT if sample.target == sample.prediction else WRONG for sample in worst]
         grid = image_grid(denormalise(images, data.preprocessing), captions, columns=4, colours=colours)
-        monitor.images("val/worst", grid, result.best_step)
-
-    def log_class_metrics(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, result: FitResult) -> None:
-        """The recall of each class."""
-        per_class = evaluator.metrics.per_class()
-        recall = {f"val_recall/{name}": value for name, value in zip(data.classes, per_class, strict=True)}
-        monitor.scalars(recall, result.best_step)
+        monitor.images(f"{split}/worst", grid, step)
 
     @classmethod
     def to_answer(cls, metadata: TaskMetadata, output: Tensor, size: Size, limits: AnswerLimits) -> dict[str, Any]:

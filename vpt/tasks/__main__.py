@@ -86,13 +86,19 @@ def run(arguments: Sequence[str]) -> bool:
 
 
 def list_tasks(folder: Path, _: NoOptions) -> bool:
-    """Print a table of the task files of a folder, then those that are refused; False if any is."""
+    """Print a table of the task files of a folder, then those that are refused; False if any is.
+
+    Those of runs with `mode=dry` are only counted: two steps are no result.
+    """
     from vpt.engine.console import format_table
 
-    rows, refused = [], []
+    rows, refused, num_dry = [], [], 0
     for file in _find(folder):
         try:
             metadata, tensors = _open(file)
+            if (metadata.config or {}).get("mode") == "dry":
+                num_dry += 1
+                continue
             cells = [metadata.task_type, metadata.backbone, _prompt(metadata), str(metadata.num_classes)]
             cells += [f"{file.stat().st_size / 1000:,.0f}", _dtypes(tensors), _metric(metadata)]
             rows.append([_name(file, folder), *cells])
@@ -101,6 +107,8 @@ def list_tasks(folder: Path, _: NoOptions) -> bool:
     if rows:
         header = ["file", "task type", "backbone", "prompt", "classes", "kB", "dtype", "best known metric"]
         _print(format_table([[_line(cell) for cell in row] for row in rows], header))
+    if num_dry:
+        _print(f"left out: {num_dry:,} of dry runs (mode=dry)")
     for line in refused:
         _print(_line(line))
     return not refused

@@ -19,7 +19,7 @@ from vpt.engine.measure import describe_machine
 from vpt.engine.monitor import Monitor, overview
 from vpt.engine.signals import StopSignal
 from vpt.engine.state import FitResult, RunState
-from vpt.engine.steps import Callbacks, Evaluator, FitData, OutOfMemoryError
+from vpt.engine.steps import Callbacks, FitData, OutOfMemoryError
 from vpt.engine.trainer import evaluate, fit, overfit
 from vpt.models.task_file import save_task
 from vpt.models.task_model import TaskModel
@@ -146,15 +146,15 @@ class _Training:
             with _with_config_keys(config):
                 self.extended_after = state.result.extended_after
                 result = self._fit(state, checkpoints, monitor)
-                evaluator = task_type.evaluator(self.data, "val")
-                metrics = self._evaluate(evaluator)
-            task_type.log_class_metrics(monitor, self.data, evaluator, result)
+                evaluators, metrics = self._evaluate()
+            monitor.scalars(task_type.class_scalars(evaluators["val"], self.data), result.best_step)
             best = {"val": result.best, **{split: values for split, values in metrics.items() if split == "test"}}
             results = {f"best/{split}_{name}": value for split in best for name, value in best[split].items()}
             monitor.hparams(to_plain(self.shown), results)
             monitor.sync()
             self._finish(result, metrics)
-            task_type.log_end(monitor, self.data, evaluator, result)  # may fail, for instance for want of memory
+            for split, evaluator in evaluators.items():  # last: figures may take long, or fail for want of memory
+                task_type.log_end(monitor, self.data, evaluator, split, result.best_step)
         if checkpoints.error is not None:
             raise OSError(
                 f"the last checkpoint could not be written ({checkpoints.error}); all other files of the run are saved"
@@ -201,16 +201,17 @@ class _Training:
             config["extended_after"] = self.extended_after
         save_task(self.model, self.folder.task, metrics=metrics, preprocessing=preprocessing, config=config)
 
-    def _evaluate(self, evaluator: Evaluator) -> Metrics:
-        """Metrics of the best epoch on val, which the evaluator holds afterwards, and on test if there is one."""
+    def _evaluate(self) -> tuple[dict[str, Any], Metrics]:
+        """Evaluators and metrics of the best epoch on val, and on test if there is one."""
         settings = build.build_settings(self.config, next(self.model.parameters()).device, self.task_type.select)
         limits = {"precision": settings.precision, "max_batches": settings.max_batches}
         reading: dict[str, Any] = {**limits, "stop": self.stop}
-        metrics = {"val": evaluate(self.model, self.data.loaders["val"], evaluator, **reading)}
-        if "test" in self.data.loaders:
-            of_test = self.task_type.evaluator(self.data, "test")
-            metrics["test"] = evaluate(self.model, self.data.loaders["test"], of_test, description="test", **reading)
-        return metrics
+        splits = [split for split in ("val", "test") if split in self.data.loaders]
+        evaluators: dict[str, Any] = {split: self.task_type.evaluator(self.data, split) for split in splits}
+        return evaluators, {
+            split: evaluate(self.model, self.data.loaders[split], evaluator, description=split, **reading)
+            for split, evaluator in evaluators.items()
+        }
 
     def _finish(self, result: FitResult, metrics: Metrics) -> None:
         """Write the task file and, last, the file that marks the run as finished."""

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from math import inf
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Unpack
 
 from vpt.data.readers.annotation_files import (
@@ -14,7 +14,6 @@ from vpt.data.readers.annotation_files import (
     is_file,
     read_text,
     refuse_equal_names,
-    require_inside,
     require_train,
     to_numbers,
 )
@@ -207,21 +206,25 @@ def _read_images(
             problems.append((Finding.STRAY, f"{path}, annotations[{i}]: image_id {owner}"))
     numbered = all(isinstance(image_id, int) for image_id in names)
     places = _image_folders(root, path, split)
-    folder = next((place for place in places if any(is_file(place / name) for name in names.values())), None)
+    folder = next((place for place in places if any(_has_image(root, place / name) for name in names.values())), None)
     images = []
     for number, (where, image_id, name, size) in enumerate(entries, start=1):
         image_path = inside(root, (folder or root) / name)
         if image_path is None or folder is None:
-            found = find_by_end(places, name)
-            image_path = found or require_inside(root, (folder or root) / name, where)
-            if found:
+            if found := find_by_end(places, name):
                 problems.append((Finding.MOVED, f"{where}: {name}, found as {found}"))
+            inner = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
+            image_path = found or root.joinpath(*inner)  # never outside of the root; reported as missing
         boxes = (
             _read_box(content["annotations"][i], f"{path}, annotations[{i}]") for i in annotations.pop(image_id, ())
         )
         shown = image_path.relative_to(root).as_posix()
         images.append(SourceImage(image_path, shown, int(image_id) if numbered else number, where, boxes, size=size))
     return images
+
+
+def _has_image(root: Path, path: Path) -> bool:
+    return inside(root, path) is not None and is_file(path)
 
 
 def _image_folders(root: Path, path: Path, split: str) -> list[Path]:
