@@ -229,6 +229,16 @@ def test_tensors_that_the_backbone_has_not_are_refused_and_it_stays_as_it_was(tm
     assert same(state_of(vit), before)
 
 
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [(["cat", "dog"], "2 class names for a head of 3 classes"), (["cat", "dog", "cat"], "'cat' more than once")],
+)
+def test_class_names_are_checked_before_anything_is_written(tmp_path, classes, words):
+    with pytest.raises(ValueError, match=words):
+        vpt.save_task(make_model(), tmp_path / "pets.safetensors", classes=classes)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("prompt", [None, "deep"])
 @pytest.mark.parametrize("tuning", ["bias", "partial", "full"])
 def test_a_task_with_a_tuned_backbone_gives_the_same_logits_and_leaves_the_given_vit_alone(

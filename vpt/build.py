@@ -117,15 +117,19 @@ def spread(num: int, wanted: int) -> list[int]:
 
 
 def build_loaders(
-    config: Config, datasets: Mapping[str, Any], collate: Callable[[Any], Any] | None = None
+    config: Config,
+    datasets: Mapping[str, Any],
+    collate: Callable[[Any], Any] | None = None,
+    balanced: Sequence[int] | None = None,
 ) -> dict[str, Loader]:
-    """A loader for each split; train is shuffled."""
+    """A loader for each split; train is shuffled, or drawn by these `balanced` class numbers."""
     num_workers = choose_num_workers(config.num_workers)
     return {
         split: build_loader(
             dataset,
             config.train.batch_size,
             shuffle=split == "train",
+            balanced=balanced if split == "train" else None,
             seed=config.seed,
             num_workers=num_workers,
             collate_fn=collate,

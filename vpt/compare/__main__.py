@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING
 
 from vpt.compare.methods import METHODS, choose_methods
 from vpt.compare.plan import Plan
-from vpt.config.command_line import (
-    check_folder,
-    escape_output,
-    fail,
-    is_for_user,
-    parse_options,
-    split_options,
-)
+from vpt.config.command_line import check_folder, escape_output, fail, is_for_user, parse_options, split_options
 from vpt.config.errors import ConfigError
 from vpt.config.schema import Config, option
 from vpt.engine.signals import STOPPED, Stopped, StopSignal

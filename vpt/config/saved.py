@@ -117,7 +117,8 @@ def first_names(values: Mapping[str, Any]) -> dict[str, Any]:
     new = ("dataset.task", "dataset.required", "head.task")
     # keys of later versions, and their values where they change nothing
     unset = {"dataset.layout": "auto", "dataset.group": None, "dataset.folds": None, "dataset.fold": 0}
-    unset |= {"dataset.exif_boxes": "auto", "data.range": "auto", "data.bands": None, "train.select": None}
+    unset |= {"train.select": None, "train.sampling": "uniform"}
+    unset |= {"dataset.exif_boxes": "auto", "data.range": "auto", "data.bands": None}
     old = {key: value for key, value in values.items() if key not in new and (key, value) not in unset.items()}
     return {before.get(key, key): value for key, value in old.items()}
 

@@ -127,6 +127,13 @@ class ClassWeights(StrEnum):
     balanced = "balanced"
 
 
+class Sampling(StrEnum):
+    """How an epoch draws train images: each once (uniform), or as many of each class, with replacement (balanced)."""
+
+    uniform = "uniform"
+    balanced = "balanced"
+
+
 class Precision(StrEnum):
     """Arithmetic of the model; auto is bf16 autocast on CUDA and fp32 elsewhere."""
 
@@ -322,6 +329,7 @@ class TrainConfig:
     clip_norm: float | None = option(1.0, "largest norm of the gradient; null: no clipping", above=0)
     label_smoothing: float = option(0.0, "label smoothing", low=0, high=0.99, task="classification")
     class_weights: ClassWeights = option(ClassWeights.none, "or balanced: inverse frequency", task="classification")
+    sampling: Sampling = option(Sampling.uniform, "balanced: each class as often as any other", task="classification")
     select: str | None = option(None, "val metric that chooses the best epoch, such as loss; null: top1 or map")
     patience: int | None = option(None, "stop after so many epochs without a better val metric; null: never", low=1)
     ema: float | None = option(None, "decay of an average of what trains; null: none", above=0, high=0.99999)

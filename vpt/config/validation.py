@@ -41,10 +41,6 @@ def to_config(composed: DictConfig) -> Config:
 
 def _check_conflicts(config: Config) -> None:
     """Refuse values that exclude each other."""
-    annotations = config.dataset.annotations
-    for split, path in annotations.items() if isinstance(annotations, dict) else ():
-        if not isinstance(path, str):
-            raise ConfigError(f"dataset.annotations.{split}={path}: is no path; if it is a name, put quotes around it")
     prompt, tuning = config.prompt, config.tuning
     if prompt.whiten and prompt.form is not PromptFormName.bilinear:
         raise ConfigError(f"prompt.whiten=true is for prompt=bilinear, and prompt.form={prompt.form}: leave it out")
@@ -101,6 +97,10 @@ def required(dataset: DatasetConfig, key: str) -> str:
 
 def _check_task(config: Config) -> None:
     """Refuse a head, or a key, that is for another type of task than the data."""
+    annotations = config.dataset.annotations
+    for split, path in annotations.items() if isinstance(annotations, dict) else ():
+        if not isinstance(path, str):
+            raise ConfigError(f"dataset.annotations.{split}={path}: is no path; if it is a name, put quotes around it")
     head, data = config.head, f"dataset={config.dataset.reader} is for {config.task}"
     if head.task not in (None, config.task):
         raise ConfigError(f"head={head.name} is for {head.task}, and {data}: type another head, or leave head out")

@@ -2,7 +2,6 @@
 
 import inspect
 import reprlib
-from collections import Counter
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Literal, overload
@@ -97,5 +96,3 @@ def _check_names(classes: object) -> None:
         return
     if not isinstance(classes, Sequence) or isinstance(classes, str) or not all(isinstance(n, str) for n in classes):
         raise TypeError(f"classes={reprlib.repr(classes)}: must be a list of texts")
-    if twice := [name for name, count in Counter(classes).items() if count > 1]:
-        raise ValueError(f"classes: {reprlib.repr(twice[0])} is there more than once; names must be distinct")

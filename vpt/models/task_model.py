@@ -34,7 +34,7 @@ class TaskModel(nn.Module, ABC):
         category_ids: Numbers of the classes in the data's own files, by label; None where there are none.
 
     Raises:
-        ValueError: The number of names is not the number of classes.
+        ValueError: The number of names is not the number of classes, or two are equal.
     """
 
     task_type: ClassVar[str]  # in configs and task files
@@ -50,6 +50,8 @@ class TaskModel(nn.Module, ABC):
         super().__init__()
         if classes is not None and len(classes) != num_classes:
             raise ValueError(f"{len(classes)} class names for num_classes={num_classes}")
+        if classes is not None and (twins := len(classes) - len(set(classes))):
+            raise ValueError(f"classes: {twins} of {len(classes)} names are repeated; each class needs its own")
         self.backbone = backbone
         self.classes = None if classes is None else tuple(classes)
 

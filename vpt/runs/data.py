@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from vpt.build import Data, TrainedRun
 from vpt.config.errors import ConfigError
@@ -56,7 +57,7 @@ def _check_classes(given: str, samples: Any, model: Any) -> None:
     for key in ("classes", "category_ids"):
         of_data, of_task = getattr(samples, key, None) or (), getattr(model, key, None) or ()
         for label, (one, other) in enumerate(zip_longest(of_data, of_task, fillvalue="missing")):
-            if one != other:
+            if normalize("NFC", str(one)) != normalize("NFC", str(other)):  # names were not composed in 0.1
                 raise ConfigError(
                     f"{given}: {key}[{label}] is {one} in the data and {other} in the task file; the data must have "
                     f"those of the task file, in this order: {', '.join(map(str, of_task[:20]))}"

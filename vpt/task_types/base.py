@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from vpt.build import Data, build_loaders, build_model, build_preprocessing
 from vpt.config.errors import ConfigError, did_you_mean
-from vpt.config.schema import Config, DatasetConfig
+from vpt.config.schema import Config, DatasetConfig, Sampling
 from vpt.data.readers.box_checks import DataReport
 from vpt.data.readers.folder import fruit_root
 from vpt.data.samples import Size
@@ -109,7 +109,8 @@ class TaskType(ABC):
             split: type(self).dataset(members, training if split == "train" else evaluation, seed=self.config.seed)
             for split, members in samples.items()
         }
-        loaders = build_loaders(self.config, datasets, type(self).collate_fn)
+        balanced = samples["train"].strata if self.config.train.sampling is Sampling.balanced else None
+        loaders = build_loaders(self.config, datasets, type(self).collate_fn, balanced)
         return Data(dict(samples), datasets, loaders, preprocessing, training.is_random)
 
     def describe(self, samples: Mapping[str, Any]) -> list[str]:

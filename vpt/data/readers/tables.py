@@ -130,12 +130,19 @@ def _listed_file(root: Path, name: str, target: int, where: str, group: str | No
     """An image that a list names; it must exist inside the root."""
     if len(name) > MAX_PATH:
         raise ValueError(f"{where}: {quote(name)} has {len(name):,} characters and is no path")
-    forms = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")), name.replace("\\", "/")]
-    for form in dict.fromkeys(forms):  # an archive of macOS has decomposed names, a table of Windows backslashes
-        path = require_inside(root, root / form, where)
+    for spelling in _spellings(name):
+        path = require_inside(root, root / spelling, where)
         if path.is_file():
-            return ImageFile(path, form, target, where, group)
+            return ImageFile(path, spelling, target, where, group)
     raise ValueError(f"{where}: no such file {root / name}; check root={root}")
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """The name, and what the file may be called: names are decomposed on macOS, and Windows writes backslashes."""
+    yield name
+    for form in ("NFC", "NFD"):
+        yield unicodedata.normalize(form, name)
+    yield name.replace("\\", "/")
 
 
 def _count_labels(files: Sequence[ImageFile]) -> list[str]:
