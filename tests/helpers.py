@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import uvicorn
 from PIL import Image, features
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -46,6 +45,7 @@ from vpt.models.adapters import Adapters
 from vpt.models.backbone import PromptedViT
 from vpt.models.vit import load_vit
 from vpt.serve.app import make_app
+from vpt.serve.connections import make_server
 from vpt.serve.service import Settings
 from vpt.train.training import run
 
@@ -438,15 +438,21 @@ SLOW = 60.0  # seconds; far longer than anything here takes
 
 @contextlib.contextmanager
 def served(bank, **settings):
-    """A client of a real server in a thread."""
-    app = make_app(bank, Settings(**settings))
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="error", access_log=False))
+    """A client of the application of a bank."""
+    with listening(make_app(bank, Settings(**settings))) as (client, _):
+        yield client
+
+
+@contextlib.contextmanager
+def listening(app):
+    """A client of a real server in a thread, and the server."""
+    server = make_server(app, SLOW, log_level="error")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=SLOW) as client:
-                yield client
+                yield client, server
         finally:
             server.should_exit = True
             thread.join(SLOW)

@@ -2,6 +2,7 @@ import copy
 import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -152,7 +153,9 @@ CHANGES = {
     "an optimiser step": step,
     "a load": lambda b: b.load_state_dict({name: 2 * value for name, value in b.state_dict().items()}),
     "a load that assigns": lambda b: b.prompt.load_state_dict({"tokens": b.prompt.tokens * 2}, assign=True),
-    "an edit through .data, then eval()": lambda b: b.prompt.tokens.data.mul_(3) is b.eval(),
+    "an edit through .data": lambda b: b.prompt.tokens.data.mul_(3),
+    "an edit of one number through NumPy": lambda b: np.put(b.prompt.tokens.detach().numpy(), 100, 5.0),
+    "an edit of the ViT through .data, then eval()": lambda b: b.vit.blocks[1].attn.qkv.weight.data.mul_(3) is b.eval(),
     "an edit of .data itself": lambda b: setattr(b.prompt.tokens, "data", b.prompt.tokens.data * 3),
     "an edit in inference mode": lambda b: torch.inference_mode()(b.prompt.tokens.mul_)(3),
     "a move to float64": lambda b: b.double(),

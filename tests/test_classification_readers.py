@@ -246,6 +246,17 @@ def test_folders_that_may_be_splits_or_classes_are_refused_until_layout_decides(
         assert notes["ignored_folders"] == ("bus", "car")
 
 
+def test_links_that_lead_in_a_circle_end_in_an_error_that_names_them(tmp_path):
+    make_folder(tmp_path, {"train/a": 2, "train/b": 1})
+    (tmp_path / "train" / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "train" / "b" / "self.png").symlink_to("self.png")
+    with pytest.raises(ValueError, match=r"duplicate, first at .*a/up/train"):
+        read_folder(tmp_path)
+    (tmp_path / "train" / "a" / "up").unlink()
+    with pytest.raises(ImageError, match=r"self\.png: cannot be read"):
+        check_readable(read_folder(tmp_path)["train"])
+
+
 def test_images_of_formats_that_cannot_be_read_are_noted_and_those_of_rare_endings_are_read(tmp_path):
     make_folder(tmp_path, {"train/a": 1, "train/b": 1, "val/a": 1})
     for name in ("train/a/1.jfif", "train/b/1.JPE", "train/b/2.heic", "val/a/photo", "val/a/3.psd"):

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -29,15 +32,21 @@ def test_a_backbone_held_in_bfloat16_gives_float32_logits(images):
 
 
 def test_the_public_names_are_importable_and_importing_the_package_is_light():
-    import subprocess
-    import sys
-
     assert all(getattr(vpt, name) is not None for name in vpt.__all__)
     assert set(vpt.__all__) <= set(dir(vpt))
-    code = "import sys, vpt; print([m for m in ('torch', 'timm', 'albumentations', 'hydra') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = vpt.nothing
+
+
+@pytest.mark.parametrize("imports", ["vpt, timm", pytest.param("timm, vpt", marks=pytest.mark.slow)])
+def test_the_bundled_backbone_is_known_to_timm_and_importing_the_package_is_light(imports):
+    first, second = imports.split(", ")
+    code = (
+        f"import sys, {first}; print([m for m in ('torch', 'timm', 'albumentations', 'hydra') if m in sys.modules])\n"
+    )
+    code += f"import {second}; print(timm.is_model('vit_nano_patch8_64'))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines() == ["[]" if first == "vpt" else "['torch', 'timm']", "True"]
 
 
 @pytest.mark.parametrize("prompt", ["deep", None])

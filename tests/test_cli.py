@@ -102,7 +102,8 @@ def test_a_failed_run_of_a_sweep_is_told_and_does_not_stop_the_others(tmp_path, 
     assert done.returncode == 2
     assert "prompt.blocks=last:9: " in done.stderr
     (left,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"sweep_[0-9a-f]{8}_dry", left.name)  # of a sweep each run has a name of its own
+    # of a sweep each run has a name of its own
+    assert re.fullmatch(rf"sweep_{photos.name}_vit_nano_bilinear_blocks-all_seed0_[0-9a-f]{{8}}_dry", left.name)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from vpt.compare.methods import METHODS, Method, choose_methods
 from vpt.compare.plan import Plan, Trial
 from vpt.compare.report import TEMPLATE, disagreement, most_disputed, to_html
 from vpt.compare.runs import Outcome, Row, _choose
-from vpt.compare.table import Spread, describe_table, table_columns, to_csv
+from vpt.compare.table import Spread, _write_table, describe_table, table_columns
 from vpt.config.composition import compose_config
 from vpt.config.errors import ConfigError
 from vpt.config.schema import schema_keys
@@ -87,6 +87,15 @@ def test_a_rate_multiplies_the_configured_learning_rates():
     assert (prompted.optim.prompt_lr, prompted.optim.head_lr) == (pytest.approx(3e-3), 1e-3)
     assert prompted.dataset.num_per_class is None
     assert plan.num_runs == 2 * (2 + 1)
+
+
+def test_short_names_mean_the_key_of_each_method_and_a_key_that_no_method_reads_is_refused():
+    plan = plan_of("bias", "prompt_deep", words=[*DATA, "lr=4e-3", "prompt.num_tokens=3"], rates=(0.5, 1.0))
+    for rate in (0.5, 1.0):
+        bias, prompted = (plan.compose(Trial(name, None, 0, rate))[0] for name in plan.methods)
+        assert (bias.tuning.lr, prompted.optim.prompt_lr) == (4e-3 * rate, 4e-3 * rate)
+    with pytest.raises(ConfigError, match=r"prompt\.num_tokens=3 has no effect"):
+        plan_of("bias", "linear", words=[*DATA, "prompt.num_tokens=3"])
 
 
 def test_runs_have_folders_and_titles_of_their_own(tmp_path):
@@ -166,17 +175,15 @@ def test_a_spread_without_values_is_a_dash():
     assert Spread.of([0.25]).std is None
 
 
-def test_csv_has_the_columns_of_all_rows():
-    assert to_csv([{"a": 1}, {"a": None, "b": "x,y"}]) == b'a,b\n1,\n,"x,y"\n'
+def test_a_table_has_the_columns_of_all_rows_and_no_formulas(tmp_path):
+    _write_table(tmp_path / "a.csv", [{"a": -1}, {"a": None, "b": "=x,y"}])
+    assert (tmp_path / "a.csv").read_text() == 'a,b\n-1,\n,"\'=x,y"\n'
 
 
 def test_images_are_ordered_by_disagreement():
     targets = [0, 0, 0, 0, 0]
-    predictions = [
-        [0, 1, 0, 2, 1],
-        [0, 0, 1, 1, 2],
-        [0, 0, 2, 1, 3],
-    ]  # all agree; 2 to 1; all differ; 2 to 1, none right
+    # in turn: all agree; 2 to 1; all differ; 2 to 1, none right; all differ
+    predictions = [[0, 1, 0, 2, 1], [0, 0, 1, 1, 2], [0, 0, 2, 1, 3]]
     assert disagreement([0, 1, 2]) == pytest.approx(math.log2(3))
     assert most_disputed(predictions, targets, 9) == [2, 4, 1, 3]
     assert most_disputed(predictions, targets, 1) == [2]

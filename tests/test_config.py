@@ -1,16 +1,27 @@
 import inspect
 from dataclasses import dataclass
+from enum import StrEnum
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import yaml
 
 import vpt
 from tests.helpers import write_text
 from vpt.build import KEYS, build_adapters
-from vpt.config.command_line import check_command_line, describe_options, parse_options, quote_paths, split_options
+from vpt.config.command_line import (
+    check_command_line,
+    compose_run,
+    parse_options,
+    refuse_unread,
+    split_options,
+)
 from vpt.config.composition import compose_config
 from vpt.config.errors import ConfigError, config_keys
-from vpt.config.schema import Config, Mode, PromptName, option
+from vpt.config.help import describe_options
+from vpt.config.saved import load_config, to_plain
+from vpt.config.schema import Config, Mode, PromptName, option, schema_options
 from vpt.config.validation import to_config
 from vpt.data.images import Decoding
 from vpt.data.readers.box_checks import make_samples
@@ -37,8 +48,7 @@ def test_defaults_and_experiments_compose_to_typed_objects():
 
 def test_the_library_and_the_schema_have_the_same_defaults():
     for call, section, names in [
-        (vpt.create_model, "prompt", "num_tokens"),
-        (vpt.PromptedViT, "prompt", "num_tokens blocks dropout impl init"),
+        (vpt.PromptedViT, "prompt", "blocks dropout impl init"),
         (vpt.tune, "tuning", "num_blocks"),
         (Bilinear, "prompt", "rank whiten"),
         (Fourier, "prompt", "fraction"),
@@ -58,6 +68,16 @@ def test_the_library_and_the_schema_have_the_same_defaults():
     [
         (["prompt.num_tokns=3"], r"unknown key prompt\.num_tokns; did you mean prompt\.num_tokens\?"),
         (["prompt.lenght=3"], r"unknown key prompt\.lenght; "),
+        (["num_tokens=5"], r"did you mean prompt\.num_tokens\?"),
+        (["dataset.batch_size=5"], r"did you mean batch_size or train\.batch_size\?|train\.batch_size or batch_size\?"),
+        (["model=vit_tiny"], r"did you mean backbone\?"),
+        (["model.img_size=32"], r"did you mean backbone\.img_size\?"),
+        (["optim.lr=1"], r"unknown key optim\.lr; did you mean lr\?"),
+        (["data=folder"], r"data=folder: data is a section of keys; did you mean dataset=folder\?"),
+        (["train=full"], r"train is a section of keys; type train\.KEY="),
+        (["--config-dir", "nowhere", "+experiment=mine"], "--config-dir nowhere: no such folder"),
+        (["--epochs", "3"], "--epochs: options are typed without dashes: epochs=3"),
+        (["--epochs=3"], "typed without dashes: epochs=3"),
         (["bacbone=vit_tiny"], r"unknown key bacbone; did you mean backbone\?"),
         (["prompt=deeep"], r"prompt=deeep: no such choice; did you mean deep\? Choices: bilinear, deep, f"),
         (["+experiment=quickstrat"], r"experiment=quickstrat: no such choice; did you mean quickstart\?"),
@@ -81,6 +101,11 @@ def test_the_library_and_the_schema_have_the_same_defaults():
         (["-m", "seed=1,-1"], "seed=-1 is out of range"),
         (["prompt.kind=deep"], r"prompt\.kind was renamed: type prompt\.variant=deep"),
         (["head.taps=last"], r"head\.taps was renamed: type head\.out_indices=last"),
+        (["lr=1", "optim.prompt_lr=1"], r"lr=1 and optim\.prompt_lr=1 set the same key"),
+        (["train.epochs=1", "epochs=1"], "set the same key"),
+        (["tuning=prompt_bias", "lr=1"], r"several parts are tuned; type optim\.prompt_lr=\.\.\. and tuning\.lr="),
+        (["-m", "tuning=prompt,linear", "lr=1"], r"optim\.head_lr=\.\.\. and optim\.prompt_lr="),
+        (["dataset=coco", "dataset.root=a", "dataset.annotations={train:1e3}"], r"annotations\.train=1000\.0.*quotes"),
         (["head=dense"], "head=dense is for detection, and dataset=fruit is for classification"),
         (["dataset=trees", "head=linear"], "head=linear is for classification, and dataset=trees is for detection"),
         (["head.channels=64"], r"head\.channels=64 is for detection, and dataset=fruit"),
@@ -112,11 +137,19 @@ def test_experiments_in_a_folder_of_the_user_are_checked_as_well(tmp_path, optio
     for text, message in [
         ("prompt: {num_tokns: 3}", r"unknown key prompt\.num_tokns; did you mean prompt\.num_tokens\?"),
         ("prompt: {kind: deep}", r"prompt\.kind was renamed: type prompt\.variant="),
-        ("cache: off", r"^cache: .*Invalid value 'False', expected one of \[auto, off, ram, disk\]"),
+        ("cache: ran", r"cache: .*Invalid value 'ran', expected one of \[auto, off, ram, disk\]; did you mean ram\?"),
+        ("epochs: 3", r"unknown key epochs; did you mean train\.epochs\?"),
+        ("train: {epochs: many}", r"train\.epochs: Value 'many'"),
+        ("defaults: [override /promt: deep]", r"there is no group promt; did you mean prompt\?"),
+        ("defaults: [override /prompt: deeep]", r"prompt=deeep: no such choice; did you mean deep\?"),
+        ("train: {epochs: 3", "line 3: no YAML"),
     ]:
         write_text(path, f"# @package _global_\n{text}\n")
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=rf"mine\.yaml.*{message}"):
             check_command_line(words)
+    write_text(path, "train: {epochs: 3}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml.*first line must be: # @package _global_"):
+        check_command_line(words)
     write_text(path, "# @package _global_\nprompt: {num_tokens: 3}\n")
     line = check_command_line(words)
     assert (line.config.prompt.num_tokens, line.needs_hydra) == (3, False)
@@ -173,7 +206,10 @@ def test_options_of_commands_are_typed(word, name, value):
     [
         ([], "place is needed: type place="),
         (["plce=b"], "plce=b: not an option.*did you mean place"),
-        (["place"], "place: not an option of the form key=value$"),
+        (["place"], "place: not an option of the form key=value; type place="),
+        (["--place", "p"], "--place: not an option of the form key=value; type place="),
+        (["--text=p"], "--text=p: not an option of the form key=value; type text="),
+        (["--help", "plce"], "unknown key plce; did you mean place"),
         (["place="], "place=: must be a path"),
         (["count=x"], "count=x: must be a whole number"),
         (["place=p", "count=10"], "count=10 is out of range: it must be at least 1 and at most 9"),
@@ -206,6 +242,26 @@ def test_help_lists_the_options_after_the_first_paragraph(capsys):
     assert all(len(line) <= 120 for line in options.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["--version"], [f"vpt {vpt.__version__}"]),
+        (["--help", "rate"], ["rate=0.5", "a rate; above 0"]),
+        (["text", "-h"], ["text=a", "a text"]),
+        (["--help", "prompt.rank"], ["prompt.rank=8", "with prompt.form=bilinear"]),
+        (["--help", "optim"], ["optim.name=adamw", "the optimiser; adamw, sgd", "optim.momentum=0.9"]),
+        (["--help", "prompt"], ["prompt=NAME", "bilinear, deep, fourier", "prompt.dropout=0.0"]),
+        (["--help", "experiment"], ["experiment=NAME", "quickstart"]),
+    ],
+)
+def test_the_version_and_the_meaning_of_a_key_are_printed(capsys, words, lines):
+    with pytest.raises(SystemExit) as stopped:
+        split_options(Options, words)
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert [line for line in lines if line not in printed] == []
+
+
 def test_words_of_the_config_are_split_from_options_of_the_command():
     with pytest.raises(ConfigError, match="text is typed twice"):
         split_options(Options, ["text=a", "text=b"])
@@ -231,15 +287,78 @@ def test_errors_of_the_library_name_keys_of_the_config(error, expected, message)
     assert (type(raised.value), str(raised.value)) == (expected, message)
 
 
-@pytest.mark.parametrize("path", ["~/pets", "/my phötos (1)", "it's mine", "a b", "c:d", "{x}", "a[1]", "'quoted (1)'"])
-def test_paths_on_the_train_command_line_need_no_quotes_of_hydra(path):
-    (word,) = quote_paths([f"dataset.root={path}"])
-    assert check_command_line(["dataset=folder", word]).config.dataset.root == path.strip("'")
+@pytest.mark.parametrize("text", ["~/pets", "/my phötos (1)", "it's mine", "a b", "c:d", "{x}", "a[1]", "C:\\x y\\"])
+def test_paths_on_the_command_line_need_no_quotes_of_hydra(text):
+    line = check_command_line(["dataset=folder", f"dataset.root={text}"])
+    assert line.config.dataset.root == text
+    assert check_command_line(line.arguments).config == line.config
 
 
-def test_other_arguments_and_sweeps_over_plain_paths_are_not_quoted():
-    arguments = ["-m", "dataset.root=a,b/c", "prompt.blocks=[0,1]", "+experiment=quickstart"]
-    assert quote_paths(arguments) == arguments
+@pytest.mark.parametrize(
+    "text", ["2024_01", "1.50", "1e3", "007", "-5", ".5", "inf", "NaN", "TRUE", "Null", "off", "9:30"]
+)
+def test_paths_and_names_that_look_like_numbers_stay_text(tmp_path, text):
+    content = f"defaults: [boxes]\nroot: {text}  # text\nannotations: {{train: {text}}}\n"
+    write_text(tmp_path / "dataset" / f"{text}.yaml", content)
+    words = ["--config-dir", str(tmp_path), f"dataset={text}", f"cache_dir={text}", f"backbone.name={text}"]
+    config = check_command_line(words).config
+    found = config.dataset.root, config.dataset.annotations["train"], config.cache_dir, config.backbone.name
+    assert found == (text,) * 4
+    write_text(tmp_path / "config.yaml", yaml.safe_dump(to_plain(config)))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_null_stays_null_and_sweeps_over_texts_are_quoted_one_by_one():
+    assert check_command_line(["run.name=null", "dataset.root=null"]).config.run.name is None
+    words = ["-m", "backbone.checkpoint=1e3,b/c", "prompt.blocks=[0,1]", "+experiment=quickstart", "seed=choice(0,1)"]
+    assert check_command_line(words).arguments == [words[0], "backbone.checkpoint='1e3',b/c", *words[2:]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("tuning.lr=5", "tuning.lr=5 has no effect: tuning.method=prompt does not read it"),
+        ("prompt.rank=3 prompt=deep", "it is for prompt.form=bilinear, and prompt.form=plain"),
+        ("tuning=linear prompt.num_tokens=7", "there is no prompt with tuning=linear"),
+        ("prompt=none optim.prompt_lr=1", "there is no prompt with prompt=none"),
+        ("tuning=bias prompt=deep", "tuning=bias trains no prompt"),
+        ("optim.momentum=0.5", "it is for optim.name=sgd"),
+        ("dataset.root=photos", "dataset.reader=fruit does not read it"),
+        ("cache=off cache_gb=9", "cache=off does not read it"),
+        ("-m prompt=deep,shallow prompt.rank=3", "it is for prompt.form=bilinear"),
+    ],
+)
+def test_a_key_that_the_run_does_not_read_is_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        compose_run(words.split()) if words[0] != "-" else refuse_unread(check_command_line(words.split()))
+
+
+def test_a_key_that_one_run_of_a_sweep_reads_is_no_error():
+    assert check_command_line(["-m", "prompt=none,deep,bilinear", "prompt.rank=3"]).unread == {}
+    assert check_command_line(["-m", "prompt=none,deep", "tuning=bias,prompt", "prompt.num_tokens=3"]).unread == {}
+
+
+def test_every_need_of_an_option_names_a_key_and_values_that_it_can_have():
+    for _, entry in schema_options():
+        name, _, values = entry.metadata.get("needs", "").replace("!", "").partition("=")
+        found = attrgetter(name)(Config()) if values else None
+        assert not isinstance(found, StrEnum) or set(values.split(",")) <= set(type(found))
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ("", "optim.prompt_lr"),
+        ("tuning=linear", "optim.head_lr"),
+        ("prompt=none", "optim.head_lr"),
+        ("tuning=lora", "tuning.lr"),
+        ("tuning=full", "tuning.lr"),
+    ],
+)
+def test_short_names_mean_the_key_that_matters(words, key):
+    config, _ = compose_run([*words.split(), "lr=0.5", "epochs=3", "batch_size=4", "img_size=32"])
+    assert attrgetter(key)(config) == 0.5
+    assert (config.train.epochs, config.train.batch_size, config.backbone.img_size) == (3, 4, 32)
 
 
 @pytest.mark.parametrize("name", ["../up", "/etc", ".hidden", "a b", "ü", "", "x" * 65, "nul\0"])

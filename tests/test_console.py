@@ -112,6 +112,7 @@ def test_percent_shows_one_decimal(fraction, text):
         ),
         ([["1"], ["all"]], ["blocks"], ["blocks", "------", "1", "all"]),  # a column with one word
         ([], ["a", "long"], ["a  long", "-  ----"]),
+        ([["\x1b[1m\n"]], ["class"], ["class", "---------", r"\x1b[1m\n"]),  # controls no terminal
     ],
 )
 def test_a_table_is_aligned_and_columns_of_numbers_are_set_to_the_right(rows, header, lines):

@@ -27,7 +27,7 @@ def test_only_tuning_prompt_brings_a_prompt_unasked(task, tuning):
 def test_a_prompt_that_is_asked_for_trains_beside_the_backbone_but_not_in_a_linear_probe():
     model = build_model(make_tiny_vit(), num_classes=2, tuning="bias", prompt="shallow")
     assert set(tuned_parts(model)) == {"prompt", "head", "backbone"}
-    with pytest.raises(ValueError, match=r"tuning=linear: .* use prompt=none or tuning=prompt"):
+    with pytest.raises(ValueError, match=r"tuning=linear: .* use prompt=None or tuning="):
         build_model(make_tiny_vit(), num_classes=2, tuning="linear", prompt="deep")
 
 
@@ -55,11 +55,16 @@ def test_a_detector_gets_its_options_and_keeps_its_own_defaults():
         ({"taps": "last"}, "taps=.*task=classification, which takes classes"),
         ({"task": "segmentation"}, "'segmentation': must be one of "),
         ({"classes": ["cat", "dog", "eel"]}, "3 class names for num_classes=2"),
+        ({"classes": ["cat", "cat"]}, "classes: 'cat' is there more than once"),
+        ({"classes": "ab"}, "classes='ab': must be a list of texts"),
+        ({"classes": [1, 2]}, r"classes=\[1, 2\]: must be a list of texts"),
+        *(({"num_classes": value}, rf"num_classes={value!r}: must be") for value in ("2", 2.0, True, 0)),
+        ({"num_tokens": "10"}, "num_tokens='10': must be an integer"),
     ],
 )
 def test_an_option_that_the_model_does_not_take_is_refused_by_name(options, message):
-    with pytest.raises(ValueError, match=message):
-        vpt.create_model(make_tiny_vit(), num_classes=2, **options)
+    with pytest.raises((ValueError, TypeError), match=message):
+        vpt.create_model(make_tiny_vit(), **{"num_classes": 2, **options})
 
 
 @pytest.mark.parametrize("task", ["classification", "detection"])
@@ -70,3 +75,13 @@ def test_weights_in_bfloat16_are_not_tuned(task):
             vpt.create_model(vit, num_classes=2, task=task, tuning=tuning)
     model = vpt.create_model(vit, num_classes=2, task=task)
     assert {p.dtype for p in vpt.tuned_parameters(model).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"), [(100, "96 or 104$"), ((32, 100), r"\[32, 96\] or \[32, 104\]$"), (9, "8 or 16$")]
+)
+def test_an_input_that_patches_do_not_cover_is_refused_with_the_nearest_sizes(size, nearest):
+    vit = make_tiny_vit(img_size=size)
+    with pytest.raises(ValueError, match=rf"^img_size=.*{nearest}"):
+        vpt.create_model(vit, num_classes=3)
+    vpt.create_model(make_tiny_vit(img_size=size, dynamic_img_pad=True), num_classes=3)

@@ -72,7 +72,9 @@ def test_tensorboard_has_the_losses_apart_and_the_images_with_boxes(finished, re
     expected |= {"val_map/red box", "val_map/blue box", "best/val_map", "best/test_map50"}
     expected |= {f"prompt_factor0_{kind}/block_{block:02d}" for kind in ("norm", "grad_norm") for block in range(5)}
     assert expected <= set(tags["scalars"])
-    pictures = {"train/augmented", "val/found", "val/precision_recall", "val/confusion", "val/worst"}
+    pictures = {"train/augmented", "val/found"}
+    figures = "precision_recall", "confusion", "worst"
+    pictures |= {f"{split}/{name}" for split in ("val", "test") for name in figures}
     assert set(tags["images"]) == pictures
     assert [event.step for event in events.Images("val/found")] == [4, 24, 48, 72, 96, 120]
     layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]

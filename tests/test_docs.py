@@ -1,15 +1,18 @@
 """Checks of the documentation: navigation, links, commands, the files that it names, and the size of the README."""
 
 import re
+import runpy
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
 import vpt
-from vpt.config.command_line import check_command_line
+from vpt.config.command_line import check_command_line, refuse_unread
+from vpt.config.schema import schema_options
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -51,7 +54,7 @@ def test_every_train_command_is_accepted():
     commands = {line.replace("[CHOICE]", "").strip() for _, line in lines}
     assert len(commands) > 5
     for command in commands:
-        check_command_line(command.split())
+        refuse_unread(check_command_line(command.split()))
 
 
 def test_files_that_are_named_exist():
@@ -77,6 +80,15 @@ def test_the_first_two_blocks_of_the_readme_are_one_line_each_that_sets_up_and_r
     assert test.endswith(".venv/bin/python -m pytest\n")
 
 
+def test_the_page_of_keys_has_every_key_with_its_meaning():
+    (hook,) = SITE["hooks"]
+    rows = dict(re.findall(r"(?m)^\| `([\w.]+)` \| `[^`]+` \| (.+) \|$", runpy.run_path(ROOT / hook)["key_tables"]()))
+    assert set(rows) == {key for key, entry in schema_options() if not is_dataclass(entry.type)}
+    assert rows["prompt.rank"].endswith("; with prompt.form=bilinear")
+    assert [key for key, entry in schema_options() if key in rows and not entry.metadata.get("about")] == []
+    assert (DOCS / "keys.md").read_text().count("<!-- tables of keys -->") == 1
+
+
 def test_the_readme_is_short():
     lines = README.splitlines()
     setup = {command.strip() for _, command in BLOCKS[:2]}
@@ -88,7 +100,7 @@ def test_choices_in_the_readme_are_accepted():
     choices = re.findall(r"`((?:(?:prompt|optim|augment|train|backbone)[.\w]*=[\w.:]+ ?)+)`", README)
     assert len(choices) >= 5
     for choice in choices:
-        check_command_line(choice.split())
+        refuse_unread(check_command_line(choice.split()))
 
 
 def test_the_readme_names_six_files_to_read_first():

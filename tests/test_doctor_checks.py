@@ -269,29 +269,46 @@ def dirty_boxes(boxes, tmp_path):
     """The images of `boxes`, with every kind of wrong box in train."""
     root = shutil.copytree(boxes, tmp_path / "boxes")
     wrong = [[300, 5, 9, 9], [5, 5, 0, 9], [40, 40, -20, -20], [-4, 5, 30, 30], [5, 5, float("nan"), 9], [5, 5, 6, 5]]
+    polygon = {"bbox": None, "segmentation": [[2, 2, 9, 2, 9, 9]]}
 
     def spoil(content):
         first, second, *_ = rows = content["annotations"]
-        rows += [{"image_id": 101, "category_id": 3, "bbox": box} for box in wrong]
+        rows += [{"image_id": 101, "category_id": 3, "bbox": box} for box in [*wrong, []]]
         rows += [{**first}, {**second, "category_id": 99}]
         rows += [{"image_id": 102, "category_id": 17, "bbox": [9, 9, 50, 50], "iscrowd": 1}]
+        rows += [{"image_id": "102", "category_id": 17.0, "bbox": ["9", 9, 40, 50]}]
+        rows += [{"image_id": 102, "category_id": 17, **polygon}]
+        content["images"].append(content["images"][0] | {"id": 999})
         for number, row in enumerate(rows, 1):
             row["id"] = number
 
     edit_json(root / "train" / "_annotations.coco.json", spoil)
+    shutil.copy(root / "val" / "1.png", root / "train" / "beside.png")
     return root
 
 
 def test_every_wrong_box_is_reported_with_its_place(dirty_boxes):
     report = report_of(dirty_boxes, "backbone.img_size=64", dataset="coco")
     assert report.is_fine
-    codes = ["unknown", "not_finite", "swapped", "outside", "clipped", "small", "duplicate", "crowd"]
-    num = {f.code: len(f.files) for f in report.findings if f.code.startswith("boxes_")}
-    assert num == {f"boxes_{code}": 1 for code in codes}
+    num = {f.code: len(f.files) for f in report.findings}
+    assert num.items() >= {"converted": 1, "repeated": 1, "unnamed": 1}.items()
+    codes = [
+        "unknown",
+        "not_finite",
+        "swapped",
+        "outside",
+        "clipped",
+        "small",
+        "duplicate",
+        "crowd",
+        "invalid",
+        "polygon",
+    ]
+    assert {code: num[code] for code in num if code.startswith("boxes_")} == {f"boxes_{code}": 1 for code in codes}
     (outside,) = next(f.files for f in report.findings if f.code == "boxes_outside")
     assert "box (300, 5, 309, 14) of train/1.png" in outside.detail
     strict = report_of(dirty_boxes, "dataset.strict=true", dataset="coco")
-    assert strict.plan.stops_at == "boxes_unknown"
+    assert strict.plan.stops_at == "repeated"
     levels = {f.code: f.level for f in strict.findings}
     assert (levels["boxes_swapped"], levels["boxes_crowd"]) == (Level.error, Level.note)
 

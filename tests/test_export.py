@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 
 import vpt
 import vpt.export.__main__
-from tests.helpers import build_model
+from tests.helpers import build_model, exit_code_of
 from vpt.config.command_line import INTERRUPTED
 from vpt.data.transforms.images import EvalTransform
 from vpt.data.transforms.preprocessing import Preprocessing
@@ -49,13 +48,7 @@ def tasks(tmp_path_factory):
 
 def command(monkeypatch, capsys, *arguments):
     """Exit code, output and error of the command, called in this process."""
-    monkeypatch.setattr(sys, "argv", ["vpt.export", *map(str, arguments)])
-    try:
-        vpt.export.__main__.main()
-        code = 0
-    except SystemExit as stopped:
-        code = stopped.code
-    return code, *capsys.readouterr()
+    return exit_code_of(vpt.export.__main__, monkeypatch, *arguments), *capsys.readouterr()
 
 
 def check_file(path, model, metadata, image):

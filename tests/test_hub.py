@@ -44,37 +44,28 @@ FRONT_MATTER = {
     "pipeline_tag": "image-classification",
     "tags": ["visual-prompt-tuning", "parameter-efficient"],
 }
-NASTY = [
-    *(
-        "---",
-        "a\n---\nlicense: mit\n---\n# b",
-        "<script>alert(1)</script>",
-        "<!-- ",
-        "`a`",
-        "```\nimport os",
-        "a | b |",
-    ),
-    *(
-        "a | b |",
-        "\\|",
-        "[a](https://example.org)",
-        "![a](https://example.org/a.png)",
-        "https://example.org",
-        "www.example.org",
-    ),
-    *(
-        "ann@example.org",
-        "*a* _b_ ~~c~~ **",
-        "# a",
-        "1. a",
-        "&lt;b&gt; &#42;",
-        "{{ 7 * 7 }} {% x %}",
-        "$$a$$",
-        ": a",
-        "yes",
-    ),
-    *("1e3", "=", "\u202egnp.exe", "\ud800\x00\x1b[31m\u2028", "\u00e9\u732b"),
-]
+NASTY = r"""---
+<script>alert(1)</script>
+`a`
+a | b |
+\|
+[a](https://example.org)
+![a](https://example.org/a.png)
+https://example.org
+www.example.org
+ann@example.org
+*a* _b_ ~~c~~ **
+# a
+1. a
+&lt;b&gt; &#42;
+{{ 7 * 7 }} {% x %}
+$$a$$
+: a
+yes
+1e3
+=""".splitlines()
+NASTY[1:1] = ["a\n---\nlicense: mit\n---\n# b", "```\nimport os", "<!-- "]
+NASTY += ["\u202egnp.exe", "\ud800\x00\x1b[31m\u2028", "\u00e9\u732b"]
 
 
 class Repository:
@@ -435,6 +426,7 @@ def test_without_a_network_the_cache_is_enough(hub, task, images, monkeypatch):
 @pytest.mark.parametrize("offline", [True, False])
 def test_without_a_network_and_a_cache_one_line_names_the_reason(home, task, monkeypatch, offline):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("a request is repeated"))
     use_endpoint(monkeypatch, "http://127.0.0.1:9")
     message = r"the transfer with http://127\.0\.0\.1:9 failed \(.+\); check the network and try again$"
     message = r"HF_HUB_OFFLINE is set, and task\.safetensors is not in the cache; unset it$" if offline else message
@@ -593,6 +585,13 @@ def test_weights_of_the_hub_are_used_and_cached(hub, weights, home):
     assert "GET" not in {method for method, _, _ in hub.requests}
 
 
+def test_weights_that_are_not_here_are_asked_for_once_without_a_network(home, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("a request is repeated"))
+    use_endpoint(monkeypatch, "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=rf"{TINY}: .*127\.0\.0\.1:9 cannot be reached.* use checkpoint=FILE$"):
+        load_vit(TINY)
+
+
 @pytest.mark.parametrize("place", [-5, 8])  # in a number, so that the file can be read; in the header
 def test_weights_that_are_not_those_of_the_hub_are_refused_and_not_cached(hub, weights, home, place):
     def harm(body):
@@ -627,15 +626,9 @@ def test_the_card_has_what_the_hub_and_its_readers_need(tmp_path):
     card = model_card(metadata, "ann/pets", tensors)
     data, text = front_matter(card)
     task, dataset = {"type": "image-classification"}, {"name": "Oxford pets", "type": "unknown"}
-    top1, loss = {"type": "accuracy", "name": "top1"}, {"type": "loss", "name": "loss"}
-    results = [
-        {
-            "task": task,
-            "dataset": dataset | {"split": "val"},
-            "metrics": [top1 | {"value": 0.93333}, loss | {"value": 0.25}],
-        },
-        {"task": task, "dataset": dataset | {"split": "test"}, "metrics": [top1 | {"value": 0.9}]},
-    ]
+    val = [{"type": "accuracy", "name": "top1", "value": 0.93333}, {"type": "loss", "name": "loss", "value": 0.25}]
+    found = {"val": val, "test": [{"type": "accuracy", "name": "top1", "value": 0.9}]}
+    results = [{"task": task, "dataset": {**dataset, "split": name}, "metrics": found[name]} for name in found]
     assert data == FRONT_MATTER | {
         "license": "cc-by-4.0",
         "base_model": "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k",

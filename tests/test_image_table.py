@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from tests.helpers import HAS_AVIF, encode, noise
 from vpt.data.images import (
     DEFAULT_DECODING,
+    FULL,
     Decoding,
     ImageError,
     check_image,
@@ -269,7 +270,7 @@ TABLE = [
     File(
         "48_bits.tif", lambda: colours_16("tif"), (2, 1), [(16, 0, 255), (0, 255, 0)], 0, "", Decoding(range=(0, 4095))
     ),
-    File("48_bits_as_before.png", lambda: colours_16("png"), (2, 1), [(1, 0, 15), (0, 15, 0)]),
+    File("48_bits_full.png", lambda: colours_16("png"), (2, 1), [(1, 0, 15), (0, 15, 0)], 0, "", Decoding(range=FULL)),
     File(
         "64_bits.tif",
         lambda: colours_16("tif", 20),

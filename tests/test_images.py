@@ -1,8 +1,10 @@
+import errno
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -63,6 +65,13 @@ def test_a_header_has_the_upright_and_the_stored_size(suffix, orientation, tmp_p
     assert upright == (image.height, image.width)
     assert stored == (4, 6)
     assert number == orientation
+
+
+def test_a_lack_of_open_files_is_not_blamed_on_the_image(picture, tmp_path, monkeypatch):
+    picture.save(tmp_path / "a.png")
+    monkeypatch.setattr("builtins.open", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+    with pytest.raises(OSError, match="Too many"):
+        read_image(tmp_path / "a.png")
 
 
 def test_the_limit_of_pixels_is_inclusive_and_holds_for_headers(picture, tmp_path):

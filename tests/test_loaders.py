@@ -1,6 +1,7 @@
 import random
 import signal
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -147,3 +148,18 @@ def test_an_order_depends_on_size_seed_and_epoch_only(num, seed, epoch):
     assert one.order(epoch) == other.order(epoch)
     in_order = EpochSampler(num, seed, shuffle=False)
     assert in_order.order(epoch) == list(range(num))
+
+
+def test_a_balanced_epoch_has_as_many_draws_of_each_class_and_resumes():
+    targets = [5] * 900 + [0] * 90 + [2] * 10
+    sampler = EpochSampler(len(targets), seed=3, shuffle=True, balanced=targets)
+    sampler.set_epoch(1)
+    drawn = [index for _, index in sampler]
+    counts = Counter(targets[index] for index in drawn)
+    assert len(drawn) == 1000
+    assert all(280 < counts[label] < 390 for label in (0, 2, 5))  # 333, within 4 standard deviations
+    assert len({index for index in drawn if targets[index] == 0}) > 80
+    assert {index for index in drawn if targets[index] == 2} == set(range(990, 1000))
+    assert sampler.order(2) != drawn == sampler.order(1)
+    sampler.set_epoch(1, num_skipped=400)
+    assert [index for _, index in sampler] == drawn[400:]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpt.engine.metrics.classification import ClassificationMetrics, per_class_recall, target_ranks
+from vpt.engine.metrics.classification import ClassificationMetrics, target_ranks
 
 
 def random_split(num: int, num_classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,6 @@ def test_confusion_has_rows_of_targets_and_classes_without_targets_are_nan_and_l
     assert (first, last) == (pytest.approx(1 / 3), 1.0)
     assert math.isnan(absent)
     assert metrics.compute()["mean_per_class"] == pytest.approx((1 / 3 + 1) / 2)
-    assert per_class_recall(metrics.confusion).dtype == torch.float64
 
 
 @pytest.mark.parametrize(("num_classes", "present"), [(2, False), (5, False), (6, True)])
@@ -165,3 +164,16 @@ def test_batches_that_do_not_fit_are_refused_and_so_is_a_result_without_samples(
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match="must be at least"):
         ClassificationMetrics(**settings)
+
+
+def test_a_confusion_of_many_classes_is_counted_in_groups_and_none_of_its_square_is_held():
+    metrics, targets = ClassificationMetrics(7), torch.tensor([0, 1, 2, 6, 6])
+    metrics.update(torch.eye(7)[[1, 1, 5, 6, 0]], targets)
+    assert metrics.confusion_of_groups(7)[1].equal(metrics.confusion)
+    size, counts = metrics.confusion_of_groups(3)
+    assert size == 3
+    assert counts.tolist() == [[2, 1, 0], [0, 0, 0], [1, 0, 1]]
+    many = ClassificationMetrics(100_000)  # a matrix would take 80 GB
+    many.update(torch.zeros(1, 100_000), torch.tensor([99_999]))
+    size, counts = many.confusion_of_groups(480)
+    assert (size, counts.shape, counts[-1, 0]) == (209, (479, 479), 1)

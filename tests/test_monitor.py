@@ -79,7 +79,9 @@ def test_hyperparameters_and_their_results_stay_in_the_same_run(tmp_path):
     with Monitor(run_dir) as monitor:
         monitor.scalars({"val/top1": 0.8}, 40)
         settings = {"seed": 1, "prompt": {"kind": "deep", "impl": None, "dropout": 0.1}, "blocks": [0, 1]}
-        monitor.hparams(settings, {"test/top1": torch.tensor(0.75)})
+        monitor.hparams(
+            settings, {"test/top1": torch.tensor(0.75)}, usual={"seed": 0, "prompt": {**settings["prompt"]}}
+        )
     events_file, metrics_file = sorted(path.name for path in run_dir.iterdir())
     assert (events_file[:20], metrics_file) == ("events.out.tfevents.", "metrics.jsonl")
     events = events_of(run_dir)
@@ -90,6 +92,8 @@ def test_hyperparameters_and_their_results_stay_in_the_same_run(tmp_path):
     assert start.session_start_info.hparams["prompt.kind"].string_value == "deep"
     experiment = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/experiment").plugin_data.content)
     assert [info.name.tag for info in experiment.experiment.metric_infos] == ["test/top1"]
+    names = [info.name for info in experiment.experiment.hparam_infos]
+    assert names == ["seed", "blocks", "prompt.kind", "prompt.impl", "prompt.dropout"]  # the unusual ones first
     (point,) = events.Scalars("test/top1")
     assert (point.step, point.value) == (40, 0.75)
     assert metric_lines(run_dir)[-1] == {"step": 40, "test/top1": 0.75}
@@ -114,6 +118,10 @@ def test_the_overview_page_shows_every_tag_that_training_writes_once(tmp_path, t
     for tag in tags:
         assert sum(re.match(pattern, tag) is not None for pattern in patterns) == 1, tag
     assert [chart.title for chart in page.chart] == ["loss", *task_type.charts, *CHARTS]
+    (of_norms,) = overview({}, block=7)["prompt norm"]
+    shown = [f"{name}_norm/{row}" for name in ("prompt", "prompt_factor1") for row in ("block_07", "all_blocks")]
+    assert all(re.search(of_norms, tag) for tag in shown)
+    assert not re.search(of_norms, "prompt_norm/block_06")
 
 
 def test_lines_after_the_checkpoint_are_removed_when_the_run_resumes_and_all_when_it_starts_anew(tmp_path):

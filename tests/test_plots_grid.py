@@ -1,5 +1,6 @@
 """Image grids, confusion matrices and precision-recall curves."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from vpt.plots.boxes import class_colour
-from vpt.plots.figure import INK
+from vpt.plots.figure import INK, fit, legible_names, one_line, text_width
 from vpt.plots.grid import RIGHT, WRONG, image_grid
 from vpt.plots.metrics import confusion_matrix, precision_recall_curves
 
@@ -92,12 +93,32 @@ def test_names_in_any_script_are_drawn_and_every_figure_is_the_same_when_drawn_a
             assert all(np.array_equal(one, other) for one, other in zip(first, figures, strict=True))
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 10, 21, 87, 88, 1000])
+@pytest.mark.parametrize("num_classes", [1, 2, 10, 21, 87, 88, 1000, 3000])
 def test_a_confusion_matrix_of_any_size_has_a_reasonable_size(num_classes):
     names = [f"a long name of class {i}" for i in range(num_classes)]
     figure = confusion_matrix(np.eye(num_classes, dtype=np.int64), names)
     assert figure.dtype == np.uint8
     assert 128 < min(figure.shape[:2]) <= max(figure.shape[:2]) <= 1250
+
+
+def test_consecutive_classes_share_a_cell_so_that_a_figure_of_many_takes_little_memory():
+    counts = np.random.default_rng(0).integers(0, 9, (2000, 2000))
+    grouped = counts.reshape(400, 5, 400, 5).sum((1, 3))
+    figure = confusion_matrix(counts, [f"class {i}" for i in range(2000)])
+    assert np.array_equal(figure, confusion_matrix(grouped, [""] * 400, 5))
+    assert not np.array_equal(figure, confusion_matrix(grouped, [""] * 400))  # the axes say that cells are shared
+
+
+@pytest.mark.parametrize("letter", ["W", "i", " i", "é"])
+def test_the_longest_text_that_fits_is_found_in_a_text_of_any_length(letter):
+    for width in (5, 60):
+        plain = (one_line(letter * 40, num) for num in range(40, 1, -1))
+        expected = next((line for line in plain if text_width(line, 12) <= width), one_line(letter * 40, 1))
+        assert fit(letter * 40, width, 12) == expected
+    start = time.monotonic()
+    fit(letter * 1_000_000, 60, 12)
+    legible_names([letter * 1_000_000] * 100)
+    assert time.monotonic() - start < 1
 
 
 def test_cells_are_darker_with_their_share_of_the_row_and_rows_are_targets():

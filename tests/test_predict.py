@@ -61,7 +61,7 @@ def files(tasks, *names):
 
 def predict(task, output, given="album", **more):
     options = {"device": "cpu", "batch_size": 3, **more}
-    return predict_run(PredictOptions(str(given), str(output), task=task, **options))
+    return predict_run(PredictOptions(str(given), output, task=task, **options))
 
 
 def rows_of(path):
@@ -124,6 +124,34 @@ def test_parquet_has_the_content_of_csv(tasks, album, names):
     as_csv, as_parquet = pyarrow.csv.read_csv("f.csv", convert_options=options), parquet.read_table("f.parquet")
     assert as_parquet.schema.equals(as_csv.schema)
     assert as_parquet.to_pylist() == [pytest.approx(row, abs=1e-6) for row in as_csv.to_pylist()]
+
+
+@pytest.mark.parametrize("names", [("deep",), ("deep", "late"), ("boxes",)], ids=" ".join)
+def test_without_output_the_predictions_for_one_image_are_printed(tasks, album, capsys, names):
+    more = {"min_score": 0.0, "max_detections": 2} if "boxes" in names else {"top_k": 2}
+    assert predict(files(tasks, *names), None, "album/00.png", **more) == []
+    printed = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    predict(files(tasks, *names), "f.csv", "album/00.png", **more)
+    for cells, name in zip(printed[:: 2 if "boxes" not in names else 99], names, strict=True):
+        row = next(row for row in rows_of("f.csv") if row.get("task", name) == name)
+        assert cells[-3 if "boxes" in names else -2] == row.get("class_1", row.get("class"))
+    assert len(printed) == 2 * len(names)
+    assert [path.name for path in Path().iterdir() if path.name != "f.csv"] == ["album"]
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "word"),
+    [
+        ("album", {}, "output is needed for 11 images"),
+        ("album/00.png", {"classes": "deep 1"}, "classes: is not for"),
+        ("album/text.png", {}, "not an image"),
+    ],
+)
+def test_without_output_what_cannot_be_printed_is_refused(tasks, album, given, more, word):
+    if given == "album/text.png":
+        Path(given).write_text("text")
+    with pytest.raises(ConfigError, match=word):
+        predict(files(tasks, "deep"), None, given, **more)
 
 
 def test_a_pattern_selects_images_and_names_start_from_its_folder(tasks, album):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import vpt
 import vpt.engine.trainer
 import vpt.evaluate.__main__ as evaluate_command
 import vpt.predict.open_tasks
@@ -274,6 +275,16 @@ def test_evaluate_names_the_first_class_that_differs(box_run, boxes, tmp_path, c
         edit_json(path, change)
     with pytest.raises(ConfigError, match=words):
         evaluate_run(EvaluateOptions(str(box_run), root=str(root), device="cpu"))
+
+
+def test_evaluate_takes_class_names_in_another_unicode_form(class_run, photos, tmp_path):
+    run_dir, root = shutil.copytree(class_run, tmp_path / "run"), shutil.copytree(photos, tmp_path / "photos")
+    for folder in [*root.glob("*/rose")]:
+        folder.rename(folder.with_name("ros\u00e9"))
+    trained = build.load_run(run_dir, device="cpu")
+    names, preprocessing = ["blue sky", "grass", "rose\u0301"], trained.metadata.preprocessing  # as of version 0.1
+    vpt.save_task(trained.model, run_dir / "task.safetensors", classes=names, preprocessing=preprocessing)
+    assert evaluate_run(EvaluateOptions(str(run_dir), root=str(root), device="cpu"))
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, 4), ({"batch_size": 3}, 3)])

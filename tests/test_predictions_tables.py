@@ -22,6 +22,7 @@ def test_parquet_has_the_cells_of_csv_with_types_and_columns_even_without_rows(r
     assert [list(row.values()) for row in table.to_pylist()] == rows
     lines = list(csv.reader(io.StringIO(to_table(COLUMNS, rows, ".csv").decode())))
     assert lines == [["path", "class", "score"], *([str(cell or "") for cell in row] for row in rows)]
+    assert to_table({"class": str}, [["=1"]], ".csv") == b"class\n'=1\n"
     assert to_table({"score": float}, [[2 / 3], [1e-9]], ".csv", digits=3) == b"score\n0.667\n0.000\n"
 
 

@@ -1,9 +1,19 @@
 import math
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from vpt.models.prompts import VisualPrompt, resolve_blocks
+from tests.helpers import make_tiny_vit
+from vpt.build import build_model
+from vpt.config.composition import compose_config
+from vpt.config.validation import to_config
+from vpt.models.backbone import PromptedViT
+from vpt.models.create import create_model
+from vpt.models.prompts import PROMPTS, PromptName, VisualPrompt, resolve_blocks
+
+CONF = Path(__file__).parents[1] / "conf"
 
 
 @pytest.mark.parametrize(
@@ -78,8 +88,26 @@ def test_blocks_that_do_not_exist_are_refused(blocks):
         ({"blocks": ()}, r"blocks=\[\]: .* at least one"),
         ({"blocks": None}, "blocks=None: a deep prompt needs"),
         ({"init": "zero"}, "init='zero': must be one of uniform, normal"),
+        *(({"num_tokens": value}, rf"num_tokens={value!r}: must be an integer") for value in ("10", 2.0, True, None)),
+        ({"embed_dim": "4"}, "embed_dim='4': must be an integer"),
+        ({"dropout": "0.1"}, "dropout='0.1': must be a number"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_value(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         VisualPrompt(**{"num_tokens": 1, "embed_dim": 4, "blocks": (0,), **options})
+
+
+def test_python_and_the_command_have_the_same_prompts_by_the_same_names_and_the_same_default():
+    choices = {path.stem for path in CONF.glob("prompt/*.yaml")} - {"none"}
+    assert choices == set(PROMPTS) == set(get_args(PromptName))
+    for name in (*choices, None):
+        config = to_config(compose_config([] if name is None else [f"prompt={name}"]))
+        of_command = build_model(config, "classification", ("a", "b"), {})
+        of_python = create_model(make_tiny_vit(), num_classes=2, **({} if name is None else {"prompt": name}))
+        prompts = [model.backbone.prompt for model in (of_command, of_python)]
+        one, other = ([prompt.variant, prompt.num_tokens, repr(prompt.form), prompt.dropout.p] for prompt in prompts)
+        assert one == other
+    assert repr(PromptedViT(make_tiny_vit()).prompt) == repr(of_python.backbone.prompt)
+    with pytest.raises(ValueError, match="prompt='wide': must be one of shallow, deep, kv, shared, bilinear, fourier"):
+        PromptedViT(make_tiny_vit(), "wide")

@@ -12,7 +12,7 @@ from vpt.build import load_run
 from vpt.config.composition import compose_config
 from vpt.config.errors import ConfigError
 from vpt.config.validation import to_config
-from vpt.data.images import Decoding, read_image
+from vpt.data.images import FULL, Decoding, read_image
 from vpt.data.ranges import find_range, format_range, parse_range, scan_headers
 from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.predict.open_tasks import open_run
@@ -44,17 +44,24 @@ def saved(folder, *images):
         ([np.float32(np.where(SPREAD > 0.9, np.nan, 5 * SPREAD - 2))], (-2, 2.5)),
         ([np.uint16(np.where(SPREAD == 1, 65535, 4000 * SPREAD))], (0, 4095)),  # one pixel that is broken
         ([np.full((8, 8), 70_000, np.int32)], (70_000, 70_001)),
-        ([np.uint16(40_000 * SPREAD)], None),
-        ([np.uint16(65535 * SPREAD)], None),
-        ([np.uint8(255 * SPREAD)], None),
+        ([np.uint16(40_000 * SPREAD)], FULL),
+        ([np.uint16(65535 * SPREAD)], FULL),
+        ([np.uint8(255 * SPREAD)], FULL),
     ],
 )
 def test_a_range_is_that_of_the_values_unless_they_take_half_of_16_bits(images, expected, tmp_path):
     deep = scan_headers(saved(tmp_path, *images), Decoding()).deep
     assert len(deep) == (0 if images[0].dtype == np.uint8 else len(images))
     found = find_range(deep, Decoding())
-    assert found == (None if expected is None else pytest.approx(expected, abs=0.01))
+    assert found == pytest.approx(expected, abs=0.01)
     assert parse_range(format_range(found)) == found
+
+
+def test_an_image_that_uses_few_of_16_bits_is_read_with_a_warning_if_no_range_is_given(tmp_path):
+    for path in saved(tmp_path, np.uint16(4095 * SPREAD), np.uint16(28000 + 1500 * SPREAD)):
+        with pytest.warns(UserWarning, match=f"{path}: .*range"):
+            read_image(path)
+        read_image(path, Decoding(range=FULL))
 
 
 def test_8_bit_values_in_16_bit_files_are_read_as_in_8_bit_files(tmp_path):

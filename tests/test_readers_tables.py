@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import make_folder, touch
 from vpt.data.readers.tables import read_csv, read_list
+from vpt.storage.text import to_csv
 
 # List files
 
@@ -104,6 +105,11 @@ def test_a_csv_with_splits_is_read_as_it_is(tmp_path):
     assert {split: samples.targets for split, samples in splits.items()} == {"train": (1, 0), "val": (1,), "test": (0,)}
     assert splits["test"].classes == ("cat", "dog")
     assert splits["test"].read(0).getpixel((0, 0)) == (3, 3, 3)
+
+
+def test_cells_that_were_escaped_for_spreadsheets_are_read_as_they_were(tmp_path):
+    text = to_csv(["path", "label"], [["p/0.png", "=1"], ["p/1.png", "-2"]]).decode()
+    assert read_csv(write_csv(tmp_path, text), val_fraction=0)["train"].classes == ("-2", "=1")
 
 
 def test_a_csv_without_splits_is_split_by_class_and_numbers_are_sorted_by_value(tmp_path):

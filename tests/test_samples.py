@@ -67,6 +67,8 @@ def test_the_digest_is_that_of_version_0_1_and_depends_on_images_labels_and_size
 def test_labels_are_read_in_one_way_for_both_tasks(with_crowd, folders):
     assert [with_crowd.labels_of(0).tolist(), with_crowd.class_counts().tolist()] == [[0, 1, 1], [1, 1]]
     assert with_crowd.label_text(0).startswith("3 boxes (")
+    uncrowded = replace(with_crowd, crowd=(np.zeros(3, bool), *with_crowd.crowd[1:]))
+    assert with_crowd.label_text(0) != uncrowded.label_text(0)
     assert with_crowd.take([]).class_counts().tolist() == [0, 0]
     images = folders["train"]
     assert [images.labels_of(2).tolist(), images.class_counts().tolist()] == [[1], [2, 1]]

@@ -106,5 +106,6 @@ def test_a_recipe_has_what_decides_the_result_and_no_paths_of_this_machine():
 @pytest.mark.parametrize(("reader", "expected"), [("folder", 0.0), ("torchvision", None)])
 def test_a_run_of_version_0_1_has_no_test_split_off_train(reader, expected, tmp_path):
     text = FIRST_CONFIG.replace("kind: boxes", f"kind: {reader}").replace("name: dense", "name: linear")
-    (tmp_path / "config.yaml").write_text(text.replace("taps: last, channels: 128", "taps: null, channels: 128"))
+    text = text.replace("taps: last", "taps: quarters").replace("form: coco", "form: auto")
+    (tmp_path / "config.yaml").write_text(text)
     assert load_config(tmp_path / "config.yaml").dataset.test_fraction == expected

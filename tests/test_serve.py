@@ -106,6 +106,22 @@ def test_a_missing_web_framework_is_named_with_the_command_to_install_it(folder,
     assert refused(f"tasks={folder}") == f"uvicorn is not installed: run {vpt.serve.__main__.INSTALL}"
 
 
+def test_the_tasks_of_a_folder_of_runs_are_named_by_their_runs(folder, tmp_path):
+    wanted = {}
+    for run in ("pets", "sweep/0", "sweep/1"):
+        (tmp_path / run).mkdir(parents=True)
+        path = shutil.copy(folder / "colours.safetensors", tmp_path / run / "task.safetensors")
+        wanted[run.replace("/", "_")] = path
+        (tmp_path / run / "best.safetensors").write_bytes(b"a checkpoint")
+    assert vpt.serve.__main__._find_tasks(options(f"tasks={tmp_path}")) == (wanted, None)
+    assert "contains no task file" in refused(f"tasks={tmp_path}", "uploads=true")
+
+
+def test_a_port_accepts_no_connection_before_the_server_can_answer():
+    with vpt.serve.__main__._listen("127.0.0.1", 0) as listener, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(listener.getsockname())
+
+
 def opened(*arguments):
     given = options(*arguments)
     return vpt.serve.__main__._open_bank(given, vpt.serve.__main__._find_tasks(given)[0])
@@ -205,11 +221,14 @@ def test_a_process_interrupted_while_it_loads_ends_at_once_and_quietly(folder, t
         port = free.getsockname()[1]
     with start(folder, tmp_path, f"port={port}") as process:
         while process.poll() is None:  # it has its port before it loads anything
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except OSError:
-                time.sleep(0.01)
+            with socket.socket() as probe:
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError:
+                    break
+            time.sleep(0.02)
+        with pytest.raises(ConnectionRefusedError):  # it does not listen before it can answer
+            socket.create_connection(("127.0.0.1", port))
         process.send_signal(number)
         out, error = process.communicate(timeout=20)
     assert (process.returncode, out, error) == (-number, "", "")

@@ -40,7 +40,7 @@ def browser(request, driver, tmp_path):  # noqa: F811  # the fixture
 def client(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     save_nano_task(folder / "colours.safetensors", 0, ["red", EVIL, "blue"], prompt="deep", num_tokens=2)
-    save_nano_task(folder / "shapes.safetensors", 1, ["round", "square"], prompt="shallow", num_tokens=3)
+    save_nano_task(folder / "constructor.safetensors", 1, ["round", "square"], prompt="shallow", num_tokens=3)
     save_nano_task(folder / "things.safetensors", 2, ["tree", EVIL], prompt=None, task="detection", channels=16)
     bank = TaskBank(NANO)
     for path in sorted(folder.iterdir()):
@@ -73,12 +73,12 @@ def test_the_answers_of_two_tasks_for_a_dropped_image_are_shown(browser, client,
     data = photo(tmp_path / "a.png").read_bytes()
     browser.run(DROP, base64.b64encode(data).decode(), "<b>sky</b>.png")
     browser.wait_for("document.querySelectorAll('.bars li').length === 3")
-    browser.click("[value=shapes]")
+    browser.click("[value=constructor]")
     browser.wait_for("document.querySelectorAll('.bars li').length === 5")
     ((name, found),) = answers(browser)
     assert name == "<b>sky</b>.png"
-    assert list(found) == ["colours", "shapes"]
-    response = client.post("/predict?task=colours&task=shapes", files={"images": data}).json()
+    assert list(found) == ["colours", "constructor"]
+    response = client.post("/predict?task=colours&task=constructor", files={"images": data}).json()
     for task, prediction in response["images"][0]["tasks"].items():
         wanted = [[entry["class"], f"{100 * entry['probability']:.1f} %"] for entry in prediction["predictions"]]
         assert found[task] == wanted

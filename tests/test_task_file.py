@@ -1,14 +1,17 @@
 import copy
 import json
+from functools import partial
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 import vpt
-from tests.helpers import build_model, make_detector, make_tiny_vit
+from tests.helpers import TINY_VITS, build_model, make_detector, make_tiny_vit
 from vpt.models.detector import Detector
+from vpt.models.tuning import unwrapped
 from vpt.models.vit import fingerprint, load_vit
 from vpt.storage.files import UNSEALED, read_tensors, sha256_of, write_bytes, write_tensors
 
@@ -226,6 +229,16 @@ def test_tensors_that_the_backbone_has_not_are_refused_and_it_stays_as_it_was(tm
     assert same(state_of(vit), before)
 
 
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [(["cat", "dog"], "2 class names for a head of 3 classes"), (["cat", "dog", "cat"], "'cat' more than once")],
+)
+def test_class_names_are_checked_before_anything_is_written(tmp_path, classes, words):
+    with pytest.raises(ValueError, match=words):
+        vpt.save_task(make_model(), tmp_path / "pets.safetensors", classes=classes)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("prompt", [None, "deep"])
 @pytest.mark.parametrize("tuning", ["bias", "partial", "full"])
 def test_a_task_with_a_tuned_backbone_gives_the_same_logits_and_leaves_the_given_vit_alone(
@@ -370,14 +383,111 @@ def test_prompts_of_vit_b_with_ten_tokens_take_at_most_190_kb_in_half_precision(
 
 
 @pytest.mark.parametrize("prompt", [None, "deep"])
-def test_a_file_of_version_1_is_read(tmp_path, images, prompt):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_of_an_older_version_is_read_with_a_warning(tmp_path, images, prompt, version):
     model = make_model(prompt).eval()
     path = vpt.save_task(model, tmp_path / "pets.safetensors")
-    logits = model(images)
     tensors, values = read_tensors(path)
-    del values["adapters"]
-    if prompt is not None:
+    del values["traits"]
+    if version == 1:
+        del values["adapters"]
+    if version == 1 and prompt is not None:
         del values["prompt"]["width"]
-    write_tensors(path, tensors, {**values, "format_version": 1})
-    assert vpt.read_task(path).format_version == 2
-    assert torch.equal(vpt.load_task(path, model.backbone.vit)(images), logits)
+    write_tensors(path, tensors, {**values, "format_version": version})
+    assert (vpt.read_task(path).format_version, vpt.read_task(path).traits) == (2, None)
+    with pytest.warns(UserWarning, match=r"pets\.safetensors: .*pooling") as found:
+        loaded = vpt.load_task(path, model.backbone.vit)
+    assert len(found) == 1
+    assert torch.equal(loaded(images), model(images))
+
+
+EDITS = {  # of a ViT with the same fingerprint, and what the refusal names
+    "the pooling": (lambda: set_on(make_tiny_vit(), global_pool="avg"), "pooling avg, not token"),
+    "a mean with CLS": (
+        lambda: make_tiny_vit(global_pool="avg", fc_norm=False, pool_include_prefix=True),
+        "with prefix",
+    ),
+    "a forward_head": (lambda: set_on(make_tiny_vit(), __class__=PoolsOtherwise), "pooling token of PoolsOtherwise"),
+    "the patches": (lambda: scaled(make_tiny_vit(), "patch_embed.proj.weight", 1.3), "patch embedding"),
+    "a bias of patches": (lambda: scaled(make_tiny_vit(), "patch_embed.proj.bias", 1.3), "patch embedding"),
+    "the position embedding": (lambda: scaled(make_tiny_vit(), "pos_embed", 1.5), "position embedding"),
+    "patches of 16": (lambda: with_other_patches(patch_size=16), r"patches of \[16, 16\]"),
+    "grey images": (lambda: with_other_patches(in_chans=1), "input channels 1, not 3"),
+    "heads": (lambda: make_tiny_vit(num_heads=4), "attention heads 4, not 2"),
+    "an activation": (lambda: make_tiny_vit(act_layer="gelu_tanh"), "activation function"),
+    "norms": (lambda: make_tiny_vit(norm_layer=partial(torch.nn.LayerNorm, eps=1e-3)), "epsilon of norms"),
+    "a scale": (lambda: scaled(make_tiny_vit(), "blocks.0.attn.scale", 2), "scale of attention"),
+}
+
+
+class PoolsOtherwise(timm.models.VisionTransformer):
+    def forward_head(self, x, pre_logits=False):
+        return x.mean(dim=1)
+
+
+def set_on(vit, **values):
+    for name, value in values.items():
+        setattr(vit, name, value)
+    return vit
+
+
+def with_other_patches(**options):
+    vit, state = make_tiny_vit(**options), make_tiny_vit().state_dict()
+    vit.load_state_dict(
+        {name: state[name] for name in state if name.startswith(("blocks.", "norm.", "cls_"))}, strict=False
+    )
+    return vit
+
+
+def scaled(vit, name, factor):
+    module, _, last = name.rpartition(".")
+    module = vit.get_submodule(module)
+    value = getattr(module, last) * factor
+    setattr(module, last, torch.nn.Parameter(value) if isinstance(value, torch.Tensor) else value)
+    return vit
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_backbone_of_the_same_weights_that_computes_other_features_is_refused(tmp_path, edit):
+    path = vpt.save_task(make_model(), tmp_path / "a.safetensors")
+    make, message = EDITS[edit]
+    vit = make()
+    assert fingerprint(vit) == vpt.read_task(path).fingerprint
+    for load in (vpt.load_task, lambda path, vit: vpt.TaskBank(vit).load(path)):
+        with pytest.raises(ValueError, match=rf"a\.safetensors: .*has its weights, but .*{message}"):
+            load(path, vit)
+
+
+@pytest.mark.parametrize("kind", TINY_VITS)
+def test_a_backbone_that_computes_the_same_features_is_taken_at_any_dtype_or_size(tmp_path, kind):
+    path = vpt.save_task(build_model(make_tiny_vit(kind), num_classes=3), tmp_path / "a.safetensors")
+    vpt.load_task(path, make_tiny_vit(kind).bfloat16())
+    vpt.load_task(path, make_tiny_vit(kind).bfloat16().float().train())
+    vpt.save_task(build_model(make_tiny_vit(kind).bfloat16(), num_classes=3), path)
+    vpt.load_task(path, make_tiny_vit(kind))
+    if kind != "relative_position_bias":  # timm supports one size only
+        vpt.load_task(path, make_tiny_vit(kind, dynamic_img_size=True))
+    if kind.startswith("rope"):
+        with pytest.raises(ValueError, match="position embedding in attention"):
+            vpt.load_task(path, make_tiny_vit(kind, rope_temperature=7))
+
+
+def test_a_detector_takes_a_backbone_that_pools_otherwise(tmp_path):
+    path = vpt.save_task(make_detector(), tmp_path / "a.safetensors")
+    vpt.load_task(path, set_on(make_tiny_vit(img_size=64), global_pool="avg"))
+
+
+WRAPPERS = [torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel, partial(torch.compile, backend="eager")]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapped_model_is_tuned_counted_and_saved_as_the_model_itself(tmp_path, wrap):
+    wrapped = wrap(make_model("deep"))
+    vpt.tune(wrapped, "bias")
+    model = unwrapped(wrapped)
+    assert type(model) is vpt.Classifier
+    assert vpt.count_parameters(wrapped) == vpt.count_parameters(model)
+    one, other = (vpt.save_task(given, tmp_path / f"{type(given).__name__}.st") for given in (wrapped, model))
+    assert one.read_bytes() == other.read_bytes()
+    with pytest.raises(TypeError, match=r"model: expected a TaskModel, .* got Linear"):
+        vpt.save_task(torch.nn.Linear(2, 2), tmp_path / "c.safetensors")

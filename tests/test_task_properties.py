@@ -37,7 +37,7 @@ def task_files(draw):
         fingerprint=draw(st.from_regex(r"\A[0-9a-f]{64}\Z")),
         prompt=prompt,
         num_classes=num_classes,
-        classes=draw(st.none() | st.lists(TEXTS, min_size=num_classes, max_size=num_classes)),
+        classes=draw(st.none() | st.lists(TEXTS, min_size=num_classes, max_size=num_classes, unique=True)),
         preprocessing={
             "size": draw(st.lists(st.integers(1, 4096), min_size=2, max_size=2)),
             "mean": draw(st.lists(st.floats(-1e6, 1e6), min_size=3, max_size=3)),

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 import vpt
-from tests.helpers import build_model, make_tiny_vit
+from tests.helpers import NANO, ROOT, build_model, exit_code_of, make_tiny_vit
 from vpt.models import adapters, detector, task_schema
 from vpt.models.task_file import open_task, read_task, to_dtype, write_task
 from vpt.models.task_schema import TaskMetadata
@@ -24,9 +23,7 @@ from vpt.storage import files
 from vpt.tasks import __main__ as tasks
 from vpt.tasks import conversion
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "task_format.md").read_text()
-NANO = "vit_nano_patch8_64"
 
 
 def make_task(path, prompt="deep", num_classes=3, backbone=NANO, **options):
@@ -64,17 +61,7 @@ def copied(made, tmp_path):
 @pytest.fixture
 def typed(monkeypatch, capsys):
     """Call the command as it is typed; returns exit code, standard output and standard error."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["vpt.tasks", *map(str, words)])
-        code = 0
-        try:
-            tasks.main()
-        except SystemExit as done:
-            code = done.code or 0
-        return code, *capsys.readouterr()
-
-    return call
+    return lambda *words: (exit_code_of(tasks, monkeypatch, *words), *capsys.readouterr())
 
 
 def test_list_shows_each_task_file_below_a_folder_and_no_checkpoints(typed, made):
@@ -90,6 +77,14 @@ def test_list_shows_each_task_file_below_a_folder_and_no_checkpoints(typed, made
         ("shallow.safetensors", "classification", "shallow, P=2", "7", "fp16", "val top1 50.0 %"),
     ]
     assert (code, errors) == (0, "")
+
+
+def test_list_counts_dry_runs_and_shows_none_of_them(typed, tmp_path):
+    for name, mode in {"one": "train", "two": "dry", "three": "dry"}.items():
+        make_task(tmp_path / name / "task.safetensors", config={"mode": mode})
+    code, output, _ = typed("list", tmp_path)
+    assert (code, "one/task" in output, "two" in output, "three" in output) == (0, True, False, False)
+    assert output.splitlines()[-1] == "left out: 2 of dry runs (mode=dry)"
 
 
 def test_list_names_refused_files_below_the_table(typed, copied):
@@ -298,30 +293,17 @@ def test_help_names_every_command_and_option(typed):
     for words in ([], ["--help"], ["convert", "-h"]):
         code, output, errors = typed(*words)
         assert (code, errors) == (0, "")
+        assert output.startswith(tasks.USAGE.splitlines()[0])
         for schema in (tasks.VerifyOptions, tasks.ConvertOptions):
             assert all(f" {entry.name}=" in output for entry in fields(schema))
         assert all(f"\n  {name} " in output for name in tasks.COMMANDS)
 
 
-def run_program(*words):
-    code = "import sys, vpt.tasks.__main__; assert not {'torch', 'timm'} & set(sys.modules); vpt.tasks.__main__.main()"
-    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_as_a_program_it_exits_with_its_code_and_imports_nothing_heavy_early():
-    code, output, errors = run_program("--help")
-    assert (code, errors) == (0, "")
-    assert output.startswith(tasks.USAGE.splitlines()[0])
+    code = "import sys, vpt.tasks.__main__; assert not {'torch', 'timm'} & set(sys.modules); vpt.tasks.__main__.main()"
+    done = subprocess.run([sys.executable, "-c", code, "verfy"], cwd=ROOT, capture_output=True, text=True, check=False)
     message = "error: verfy: not a command of vpt.tasks; did you mean verify?\n"
-    assert run_program("verfy", "x") == (2, "", message)
-
-
-@pytest.mark.slow
-def test_as_a_program_it_exits_with_1_when_a_file_is_refused(copied):
-    (copied / "deep.safetensors").write_bytes(b"")
-    code, output, errors = run_program("verify", str(copied))
-    assert (code, output.count("ok  "), errors) == (1, 3, "")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 
 def reader_of_the_page():

@@ -91,7 +91,7 @@ def num_computed(root, photos, *overrides, change=lambda model: None):
     "overrides",
     [
         [LAST],
-        ["prompt=none", "train.label_smoothing=0.1"],
+        ["prompt=none", "train.label_smoothing=0.1", "train.sampling=balanced"],
         ["prompt.blocks=[1,3]", "prompt.dropout=0.3", "train.ema=0.9", "train.accumulation=2"],
         ["prompt.blocks=last:2", "prompt.impl=concat", "train.precision=bf16", "train.batch_size=6"],
     ],

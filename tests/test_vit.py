@@ -5,6 +5,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+import vpt
 from tests.helpers import make_tiny_vit
 from vpt.models.vit import fingerprint, load_vit, preprocessing_of
 
@@ -27,10 +28,12 @@ def test_preprocessing_is_that_of_timm_at_the_size_of_the_model():
     assert described["interpolation"] == "bicubic"
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_weights_are_loaded_from_a_file(tmp_path, suffix):
+def test_weights_are_loaded_from_a_file(tmp_path, suffix, prefix):
     source = timm.create_model("vit_nano_patch8_64", num_classes=7)
-    path, state = tmp_path / f"weights{suffix}", source.state_dict()
+    path = tmp_path / f"weights{suffix}"
+    state = {f"{prefix}{name}": tensor for name, tensor in source.state_dict().items()}
     save_file(state, path) if suffix == ".safetensors" else torch.save({"model": state}, path)
     vit = load_vit("vit_nano_patch8_64", checkpoint=path)
     assert fingerprint(vit) == fingerprint(source)
@@ -45,6 +48,9 @@ def test_unsuitable_checkpoints_are_refused(tmp_path):
     for name, reason in (("vit_nano_patch8_64", ""), ("vit_tiny_patch16_224", r"it lacks blocks\.2")):
         with pytest.raises(ValueError, match=rf"^checkpoint=.*other\.safetensors: does not fit {name}: {reason}"):
             load_vit(name, checkpoint=path)
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"list\.pth: .* no dict of weights"):
+        load_vit("vit_nano_patch8_64", checkpoint=tmp_path / "list.pth")
     path.write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match=r"other\.safetensors: does not fit"):
         load_vit("vit_nano_patch8_64", checkpoint=path)
@@ -89,3 +95,38 @@ def test_unavailable_weights_are_reported_with_the_file_to_download(monkeypatch)
     ):
         with pytest.raises(ValueError, match=message):
             load_vit(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda images: images[0], r"images: must be \(B, 3, H, W\), got \(3, 32, 32\)"),
+        (lambda images: images.numpy(), r"images: must be a torch.Tensor \(B, 3, H, W\), got ndarray"),
+        (list, r"images: must be a torch.Tensor \(B, 3, H, W\), got list"),
+        (lambda images: images.byte(), "images: .* floating point, got torch.uint8"),
+        (lambda images: images > 0, "images: .* floating point, got torch.bool"),
+        (lambda images: images[:, :1], r"images: must have 3 channels .* got \(4, 1, 32, 32\)"),
+        (lambda images: images[..., :24], r"images: must be \(32, 32\) px.* got \(32, 24\).* img_size=\(32, 24\)"),
+        (lambda images: images.to("meta"), "images: are on meta, and the backbone is on cpu"),
+    ],
+)
+def test_images_that_a_backbone_does_not_take_are_refused_by_name(images, change, message):
+    detector = vpt.create_model(make_tiny_vit(), task="detection", num_classes=2, strides=[8])
+    backbone, classifier = detector.backbone, vpt.create_model(make_tiny_vit(), num_classes=2)
+    bare = vpt.create_model(make_tiny_vit(), num_classes=2, prompt=None)
+    for use in (
+        *(classifier, classifier.predict, bare, detector.eval(), backbone, backbone.forward_features),
+        *(backbone.feature_maps, backbone.forward_frozen, backbone.entering_patches),
+        *(
+            lambda images: list(vpt.inspect_attention(backbone, images)),
+            lambda images: list(vpt.nearest_patches(backbone, images)),
+        ),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            use(change(images))
+    if "meta" not in message:
+        with pytest.raises((TypeError, ValueError), match=message):
+            vpt.start_from_patches(backbone, [change(images)])
+    with torch.no_grad():
+        assert classifier(images[:0]).shape == (0, 2)
+        assert classifier(images.half()).shape == (4, 2)

@@ -85,6 +85,14 @@ def test_xml_without_an_image_is_counted_and_an_image_without_xml_has_no_boxes(t
     assert len(splits["val"].boxes[0]) == 0
 
 
+def test_a_list_that_leaves_the_root_is_refused(tmp_path):
+    write_voc(tmp_path / "data")
+    draw_image(tmp_path / "secret.jpg", (8, 8))
+    write_text(tmp_path / "data" / "ImageSets" / "Main" / "train.txt", "a\n../../secret\n")
+    with pytest.raises(ValueError, match=r"train\.txt, line 2: .*secret\.jpg is outside of root="):
+        read_voc(tmp_path / "data")
+
+
 LAUGHS = "".join(f'<!ENTITY {n} "{f"&{m};" * 10}">' for m, n in zip("abcdefgh", "bcdefghi", strict=True))
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -93,6 +94,35 @@ def test_a_process_that_dies_or_hangs_is_named_with_the_cause_and_its_last_image
     del loader, error
     assert running() == []
     assert capfd.readouterr() == ("", "")
+
+
+class Scattered(Album):
+    """An image of many tensors, each of which takes an open file to be sent."""
+
+    def __getitem__(self, key):
+        return [torch.zeros(9) for _ in range(60)]
+
+
+@pytest.mark.parametrize("lack", ["files", "shared memory"])
+def test_a_lack_of_open_files_or_of_shared_memory_is_named_without_waiting(lack, monkeypatch, capfd):
+    dataset = Scattered("none")
+    if lack == "shared memory":
+        monkeypatch.setattr(Scattered, "__getitem__", lambda *_: no_room())
+    loader = build_loader(dataset, 2, shuffle=False, num_workers=1, collate_fn=list, timeout_s=20.0)
+    limits, start = resource.getrlimit(resource.RLIMIT_NOFILE), time.monotonic()
+    try:
+        if lack == "files":
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 40, limits[1]))
+        with pytest.raises(LoaderError, match="ulimit" if lack == "files" else "/dev/shm"):
+            list(loader)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert time.monotonic() - start < 10
+    assert capfd.readouterr().err == ""
+
+
+def no_room():
+    raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
 
 
 def test_a_process_that_is_about_to_die_when_its_batch_is_fetched_is_named_as_well():

@@ -99,7 +99,8 @@ LISTS = {"obj.names": "cat\n", "obj.data": "names = data/obj.names\n", "train.tx
         ({"labels/classes.txt": "cat\n"}, "images/a.png", "labels/a.txt", {}),
         ({"classes.txt": "cat\n"}, "images/train/a.png", "labels/train/a.txt", {}),
         ({"classes.txt": "cat\n"}, "train/a.png", "train/a.txt", {}),
-        ({"classes.txt": "cat\n"}, "a.png", "a.txt", {}),
+        ({"classes.txt": "cat\n", "README.txt": "1 export"}, "a.png", "a.txt", {}),
+        ({"train/_darknet.labels": "cat\n", "README.roboflow.txt": "x"}, "train/a.png", "train/a.txt", {}),
         (LISTS, "obj_train_data/a.png", "obj_train_data/a.txt", {Finding.MOVED: 1}),
         ({"data.yaml": "train: ../train/images\nnames: [cat]\n"}, "train/images/a.png", "train/labels/a.txt", {}),
     ],
@@ -133,6 +134,12 @@ def test_labels_without_an_image_are_counted_and_a_list_of_classes_is_none(tmp_p
     assert report.first[Finding.STRAY].endswith("labels/train/z.txt")
     with pytest.raises(ValueError, match=r"z\.txt is the first of: labels of images that do not exist \(1\)"):
         read_yolo(tmp_path, strict=True)
+    for name in ("a.txt", "b.txt"):
+        write_text(tmp_path / "beside" / name, LINE)
+    draw_image(tmp_path / "beside" / "a.png", (64, 32))
+    write_text(tmp_path / "beside" / "classes.txt", "cat\n")
+    with pytest.raises(ValueError, match=r"b\.txt is the first of: labels"):
+        read_yolo(tmp_path / "beside", val_fraction=0, strict=True)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,10 @@ The names below are loaded when they are first used, so that `import vpt` and `-
 """
 
 import importlib
+import importlib.util
 import os
+import sys
+from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
 from vpt.version import __version__ as __version__
@@ -70,3 +73,24 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+class _TimmFinder:
+    """Registers the bundled backbone with timm as soon as timm is imported; to import timm here would take seconds."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name != "timm" or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            execute = loader.exec_module
+            loader.exec_module = lambda module: (execute(module), importlib.import_module("vpt.models.nano"))
+        return spec
+
+
+if "timm" in sys.modules:
+    importlib.import_module("vpt.models.nano")
+else:
+    sys.meta_path.insert(0, _TimmFinder())

@@ -24,7 +24,6 @@ from vpt.config.schema import (
     PromptConfig,
     PromptFormName,
     PromptInitName,
-    PromptName,
     TuningConfig,
     TuningName,
     schema_keys,
@@ -44,7 +43,7 @@ from vpt.models.task_file import load_task, read_task
 from vpt.models.task_model import TaskModel, model_named
 from vpt.models.task_schema import TaskMetadata
 from vpt.models.tuning import tune, tuned_parameters, tuned_parts
-from vpt.models.vit import ViT, load_vit
+from vpt.models.vit import ViT, check_input_size, load_vit
 from vpt.models.whitening import whiten_from_patches
 
 DRY_BATCHES = 2
@@ -118,15 +117,19 @@ def spread(num: int, wanted: int) -> list[int]:
 
 
 def build_loaders(
-    config: Config, datasets: Mapping[str, Any], collate: Callable[[Any], Any] | None = None
+    config: Config,
+    datasets: Mapping[str, Any],
+    collate: Callable[[Any], Any] | None = None,
+    balanced: Sequence[int] | None = None,
 ) -> dict[str, Loader]:
-    """A loader for each split; train is shuffled."""
+    """A loader for each split; train is shuffled, or drawn by these `balanced` class numbers."""
     num_workers = choose_num_workers(config.num_workers)
     return {
         split: build_loader(
             dataset,
             config.train.batch_size,
             shuffle=split == "train",
+            balanced=balanced if split == "train" else None,
             seed=config.seed,
             num_workers=num_workers,
             collate_fn=collate,
@@ -144,8 +147,7 @@ def build_model(config: Config, task_type: str, classes: Sequence[str], head_opt
         FileNotFoundError: `backbone.checkpoint` does not exist.
     """
     prompt, tuning = config.prompt, config.tuning
-    is_prompted = prompt.variant is not PromptName.none and (tuning.method is TuningName.prompt or tuning.with_prompt)
-    variant: Any = prompt.variant.value if is_prompted else None
+    variant: Any = prompt.variant.value if config.is_prompted else None
     vit = build_backbone(config)
     with config_keys(**KEYS):
         backbone = PromptedViT(
@@ -159,6 +161,7 @@ def build_model(config: Config, task_type: str, classes: Sequence[str], head_opt
             impl=prompt.impl.value,
         )
         model = model_named(task_type)(backbone, len(classes), classes=classes, **head_options)
+        check_input_size(vit)
         tune(model, tuning.method.value, num_blocks=tuning.num_blocks, adapters=build_adapters(tuning))
     vit.set_grad_checkpointing(config.grad_checkpointing)
     return model
@@ -285,8 +288,10 @@ def build_schedule(config: Config, optimizer: Optimizer, num_batches: int, num_d
 def build_state(config: Config, model: TaskModel, num_batches: int, num_done: int = 0) -> RunState:
     """The state of a new run of `num_batches` batches an epoch; its schedule is that behind `num_done` epochs."""
     optimizer = build_optimizer(config, model)
-    schedule = build_schedule(config, optimizer, num_batches, num_done)
-    return RunState(tuned_parameters(model), optimizer, schedule, build_average(config, model))
+    schedule, tuned = build_schedule(config, optimizer, num_batches, num_done), tuned_parameters(model)
+    return RunState(
+        tuned, optimizer, schedule, None if config.train.ema is None else MovingAverage(tuned, config.train.ema)
+    )
 
 
 def names_in(loader: Loader, names: Sequence[str]) -> NamesOf:
@@ -294,11 +299,6 @@ def names_in(loader: Loader, names: Sequence[str]) -> NamesOf:
     sampler: Any = loader.sampler
     size = loader.batch_size or 1
     return lambda epoch, first, behind: [names[index] for index in sampler.order(epoch)[first * size : behind * size]]
-
-
-def build_average(config: Config, model: nn.Module) -> MovingAverage | None:
-    """The moving average of the tuned parameters, or None."""
-    return None if config.train.ema is None else MovingAverage(tuned_parameters(model), config.train.ema)
 
 
 def build_watches(model: TaskModel) -> list[RowWatch]:

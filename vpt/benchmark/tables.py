@@ -1,6 +1,5 @@
 """Tables, files and plot of the benchmark."""
 
-import csv
 import io
 import statistics
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from vpt.benchmark.subjects import Pass, Subject
 from vpt.engine.console import format_table
 from vpt.engine.measure import median_ratio, spread
 from vpt.storage.files import write_bytes, write_json
+from vpt.storage.text import to_csv
 
 if TYPE_CHECKING:
     from vpt.benchmark.__main__ import BenchmarkOptions
@@ -95,11 +95,7 @@ def _cell(value: float | None, scale: float, spec: str) -> str:
 
 def write_files(folder: Path, rows: Sequence[dict[str, Any]], record: dict[str, Any], title: str) -> list[str]:
     """Write the CSV, the record of the measurement and, if a prompt was measured, the plot; returns their names."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(folder / "benchmark.csv", buffer.getvalue().encode())
+    write_bytes(folder / "benchmark.csv", to_csv(rows[0], [[*row.values()] for row in rows]))
     write_json(folder / "benchmark.json", record)
     names = ["benchmark.csv", "benchmark.json"]
     if set(LINES) & {row["subject"] for row in rows}:

@@ -13,15 +13,7 @@ from typing import TYPE_CHECKING
 
 from vpt.compare.methods import METHODS, choose_methods
 from vpt.compare.plan import Plan
-from vpt.config.command_line import (
-    check_folder,
-    escape_output,
-    fail,
-    is_for_user,
-    parse_options,
-    quote_paths,
-    split_options,
-)
+from vpt.config.command_line import check_folder, escape_output, fail, is_for_user, parse_options, split_options
 from vpt.config.errors import ConfigError
 from vpt.config.schema import Config, option
 from vpt.engine.signals import STOPPED, Stopped, StopSignal
@@ -106,7 +98,7 @@ def read_options(arguments: Sequence[str]) -> Request:
     options = parse_options(CompareOptions, own, USAGE)
     shots = sorted(options.shots, key=lambda shots: math.inf if isinstance(shots, str) else shots)
     plan = Plan(
-        words=tuple(quote_paths(words)),
+        words=tuple(words),
         methods=choose_methods(options.methods, options.define),
         seeds=tuple(range(options.seeds)) if isinstance(options.seeds, int) else options.seeds,
         rates=tuple(sorted(options.rates)),

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from vpt.config.command_line import key_of
 from vpt.config.errors import ConfigError, did_you_mean
 from vpt.config.validation import RUN_NAME
 
@@ -63,16 +64,6 @@ def choose_methods(names: Sequence[str], defined: Mapping[str, str]) -> dict[str
         if (needs := known[name].needs) and importlib.util.find_spec(needs) is None:
             raise ConfigError(f"methods: {name} needs the package {needs}, which is not installed")
     return {name: known[name] for name in dict.fromkeys([*chosen, *defined])}
-
-
-def key_of(word: str) -> str:
-    """The key or group of an override.
-
-    Example:
-        >>> key_of("+experiment=quickstart"), key_of("prompt.num_tokens=5")
-        ('experiment', 'prompt.num_tokens')
-    """
-    return word.partition("=")[0].lstrip("+~")
 
 
 def _define(name: str, text: str) -> Method:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
-from vpt.compare.methods import Method, key_of
-from vpt.config.command_line import compose_run
+from vpt.compare.methods import Method
+from vpt.config.command_line import LR, check_command_line, compose_run, key_of
 from vpt.config.composition import group_choices
 from vpt.config.errors import ConfigError, unknown_key
 from vpt.config.schema import Config, PromptConfig, PromptName, TuningConfig, TuningName, schema_keys
@@ -62,11 +62,14 @@ class Plan:
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name}={','.join(map(str, values))}: must be distinct")
         self._check_words()
-        compose_run(self.words)
+        compose_run(self.words, allow_unread=True)
         for shots in self.shots:
             self._try(Trial(next(iter(self.methods)), shots, self.seeds[0], 1.0))
         for name in self.methods:
             self._base[name] = self._try(Trial(name, self.shots[0], self.seeds[0], 1.0))
+        unread = [check_command_line([*self.words, *method.overrides]).unread for method in self.methods.values()]
+        for word in [word for word in self.words if all(word in words for words in unread)]:
+            raise ConfigError(f"{word} has no effect on any of these methods; leave it out")
 
     @property
     def num_runs(self) -> int:
@@ -79,7 +82,7 @@ class Plan:
 
     def compose(self, trial: Trial) -> tuple[Config, Config]:
         """The config of a run without its folder, and the same as it may be saved."""
-        return compose_run(self.words_of(trial))
+        return compose_run(self.words_of(trial), allow_unread=True)
 
     def place(self, trial: Trial, root: Path) -> tuple[Config, Config]:
         """The same, in a folder of its own in `root`."""
@@ -97,13 +100,14 @@ class Plan:
         if trial.shots is not None:
             words.append(f"dataset.num_per_class={'null' if trial.shots == ALL else trial.shots}")
         if trial.rate != 1:
+            words = [word for word in words if key_of(word) != LR]
             words += [f"{key}={value * trial.rate:.6g}" for key, value in self.rates_of(trial.method).items()]
         return words
 
     def rates_of(self, method: str) -> dict[str, float]:
         """The learning rates that the search of a method multiplies, from its config."""
         config = self._base[method]
-        return {key: operator.attrgetter(key)(config) for key in searched_rates(config)}
+        return {key: operator.attrgetter(key)(config) for key in config.tuned_rates}
 
     def _try(self, trial: Trial) -> Config:
         try:
@@ -113,7 +117,7 @@ class Plan:
 
     def _check_words(self) -> None:
         """Refuse keys that the comparison or a method sets."""
-        keys = [*schema_keys()]
+        keys = schema_keys()
         for word in self.words:
             key = key_of(word)
             if key in OWN_RUNS:
@@ -138,15 +142,6 @@ def describe_shots(shots: int | str | None) -> str:
         ('5 a class', 'all images')
     """
     return "all images" if shots in (None, ALL) else f"{shots} a class"
-
-
-def searched_rates(config: Config) -> list[str]:
-    """Keys of the learning rates of the trained parts; that of the head where nothing else trains."""
-    tuning, prompt = config.tuning, config.prompt
-    trains_prompt = tuning.method is TuningName.prompt or tuning.with_prompt
-    keys = ["optim.prompt_lr"] if trains_prompt and prompt.variant is not PromptName.none else []
-    keys += [] if tuning.method in (TuningName.prompt, TuningName.linear) else ["tuning.lr"]
-    return keys or ["optim.head_lr"]
 
 
 def bare_config(config: Config) -> Config:

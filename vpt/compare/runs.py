@@ -12,6 +12,8 @@ from vpt.compare.plan import Plan, Trial
 from vpt.compare.run_predictions import RunPredictions, read_or_predict
 from vpt.config.command_line import compose_run
 from vpt.config.errors import ConfigError, first_line
+from vpt.config.naming import data_name
+from vpt.config.saved import to_plain
 from vpt.config.schema import Config
 from vpt.engine.console import percent
 from vpt.engine.steps import OutOfMemoryError
@@ -170,10 +172,10 @@ class Runs:
 
 def choose_output(plan: Plan) -> Path:
     """The default folder: one for each data set and recipe, whatever is compared on them."""
-    config, _ = compose_run(plan.words)
+    config, shown = compose_run(plan.words, allow_unread=True)
     config.run.name = None
     digest = RunFolder(config, config).path.name.rpartition("_")[2]
-    return Path(config.run.root).expanduser() / f"compare_{config.dataset.title}_{digest}"
+    return Path(config.run.root).expanduser() / f"compare_{data_name(to_plain(shown)['dataset'])}_{digest}"
 
 
 def _choose(search: list[Outcome], metric: str) -> float | None:

@@ -1,7 +1,5 @@
 """Table of a comparison: metrics and costs of each method, as text and as CSV."""
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -13,6 +11,7 @@ from vpt.compare.plan import describe_shots
 from vpt.compare.runs import Outcome, Row
 from vpt.engine.console import format_table, percent
 from vpt.storage.files import write_bytes
+from vpt.storage.text import to_csv
 
 PARTS = ("prompt", "neck", "head", "backbone")
 
@@ -101,17 +100,14 @@ def run_columns(outcome: Outcome, row: Row, output: Path) -> dict[str, Any]:
 
 def write_tables(output: Path, rows: Sequence[Row]) -> None:
     """Write `table.csv`, a line for each row, and `runs.csv`, a line for each run."""
-    write_bytes(output / "table.csv", to_csv([table_columns(row) for row in rows]))
-    write_bytes(output / "runs.csv", to_csv([run_columns(one, row, output) for row in rows for one in row.runs]))
+    _write_table(output / "table.csv", [table_columns(row) for row in rows])
+    _write_table(output / "runs.csv", [run_columns(one, row, output) for row in rows for one in row.runs])
 
 
-def to_csv(rows: Sequence[dict[str, Any]]) -> bytes:
-    """CSV with the columns of all rows; None is empty."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue().encode()
+def _write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a CSV with the columns of all rows."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    write_bytes(path, to_csv(columns, [[row.get(name) for name in columns] for row in rows]))
 
 
 def describe_table(rows: Sequence[Row]) -> str:

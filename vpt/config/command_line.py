@@ -6,32 +6,32 @@ import io
 import re
 import sys
 import tempfile
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, NamedTuple, NoReturn, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from vpt.config.composition import compose_config, config_folder, group_choices
+from vpt.config.composition import compose_config, group_choices, groups
 from vpt.config.errors import ConfigError, did_you_mean, first_line, no_such_choice, unknown_key
+from vpt.config.help import HELP, answer_help, describe_options, option_types, print_help
 from vpt.config.saved import conceal
-from vpt.config.schema import Config, schema_keys
-from vpt.config.validation import check_ranges, describe_range, to_config
+from vpt.config.schema import Config, schema_keys, schema_options
+from vpt.config.text import keep_text
+from vpt.config.validation import check_ranges, to_config, why_unread
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, as in shells
-HELP = {"-h", "--help"}
-WIDTH = 120  # of a line of help
 OptionsT = TypeVar("OptionsT")
-PATH_KEYS = (
-    *("dataset.root", "dataset.path", "backbone.checkpoint", "prompt.init_from", "run.root", "run.name", "cache_dir"),
-    "dataset.group",  # a regular expression
-)
+SHORT = {"epochs": "train.epochs", "batch_size": "train.batch_size", "img_size": "backbone.img_size"}
+FLAGS = {  # of Hydra, beside those with a value
+    *("-m", "--multirun", "-r", "--run", "-sc", "--shell-completion", "--resolve", "--experimental-rerun"),
+    *("--cfg", "--package", "--info", "--config-name", "--config-path", "-h", "--help", "--hydra-help"),
+}
+LR = "lr"  # short for the rate of what is tuned
 
 
 def escape_output() -> None:
@@ -47,37 +47,70 @@ class CommandLine(NamedTuple):
     config: Config  # of a sweep that of its last values
     composed: DictConfig  # the same as Hydra has it, with expressions
     needs_hydra: bool  # Hydra's own application must run: for a sweep, one of its options, or a `hydra.` override
+    arguments: list[str]  # the same in full: without short names, and with the quotes of Hydra's grammar
+    unread: dict[str, str]  # typed words that no run reads, and why
 
 
 def check_command_line(arguments: Sequence[str]) -> CommandLine:
     """Check the arguments of `python -m vpt.train` and compose its config; of a sweep each value, not each combination.
 
-    A ConfigError is raised for a syntax error, an unknown key, group or value, or a wrong type.
+    Paths and names may look like numbers. `epochs`, `batch_size` and `img_size` are short for the keys of these names,
+    and `lr` for the learning rate of what is tuned. A ConfigError is raised for a syntax error, an unknown key, group
+    or value, a wrong type, or two words for one key.
     """
-    words, config_dir = _split_arguments(arguments)
-    try:
-        overrides = OverridesParser.create().parse_overrides(words)
-    except HydraException as error:
-        raise ConfigError(f"cannot read the command line ({first_line(error)}); options are key=value") from error
-    own = [override for override in overrides if not override.is_hydra_override()]
+    typed, config_dir = _split_arguments(arguments)
     is_sweep = bool({"-m", "--multirun"} & set(arguments))
-    for override in own:
-        _check_key(override, config_dir)
-        if override.is_sweep_override() and not is_sweep:
-            raise ConfigError(f"{override.input_line} is a sweep over several values: add -m, or put quotes around it")
-    choices = [_choices(override) for override in own]
-    for number in range(max(map(len, choices), default=1)):
-        composed = compose_config([values[min(number, len(values) - 1)] for values in choices], config_dir)
-        config = to_config(composed)
-    return CommandLine(config, composed, len(own) < len(overrides) or any(map(_is_of_hydra, arguments)))
+    keys = {word: key_of(word) for word in typed}
+    full = {word: _full(word, SHORT.get(keys[word])) for word in typed}
+    if rates := [word for word in typed if keys[word] == LR]:
+        others = _parse_overrides([full[word] for word in typed if keys[word] != LR], is_sweep, config_dir)
+        names = {config.tuned_rates for config, _ in _jobs(others, config_dir)}
+        if len(names) > 1 or len(min(names)) > 1:
+            each = " and ".join(f"{key}=..." for key in sorted({key for several in names for key in several}))
+            raise ConfigError(f"{rates[0]}: several parts are tuned; type {each}")
+        full |= {word: _full(word, min(names)[0]) for word in rates}
+    for word in typed:
+        other = next((other for other in typed if keys[other] == key_of(full[word]) != keys[word]), None)
+        if other is not None:
+            raise ConfigError(f"{word} and {other} set the same key; type one of them")
+    overrides = _parse_overrides(list(full.values()), is_sweep, config_dir)
+    own = [override for override in overrides if not override.is_hydra_override()]
+    jobs = _jobs(own, config_dir)
+    return CommandLine(
+        *jobs[-1],
+        needs_hydra=len(own) < len(overrides) or any(map(_is_of_hydra, arguments)),
+        arguments=[full.get(word, word) for word in arguments],
+        unread=_unread(own, [config for config, _ in jobs]),
+    )
 
 
-def compose_run(arguments: Sequence[str]) -> tuple[Config, Config]:
-    """The config of one run, and the same as it may be saved, see `conceal`; a ConfigError for Hydra's own options."""
+def refuse_unread(line: CommandLine) -> None:
+    """A ConfigError for the first word that has no effect."""
+    for word, why in line.unread.items():
+        raise ConfigError(f"{word} has no effect: {why}; leave it out")
+
+
+def compose_run(arguments: Sequence[str], *, allow_unread: bool = False) -> tuple[Config, Config]:
+    """The config of one run, and the same as it may be saved, see `conceal`.
+
+    A ConfigError is raised for Hydra's own options, and for words without effect unless they are allowed.
+    """
     for word in filter(_is_of_hydra, arguments):
         raise ConfigError(f"{word}: not an option of this command; options are key=value, and --config-dir FOLDER")
     line = check_command_line(arguments)
+    if not allow_unread:
+        refuse_unread(line)
     return line.config, conceal(line.config, line.composed)
+
+
+def key_of(word: str) -> str:
+    """The key or group of an override.
+
+    Example:
+        >>> key_of("+experiment=quickstart"), key_of("prompt.num_tokens=5")
+        ('experiment', 'prompt.num_tokens')
+    """
+    return word.partition("=")[0].lstrip("+~")
 
 
 def parse_options(schema: type[OptionsT], arguments: Sequence[str], about: str) -> OptionsT:
@@ -87,17 +120,19 @@ def parse_options(schema: type[OptionsT], arguments: Sequence[str], about: str) 
     unions of these, or dict[str, str] for `key.NAME=text`. `option` describes a field. A ConfigError is raised if a key
     is unknown or missing, or a value has the wrong type or is out of range.
     """
+    entries = {entry.name: entry for entry in fields(cast(Any, schema))}
+    answer_help(arguments, entries)
     if HELP & set(arguments):
         print_help(describe_options(schema), about)
-    entries = {entry.name: entry for entry in fields(cast(Any, schema))}
     values: dict[str, Any] = {}
     for word in arguments:
-        key, equals, text = word.partition("=")
+        key, equals, text = word.lstrip("-").partition("=")
         name, dot, part = key.partition(".")
         entry = entries.get(name if dot else key)
         is_table = entry is not None and get_origin(entry.type) is dict
-        if not equals or entry is None or is_table != bool(part):
-            example = f"; type {name}.NAME=..." if is_table else "" if entry else did_you_mean(key, list(entries))
+        if not equals or entry is None or is_table != bool(part) or word[0] == "-":
+            known = f"; type {name}{'.NAME' * is_table}=..."
+            example = known if entry and (is_table or not part) else did_you_mean(key, list(entries))
             raise ConfigError(f"{word}: not an option of the form key=value{example}")
         if is_table:
             values.setdefault(name, {})[part] = text
@@ -113,34 +148,14 @@ def parse_options(schema: type[OptionsT], arguments: Sequence[str], about: str) 
 
 def split_options(schema: type[Any], arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Options of a command's dataclass, and all others, for the config; a ConfigError if one is typed twice."""
-    names = {entry.name for entry in fields(schema)}
+    names = {entry.name: entry for entry in fields(schema)}
+    answer_help(arguments, {**names, **dict(schema_options())})
     own = [word for word in arguments if re.split(r"[.=]", word, maxsplit=1)[0] in names or word in HELP]
     keys = [word.partition("=")[0] for word in own]
     for key in keys:
         if keys.count(key) > 1:
             raise ConfigError(f"{key} is typed twice; type it once")
     return own, [word for word in arguments if word not in own]
-
-
-def print_help(options: str, about: str) -> NoReturn:
-    """Print the help of a command with its options after the first paragraph, and exit."""
-    first, _, rest = about.strip().partition("\n\n")
-    print("\n\n".join(part for part in (first, options, rest) if part))  # noqa: T201
-    sys.exit(0)
-
-
-def describe_options(schema: type[Any], indent: str = "  ") -> str:
-    """A line or more for each option: key, default or sort of value, meaning, and the values allowed."""
-    entries = [entry for entry in fields(schema) if "about" in entry.metadata]
-    heads = [f"{entry.name}{'.NAME' if get_origin(entry.type) is dict else ''}={_shown(entry)}" for entry in entries]
-    width = min(28, max(map(len, heads), default=0)) + 2
-    lines: list[str] = []
-    for head, entry in zip(heads, entries, strict=True):
-        first = f"{indent}{head:<{width}}" if len(head) < width else f"{indent}{head}  "
-        rest = " " * (len(indent) + width)
-        wrapped = textwrap.wrap(_about(entry), WIDTH, initial_indent=first, subsequent_indent=rest)
-        lines += wrapped or [first.rstrip()]
-    return "\n".join(lines)
 
 
 def check_file(option: str, path: Path, endings: Sequence[str]) -> None:
@@ -188,11 +203,6 @@ def name_task_files(option: str, text: str) -> dict[str, Path]:
     return paths
 
 
-def quote_paths(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with quotes around paths that are not words of Hydra's grammar (spaces are fine, `~` is not)."""
-    return [_quote_path(word) for word in arguments]
-
-
 def tell(error: BaseException, code: int = 2) -> int:
     """Print one error as a user should see it; return the exit code."""
     print(f"error: {error}", file=sys.stderr)  # noqa: T201  # printed for the user
@@ -220,29 +230,9 @@ def _check_writable(option: str, path: Path, folder: Path) -> None:
         raise ConfigError(f"{option}={path}: {why}; name another place") from error
 
 
-def _quote_path(word: str) -> str:
-    key, _, value = word.partition("=")
-    plain = re.fullmatch(r"[\w/.:+,*@-]*", value, re.ASCII)
-    if key.lstrip("+") not in PATH_KEYS or plain or value[:1] in ("'", '"'):
-        return word
-    escaped = value.replace("'", "\\'")
-    return f"{key}='{escaped}'"
-
-
-def _types(entry: "Field[Any]") -> tuple[list[Any], list[Any]]:
-    """Types of an option's single value, and of the elements of a list."""
-
-    def members(type_: Any) -> list[Any]:
-        return [*get_args(type_)] if get_origin(type_) in (Union, UnionType) else [type_]
-
-    lists = [inner for type_ in members(entry.type) if get_origin(type_) is tuple for inner in get_args(type_)[:1]]
-    single = [type_ for type_ in members(entry.type) if type_ is not NoneType and get_origin(type_) is not tuple]
-    return single, [type_ for inner in lists for type_ in members(inner)]
-
-
 def _parse(key: str, text: str, entry: "Field[Any]") -> Any:
     """The value of an option; of several types the first that it fits."""
-    single, of_list = _types(entry)
+    single, of_list = option_types(entry)
     is_list = bool(of_list) and (not single or "," in text or text.startswith("["))
     types, choices = of_list if is_list else single, entry.metadata.get("choices", ())
     readers: dict[Any, Callable[[str], Any]] = {int: int, float: float, Path: _path}
@@ -269,41 +259,61 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def _shown(entry: "Field[Any]") -> str:
-    """What stands for the value of an option in the help."""
-    single, of_list = _types(entry)
-    default = entry.default
-    if entry.metadata["shown"] or default in (MISSING, None, ()):
-        return str(entry.metadata["shown"]) or {int: "N", float: "X", Path: "PATH"}.get((single + of_list)[0], "TEXT")
-    text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    return text.lower() if isinstance(default, bool) else text
+def _full(word: str, key: str | None) -> str:
+    """An override with its whole key, and with quotes where the value is text that Hydra's grammar reads otherwise."""
+    return keep_text(f"{key}={word.partition('=')[2]}" if key else word, groups())
 
 
-def _about(entry: "Field[Any]") -> str:
-    """Meaning, choices and range of an option."""
-    is_required = entry.default is MISSING and entry.default_factory is MISSING
-    choices = "" if entry.metadata["shown"] else ", ".join(entry.metadata["choices"])
-    is_obvious = entry.metadata["low"] in (0, 1) and entry.metadata["high"] is None
-    limits = "" if is_obvious else describe_range(entry)
-    return "; ".join(filter(None, (entry.metadata["about"], choices, limits, "required" if is_required else "")))
+def _parse_overrides(words: list[str], is_sweep: bool, config_dir: Path | None) -> list[Override]:
+    """The overrides, each checked alone."""
+    try:
+        overrides = OverridesParser.create().parse_overrides(words)
+    except HydraException as error:
+        raise ConfigError(f"cannot read the command line ({first_line(error)}); options are key=value") from error
+    for override in overrides:
+        if override.is_hydra_override():
+            continue
+        _check_key(override, config_dir)
+        if override.is_sweep_override() and not is_sweep:
+            raise ConfigError(f"{override.input_line} is a sweep over several values: add -m, or put quotes around it")
+    return overrides
 
 
 def _check_key(override: Override, config_dir: Path | None) -> None:
     key = override.key_or_group
-    if key.split(".")[0] == "hydra":
-        return
     if override.is_delete():
         raise ConfigError(f"{override.input_line}: keys cannot be removed; set another value")
     choices = group_choices(key, config_dir)
     values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
     for value in values if choices else []:
-        if isinstance(value, str) and value not in choices:
+        if isinstance(value, str) and value.strip("'") not in choices:
             raise ConfigError(no_such_choice(key, value, choices))
     if key == "experiment" and not override.is_add():
         raise ConfigError(f"an experiment is added: type +experiment={values[0]}")
-    keys = [*schema_keys(), *(folder.name for folder in config_folder().iterdir() if folder.is_dir())]
+    if key in ("data", "train", "run") and isinstance(override.value(), str):
+        hint = f"did you mean dataset={override.value()}?" if key == "data" else f"type {key}.KEY=..."
+        raise ConfigError(f"{override.input_line}: {key} is a section of keys; {hint}")
+    keys = [*schema_keys(), *groups(), *SHORT, LR]
     if not choices and key not in keys and not key.startswith("tuning.options."):
         raise ConfigError(unknown_key(key, keys, str(override.input_line).partition("=")[2]))
+
+
+def _jobs(overrides: list[Override], config_dir: Path | None) -> list[tuple[Config, DictConfig]]:
+    """The configs of a run, or of a sweep so many that each value occurs."""
+    choices = [_choices(override) for override in overrides]
+    jobs = []
+    for number in range(max(map(len, choices), default=1)):
+        composed = compose_config([values[min(number, len(values) - 1)] for values in choices], config_dir)
+        jobs.append((to_config(composed), composed))
+    return jobs
+
+
+def _unread(overrides: list[Override], configs: list[Config]) -> dict[str, str]:
+    """Words that none of the runs reads; not of a sweep over several keys, whose combinations are not composed."""
+    if sum(override.is_sweep_override() for override in overrides) > 1:
+        return {}
+    reasons = {str(one.input_line): [why_unread(config, one.key_or_group) for config in configs] for one in overrides}
+    return {word: why[0] for word, why in reasons.items() if all(why)}
 
 
 def _is_of_hydra(word: str) -> bool:
@@ -323,6 +333,11 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
             folder = word.partition("=")[2]
         elif not word.startswith("-"):
             words.append(word)
+        elif word.partition("=")[0] not in FLAGS:
+            key, _, value = word.lstrip("-").partition("=")
+            raise ConfigError(f"{word}: options are typed without dashes: {key}={value or next(rest, '...')}")
+    if folder and not Path(folder).is_dir():
+        raise ConfigError(f"--config-dir {folder}: no such folder")
     return words, Path(folder) if folder else None
 
 

@@ -12,6 +12,7 @@ RENAMED = {  # keys of version 0.1
     "dataset.form": "dataset.format",
     "head.taps": "head.out_indices",
 }
+OTHER_WORDS = {"model": "backbone", "data": "dataset", "optim.lr": "lr", "learning_rate": "lr", "num_epochs": "epochs"}
 
 
 class ConfigError(ValueError):
@@ -51,11 +52,15 @@ def no_such_choice(group: str, name: str, choices: Sequence[str]) -> str:
 
 def did_you_mean(word: str, choices: Sequence[str]) -> str:
     """The nearest of the choices, or the choices, as the end of a message."""
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    first, dot, rest = word.partition(".")
+    word = OTHER_WORDS.get(word) or OTHER_WORDS.get(first, first) + dot + rest
+    last = word.rpartition(".")[2]
+    near = [word] if word in choices else [choice for choice in choices if choice.rpartition(".")[2] == last]
+    near = near or difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     if not near:  # the last part alone: prompt.lenght is nearer to prompt.length than any whole key
         by_last = {choice.rpartition(".")[2]: choice for choice in choices}
-        near = [by_last[name] for name in difflib.get_close_matches(word.rpartition(".")[2], list(by_last), n=1)]
-    return f"; did you mean {near[0]}?" if near else f"; valid: {', '.join(choices[:20])}"
+        near = [by_last[name] for name in difflib.get_close_matches(last, list(by_last), n=1)]
+    return f"; did you mean {' or '.join(near)}?" if near else f"; valid: {', '.join(choices[:20])}"
 
 
 def unknown_key(key: str, keys: Sequence[str], value: str = "...") -> str:
@@ -65,6 +70,6 @@ def unknown_key(key: str, keys: Sequence[str], value: str = "...") -> str:
     return f"unknown key {key}{did_you_mean(key, keys)}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: Exception | str) -> str:
     """The first line of a message that is not empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

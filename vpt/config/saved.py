@@ -19,6 +19,7 @@ from omegaconf.resolvers import oc
 from vpt.config.composition import explain
 from vpt.config.errors import RENAMED, ConfigError
 from vpt.config.schema import Config, schema_keys
+from vpt.config.text import quote_text
 from vpt.config.validation import to_config
 
 WITHOUT_EFFECT = (  # on the result of a run that ends
@@ -26,6 +27,12 @@ WITHOUT_EFFECT = (  # on the result of a run that ends
     *("log_every", "auto_batch", "skip_nonfinite", "required"),
 )
 ROUNDING = ("device", "deterministic", "compile", "grad_checkpointing")  # they change last digits only
+ADDED = {  # keys of later versions, and their values where they change nothing
+    **{"dataset.layout": "auto", "dataset.group": None, "dataset.folds": None, "dataset.fold": 0},
+    **{"dataset.exif_boxes": "auto", "data.range": "auto", "data.bands": None},
+    **{"train.select": None, "train.sampling": "uniform", "train.dice": 0.0},
+    **{"dataset.classes": None, "dataset.ignore": 255, "dataset.reduce_zero_label": False, "dataset.instances": False},
+}
 PLACES = ("root", "path", "annotations", "checkpoint", "init_from")  # paths on this machine
 MAX_CONFIG_BYTES = 1_000_000
 MAX_CONFIG_DEPTH = 20  # of nested mappings and lists
@@ -114,10 +121,7 @@ def first_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `rename_keys` for keys such as "prompt.variant", so that digests in run names stay the same."""
     before = {new: old for old, new in RENAMED.items()}
     new = ("dataset.task", "dataset.required", "head.task")
-    # keys of later versions, and their values where they change nothing
-    unset = {"dataset.layout": "auto", "dataset.group": None, "dataset.folds": None, "dataset.fold": 0}
-    unset |= {"train.select": None}
-    old = {key: value for key, value in values.items() if key not in new and (key, value) not in unset.items()}
+    old = {key: value for key, value in values.items() if key not in new and (key, value) not in ADDED.items()}
     return {before.get(key, key): value for key, value in old.items()}
 
 
@@ -129,7 +133,7 @@ def load_config(path: Path) -> Config:
     A ConfigError is raised if the file is missing, not YAML, has what no run writes, or keys unknown to the schema.
     """
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.create(_plain_text(path)), resolve=False)
+        values: Any = OmegaConf.to_container(OmegaConf.create(quote_text(_plain_text(path))), resolve=False)
         loaded = OmegaConf.create(_escape(_of_this_version(values) if isinstance(values, dict) else values))
         merged = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), loaded))
     except FileNotFoundError as error:

@@ -1,6 +1,7 @@
 """Validation of a composed config: types, ranges, and keys that exclude each other."""
 
 import math
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
@@ -11,7 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vpt.config.composition import explain
 from vpt.config.errors import ConfigError
-from vpt.config.schema import Config, DatasetConfig, Mode, PromptFormName, PromptName, TuningName
+from vpt.config.help import describe_range
+from vpt.config.schema import Config, DatasetConfig, Mode, PromptFormName, PromptName, TuningName, schema_options
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
@@ -26,6 +28,19 @@ def to_config(composed: DictConfig) -> Config:
     for key in config.dataset.required:
         required(config.dataset, key)
     _check_task(config)
+    _check_conflicts(config)
+    for key, name in {"name": config.run.name, "title": config.run.title}.items():
+        if name is not None and not RUN_NAME.fullmatch(name):
+            shown = name if name.isprintable() else repr(name)
+            raise ConfigError(
+                f"run.{key}={shown}: must be the name of a folder, 1 to 64 of A-Z a-z 0-9 . _ - without a dot in "
+                "front; run.root is the folder that it is in"
+            )
+    return config
+
+
+def _check_conflicts(config: Config) -> None:
+    """Refuse values that exclude each other."""
     prompt, tuning = config.prompt, config.tuning
     if prompt.whiten and prompt.form is not PromptFormName.bilinear:
         raise ConfigError(f"prompt.whiten=true is for prompt=bilinear, and prompt.form={prompt.form}: leave it out")
@@ -36,14 +51,6 @@ def to_config(composed: DictConfig) -> Config:
     if config.extend and (config.fresh or config.mode is not Mode.train):
         other = "fresh=true" if config.fresh else f"mode={config.mode}"
         raise ConfigError(f"extend=true continues a finished run, and {other} does not: leave one of them out")
-    for key, name in {"name": config.run.name, "title": config.run.title}.items():
-        if name is not None and not RUN_NAME.fullmatch(name):
-            shown = name if name.isprintable() else repr(name)
-            raise ConfigError(
-                f"run.{key}={shown}: must be the name of a folder, 1 to 64 of A-Z a-z 0-9 . _ - without a dot in "
-                "front; run.root is the folder that it is in"
-            )
-    return config
 
 
 def check_ranges(config: Any) -> None:
@@ -60,6 +67,26 @@ def check_ranges(config: Any) -> None:
                 raise ConfigError(f"{key}={number} is out of range: it must be {describe_range(entry)}")
 
 
+def why_unread(config: Config, key: str) -> str:
+    """Why a key has no effect on a run of this config, after the words "has no effect"; empty if it has one.
+
+    The option of each key in the schema states what reads it; all of `prompt` is read if there is a prompt.
+    """
+    entry, method = dict(schema_options()).get(key), f"tuning={config.tuning.method}"
+    needs = entry.metadata.get("needs", "") if entry else ""
+    if (needs == "prompt" or key.startswith("prompt.")) and not config.is_prompted:
+        return f"there is no prompt with {'prompt=none' if config.prompt.variant is PromptName.none else method}"
+    if key == "prompt" and config.prompt.variant is not PromptName.none and not config.is_prompted:
+        return f"{method} trains no prompt: type tuning=prompt, or for instance tuning=prompt_bias"
+    name, is_not, values = needs.partition("!=") if "!=" in needs else needs.partition("=")
+    value = operator.attrgetter(name)(config) if values else None
+    shown = {None: "null", True: "true", False: "false"}.get(value, str(value))
+    if not values or (shown in values.split(",")) != (is_not == "!="):
+        return ""
+    need = f"it is for {name}={values.replace(',', ' or ')}, and "
+    return f"{'' if is_not == '!=' else need}{name}={shown}{' does not read it' if is_not == '!=' else ''}"
+
+
 def required(dataset: DatasetConfig, key: str) -> str:
     """The value of a key that the reader requires; a ConfigError if it is null."""
     value = getattr(dataset, key)
@@ -68,15 +95,12 @@ def required(dataset: DatasetConfig, key: str) -> str:
     return str(value)
 
 
-def describe_range(entry: "Field[Any]") -> str:
-    """The range of a field in words; empty without one."""
-    words = {"low": "at least", "above": "above", "high": "at most"}
-    bounds = {bound: entry.metadata.get(bound) for bound in words}
-    return " and ".join(f"{words[bound]} {limit}" for bound, limit in bounds.items() if limit is not None)
-
-
 def _check_task(config: Config) -> None:
     """Refuse a head, or a key, that is for another type of task than the data."""
+    annotations = config.dataset.annotations
+    for split, path in annotations.items() if isinstance(annotations, dict) else ():
+        if not isinstance(path, str):
+            raise ConfigError(f"dataset.annotations.{split}={path}: is no path; if it is a name, put quotes around it")
     head, data = config.head, f"dataset={config.dataset.reader} is for {config.task}"
     if head.task not in (None, config.task):
         raise ConfigError(f"head={head.name} is for {head.task}, and {data}: type another head, or leave head out")

@@ -5,6 +5,7 @@ Pillow leaves to its callers: EXIF orientation, transparency, bands without a me
 cannot be read, files that take much longer than their pixels, and pipes, on which opening would block.
 """
 
+import errno
 import io
 import math
 import os
@@ -30,6 +31,9 @@ MAX_PIXELS = 50_000_000
 MAX_HEADER = 4096  # bytes of a PNM file before its pixels
 MAX_SCANS = 100  # of a progressive JPEG; each is a pass over all pixels, however few bytes it has
 IGNORED = "vpt_ignored"  # in `Image.info` of an image whose metadata were left out
+FULL = (0.0, 65535.0)  # the range of 16 bits
+FEW = 4096  # values; an image that uses no more of 16 bits has at most 17 grey levels of 8 bits
+SMALL_RANGE = "its values take a small part of 16 bits, so that few grey levels remain; give their range (data.range)"
 NO_RANGE = "floating point images have no known range; give it, in configs data.range=LOW:HIGH"
 COLOUR_BANDS = {5: 4, 2: 3, 6: 3, 8: 3}  # of a TIFF by its PhotometricInterpretation; others have one
 
@@ -102,8 +106,8 @@ class Decoding:
     Args:
         max_pixels: Images of more pixels are refused by the size in their header, before they are decoded.
         background: The name of an opaque colour, or "#RRGGBB", behind transparent images.
-        range: The values of channels with more than 8 bits that become 0 and 255; those beyond are clipped. None is 0
-            and 65535, and refuses floating point and other values.
+        range: The values of channels with more than 8 bits that become 0 and 255; those beyond are clipped. None is
+            `FULL`, 0 and 65535, refuses floating point and other values, and warns of an image that uses few of them.
         bands: Numbers, from 1, of the bands that are read as red, green and blue; the others, also alpha, are dropped.
             None reads the colours and alpha, and refuses a file with bands of which it does not say what they are.
 
@@ -148,12 +152,19 @@ def read_image(path: str | Path, decoding: Decoding = DEFAULT_DECODING) -> Image
         ImageError: The file is missing, empty, truncated, not an image, too large, has bands of unknown meaning, or
             values outside of 8 or 16 bits although `decoding` has no range.
     """
+    uses_few = False
     with opened(path, decoding) as image:
-        if decoding.range is None or not _is_deep(image):
-            image.load()
-            return to_rgb(image, decoding)
-        values = _deep_values(path, image, decoding)
-    return _from_values(values, decoding)
+        if decoding.range is not None and _is_deep(image) and (decoding.range != FULL or image.mode == "F"):
+            return _from_values(_deep_values(path, image, decoding), decoding)
+        is_deep = _is_deep(image)
+        image.load()
+        found = to_rgb(image, decoding)
+        if is_deep and decoding.range is None:
+            few = FEW if image.mode.startswith("I") else FEW / 256  # of colours Pillow has the upper byte
+            uses_few = bool(np.ptp(np.asarray(image)) < few)
+    if uses_few:
+        warnings.warn(f"{path}: {SMALL_RANGE}", stacklevel=2)
+    return found
 
 
 def read_values(path: str | Path, decoding: Decoding = DEFAULT_DECODING) -> NDArray[Any]:
@@ -309,10 +320,11 @@ def to_rgb(image: Image.Image, decoding: Decoding = DEFAULT_DECODING) -> Image.I
     orientation = _orientation(image)
     if orientation in TURNS:
         image = image.transpose(TURNS[orientation])
-    if image.mode.startswith(("I", "F")) and decoding.range is not None:
+    if image.mode == "F" and decoding.range is not None:
         return _from_values(np.asarray(image), decoding)
     if image.mode.startswith("I"):
-        return _from_16_bit(image)
+        is_full = decoding.range in (None, FULL)
+        return _from_16_bit(image) if is_full else _from_values(np.asarray(image), decoding)
     if image.mode == "F":
         raise ImageError(NO_RANGE)
     if decoding.bands is not None:
@@ -405,6 +417,8 @@ def opened(path: str | Path, decoding: Decoding) -> Iterator[Image.Image]:
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such file") from error
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise  # nothing of the image, which must not be left out for it
         if isinstance(error, OSError) and error.strerror:  # of the system: Pillow's own have a text only
             raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -8,7 +8,7 @@ Shapes: B batch, C channels, H, W pixels.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ def stable_seed(*parts: int | str) -> int:
 class EpochSampler(Sampler[tuple[int, int]]):
     """Keys `(epoch, index)` of one epoch, in order or shuffled by seed and epoch only.
 
+    With the `balanced` class numbers of the samples, as many keys are drawn with replacement: first a class, each as
+    likely, then one of its samples.
+
     Example:
         >>> sampler = EpochSampler(3, seed=0, shuffle=False)
         >>> sampler.set_epoch(5)
@@ -39,8 +42,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
         [(5, 0), (5, 1), (5, 2)]
     """
 
-    def __init__(self, num_samples: int, seed: int = 0, shuffle: bool = False) -> None:
+    def __init__(
+        self, num_samples: int, seed: int = 0, shuffle: bool = False, balanced: Sequence[int] | None = None
+    ) -> None:
         self.num_samples, self.seed, self.shuffle = num_samples, seed, shuffle
+        self.targets = None if balanced is None else torch.tensor(balanced)
         self.epoch, self.num_skipped = 0, 0
 
     def set_epoch(self, epoch: int, num_skipped: int = 0) -> None:
@@ -48,10 +54,18 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch, self.num_skipped = epoch, num_skipped
 
     def order(self, epoch: int) -> list[int]:
-        """Every index once, in the order of an epoch."""
+        """The indices of an epoch, in order: every index once, unless classes are balanced."""
         if not self.shuffle:
             return list(range(self.num_samples))
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "order", epoch))
+        if self.targets is not None:
+            counts = self.targets.bincount()
+            counts = counts[counts > 0]
+            classes = torch.randint(len(counts), (self.num_samples,), generator=generator)
+            draws = torch.rand(self.num_samples, dtype=torch.float64, generator=generator)
+            places = (counts.cumsum(0) - counts)[classes] + (draws * counts[classes]).long()
+            drawn: list[int] = self.targets.argsort(stable=True)[places].tolist()
+            return drawn
         permutation: list[int] = torch.randperm(self.num_samples, generator=generator).tolist()
         return permutation
 
@@ -67,6 +81,7 @@ def build_loader(
     batch_size: int,
     *,
     shuffle: bool,
+    balanced: Sequence[int] | None = None,
     seed: int = 0,
     num_workers: int = 0,
     collate_fn: Callable[[Any], Any] | None = None,
@@ -75,8 +90,8 @@ def build_loader(
     """Build a loader of batches: images (B, 3, H, W) float32 and targets (B,) int64, or what `collate_fn` makes.
 
     The data set has a length, and returns (image, target) for a key (epoch, index). `shuffle` draws a new order each
-    epoch, by `seed`; call `loader.sampler.set_epoch(epoch)` before each. With 0 workers this process reads, with the
-    same result. By default `collate_fn` is that of torch.
+    epoch, by `seed`; call `loader.sampler.set_epoch(epoch)` before each. `balanced` is that of `EpochSampler`. With 0
+    workers this process reads, with the same result. By default `collate_fn` is that of torch.
 
     Raises:
         ValueError: The data set is empty.
@@ -90,7 +105,7 @@ def build_loader(
         # Without its own generator every iterator would draw from the global one, and a resumed run would differ.
         "generator": torch.Generator().manual_seed(stable_seed(seed, "loader")),
     }
-    sampler = EpochSampler(num_samples, seed, shuffle)
+    sampler = EpochSampler(num_samples, seed, shuffle, balanced)
     if num_workers > 0:
         return WorkerLoader(dataset, batch_size, sampler, num_workers, collate_fn, timeout_s, **options)
     return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate_fn, **options)

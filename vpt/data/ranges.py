@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vpt.data.images import Decoding, ImageError, read_properties, read_values
+from vpt.data.images import FULL, Decoding, ImageError, read_properties, read_values
 
 MAX_IMAGES = 1000  # that are decoded, evenly spread
 MAX_VALUES = 2000  # of an image, evenly spread, for the quantiles
@@ -40,10 +40,10 @@ def scan_headers(paths: Sequence[Path], decoding: Decoding) -> HeaderScan:
     return HeaderScan(tuple(deep), tuple(ignored))
 
 
-def find_range(paths: Sequence[Path], decoding: Decoding) -> Range | None:
-    """The range of values in image files with more than 8 bits; None for the whole range of 16 bits.
+def find_range(paths: Sequence[Path], decoding: Decoding) -> Range:
+    """The range of values in image files with more than 8 bits.
 
-    It is None where the values take at least half of that range. Otherwise it begins at the lowest value, or at 0 if
+    It is that of 16 bits where the values take at least half of it. Otherwise it begins at the lowest value, or at 0 if
     that is near, and ends at the highest, or at the end of a common depth such as 4095 if that is near. Where less than
     0.2 % of the values would take most of the range, they are left out.
     """
@@ -60,7 +60,7 @@ def find_range(paths: Sequence[Path], decoding: Decoding) -> Range | None:
             highs.append(found.max())
             values.append(found[:: max(1, found.size // MAX_VALUES)])
     if not values:
-        return None
+        return FULL
     low, high = float(min(lows)), float(max(highs))
     quantiles = np.quantile(np.concatenate(values), QUANTILES)
     if high - low > MAX_FACTOR * (quantiles[1] - quantiles[0]) > 0:
@@ -71,7 +71,7 @@ def find_range(paths: Sequence[Path], decoding: Decoding) -> Range | None:
         low = 0.0
         high = float(next((depth for depth in DEPTHS if 0.75 * depth <= high <= depth), high))
     if low >= 0 and high <= DEPTHS[-1] and high - low >= DEPTHS[-1] / 2:
-        return None
+        return FULL
     return (low, high) if high > low else (low, low + 1)
 
 
@@ -79,18 +79,20 @@ def format_range(found: Range | None) -> str:
     """A range as `data.range` takes it.
 
     Example:
-        >>> format_range((0.0, 4095.0)), format_range(None)
+        >>> format_range((0.0, 4095.0)), format_range(FULL)
         ('0:4095', 'full')
     """
-    return "full" if found is None else ":".join(repr(float(value)).removesuffix(".0") for value in found)
+    if found is None or found == FULL:
+        return "full"
+    return ":".join(repr(float(value)).removesuffix(".0") for value in found)
 
 
-def parse_range(text: str) -> Range | None:
+def parse_range(text: str) -> Range:
     """The inverse of `format_range`; a `ValueError` for anything else."""
     if text == "full":
-        return None
+        return FULL
     try:
         low, high = map(float, text.split(":"))
-        return Decoding(range=(low, high)).range
+        return Decoding(range=(low, high)).range or FULL
     except ValueError as error:
         raise ValueError(f"range={text}: must be auto, full or LOW:HIGH, such as 0:4095") from error

@@ -164,7 +164,8 @@ class DetectionSamples(Samples):
 
     def label_text(self, index: int) -> str:
         """The number of boxes and a digest of them."""
-        rows = sorted(zip(self.labels[index].tolist(), self.boxes[index].tolist(), strict=True))
+        parts = (self.labels[index], self.boxes[index], self.crowd[index])
+        rows = sorted(zip(*(part.tolist() for part in parts), strict=True))
         return f"{len(rows)} boxes ({hashlib.sha256(repr(rows).encode()).hexdigest()[:8]})"
 
     def label_bytes(self) -> Iterator[bytes]:

@@ -5,9 +5,12 @@ hangs, and turns the errors of data sets into texts with tracebacks. `WorkerLoad
 """
 
 import atexit
+import errno
 import multiprocessing.util  # noqa: F401  (its function at exit must be registered before ours)
 import os
+import re
 import signal
+import sys
 import time
 import traceback
 import weakref
@@ -15,8 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from multiprocessing.sharedctypes import RawArray
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
@@ -29,6 +33,10 @@ HINTS = {
     "SIGKILL": "often for lack of memory: use fewer num_workers",
     "SIGBUS": "often for lack of space in /dev/shm: enlarge it, or use num_workers=0",
 }
+UNSENT = 128  # plus the number of an error of the system: exit code of a process that cannot send its batch
+_FILES = "cannot open more files", "raise the limit, such as ulimit -n 65536, or use fewer num_workers"
+_SHARED = "has no room in shared memory (/dev/shm)", "enlarge it (docker run --shm-size=8g), or use num_workers=0"
+LACKS = {errno.EMFILE: _FILES, errno.ENFILE: _FILES, errno.ENOSPC: _SHARED, errno.ENOMEM: _SHARED}
 
 
 class LoaderError(RuntimeError):
@@ -138,6 +146,8 @@ class _Batches(Iterator[Any]):
         dead = [number for number, worker in enumerate(self.workers) if worker.exitcode is not None]
         if dead:
             return self.marks.describe(dead[0], self.workers[dead[0]], _ending(self.workers[dead[0]]))
+        if (lack := LACKS.get(_errno_of(error))) is not None:
+            return f"the main process {lack[0]}, so that it gets no batch; {lack[1]}"
         if "timed out" not in str(error):
             return " ".join(str(error).split()) or f"the loader processes sent no batch: {type(error).__name__}"
         if waited_s < self.timeout_s:
@@ -191,6 +201,8 @@ class _WorkerDataset(Dataset[Any]):
                 items.append(self.dataset[key])
             return self.collate_fn(items)
         except Exception as error:
+            if isinstance(error, RuntimeError) and "/torch_" in str(error):  # it gets no shared memory
+                _leave(error)
             return _Failure(type(error), str(error), traceback.format_exc())
         finally:
             self.marks.end(number)
@@ -217,9 +229,27 @@ class _Failure:
 def start_worker(_: Any) -> None:
     """Use one thread, and ignore the signals that a scheduler sends to all processes: the main process handles them."""
     torch.set_num_threads(1)
+    # Otherwise a batch that cannot be sent is dropped with a traceback, and the main process waits for it.
+    Queue._on_queue_feeder_error = staticmethod(lambda error, _: _leave(error))  # type: ignore[attr-defined]
+    sys.excepthook = lambda _, error, __: _leave(error)  # of the thread that passes the numbers of open files
     for names, action in ((IGNORED, signal.SIG_IGN), (FATAL, signal.SIG_DFL)):  # torch would print on fatal signals
         for name in (name for name in names if hasattr(signal, name)):
             signal.signal(getattr(signal, name), action)
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """End this process with a code that says why it cannot send a batch."""
+    if _errno_of(error) not in LACKS:
+        traceback.print_exception(error)
+    os._exit(UNSENT + _errno_of(error) % 128)
+
+
+def _errno_of(error: BaseException) -> int:
+    """The number of an error of the system, also if torch or multiprocessing only has its text; 0 if there is none."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    number = re.search(r"\((\d+)\)$", str(error))
+    return int(number[1]) if number else errno.EMFILE if "ancdata" in str(error) else 0
 
 
 def _identity(batch: Any) -> Any:
@@ -233,6 +263,8 @@ def _is_of_torch(handler: Any) -> bool:
 def _ending(worker: BaseProcess) -> tuple[str, str]:
     """How a process ended, and what to try."""
     code = worker.exitcode or 0
+    if code - UNSENT in LACKS:
+        return LACKS[code - UNSENT]
     if code >= 0:
         return f"exited with code {code}", "use num_workers=0 to see why"
     name = signal.Signals(-code).name

@@ -13,7 +13,6 @@ from vpt.config.command_line import (
     fail,
     is_for_user,
     parse_options,
-    quote_paths,
     split_options,
 )
 from vpt.config.schema import Config, option
@@ -52,7 +51,7 @@ def main() -> None:
         output = parse_options(DoctorOptions, own, USAGE).json
         if output is not None:
             check_file("json", output, (".json",))
-        config, _ = compose_run(quote_paths(words))
+        config, _ = compose_run(words)
         is_fine = examine(config, output, shlex.join(["python", "-m", "vpt.train", *words]))
     except KeyboardInterrupt:
         fail(RuntimeError("interrupted before every image was read; nothing was written"), INTERRUPTED)

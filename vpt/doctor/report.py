@@ -14,6 +14,7 @@ from vpt.doctor.reading import Reading, read_data
 from vpt.doctor.scan import SplitScan, scan_images
 from vpt.doctor.training_plan import Input, Plan, input_of, make_plan
 from vpt.engine.console import format_table
+from vpt.storage.text import printable
 from vpt.task_types.base import TaskType, task_type_of
 from vpt.task_types.findings import File, Finding, Level, some
 
@@ -121,16 +122,6 @@ def check(config: Config, command: str) -> DoctorReport:
         used["train"] = min(used["train"], config.dataset.num_per_class * int((counts["train"] > 0).sum()))
     plan = make_plan(config, used, reading.split_off, findings, command)
     return DoctorReport(config, task_type, reading, scans, counts, expected, findings, plan)
-
-
-def printable(text: str) -> str:
-    r"""One line with control characters, and bytes of names that are not UTF-8, as escapes.
-
-    Example:
-        >>> printable("a\x1b[31m.jpg")
-        'a\\x1b[31m.jpg'
-    """
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def storable(value: Any) -> Any:

@@ -9,6 +9,8 @@ from typing import Self, SupportsFloat, TextIO
 
 from tqdm import tqdm
 
+from vpt.storage.text import printable
+
 _NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( ?(%|x|[kKMGT]i?B?|[mu]?s))?|-|nan|")
 
 
@@ -99,7 +101,8 @@ def percent(fraction: float) -> str:
 def format_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
     """Format an aligned table of plain text; columns of numbers, with a unit or not, are aligned to the right.
 
-    ValueError if a row is longer or shorter than the header.
+    Control characters in a cell, such as those of a class name, are escaped. ValueError if a row is longer or shorter
+    than the header.
 
     Example:
         >>> print(format_table([["deep", "92,160"], ["linear", "0"]], header=["prompt", "tuned"]))
@@ -111,6 +114,7 @@ def format_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
     for row in rows:
         if len(row) != len(header):
             raise ValueError(f"rows: {list(row)} has {len(row)} cells, the header has {len(header)}")
+    rows = [[printable(cell) for cell in row] for row in rows]
     columns = list(zip(*rows, strict=True)) or [()] * len(header)
     widths = [max(map(len, (name, *column))) for name, column in zip(header, columns, strict=True)]
     aligns = [">" if column and all(map(_NUMBER.fullmatch, column)) else "<" for column in columns]

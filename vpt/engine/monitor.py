@@ -36,9 +36,16 @@ CHARTS: Charts = {
 """Charts of every run on the page "overview" under Custom Scalars, after those of its task type."""
 
 
-def overview(charts: Charts) -> Charts:
-    """The charts of a run: its loss, those of its task type, and `CHARTS`."""
-    return {"loss": ["^train/loss$", "^val/loss$"], **charts, **CHARTS}
+def overview(charts: Charts, block: int | None = None) -> Charts:
+    """The charts of a run: its loss, those of its task type, and `CHARTS`.
+
+    With `block` the charts of prompts have the curve of this block only, so that those of many runs can be read.
+    """
+    one = "" if block is None else f"(block_{block:02d}|all_blocks)$"
+    of_prompts = {
+        title: [f"{tag}{one}" for tag in tags] for title, tags in CHARTS.items() if title.startswith("prompt")
+    }
+    return {"loss": ["^train/loss$", "^val/loss$"], **charts, **CHARTS, **of_prompts}
 
 
 class Monitor:
@@ -123,20 +130,28 @@ class Monitor:
         """Write text in Markdown."""
         self._write_events(lambda writer: writer.add_text(tag, text, step))
 
-    def hparams(self, hparams: Mapping[str, object], metrics: Mapping[str, SupportsFloat]) -> None:
+    def hparams(
+        self,
+        hparams: Mapping[str, object],
+        metrics: Mapping[str, SupportsFloat],
+        usual: Mapping[str, object] | None = None,
+    ) -> None:
         """Write the row of this run in the table of hyperparameters, once, at the end of the run.
 
         TensorBoard shows the first row of a run: a later call changes the scalars only. A nested mapping becomes
-        `outer.inner`, values other than numbers become text. The metrics are also written as scalars, at the last step.
+        `outer.inner`, values other than numbers become text. Those that differ from the `usual` ones come first. The
+        metrics are also written as scalars, at the last step.
         """
         self.scalars(metrics, self._last_step)
+        defaults = _flat(usual or {})
+        ordered = sorted(_flat(hparams).items(), key=lambda item: defaults.get(item[0]) == item[1])
 
         def write(writer: "SummaryWriter") -> None:
             from torch.utils.tensorboard.summary import hparams as summaries
 
             # writer.add_hparams would open a second run in this one
             file_writer: Any = writer.file_writer
-            for summary in summaries(_flat(hparams), dict(metrics)):  # type: ignore[no-untyped-call]
+            for summary in summaries(dict(ordered), dict(metrics)):  # type: ignore[no-untyped-call]
                 file_writer.add_summary(summary)
 
         self._write_events(write)

@@ -6,7 +6,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, SupportsFloat
 
@@ -285,18 +284,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
     is_cpu = isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_cpu
-
-
-@contextmanager
-def memory_errors(num_images: int) -> Iterator[None]:
-    """A context for an evaluation of a batch that raises `OutOfMemoryError` with a smaller batch size."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        halved = max(1, num_images // 2)
-        raise OutOfMemoryError(f"out of memory with a batch of {num_images}; try batch_size={halved}") from error
 
 
 def _split(batch: Batch, num_parts: int) -> Iterator[Batch]:

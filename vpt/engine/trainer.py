@@ -22,9 +22,10 @@ from vpt.engine.steps import (
     FitSettings,
     Loader,
     Losses,
+    OutOfMemoryError,
     Stepper,
     autocast,
-    memory_errors,
+    is_out_of_memory,
     move,
     num_batches_of,
     total_of,
@@ -110,8 +111,13 @@ def evaluate(
     shown = nullcontext() if description is None else Progress(num_batches_of(loader, max_batches), description)
     with torch.inference_mode(), autocast(device, precision), shown as progress:
         for images, targets in itertools.islice(loader, max_batches):
-            with memory_errors(len(images)):
+            try:
                 evaluator.update(model, *move((images, targets), device))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                num, halved = len(images), max(1, len(images) // 2)
+                raise OutOfMemoryError(f"out of memory with a batch of {num}; try batch_size={halved}") from error
             if progress is not None:
                 progress.advance(len(images))
             if stop is not None:

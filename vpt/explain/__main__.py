@@ -69,8 +69,10 @@ def explain(options: ExplainOptions) -> list[str]:
     _check_output(output)
     from vpt.explain.numbers import explain_images
     from vpt.explain.pages import write_explanation
+    from vpt.models.vit import check_input_size
 
     model, preprocessing, origin = _open(options)
+    check_input_size(model.backbone.vit)
     blocks = _choose_blocks(options.blocks, model.backbone.depth)
     images, unreadable = _read(paths, preprocessing)
     for line in unreadable:

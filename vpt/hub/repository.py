@@ -141,7 +141,7 @@ def _fetch(
     """The path of the checked file in the cache, downloaded if missing or by force."""
     with _one_line_errors(repo_id, revision):
         api = _api(token)
-        size = _declared_size(api, repo_id, revision)
+        size = _declared_size(api, repo_id, revision, cache_dir)
         options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
         if size <= MAX_BYTES:
             path = Path(api.hf_hub_download(repo_id, TASK_FILE, **options))
@@ -154,14 +154,18 @@ def _fetch(
     return path
 
 
-def _declared_size(api: "HfApi", repo_id: str, revision: str | None) -> int:
-    """Bytes of the task file as declared by the hub; 0 if it fails, as the download will then."""
-    from huggingface_hub import hf_hub_url
+def _declared_size(api: "HfApi", repo_id: str, revision: str | None, cache_dir: str | Path | None) -> int:
+    """Bytes of the task file as declared by the hub; 0 if that fails and the download says why, or takes the cache."""
+    from huggingface_hub import errors, hf_hub_url, try_to_load_from_cache
 
     try:
         url = hf_hub_url(repo_id, TASK_FILE, revision=revision, endpoint=api.endpoint)
         return api.get_hf_file_metadata(url=url).size or 0
-    except Exception:  # httpx, requests and the hub each raise their own types
+    except errors.HfHubHTTPError:
+        return 0
+    except Exception:  # without a network the download would repeat its request for half a minute
+        if try_to_load_from_cache(repo_id, TASK_FILE, cache_dir=cache_dir, revision=revision) is None:
+            raise
         return 0
 
 

@@ -28,7 +28,17 @@ from vpt.models.block_loop import (
     run_blocks,
     run_images,
 )
-from vpt.models.prompts import Blocks, PromptInit, PromptVariant, VisualPrompt, format_blocks, resolve_blocks
+from vpt.models.prompts import (
+    DEFAULT_PROMPT,
+    PROMPTS,
+    Blocks,
+    PromptInit,
+    PromptName,
+    PromptVariant,
+    VisualPrompt,
+    format_blocks,
+    resolve_blocks,
+)
 from vpt.models.tensor_cache import TensorCache
 from vpt.models.vit import ViT, check_supported, name_of, pools_prefix_only
 
@@ -48,6 +58,8 @@ class LivePrompt:
         self.prompt = prompt.computed() if torch.is_grad_enabled() else prompt
         self.vit, self.impl, self.cache = vit, impl, cache
         self.num_carried = prompt.num_tokens if prompt.variant == "shallow" else 0
+        self._learned = (*prompt.parameters(), *prompt.buffers())  # a computed prompt has none
+        self._was_compared = False
 
     def enter(self, index: int, tokens: Tensor, num_read: int | None) -> BlockInput:
         """Keys and values of the block, or the tokens with those of the prompt inserted."""
@@ -60,19 +72,23 @@ class LivePrompt:
         return BlockInput(tokens, prompt.num_tokens, drops_prompt=prompt.variant == "deep")
 
     def keys_values(self, index: int, tokens: Tensor, num_read: int | None) -> KeysValues:
-        """Keys and values of the prompt in a block, from the cache where nothing trains and dropout is off."""
+        """Keys and values of the prompt in a block, from the cache where the block is frozen and dropout is off."""
         prompt, dtype = self.prompt, tokens.dtype
         block: Any = self.vit.blocks[index]
 
         def compute() -> KeysValues:
             return prompt.keys_values(block, index, tokens.shape[0], dtype, num_read)
 
+        frozen = (*block.norm1.parameters(), *block.attn.parameters())
         # A compiled or exported graph cannot tell when a tensor changes, so it computes them in each call.
-        if torch.is_grad_enabled() or prompt.draws or torch.compiler.is_compiling():
+        is_traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if is_traced or prompt.draws or any(parameter.requires_grad for parameter in frozen):
             return compute()
+        if not self._was_compared:  # once a pass, since libraries that average weights edit them through `.data`
+            self.cache.compare(self._learned)
+            self._was_compared = True
         # All tensors that `VisualPrompt.keys_values` reads; a change of any other cannot make the value stale.
-        sources = (*prompt.parameters(), *block.norm1.parameters(), *block.attn.parameters())
-        return self.cache.get((index, num_read), sources, compute, given=dtype)
+        return self.cache.get((index, num_read), (*self._learned, *frozen), compute, given=dtype)
 
 
 def prompt_path(vit: ViT, prompt: VisualPrompt, impl: PromptImpl, index: int) -> str:
@@ -98,13 +114,14 @@ class PromptedViT(nn.Module):
     Args:
         vit: A plain timm ViT: anything that timm builds on `VisionTransformer`, `Eva` or `Beit`. A classifier in it is
             not used.
-        prompt: "deep", "shallow", "kv", None, or a ready `VisualPrompt`, which replaces the next five arguments.
-        num_tokens: P, prompt tokens in each prompted block.
+        prompt: A name of `prompts.PROMPTS`, as `prompt=` of the command: "bilinear", "deep", "shallow", "kv", "shared",
+            "fourier"; or None; or a ready `VisualPrompt`, which replaces the next five arguments.
+        num_tokens: P, prompt tokens in each prompted block; None is the number of this prompt in `prompts.PROMPTS`.
         blocks: Blocks that a prompt enters: "all", "first:k", "last:k" or a list of indices; a shallow one enters 0.
         dropout: Dropout of prompt tokens, drawn for each sample.
         init: Initialisation of the tokens, "uniform" or "normal", see `VisualPrompt`; a kv prompt is initialised with
             the keys and values of such tokens.
-        form: Parametrization of the tokens, such as `parametrizations.Bilinear(rank=8)`; None learns them directly.
+        form: Parametrization of the tokens, such as `parametrizations.Bilinear(rank=4)`; None is that of the name.
         impl: "auto" computes a deep prompt as keys and values in every block that `attention.py` supports, with the
             same result for less work; "concat" always inserts the tokens, as in the paper; not for a kv prompt.
 
@@ -127,9 +144,9 @@ class PromptedViT(nn.Module):
     def __init__(
         self,
         vit: ViT,
-        prompt: PromptVariant | VisualPrompt | None = "deep",
+        prompt: PromptName | VisualPrompt | None = DEFAULT_PROMPT,
         *,
-        num_tokens: int = 20,
+        num_tokens: int | None = None,
         blocks: Blocks = "all",
         dropout: float = 0.0,
         init: PromptInit = "uniform",
@@ -140,15 +157,19 @@ class PromptedViT(nn.Module):
         if impl not in get_args(PromptImpl):
             raise ValueError(f"impl={impl!r}: must be one of {', '.join(get_args(PromptImpl))}")
         check_supported(vit)
+        if not isinstance(prompt, VisualPrompt | None) and prompt not in PROMPTS:
+            raise ValueError(f"prompt={prompt!r}: must be one of {', '.join(PROMPTS)}, None or a VisualPrompt")
         # Freezes the caller's object, on purpose: a copy per prompt would need the memory of a backbone each.
         self.vit = vit.requires_grad_(False).eval()
         self.impl: PromptImpl = impl
         is_new_kv = prompt == "kv"
         if isinstance(prompt, str):
+            kind = PROMPTS[prompt]
+            num_tokens, form = kind.num_tokens if num_tokens is None else num_tokens, form or kind.form
             make = partial(VisualPrompt, num_tokens, self.embed_dim, patch_size=vit.patch_embed.patch_size, init=init)
             entered = (0,) if prompt == "shallow" and blocks == "all" else resolve_blocks(blocks, self.depth)
-            width = self._width(prompt, entered)
-            prompt = make(variant=prompt, blocks=entered, dropout=dropout, form=form, width=width)
+            width = self._width(kind.variant, entered)
+            prompt = make(variant=kind.variant, blocks=entered, dropout=dropout, form=form, width=width)
         self.prompt = prompt
         self.check_prompt()
         if is_new_kv and prompt is not None and not next(prompt.parameters()).is_meta:
@@ -207,7 +228,7 @@ class PromptedViT(nn.Module):
         # Dropout inside PEFT layers belongs to what trains, so unlike the rest of the ViT they follow the mode.
         for layer in peft_layers(self.vit):
             layer.train(mode)
-        self._cache.clear()  # an edit through `.data` or NumPy leaves no other trace
+        self._cache.clear()  # an edit of frozen weights through `.data` or NumPy leaves no other trace
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from vpt.models.task_batch import LoadedTask, TaskBatch, keys_values_of
 from vpt.models.task_file import put_task, task_tensors
 from vpt.models.task_model import Sizes
 from vpt.models.task_schema import DECODING, TaskMetadata
-from vpt.models.vit import ViT, check_supported, grid_size, load_vit, pools_prefix_only
+from vpt.models.vit import ViT, check_images, check_supported, grid_size, load_vit, pools_prefix_only
 
 Tasks = Mapping[str, LoadedTask]
 
@@ -253,8 +253,7 @@ class TaskBank:
 
     def _prepare(self, images: Tensor, tasks: Tasks) -> Tensor:
         """Images on the device, refused if a task takes others."""
-        if images.ndim != 4:
-            raise ValueError(f"images: must be (B, 3, H, W), got {tuple(images.shape)}")
+        check_images(images)
         for name, task in tasks.items():
             size = tuple(task.metadata.preprocessing["size"])
             if tuple(images.shape[-2:]) != size:

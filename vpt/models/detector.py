@@ -20,6 +20,7 @@ from vpt.models.heads.torchvision import FasterRCNNHead, RetinaNetHead
 from vpt.models.prompts import Blocks, resolve_blocks
 from vpt.models.task_model import Features, Sizes, TaskModel, register_model
 from vpt.models.task_schema import BLOCKS, MAX_CHANNELS, MAX_SIDE, TEXT, Rule, check_fields, integer, list_of
+from vpt.models.vit import check_images
 
 Targets = Sequence[dict[str, Tensor]]
 Detections = list[dict[str, Tensor]]
@@ -182,6 +183,7 @@ class Detector(TaskModel):
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """Levels (B, C, H/S, W/S) of the pyramid, the input of the head, of images (B, 3, H, W)."""
+        check_images(images)
         self._check_size(_size(images))
         levels: list[Tensor] = self.pyramid(self.read(images))
         return levels

@@ -20,6 +20,7 @@ from vpt.models.backbone import PromptedViT
 from vpt.models.prompts import VisualPrompt, format_blocks, uniform_bound
 from vpt.models.task_file import open_task
 from vpt.models.tuning import pretrained_fingerprint
+from vpt.models.vit import check_images
 
 PatchStart = Literal["patch", "prototype", "vipamin"]
 
@@ -138,6 +139,7 @@ def _match(backbone: PromptedViT, prompt: VisualPrompt, batches: Iterable[Tensor
     device = next(prompt.parameters()).device
     sums, num_images = [], 0
     for images in batches:
+        check_images(images)
         sums.append([patches.float().sum(0) for patches in backbone.entering_patches(images.to(device))])
         num_images += len(images)
     if not sums:
@@ -178,6 +180,7 @@ def collect_patch_tokens(
     """Collect tokens (L, T, D) of random patches of each image, in random order; the same patches in every block."""
     found, device = [], next(prompt.parameters()).device
     for images in batches:
+        check_images(images)
         blocks = [patches.float() for patches in backbone.entering_patches(images.to(device))]  # L of (B, M, D)
         num_patches = blocks[0].shape[1]
         num_drawn = min(num_patches, max(NUM_PER_IMAGE, prompt.num_tokens))

@@ -11,17 +11,39 @@ import copy
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from numbers import Integral, Real
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from vpt.models.attention import KeysValues, prompt_keys_values, split_keys_values
+from vpt.models.parametrizations import Bilinear, Fourier, Shared
 
 PromptVariant = Literal["shallow", "deep", "kv"]
+PromptName = Literal["shallow", "deep", "kv", "shared", "bilinear", "fourier"]
 PromptInit = Literal["uniform", "normal"]
 Blocks = str | Sequence[int]
+
+
+class PromptKind(NamedTuple):
+    """What a name of a prompt stands for: its variant, its number of tokens, and the parametrization of the tokens."""
+
+    variant: PromptVariant
+    num_tokens: int = 20
+    form: nn.Module | None = None
+
+
+PROMPTS: dict[str, PromptKind] = {  # the choices of conf/prompt, by the same names
+    "shallow": PromptKind("shallow", 50),
+    "deep": PromptKind("deep"),
+    "kv": PromptKind("kv", 10),
+    "shared": PromptKind("deep", form=Shared()),
+    "bilinear": PromptKind("deep", form=Bilinear()),
+    "fourier": PromptKind("deep", form=Fourier()),
+}
+DEFAULT_PROMPT: PromptName = "bilinear"
 
 
 class VisualPrompt(nn.Module):
@@ -45,6 +67,7 @@ class VisualPrompt(nn.Module):
             attention heads is not D / h.
 
     Raises:
+        TypeError: A number is of another type.
         ValueError: A value is out of range, or `blocks` does not suit `variant`.
 
     References:
@@ -70,14 +93,7 @@ class VisualPrompt(nn.Module):
         width: int | None = None,
     ) -> None:
         super().__init__()
-        if variant not in get_args(PromptVariant):
-            raise ValueError(f"variant={variant!r}: must be one of {', '.join(get_args(PromptVariant))}")
-        if num_tokens < 1:
-            raise ValueError(f"num_tokens={num_tokens}: must be at least 1; use prompt=None for no prompt")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout}: must be in [0, 1)")
-        if init not in get_args(PromptInit):
-            raise ValueError(f"init={init!r}: must be one of {', '.join(get_args(PromptInit))}")
+        _check_values(num_tokens, embed_dim, variant, dropout, init)
         if blocks is None and variant != "shallow":
             raise ValueError(f"blocks=None: a {variant} prompt needs block indices, such as range(12)")
         blocks = (0,) if blocks is None else tuple(blocks)
@@ -164,6 +180,23 @@ class VisualPrompt(nn.Module):
 
     def __repr__(self) -> str:
         return f"VisualPrompt({self.extra_repr()})"  # torch renames the class of a parametrized module
+
+
+def _check_values(num_tokens: int, embed_dim: int, variant: str, dropout: float, init: str) -> None:
+    """Refuse arguments of `VisualPrompt` of another type or out of range."""
+    if variant not in get_args(PromptVariant):
+        raise ValueError(f"variant={variant!r}: must be one of {', '.join(get_args(PromptVariant))}")
+    for name, size in {"num_tokens": num_tokens, "embed_dim": embed_dim}.items():
+        if not isinstance(size, Integral) or isinstance(size, bool):
+            raise TypeError(f"{name}={size!r}: must be an integer")
+    if not isinstance(dropout, Real):
+        raise TypeError(f"dropout={dropout!r}: must be a number")
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens={num_tokens}: must be at least 1; use prompt=None for no prompt")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout}: must be in [0, 1)")
+    if init not in get_args(PromptInit):
+        raise ValueError(f"init={init!r}: must be one of {', '.join(get_args(PromptInit))}")
 
 
 def uniform_bound(embed_dim: int, patch_size: tuple[int, int]) -> float:

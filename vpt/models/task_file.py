@@ -10,10 +10,11 @@ one that takes memory is made.
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ from vpt.models.backbone import PromptedViT
 from vpt.models.prompts import VisualPrompt
 from vpt.models.task_model import TaskModel, device_of, model_named
 from vpt.models.task_schema import MAX_TEXT, TaskMetadata
-from vpt.models.tuning import Origin, origin_of, pretrained_fingerprint, set_origin
-from vpt.models.vit import ViT, load_vit, name_of, preprocessing_of
+from vpt.models.tuning import Origin, origin_now, origin_of, pretrained_fingerprint, set_origin, unwrapped
+from vpt.models.vit import ViT, differing_trait, load_vit, name_of, preprocessing_of, traits_of
 from vpt.storage.files import read_tensors, write_tensors
 from vpt.version import __version__
 
@@ -46,7 +47,7 @@ def save_task(
     """Write the learned part of a model, and nothing that is pretrained, as a task file; return its path.
 
     Args:
-        model: The trained model.
+        model: The trained model, also inside DataParallel, DistributedDataParallel or torch.compile.
         path: The file; its folder is made if it does not exist.
         classes: Names of the classes, in the order of the logits; the model's own by default.
         preprocessing: How images were prepared; by default as timm states for the backbone, with `model.preprocessing`.
@@ -57,9 +58,13 @@ def save_task(
         dtype: Write the tensors in this dtype, torch.float16 or torch.bfloat16, for half the size; None keeps theirs.
 
     Raises:
+        TypeError: `model` is not a `TaskModel`.
         ValueError: The number of names is not the number of classes, another value cannot be stored, or parameters of
             the backbone train that `tune` did not choose.
     """
+    given, model = type(model).__name__, cast(TaskModel, unwrapped(model))
+    if not isinstance(model, TaskModel):
+        raise TypeError(f"model: expected a TaskModel, such as create_model returns, got {given}")
     vit, prompt = model.backbone.vit, model.backbone.prompt
     classes = model.classes if classes is None else classes
     if classes is not None and len(classes) != model.num_classes:
@@ -84,6 +89,7 @@ def save_task(
         versions={"vpt": __version__, **{name: version(name) for name in ("torch", "timm")}},
         licence=licence,
         note=note,
+        traits=_traits_for(model),
     )
     return write_task(path, metadata, task_tensors(model), dtype=dtype)
 
@@ -132,7 +138,7 @@ def put_task(path: str | Path, vit: ViT, *, shares: bool = False) -> tuple[TaskM
     model = _make_model(path, metadata, vit)
     if tuned:
         adapters = None if metadata.adapters is None else Adapters(**metadata.adapters)
-        set_origin(vit, Origin(metadata.fingerprint, tuned, adapters))
+        set_origin(vit, Origin(metadata.fingerprint, tuned, adapters, metadata.traits))
     held = task_tensors(model)
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -226,6 +232,31 @@ def _known_fingerprint(vit: ViT) -> str:
     return pretrained_fingerprint(vit)
 
 
+def _traits_for(model: TaskModel) -> dict[str, Any] | None:
+    """What determines the features that a model reads, beside the weights in the fingerprint."""
+    traits = origin_now(model.backbone.vit).traits
+    # A head that reads feature maps works on a backbone that pools otherwise, too.
+    return None if traits is None else {**traits, "pooling": traits["pooling"] if model.pools_features else None}
+
+
+def _check_traits(path: Path, metadata: TaskMetadata, vit: ViT) -> None:
+    """Refuse a ViT whose features differ although its weights are right."""
+    if metadata.traits is None:
+        warnings.warn(
+            f"{path}: an older version wrote this file, without the backbone's pooling, patches and position "
+            "embedding, so they are not compared; save the task again to add them",
+            stacklevel=2,
+        )
+        return
+    origin = origin_of(vit)
+    found = traits_of(vit, metadata.traits["size"]) if origin is None else origin.traits
+    if found is not None and (odd := differing_trait(metadata.traits, found)) is not None:
+        raise ValueError(
+            f"{path}: made for the backbone {metadata.backbone}; the given one has its weights, but {odd}; "
+            f"load {metadata.backbone} as it was in training"
+        )
+
+
 def _add_adapters(path: Path, metadata: TaskMetadata, vit: ViT) -> frozenset[str]:
     """Add a file's adapters to a ViT, on the meta device; return the names of their tensors."""
     if metadata.adapters is None:
@@ -284,6 +315,7 @@ def _check_backbone(path: Path, metadata: TaskMetadata, tensors: Mapping[str, Te
         raise ValueError(
             f"{path}: made for images of {wanted} px, but the backbone takes {size}; use img_size={wanted}"
         )
+    _check_traits(path, metadata, vit)
 
 
 def _make_model(path: Path, metadata: TaskMetadata, vit: ViT) -> TaskModel:

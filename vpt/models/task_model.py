@@ -34,7 +34,7 @@ class TaskModel(nn.Module, ABC):
         category_ids: Numbers of the classes in the data's own files, by label; None where there are none.
 
     Raises:
-        ValueError: The number of names is not the number of classes.
+        ValueError: The number of names is not the number of classes, or two are equal.
     """
 
     task_type: ClassVar[str]  # in configs and task files
@@ -50,6 +50,8 @@ class TaskModel(nn.Module, ABC):
         super().__init__()
         if classes is not None and len(classes) != num_classes:
             raise ValueError(f"{len(classes)} class names for num_classes={num_classes}")
+        if classes is not None and (twins := len(classes) - len(set(classes))):
+            raise ValueError(f"classes: {twins} of {len(classes)} names are repeated; each class needs its own")
         self.backbone = backbone
         self.classes = None if classes is None else tuple(classes)
 
@@ -141,7 +143,9 @@ class TunedPart(nn.Module):
     def __init__(self, model: TaskModel, position: Tensor | None) -> None:
         super().__init__()
         if any(parameter.requires_grad for parameter in model.backbone.vit.parameters()):
-            raise ValueError("tokens of a backbone that trains cannot be cached; use cache=off or tuning=prompt")
+            raise ValueError(
+                'model: tokens of a backbone that trains cannot be cached; call tune(model, "prompt") first'
+            )
         self.model = model
         self.register_buffer("position", position, persistent=False)
 

@@ -7,6 +7,7 @@ format for other programs. The file keeps the field names of format version 1, s
 import math
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
@@ -37,6 +38,7 @@ class TaskMetadata:
     Args:
         backbone: timm name of the backbone, with its pretrained tag.
         fingerprint: Digest of the backbone's pretrained weights.
+        traits: What else determines the backbone's features, see `vit.traits_of`; None in files of older versions.
         prompt: kind, num_tokens, embed_dim, width, blocks and dropout of the prompt; None without one.
         classes: Names of the classes, in the order of the logits; None where they are unnamed.
         preprocessing: size, mean, std, interpolation, crop_pct and crop_mode of the input images; optionally
@@ -68,6 +70,7 @@ class TaskMetadata:
     versions: dict[str, str] = field(default_factory=dict)
     licence: str = ""
     note: str = ""
+    traits: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_fields("", self.to_json(), RULES)
@@ -75,8 +78,9 @@ class TaskMetadata:
         for split, values in self.metrics.items():
             check_values(f"metrics.{split}", values, or_none(number(-math.inf, math.inf)))
         check_values("versions", self.versions, TEXT)
-        if self.prompt is not None:
-            check_fields("prompt", self.prompt, PROMPT_RULES)
+        for name, values, rules in (("prompt", self.prompt, PROMPT_RULES), ("traits", self.traits, TRAIT_RULES)):
+            if values is not None:
+                check_fields(name, values, rules)
         if self.adapters is not None:
             check_fields("adapters", self.adapters, ADAPTERS_RULES)
             Adapters(**self.adapters)
@@ -88,6 +92,9 @@ class TaskMetadata:
         for name, listed in {"classes": self.classes, "category_ids": self.category_ids}.items():
             if listed is not None and len(listed) != self.num_classes:
                 raise ValueError(f"{name} has {len(listed)} entries, but num_classes is {self.num_classes}")
+            if listed is not None and len(set(listed)) < len(listed):
+                twin = next(value for value, num in Counter(listed).items() if num > 1)
+                raise ValueError(f"{name} has {reprlib.repr(twin)} more than once; each class needs its own")
 
     @property
     def class_names(self) -> list[str]:
@@ -101,7 +108,7 @@ class TaskMetadata:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TaskMetadata":
         """The metadata of a file of format version 1 or 2; a ValueError for any other, or what a rule refuses."""
-        values = _newest(values)
+        values = {"traits": None, **_newest(values)}  # versions before 0.2 did not write them
         version = values.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
             raise ValueError(f"task format {reprlib.repr(version)}; this version of vpt reads {FORMAT_VERSION}")
@@ -226,6 +233,7 @@ RULES: dict[str, Rule] = {
     "versions": IS_OBJECT,
     "licence": TEXT,
     "note": text_like(f".{{0,{MAX_NOTE}}}", f"a text of at most {MAX_NOTE} characters"),
+    "traits": or_none(IS_OBJECT),
 }
 DECODING = {"background": "white", "range": None, "bands": None}  # fields of preprocessing that a file may lack
 PREPROCESSING_RULES: dict[str, Rule] = {
@@ -246,5 +254,18 @@ PROMPT_RULES: dict[str, Rule] = {
     "width": integer(1, 2 * MAX_WIDTH),
     "blocks": BLOCKS,
     "dropout": (lambda value: type(value) in (int, float) and 0 <= value < 1, "a number in [0, 1)"),
+}
+SUMS = or_none(list_of(number(-math.inf, math.inf), 9, 9))
+TRAIT_RULES: dict[str, Rule] = {
+    "size": list_of(integer(1, MAX_SIDE), 2, 2),
+    "pooling": or_none(TEXT),
+    "channels": integer(1, MAX_CHANNELS),
+    "patch_size": list_of(integer(1, MAX_SIDE), 2, 2),
+    "num_heads": or_none(integer(1, MAX_WIDTH)),
+    "scale": or_none(number(0, 1e6)),
+    "norm_eps": list_of(number(0, 1), 0, MAX_BLOCKS),
+    "activation": or_none(list_of(number(-1e6, 1e6), 6, 6)),
+    "tokens": SUMS,
+    "position": SUMS,
 }
 ADAPTERS_RULES: dict[str, Rule] = {"method": one_of(METHODS), "options": IS_OBJECT}

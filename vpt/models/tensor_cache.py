@@ -13,8 +13,8 @@ class TensorCache(Generic[Value]):
     """Cache of values computed from tensors, invalidated when a tensor changes.
 
     A change is another storage, dtype or device, or an in-place edit that torch counts: an optimiser step, loading a
-    state dict, `copy_`. Edits through `.data` or NumPy are not counted; call `clear` after them. Copies and pickles
-    start empty.
+    state dict, `copy_`. Edits through `.data` or NumPy are not counted: pass small tensors to `compare` before use, and
+    call `clear` after such an edit of others. Copies and pickles start empty.
 
     Example:
         >>> source, cache = torch.ones(2), TensorCache()
@@ -30,6 +30,20 @@ class TensorCache(Generic[Value]):
 
     def __init__(self) -> None:
         self._cached: dict[Hashable, tuple[object, Value, list[Tensor]]] = {}
+        self._compared: list[Tensor] = []
+
+    def compare(self, sources: Sequence[Tensor]) -> None:
+        """Remove all values if a number of these tensors differs from the last call, however it was changed."""
+        if sources[0].is_cuda and torch.cuda.is_current_stream_capturing():  # a comparison would end the capture
+            return
+        try:
+            pairs = zip(sources, self._compared, strict=True)
+            is_same = all(one.dtype is other.dtype and torch.equal(one, other) for one, other in pairs)
+        except (ValueError, RuntimeError):  # another number, another device, or tensors without numbers
+            is_same = False
+        if not is_same:
+            self.clear()
+            self._compared = [source.detach().clone() for source in sources]
 
     def get(
         self, key: Hashable, sources: Sequence[Tensor], compute: Callable[[], Value], given: Hashable = None
@@ -50,7 +64,7 @@ class TensorCache(Generic[Value]):
         return value
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_cached": {}}
+        return {"_cached": {}, "_compared": []}
 
     def __len__(self) -> int:
         return len(self._cached)

@@ -1,5 +1,6 @@
 """Tuning methods: selection of the parameters that train, by name and by part, and their numbers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -8,7 +9,7 @@ from torch import nn
 
 from vpt.models.adapters import Adapters, add_adapters
 from vpt.models.backbone import PromptedViT
-from vpt.models.vit import ViT, fingerprint, norms_of
+from vpt.models.vit import ViT, fingerprint, norms_of, preprocessing_of, traits_of
 
 Tuning = Literal["prompt", "linear", "bias", "proj_bias", "norm", "partial", "full", "adapters"]
 
@@ -37,12 +38,14 @@ class ParameterCount:
 class Origin:
     """State of a ViT before any of its parameters were tuned; stored with the ViT, which models may share.
 
-    `tuned` are names of the ViT's parameters that may have changed since, and of tensors of adapters.
+    `tuned` are names of the ViT's parameters that may have changed since, and of tensors of adapters; `traits` are
+    those of `vit.traits_of`, None where they are not known.
     """
 
     fingerprint: str
     tuned: frozenset[str]
     adapters: Adapters | None = None
+    traits: Mapping[str, Any] | None = None
 
 
 def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1, adapters: Adapters | None = None) -> None:
@@ -65,7 +68,8 @@ def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1, adapters: Ada
     pooling, and blocks after the last of `out_indices`. The ViT stays in eval mode. It is not copied: all methods but
     "prompt" and "linear" change it for every model that shares it, so such a model needs its own ViT.
 
-    The model is a prompted backbone, or holds one as `.backbone`; its pretrained weights are loaded. Only "partial"
+    The model is a prompted backbone, or holds one as `.backbone`, also inside DataParallel or torch.compile; its
+    pretrained weights are loaded. Only "partial"
     uses `num_blocks`, and only "adapters" uses `adapters`.
 
     Raises:
@@ -82,7 +86,7 @@ def tune(model: nn.Module, tuning: Tuning, *, num_blocks: int = 1, adapters: Ada
         raise ValueError(f"tuning={tuning!r}: must be one of {', '.join(get_args(Tuning))}")
     if tuning == "linear" and backbone.prompt is not None:
         raise ValueError(
-            "tuning=linear: trains the head alone, but there is a prompt; use prompt=none or tuning=prompt"
+            'tuning=linear: trains the head alone, but there is a prompt; use prompt=None or tuning="prompt"'
         )
     if (tuning == "adapters") != (adapters is not None):
         raise ValueError(
@@ -147,6 +151,12 @@ def pretrained_fingerprint(vit: ViT) -> str:
     return fingerprint(vit) if origin is None else origin.fingerprint
 
 
+def origin_now(vit: ViT) -> Origin:
+    """The state of the ViT before tuning, which is its present one if it was never tuned."""
+    traits = None if origin_of(vit) else traits_of(vit, preprocessing_of(vit)["size"])
+    return origin_of(vit) or Origin(fingerprint(vit), frozenset(), traits=traits)
+
+
 def origin_of(vit: ViT) -> Origin | None:
     """The state of the ViT before tuning; None if none of its parameters was ever tuned."""
     return vit.__dict__.get("vpt_origin")
@@ -157,7 +167,15 @@ def set_origin(vit: ViT, origin: Origin) -> None:
     vit.__dict__["vpt_origin"] = origin
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel, AveragedModel or the result of torch.compile."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model
+
+
 def _held_backbone(model: nn.Module) -> PromptedViT:
+    model = unwrapped(model)
     backbone = model if isinstance(model, PromptedViT) else getattr(model, "backbone", None)
     if not isinstance(backbone, PromptedViT):
         raise TypeError(f"expected a PromptedViT or a model with one as .backbone, got {type(model).__name__}")
@@ -165,6 +183,7 @@ def _held_backbone(model: nn.Module) -> PromptedViT:
 
 
 def _neck_and_head(model: nn.Module) -> dict[str, nn.Module | None]:
+    model = unwrapped(model)
     return {"neck": getattr(model, "neck", None), "head": getattr(model, "head", None)}
 
 
@@ -175,10 +194,10 @@ def _add(vit: ViT, adapters: Adapters) -> frozenset[str]:
     if known is not None and known.tuned:
         raise ValueError("adapters: weights of this ViT were tuned, and adapters need pretrained ones; load it again")
     is_empty = next(vit.parameters()).is_meta  # there are no weights on the meta device
-    before = "" if is_empty else pretrained_fingerprint(vit)
+    before = Origin("", frozenset()) if is_empty else origin_now(vit)
     adapters = adapters.for_vit(vit)
     added = add_adapters(vit, adapters, is_empty=is_empty)
-    set_origin(vit, Origin(before, added, adapters))
+    set_origin(vit, replace(before, tuned=added, adapters=adapters))
     return added
 
 
@@ -187,7 +206,9 @@ def _choose(
 ) -> list[nn.Parameter]:
     """The parameters of the ViT that train; `added` are names of tensors of adapters."""
     vit: Any = backbone.vit
-    out_indices: tuple[int, ...] = getattr(model, "out_indices", ())  # of a TaskModel; other modules pool features
+    out_indices: tuple[int, ...] = getattr(
+        unwrapped(model), "out_indices", ()
+    )  # of a TaskModel; other modules pool features
     num_used = max(out_indices) + 1 if out_indices else backbone.depth
     if tuning == "partial" and not 1 <= num_blocks <= num_used:
         raise ValueError(f"num_blocks={num_blocks}: must be from 1 to {num_used}, the blocks that the model uses")
@@ -239,7 +260,7 @@ def _store_origin(vit: ViT, chosen: list[nn.Parameter]) -> None:
         return
     changing = set(chosen)
     names = {name for name, parameter in vit.named_parameters() if parameter in changing}
-    known = origin_of(vit) or Origin(fingerprint(vit), frozenset())
+    known = origin_now(vit)
     set_origin(vit, replace(known, tuned=known.tuned | names))
 
 

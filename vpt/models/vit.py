@@ -9,16 +9,17 @@ Legend: B batch, H, W pixels, M patch tokens, N prefix + patch tokens, D embed_d
 
 import difflib
 import hashlib
+import math
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 from timm.data.config import resolve_model_data_config
 from timm.layers.norm import RmsNorm, SimpleNorm
 from timm.models import Beit, Eva, VisionTransformer, beit, eva, load_state_dict, vision_transformer
@@ -29,6 +30,19 @@ import vpt.models.nano  # noqa: F401  # registers the bundled backbone with timm
 from vpt.models.attention import relative_bias, run_block
 
 ViT = VisionTransformer | Eva | Beit
+TRAITS = {  # of a ViT that are not in its fingerprint, and their names in messages
+    "pooling": "pooling",
+    "channels": "input channels",
+    "patch_size": "patches of",
+    "num_heads": "attention heads",
+    "scale": "scale of attention",
+    "norm_eps": "epsilon of norms",
+    "activation": "activation function",
+    "tokens": "patch embedding or position embedding",
+    "position": "position embedding in attention",
+}
+SAMPLED = ("activation", "tokens", "position")
+PROBED = (-2.5, -1.0, -0.3, 0.5, 1.5, 2.5)  # inputs of the activation function
 NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, SimpleNorm)
 
 
@@ -72,6 +86,8 @@ def load_vit(
         parameter = f"name={name}" if img_size is None else f"img_size={img_size}"
         raise ValueError(f"{parameter}: {name} cannot be built: {_first_line(error)}") from error
     try:
+        if pretrained and path is None:
+            _check_connection(name)
         with _checked_downloads():
             vit = timm.create_model(name, pretrained=pretrained and path is None, num_classes=0, **options)
     except _DamagedDownloadError as error:
@@ -122,6 +138,81 @@ def fingerprint(vit: ViT) -> str:
     return digest.hexdigest()
 
 
+@torch.no_grad()
+def traits_of(vit: ViT, size: Sequence[int]) -> dict[str, Any]:
+    """What determines features beside the parameters in `fingerprint`, as plain JSON values; see `TRAITS`.
+
+    `tokens` and `position` are the root mean square and eight weighted sums of what enters block 0, for a fixed image
+    of `size`, (height, width) in pixels. They are None where the ViT takes another size or a number is not finite;
+    `position` also where there is none.
+    """
+    embed_parameter, attention = next(vit.patch_embed.parameters()), getattr(vit.blocks[0], "attn", None)
+    scale, patch = getattr(attention, "scale", None), list(vit.patch_embed.patch_size)
+    epsilons: list[Any] = [getattr(norm, "eps", None) for norm in norms_of(vit)]
+    activations = {name.rpartition(".")[2]: part for name, part in vit.named_modules()}
+    traits: dict[str, Any] = {
+        "size": list(size),
+        "pooling": describe_pooling(vit),
+        "channels": embed_parameter.shape[1],
+        "patch_size": patch,
+        "num_heads": getattr(attention, "num_heads", None),
+        "scale": float(scale) if isinstance(scale, float) else None,
+        "norm_eps": sorted({float(eps) for eps in epsilons if eps is not None}),
+        "activation": None if "act" not in activations else activations["act"](torch.tensor(PROBED)).tolist(),
+        "tokens": None,
+        "position": None,
+    }
+    takes_any = not vit.patch_embed.strict_img_size and [side % n for side, n in zip(size, patch, strict=True)] == [
+        0,
+        0,
+    ]
+    fits = takes_any or list(vit.patch_embed.img_size or size) == list(size)
+    if fits and not embed_parameter.is_meta:
+        pixels = torch.arange(traits["channels"] * size[0] * size[1]) * 0.7
+        images = (2 * pixels.sin()).view(1, -1, *size).to(embed_parameter)
+        was_training = vit.training
+        tokens, position = embed(vit.eval(), images)
+        vit.train(was_training)
+        traits["tokens"] = _sums(tokens)
+        traits["position"] = None if position is None else _sums(position)
+    return traits
+
+
+def describe_pooling(vit: ViT) -> str:
+    """How a ViT pools, such as "token", "avg" or "avg with prefix tokens"; a class outside timm is named."""
+    module = type(vit).forward_head.__module__
+    with_prefix = " with prefix tokens" if getattr(vit, "pool_include_prefix", False) else ""
+    own = "" if module.startswith("timm.") else f" of {type(vit).__name__}"
+    return f"{vit.global_pool or 'none'}{with_prefix}{own}"
+
+
+def differing_trait(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """The first trait in which two results of `traits_of` differ, for a message; None if they agree.
+
+    Sums may differ by 2 % of the root mean square, since weights may be rounded to bfloat16. A trait that is None is
+    not compared.
+    """
+    for name, label in TRAITS.items():
+        one, other = wanted[name], found[name]
+        if one is None or other is None or one == other:
+            continue
+        if name not in SAMPLED:
+            return f"{label} {other}, not {one}"
+        most = 1e-5 if name == "activation" else 2e-2 * one[0]
+        if len(one) != len(other) or any(abs(a - b) > most for a, b in zip(one, other, strict=True)):
+            return f"another {label}"
+    return None
+
+
+def _sums(tensor: Tensor) -> list[float] | None:
+    """Root mean square of a tensor, and eight sums with fixed weights, which a change of any number changes."""
+    numbers = tensor.detach().double().flatten().cpu()
+    scaled, places = numbers / len(numbers) ** 0.5, torch.arange(1, len(numbers) + 1, dtype=torch.float64)
+    sums = [scaled.norm(), *(scaled @ (places * root**0.5).cos() for root in (2, 3, 5, 7, 11, 13, 17, 19))]
+    rounded = [float(f"{number:.6g}") for number in sums]
+    return rounded if all(map(math.isfinite, rounded)) else None
+
+
 def norms_of(vit: ViT) -> list[nn.Module]:
     """Norm layers of a ViT, except those of a convolutional stem."""
     return [module for module in vit.modules() if isinstance(module, NORMS)]
@@ -136,14 +227,67 @@ def check_supported(vit: nn.Module) -> None:
         raise TypeError(f"{type(vit).__name__} cannot be prompted; supported are {supported} ({examples})")
 
 
+def check_images(images: object, vit: ViT | None = None) -> None:
+    """Raise an error that names `images` unless they are (B, C, H, W) in floating point, and of the size of the ViT.
+
+    Numbers that are not finite are not looked for: the results are nan, too.
+
+    Raises:
+        TypeError: They are no tensor, or of another dtype.
+        ValueError: The shape, the number of channels, the size or the device is not that of the ViT.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: must be a torch.Tensor (B, 3, H, W), got {type(images).__name__}")
+    if images.ndim != 4:
+        raise ValueError(f"images: must be (B, 3, H, W), got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images: must be normalised numbers in floating point, got {images.dtype}; see preprocessing_of"
+        )
+    if vit is None:
+        return
+    kernel, own, size = next(vit.patch_embed.parameters()), vit.patch_embed.img_size, tuple(images.shape[-2:])
+    if images.device != kernel.device:
+        raise ValueError(f"images: are on {images.device}, and the backbone is on {kernel.device}; move one of them")
+    if kernel.ndim == 4 and images.shape[1] != kernel.shape[1]:
+        raise ValueError(f"images: must have {kernel.shape[1]} channels for this backbone, got {tuple(images.shape)}")
+    if own is not None and vit.patch_embed.strict_img_size and size != tuple(own):
+        how = f"resize them, or create the ViT with img_size={size}"
+        raise ValueError(f"images: must be {tuple(own)} px, height and width, for this backbone, got {size}; {how}")
+
+
+def check_input_size(vit: ViT) -> None:
+    """Raise a ValueError if the patches do not cover the whole input, so that no token would see its right or bottom.
+
+    `load_vit` does not refuse such a size, since a task file of version 0.1 may have it.
+    """
+    embed: Any = vit.patch_embed
+    size, patch = embed.img_size, embed.patch_size
+    if size is None or getattr(embed, "dynamic_img_pad", False):
+        return
+    lower, higher = ([f(s / p) * p for s, p in zip(size, patch, strict=True)] for f in (math.floor, math.ceil))
+    if lower == higher:
+        return
+    given, *near = (str(sides[0] if sides[0] == sides[1] else list(sides)) for sides in (size, lower, higher))
+    raise ValueError(
+        f"img_size={given}: not whole patches of {patch[0]} x {patch[1]} px, so that the right or lower edge of images "
+        f"would not be seen; use img_size={' or '.join(near if min(lower) else near[1:])}"
+    )
+
+
 def grid_size(vit: ViT, images: Tensor) -> tuple[int, int]:
     """Rows and columns of the patch tokens of images (B, 3, H, W)."""
+    check_images(images, vit)
     rows, columns = vit.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
     return int(rows), int(columns)
 
 
 def embed(vit: ViT, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Tokens (B, N, D) that enter block 0, and their position, which is the same for all images of one size."""
+    """Tokens (B, N, D) that enter block 0, and their position, which is the same for all images of one size.
+
+    For errors see `check_images`.
+    """
+    check_images(images, vit)
     tokens = vit.patch_embed(images.to(next(vit.patch_embed.parameters()).dtype))
     if isinstance(vit, Beit):
         tokens = torch.cat([vit.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
@@ -193,6 +337,20 @@ class _DamagedDownloadError(ValueError):
     """A downloaded file that differs from the file on the hub."""
 
 
+def _check_connection(name: str) -> None:
+    """Ask the hub once for weights that are not in its cache: its client would repeat each request for a minute."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if config is None or not config.hf_hub_id or constants.HF_HUB_OFFLINE:
+        return
+    folder = f"models--{config.hf_hub_id.replace('/', '--')}"
+    if any(Path(constants.HF_HUB_CACHE).glob(f"{folder}/snapshots/*/*")):
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # those of the hub's client, of its library and of sockets
+        raise ConnectionError(f"{constants.ENDPOINT} cannot be reached: {_first_line(error)}") from error
+
+
 @contextmanager
 def _checked_downloads() -> Iterator[None]:
     """Verify files that are added to the hub's cache inside this context by the sha256 in their name.
@@ -221,6 +379,11 @@ def _load_checkpoint(vit: ViT, name: str, path: Path) -> None:
         _refuse_packed(path)
         state = family.checkpoint_filter_fn(load_state_dict(str(path), device="cpu", weights_only=True), vit)
         missing, unexpected = vit.load_state_dict(state, strict=False)
+    except AttributeError as error:  # of timm, for a tensor or a list
+        how = "torch.save(vit.state_dict(), PATH)"
+        raise ValueError(
+            f"checkpoint={path}: does not fit {name}: it is no dict of weights; write it by {how}"
+        ) from error
     except Exception as error:  # safetensors, pickle, timm and torch raise various exceptions
         raise ValueError(f"checkpoint={path}: does not fit {name}: {_first_line(error)}") from error
     odd = [key for key in unexpected if not key.startswith(("head.", "head_dist."))]

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vpt.engine.metrics.detection import MIN_SCORE
-from vpt.plots.figure import Pixels, fit, legible_names, pixel_axes, render, show, text_width
+from vpt.plots.figure import Pixels, fit, legible_name, pixel_axes, render, show, text_width
 from vpt.plots.grid import image_grid
 
 MAX_IMAGES = 8
@@ -79,7 +79,7 @@ def draw_boxes(
     if not len(corners) == len(values) == len(dashed) == n:
         raise ValueError(f"{len(corners)} boxes came with {n} labels, {len(values)} scores, {len(dashed)} crowds")
     line, font = max(1, round((H + W) * 0.002)), max(9, round((H + W) * 0.01))
-    names, axes = legible_names(classes), pixel_axes(W, H)
+    axes = pixel_axes(W, H)
     show(axes, image, 0, 0, W, H)
     for box, label, score, is_crowd in reversed(list(zip(corners, labels, values, dashed, strict=True))):
         if not np.isfinite(box).all():
@@ -91,7 +91,7 @@ def draw_boxes(
         frame.set(snap=False, antialiased=False, linestyle=(0, (4, 3)) if is_crowd else "solid")
         axes.add_patch(frame)
         mark = ("" if score is None else f" {score:.2f}") + (", crowd" if is_crowd else "")
-        name = fit(names[int(label)], W - 4 * line - text_width(mark, font), font) + mark
+        name = fit(legible_name(classes[int(label)], int(label)), W - 4 * line - text_width(mark, font), font) + mark
         if name:
             is_above = y1 >= 1.6 * font
             y = y1 - 2 * line if is_above else min(y1 + 2 * line, H - 1.6 * font)

@@ -2,6 +2,7 @@
 
 import functools
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ Pixels = NDArray[np.uint8]
 INK = "#202124"
 PALE = "#cdd0d4"
 
+MAX_LETTERS = 500  # of a line that is drawn
 _DPI = 72  # sizes of fonts and lines in points are pixels
 
 
@@ -48,8 +50,11 @@ def one_line(text: str, max_letters: int) -> str:
 
 def fit(text: str, width: float, size: float) -> str:
     """The longest `one_line` of a text that fits into a width in pixels; at least one letter."""
-    lines = (one_line(text, num) for num in range(len(text), 1, -1))
-    return next((line for line in lines if text_width(line, size) <= width), one_line(text, 1))
+    text = one_line(text[:MAX_LETTERS], MAX_LETTERS)
+    if text_width(text, size) <= width:
+        return text
+    num = bisect_right(range(2, len(text)), width, key=lambda num: text_width(one_line(text, num), size)) + 1
+    return one_line(text, num)
 
 
 def text_width(text: str, size: float) -> float:
@@ -59,12 +64,15 @@ def text_width(text: str, size: float) -> float:
 
 
 def legible_names(classes: Sequence[str], max_letters: int = 200) -> list[str]:
-    """Names of classes as `one_line`; "class 3" for a name with letters that the font lacks, which would look alike."""
-    names = [one_line(name, max_letters) for name in classes]
-    return [
-        f"class {label}" if name.count("?") > given.count("?") else name
-        for label, (name, given) in enumerate(zip(names, classes, strict=True))
-    ]
+    """Names of classes as `legible_name`."""
+    return [legible_name(name, label, max_letters) for label, name in enumerate(classes)]
+
+
+def legible_name(given: str, label: int, max_letters: int = 200) -> str:
+    """The name of a class as `one_line`; "class 3" for one with letters that the font lacks, which would look alike."""
+    given = given[: 2 * max_letters]
+    name = one_line(given, max_letters)
+    return f"class {label}" if name.count("?") > given.count("?") else name
 
 
 @functools.cache

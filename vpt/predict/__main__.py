@@ -32,6 +32,7 @@ the file name, as in 000139.jpg, if all names are numbers; else images are count
 result also has the file_name, relative to the folder of the input.
 No image of the input and no existing YOLO text file is overwritten; other files are.
 Images that cannot be read are listed and skipped; the exit code is then 1.
+Without output, the predictions for a single image are printed: class and probability, or class, score and box.
 
 Results are stored in OUTPUT.partial until all are done. If the command was stopped, type it again: it resumes after
 them, and predicts again only what has changed meanwhile; batch_size, device and checkpoint may be others. Another
@@ -47,8 +48,11 @@ class PredictOptions:
         about="an image, a folder with its sub-folders, a pattern in quotes such as 'photos/**/*.jpg', or a video",
         shown="PATH",
     )
-    output: str = option(
-        about=".csv, .parquet or .json; for boxes .json is COCO results, and a folder is YOLO text files", shown="FILE"
+    output: str | None = option(
+        None,
+        ".csv, .parquet or .json; for boxes .json is COCO results, and a folder is YOLO text files; "
+        "without it the predictions for one image are printed",
+        shown="FILE",
     )
     task: str | None = option(
         None,
@@ -88,9 +92,10 @@ def main() -> None:
     try:
         unreadable = predict_run(options)
     except KeyboardInterrupt:
-        progress = _progress_path(options)
+        progress = None if options.output is None else _progress_path(options.output)
         resume = f"interrupted; type the same command again to resume; finished batches are stored in {progress}"
-        fail(RuntimeError(resume if progress.exists() else "interrupted before the first batch was done"), INTERRUPTED)
+        is_begun = progress is not None and progress.exists()
+        fail(RuntimeError(resume if is_begun else "interrupted before the first batch was done"), INTERRUPTED)
     except (ValueError, TypeError, OSError) as error:
         fail(error)
     if unreadable:
@@ -105,9 +110,14 @@ def predict_run(options: PredictOptions) -> list[str]:
     for path in inputs.paths:
         if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
             raise ConfigError(f"input={options.input}: the name of {str(path)!r} is not UTF-8; rename that image")
+    if options.output is None and len(inputs.paths) > 1:
+        raise ConfigError(f"output is needed for {len(inputs.paths):,} images: type output=FILE.csv")
     tasks = _open(options)
+    _check_options(options, tasks)
+    if options.output is None:
+        return _print_one(inputs, tasks, options)
     writer = _writer(options, tasks, inputs)
-    progress_file = ProgressFile(_progress_path(options), _command(options, tasks))
+    progress_file = ProgressFile(_progress_path(options.output), _command(options, tasks))
     results = _earlier(inputs, writer, progress_file, options.batch_size)
     with closing(progress_file):
         results |= _predict(inputs, tasks, writer, progress_file, results, options.batch_size)
@@ -123,6 +133,28 @@ def predict_run(options: PredictOptions) -> list[str]:
         none = f"none of its images can be read ({len(unreadable)}); nothing was written"
         tell(ConfigError(f"input={options.input}: {none}"))
     return unreadable
+
+
+def _print_one(inputs: "Inputs", tasks: "OpenTasks", options: PredictOptions) -> list[str]:
+    """Print what each task finds in the only image; return why it cannot be read."""
+    from vpt.predict.open_tasks import run_model
+    from vpt.storage.text import printable
+    from vpt.task_types.base import AnswerLimits, task_type_named
+
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("top_k", "min_score", "max_detections")}
+    limits = AnswerLimits(**{name: value for name, value in given.items() if value is not None})
+    for name in ("drawings", "max_overlap", "classes"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"{name}={getattr(options, name)}: needs output=FILE")
+    ((prepared,),) = inputs.read([inputs.paths], tasks.prepare)
+    if isinstance(prepared, str):
+        raise ConfigError(prepared)
+    for name, (output,) in run_model(tasks, [prepared]).items():
+        answer = task_type_named(tasks.task_type).to_answer(tasks.metadata[name], output, prepared.size, limits)
+        for found in answer["predictions"]:
+            row = [printable(str(value)) for value in found.values()]
+            print(*([name] if len(tasks.metadata) > 1 else []), *row, sep="\t")
+    return []
 
 
 def _earlier(inputs: "Inputs", writer: "PredictionWriter", progress_file: "ProgressFile", size: int) -> "Results":
@@ -218,22 +250,29 @@ def _open(options: PredictOptions) -> "OpenTasks":
     raise ConfigError("task is needed: type task=FILE, or run=FOLDER")
 
 
-def _writer(options: PredictOptions, tasks: "OpenTasks", inputs: "Inputs") -> "PredictionWriter":
-    """The writer of the tasks' type, after a check that no option is only for other types."""
+def _check_options(options: PredictOptions, tasks: "OpenTasks") -> None:
+    """Refuse options that are only for other types of task."""
     from vpt.task_types.base import task_type_named, task_types
 
-    writer, values = task_type_named(tasks.task_type).writer, asdict(options)
-    for name in {name for of in task_types().values() for name in of.writer.options} - {*writer.options}:
-        if values.get(name) is not None:
+    own = task_type_named(tasks.task_type).writer.options
+    for name in {name for of in task_types().values() for name in of.writer.options} - {*own}:
+        if getattr(options, name, None) is not None:
             raise ConfigError(f"{name}: is not for a {tasks.task_type} task, which {tasks.origin} is")
-    made = writer(tasks.metadata, tasks.origin, values, inputs.root, inputs.paths)
+
+
+def _writer(options: PredictOptions, tasks: "OpenTasks", inputs: "Inputs") -> "PredictionWriter":
+    """The writer of the tasks' type."""
+    from vpt.task_types.base import task_type_named
+
+    writer = task_type_named(tasks.task_type).writer
+    made = writer(tasks.metadata, tasks.origin, asdict(options), inputs.root, inputs.paths)
     for name, selection in made.selection.items():
         tasks.select(name, selection)
     return made
 
 
-def _progress_path(options: PredictOptions) -> Path:
-    return Path(f"{Path(options.output).expanduser()}.partial")
+def _progress_path(output: str) -> Path:
+    return Path(f"{Path(output).expanduser()}.partial")
 
 
 def _command(options: PredictOptions, tasks: "OpenTasks") -> dict[str, Any]:

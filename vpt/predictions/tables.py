@@ -1,9 +1,9 @@
 """Tables of predictions, as the bytes of a CSV or a parquet file."""
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from vpt.storage.text import to_csv
 
 Columns = Mapping[str, type]  # name -> str or float
 ENDINGS = (".csv", ".parquet")
@@ -22,7 +22,7 @@ def check_table(ending: str) -> None:
 def to_table(columns: Columns, rows: Iterable[Sequence[Any]], ending: str, digits: int | None = None) -> bytes:
     """A table, ".csv" or ".parquet", whose rows have values in the order of the columns; None is an empty cell.
 
-    In CSV numbers have `digits` decimals; None writes all.
+    In CSV numbers have `digits` decimals; None writes all. Text that begins like a formula is escaped, see `to_csv`.
 
     Example:
         >>> print(to_table({"path": str, "score": float}, [["a.jpg", 0.75]], ".csv").decode(), end="")
@@ -31,14 +31,7 @@ def to_table(columns: Columns, rows: Iterable[Sequence[Any]], ending: str, digit
     """
     if ending == ".parquet":
         return _to_parquet(columns, rows)
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow(
-            [f"{cell:.{digits}f}" if digits is not None and isinstance(cell, float) else cell for cell in row]
-        )
-    return buffer.getvalue().encode()
+    return to_csv(columns, rows, digits)
 
 
 def _to_parquet(columns: Columns, rows: Iterable[Sequence[Any]]) -> bytes:

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from vpt.build import Data, TrainedRun
 from vpt.config.errors import ConfigError
@@ -33,11 +35,20 @@ def read_run(
     config.augment.transforms = []
     config.data.range = format_range(run.preprocessing.range)
     task_type = task_type_of(config)
-    samples = task_type.read()
+    try:
+        samples = task_type.read()
+    except (ValueError, OSError) as error:
+        place = config.dataset.root
+        if place is None or Path(place).expanduser().exists():
+            raise
+        moved = f"root={place}: no such file or folder"
+        moved += "; if the data of this run have moved, add root=PATH" if root is None else ""
+        raise ConfigError(moved) from error
     for split in splits:
         if split not in samples:
             raise ConfigError(f"split={split}: this data set has {', '.join(samples)}")
-        _check_classes("the data of this run" if root is None else f"root={root}", samples[split], run.model)
+    for members in samples.values():
+        _check_classes("the data of this run" if root is None else f"root={root}", members, run.model)
     return task_type, task_type.build_data(samples, run.metadata.preprocessing)
 
 
@@ -46,7 +57,7 @@ def _check_classes(given: str, samples: Any, model: Any) -> None:
     for key in ("classes", "category_ids"):
         of_data, of_task = getattr(samples, key, None) or (), getattr(model, key, None) or ()
         for label, (one, other) in enumerate(zip_longest(of_data, of_task, fillvalue="missing")):
-            if one != other:
+            if normalize("NFC", str(one)) != normalize("NFC", str(other)):  # names were not composed in 0.1
                 raise ConfigError(
                     f"{given}: {key}[{label}] is {one} in the data and {other} in the task file; the data must have "
                     f"those of the task file, in this order: {', '.join(map(str, of_task[:20]))}"

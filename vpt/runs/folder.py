@@ -1,9 +1,10 @@
 """The folder of a run: its name, its lock, and whether the run in it has finished or can be resumed.
 
 The same command resumes in the same folder. Without `run.name`, and in a sweep, the name of the folder ends in a digest
-of all settings that decide the result, so that each config has a folder of its own.
+of all settings that decide the result, so that each config has a folder of its own, also one with a name of 0.1.
 """
 
+import glob
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ from typing import Any, Self
 import yaml
 
 from vpt.config.errors import ConfigError, first_line
+from vpt.config.naming import data_name
 from vpt.config.saved import PLACES, ROUNDING, WITHOUT_EFFECT, first_names, rename_keys, to_plain
 from vpt.config.schema import Config, Mode, TrainConfig
 from vpt.engine.checkpoint import NAMES, NEW
@@ -43,10 +45,17 @@ class RunFolder:
 
     def __init__(self, config: Config, shown: Config, *, is_sweep: bool = False) -> None:
         self.config, self.values = config, to_plain(shown)
-        name = config.run.name or config.run.title
-        if config.run.name is None or is_sweep:
-            name += f"_{_digest(to_plain(config), is_sweep)[:8]}"
-        self.path = Path(config.run.root).expanduser() / (name + ("_dry" if config.mode is Mode.dry else ""))
+        run, root = config.run, Path(config.run.root).expanduser()
+        dry = "_dry" if config.mode is Mode.dry else ""
+        self.path = root / f"{run.name}{dry}"
+        if run.name is None or is_sweep:
+            start, end = f"{run.name}_" if run.name else "", f"_{_digest(to_plain(config), is_sweep)[:8]}{dry}"
+            of_0_1 = run.name or f"{config.dataset.title}_{config.tuning.title}{config.head.title}"
+            named = [root / f"{start}{run.title}{end}", root / f"{of_0_1}{end}"]
+            data = f"{data_name(self.values['dataset'])}_"
+            if run.title.startswith(data):  # the same config, typed with other words
+                named += sorted(root.glob(f"{glob.escape(start + data)}*{end}"))
+            self.path = next((path for path in named if path.is_dir()), named[0])
         self.task, self.result_file = self.path / TASK, self.path / RESULT
         self.config_text = yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True)
         self.is_finished = self.is_extended = False

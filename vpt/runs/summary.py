@@ -12,7 +12,6 @@ from vpt.build import Data, choose_precision
 from vpt.config.schema import Config, Dtype
 from vpt.data.samples import Samples
 from vpt.engine.console import format_table, percent
-from vpt.engine.monitor import Monitor
 from vpt.engine.state import FitResult
 from vpt.models.task_file import task_tensors
 from vpt.models.task_model import TaskModel
@@ -129,15 +128,3 @@ def describe_result(result: FitResult, metrics: Mapping[str, Mapping[str, float]
             f"task file  {task} ({task.stat().st_size / 1000:,.0f} kB)",
         ]
     )
-
-
-def log_start(monitor: Monitor, config_text: str, summary: str) -> None:
-    """Log the config and the summary."""
-    monitor.text("config", f"```yaml\n{config_text}\n```")
-    monitor.text("summary", f"```\n{summary}\n```")
-
-
-def log_hparams(monitor: Monitor, values: Mapping[str, object], result: FitResult, test: Mapping[str, float]) -> None:
-    """Log the row of a run in the table of hyperparameters; `values` are those of its config."""
-    results = {f"best/val_{name}": value for name, value in result.best.items()}
-    monitor.hparams(values, results | {f"best/test_{name}": value for name, value in test.items()})

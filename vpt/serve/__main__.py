@@ -33,7 +33,7 @@ class ServeOptions:
 
     tasks: str = option(
         about="task files, each named as its file, a task.safetensors as its folder, which must all be usable; or a "
-        "folder, whose unusable files are skipped",
+        "folder of them or of runs, whose unusable files are skipped",
         shown="FILE,FILE",
     )
     backbone: str | None = option(None, "timm name of the backbone; by default that of the first task", shown="NAME")
@@ -70,15 +70,14 @@ def serve(options: ServeOptions) -> None:
         raise ConfigError(f"{', '.join(missing)} is not installed: run {INSTALL}")
     paths, folder = _find_tasks(options)
     with _listen(options.host, options.port) as listener:
-        import uvicorn
-
         from vpt.serve.app import make_app
+        from vpt.serve.connections import make_server
         from vpt.serve.service import Settings
 
         bank = _open_bank(options, paths)
         limits = (options.max_batch, options.max_wait_ms, options.max_queue, options.max_body_mb, options.timeout_s)
         app = make_app(bank, Settings(*limits, folder=folder, is_local=options.host in LOCAL))
-        server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="warning", access_log=False))
+        server = make_server(app, options.timeout_s)
         for line in _greeting(options, listener, bank.names):
             print(line, flush=True)
         for ending in (signal.SIGINT, signal.SIGTERM):
@@ -96,6 +95,9 @@ def _find_tasks(options: ServeOptions) -> tuple[dict[str, Path], Path | None]:
             raise ConfigError(f"uploads=true requires a folder, and tasks={options.tasks} is none")
         return name_task_files("tasks", options.tasks), None
     paths = {path.stem: path for path in sorted(root.glob(f"*{ENDING}")) if not path.name.startswith(".")}
+    if not paths and not options.uploads:  # a folder of runs
+        runs = [path.parent for path in sorted(root.rglob(f"task{ENDING}"))]
+        paths = {"_".join(run.relative_to(root).parts): run / f"task{ENDING}" for run in runs}
     if not paths and not (options.uploads and options.backbone):
         raise ConfigError(
             f"tasks={options.tasks}: contains no task file ({ENDING}); copy one into it, or use "
@@ -147,10 +149,17 @@ def _skip_errors() -> Iterator[None]:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Open the socket first, so that a port in use is noticed before anything is loaded."""
+    """Take the port, so that one in use is noticed before anything is loaded; the server listens when it can answer."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family)
+        listener = socket.socket(family)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address[:2])
+        except BaseException:
+            listener.close()
+            raise
+        return listener
     except OSError as error:
         what = str(error.strerror).partition(" (")[0]
         raise ConfigError(f"host={host} port={port}: {what}; choose another, or port=0") from error

@@ -1,7 +1,7 @@
 """Web application around a task bank: routes, refusals and shutdown.
 
 The body of a request is read up to a limit, into memory only; it gets places in the queue, or 429; its images are
-decoded and prepared by a few threads; the batcher runs them, mixed with those of other requests and tasks.
+decoded by a few processes and prepared by a few threads; the batcher runs them, mixed with those of other requests.
 """
 
 import asyncio
@@ -13,22 +13,28 @@ from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException, Path, Query, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import TypeAdapter
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vpt.config.errors import did_you_mean
 from vpt.data.images import ImageError
 from vpt.models.bank import TaskBank
 from vpt.serve.batcher import QueueFull
 from vpt.serve.bodies import Bodies
-from vpt.serve.schemas import Answer, Health, Problem, TaskDescription
+from vpt.serve.schemas import Answer, Health, Problem, Ready, TaskDescription, clean_name
 from vpt.serve.service import ModelError, Service, Settings
 from vpt.task_types.base import AnswerLimits
 from vpt.version import __version__
 
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+MAX_TOP = 1000  # classes or boxes of an image and a task
+DESCRIPTIONS = TypeAdapter(list[TaskDescription])
 HOW_TO_ALLOW = "task files cannot be changed; start the server with uploads=true"
 
 BINARY = {"type": "string", "format": "binary"}
@@ -55,7 +61,10 @@ def make_app(bank: TaskBank, settings: Settings | None = None) -> FastAPI:
         yield
         await asyncio.to_thread(service.close)
 
-    app = FastAPI(title="vpt", version=__version__, lifespan=lifespan, redoc_url=None)
+    checks = [Depends(_check_query)]
+    app = FastAPI(title="vpt", version=__version__, lifespan=lifespan, redoc_url=None, dependencies=checks)
+    if settings.is_local:
+        app.add_middleware(LocalHosts)
     _add_handlers(app)
     _add_page(app)
     _add_predict(app, service, bodies)
@@ -66,14 +75,19 @@ def make_app(bank: TaskBank, settings: Settings | None = None) -> FastAPI:
 def _add_predict(app: FastAPI, service: Service, bodies: Bodies) -> None:
     settings = service.settings
 
-    @app.post("/predict", openapi_extra=IMAGES, responses=problems(404, 409, 413, 415, 422, 429, 500, 504))
+    @app.post(
+        "/predict",
+        response_model=Answer,
+        openapi_extra=IMAGES,
+        responses=problems(404, 409, 413, 415, 422, 429, 500, 504),
+    )
     async def predict(
         request: Request,
         task: Annotated[list[str], Query(description="name of a task; may be repeated")],
-        top_k: Annotated[int, Query(ge=1, description="classification: most classes per image")] = 5,
+        top_k: Annotated[int, Query(ge=1, le=MAX_TOP, description="classification: most classes per image")] = 5,
         min_score: Annotated[float, Query(ge=0, le=1, description="detection: lowest score of a box")] = 0.25,
-        max_detections: Annotated[int, Query(ge=1, description="detection: most boxes per image")] = 100,
-    ) -> Answer:
+        max_detections: Annotated[int, Query(ge=1, le=MAX_TOP, description="detection: most boxes per image")] = 100,
+    ) -> Response:
         """Predict one or more images with one or more tasks."""
         tasks = service.tasks(task)
         async with _limited(request, bodies, settings.timeout_s):
@@ -81,11 +95,21 @@ def _add_predict(app: FastAPI, service: Service, bodies: Bodies) -> None:
             if len(uploads) * len(tasks) > settings.max_queue:
                 what = f"{len(uploads)} images for {len(tasks)} tasks are more than {settings.max_queue} predictions"
                 raise HTTPException(413, f"{what}; send fewer at a time")
-            return await service.predict(uploads, tasks, AnswerLimits(top_k, min_score, max_detections))
+            answer = await service.predict(uploads, tasks, AnswerLimits(top_k, min_score, max_detections))
+        return Response(answer, media_type="application/json")
+
+    @app.get("/ready", responses=problems(503))
+    async def ready() -> Ready:
+        """Whether predictions are accepted now."""
+        if not service.bank.names:
+            raise HTTPException(503, "there is no task yet")
+        if service.batcher.taken >= settings.max_queue:
+            raise HTTPException(503, f"all {settings.max_queue} places of the queue are taken")
+        return Ready()
 
     @app.get("/health")
     async def health() -> Health:
-        """State of the server."""
+        """State of the server, which answers also while it accepts no predictions."""
         totals = service.batcher.totals
         return Health(
             tasks=len(service.bank.names),
@@ -102,10 +126,11 @@ def _add_predict(app: FastAPI, service: Service, bodies: Bodies) -> None:
 def _add_tasks(app: FastAPI, service: Service, bodies: Bodies) -> None:
     settings = service.settings
 
-    @app.get("/tasks")
-    async def list_tasks() -> list[TaskDescription]:
+    @app.get("/tasks", response_model=list[TaskDescription])
+    async def list_tasks() -> Response:
         """Describe all tasks."""
-        return [service.describe(name) for name in service.bank.names]
+        answer = await asyncio.to_thread(lambda: DESCRIPTIONS.dump_json(service.describe_all()))
+        return Response(answer, media_type="application/json")
 
     @app.get("/tasks/{name}", responses=problems(404))
     async def show_task(name: str) -> TaskDescription:
@@ -121,19 +146,20 @@ def _add_tasks(app: FastAPI, service: Service, bodies: Bodies) -> None:
         request: Request, response: Response, name: Annotated[str, Path(description="letters, digits, _ and -")]
     ) -> TaskDescription:
         """Upload a task file, replacing the task of this name; only with uploads=true."""
-        _check_change(request, settings)
+        _check_change(settings)
         if not TASK_NAME.fullmatch(name):
             raise HTTPException(422, "the name of a task must have 1 to 64 of the characters a-z, A-Z, 0-9, _ and -")
         async with _limited(request, bodies, settings.timeout_s):
             data = await bodies.read(request)
-            if await asyncio.wrap_future(service.changes.submit(service.put, name, data)):
-                response.status_code = 201
-        return service.describe(name)
+            is_new, description = await asyncio.wrap_future(service.changes.submit(service.put, name, data))
+        if is_new:
+            response.status_code = 201
+        return description
 
     @app.delete("/tasks/{name}", status_code=204, responses=problems(403, 404))
-    async def delete_task(request: Request, name: str) -> None:
+    async def delete_task(name: str) -> None:
         """Remove a task and delete its file; only with uploads=true."""
-        _check_change(request, settings)
+        _check_change(settings)
         await asyncio.wrap_future(service.changes.submit(service.delete, name))
 
 
@@ -149,13 +175,32 @@ async def _limited(request: Request, bodies: Bodies, timeout_s: float) -> AsyncI
         bodies.release(request)
 
 
-def _check_change(request: Request, settings: Settings) -> None:
-    """Refuse changes that are not allowed, or come from a web page under a foreign host name (DNS rebinding)."""
+def _check_change(settings: Settings) -> None:
     if settings.folder is None:
         raise HTTPException(403, HOW_TO_ALLOW)
-    host = request.headers.get("host", "")
-    if settings.is_local and re.sub(r":\d+$", "", host) not in LOCAL_HOSTS:
-        raise HTTPException(403, f"task files can only be changed through {LOCAL_HOSTS[0]} or {LOCAL_HOSTS[1]}")
+
+
+def _check_query(request: Request) -> None:
+    """Refuse query parameters that the route does not have."""
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            what = did_you_mean(name, known) if known else "; there are none here"
+            raise HTTPException(422, f"{clean_name(name)}: no such query parameter{what}")
+
+
+class LocalHosts:
+    """Refuses requests under the host name of a web page that points to this machine (DNS rebinding)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on if its host is this machine."""
+        app = self.app
+        if scope["type"] == "http" and re.sub(r":\d+$", "", Headers(scope=scope).get("host", "")) not in LOCAL_HOSTS:
+            app = JSONResponse({"detail": f"send the request to {' or '.join(LOCAL_HOSTS)}"}, 403)
+        await app(scope, receive, send)
 
 
 def _add_page(app: FastAPI) -> None:

@@ -7,7 +7,8 @@ from fastapi import HTTPException, Request
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from vpt.serve.batcher import QueueFull
-from vpt.serve.schemas import Upload, clean_name
+from vpt.serve.decoding import Upload
+from vpt.serve.schemas import clean_name
 
 FIELDS = ("images", "file")  # of a form
 NUM_HELD = 16  # bodies of the largest size in memory, of all requests together

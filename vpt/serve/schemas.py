@@ -1,25 +1,23 @@
-"""Requests and answers of the server: uploaded images, jobs for the bank, and JSON schemas.
+"""Requests and answers of the server: jobs for the bank, and JSON schemas.
 
 Classes derived from `BaseModel`, and the answers of the task types, are in /openapi.json.
 """
 
-import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from PIL import Image
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from vpt.data.images import DEFAULT_DECODING, FORMATS, Decoding, ImageError, read_image
+from vpt.data.images import Decoding
 from vpt.data.samples import Size
 from vpt.data.transforms.images import EvalTransform
 from vpt.data.transforms.preprocessing import Preprocessing, letterboxed_size
 from vpt.models.task_schema import TaskMetadata
 from vpt.task_types.base import task_types
 
-MAX_RATIO = 100  # of the sides: an image of one row would be resized to one that fills the memory
 MAX_NAME = 200  # characters of an image name
 
 
@@ -67,6 +65,12 @@ class TaskDescription(BaseModel):
     bytes: int = Field(description="memory of the task, without the backbone")
 
 
+class Ready(BaseModel):
+    """The server accepts predictions."""
+
+    status: Literal["ready"] = "ready"
+
+
 class Health(BaseModel):
     """State of the server."""
 
@@ -79,14 +83,6 @@ class Health(BaseModel):
     max_queue: int
     max_body_bytes: int
     uploads: bool = Field(description="whether task files may be uploaded and deleted")
-
-
-@dataclass(frozen=True)
-class Upload:
-    """An uploaded image file."""
-
-    name: str
-    data: bytes
 
 
 @dataclass(frozen=True)
@@ -113,8 +109,8 @@ def clean_name(name: str | None) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in name or "")[:MAX_NAME].strip() or "image"
 
 
-def prepare(upload: Upload, tasks: Mapping[str, TaskMetadata]) -> list[Job]:
-    """Decode an image, and prepare it for each task; for errors see `read_upload`."""
+def prepare(decode: Callable[[Decoding], Image.Image], tasks: Mapping[str, TaskMetadata]) -> list[Job]:
+    """Decode an image as each task requires, and prepare it for the task."""
     jobs: list[Job] = []
     images: dict[Decoding, Image.Image] = {}
     prepared: dict[Preprocessing, tuple[Tensor, Size]] = {}
@@ -122,7 +118,7 @@ def prepare(upload: Upload, tasks: Mapping[str, TaskMetadata]) -> list[Job]:
         preprocessing = Preprocessing.from_dict(metadata.preprocessing)
         decoding = preprocessing.decoding
         if decoding not in images:
-            images[decoding] = read_upload(upload, decoding)
+            images[decoding] = decode(decoding)
         image = images[decoding]
         size = (image.height, image.width)
         if preprocessing not in prepared:
@@ -133,32 +129,8 @@ def prepare(upload: Upload, tasks: Mapping[str, TaskMetadata]) -> list[Job]:
     return jobs
 
 
-def read_upload(upload: Upload, decoding: Decoding = DEFAULT_DECODING) -> Image.Image:
-    """Decode an image from memory as `read_image` does; ImageError, beginning with its name, if it cannot be used."""
-    try:
-        image = read_image(cast(Any, _NamedBytes(upload)), decoding)
-    except TypeError as error:  # from the check whether the file is empty
-        what = "not an image, or its header is broken" if upload.data else "the file is empty"
-        raise ImageError(f"{upload.name}: {what}; supported are {', '.join(FORMATS)}") from error
-    sides = sorted(image.size)
-    if sides[1] > MAX_RATIO * sides[0]:
-        raise ImageError(f"{upload.name}: {image.width} x {image.height} pixels are too narrow; crop the image")
-    return image
-
-
 def describe(name: str, metadata: TaskMetadata, num_bytes: int) -> TaskDescription:
     """The public description of a task, without the config of its training, which may name folders."""
     fields = ("task_type", "backbone", "prompt", "preprocessing", "metrics", "licence", "note")
     shown = {field: getattr(metadata, field) for field in fields}
     return TaskDescription(name=name, classes=metadata.class_names, bytes=num_bytes, **shown)
-
-
-class _NamedBytes(io.BytesIO):
-    """A file in memory with a name for messages."""
-
-    def __init__(self, upload: Upload) -> None:
-        super().__init__(upload.data)
-        self._name = upload.name
-
-    def __str__(self) -> str:
-        return self._name

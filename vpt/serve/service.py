@@ -1,12 +1,14 @@
 """Service: a bank behind a batcher, and the folder of uploaded task files."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,11 +20,13 @@ from vpt.models.bank import TaskBank
 from vpt.models.task_file import read_task
 from vpt.models.task_schema import TaskMetadata
 from vpt.serve.batcher import Batcher
-from vpt.serve.schemas import Answer, Found, ImageAnswer, Job, TaskDescription, Upload, clean_name, describe, prepare
+from vpt.serve.decoding import Decoders, Upload
+from vpt.serve.schemas import Found, ImageAnswer, Job, TaskDescription, clean_name, describe, prepare
 from vpt.storage.files import write_bytes
 from vpt.task_types.base import AnswerLimits, task_type_named
 
 NUM_SHOWN = 50  # names in a message
+MAX_ANSWER = 8_000_000  # bytes of an answer
 ResultT = TypeVar("ResultT")
 logger = logging.getLogger(__name__)
 
@@ -36,6 +40,7 @@ class Settings:
     max_queue: int = 256  # predictions (an image and a task) that are accepted and not yet answered
     max_body_mb: float = 20.0  # millions of bytes of a request
     timeout_s: float = 30.0  # longest duration of a request
+    decode_s: float = 5.0  # longest processor time for the decoding of an image
     folder: Path | None = None  # of uploaded task files; None refuses uploads
     is_local: bool = True  # only this machine can reach the server
 
@@ -61,18 +66,29 @@ class Service:
             max_wait_ms=settings.max_wait_ms,
             max_queue=settings.max_queue,
         )
-        self.pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="prepare")
+        count = min(4, os.cpu_count() or 1)
+        self.decoders = Decoders(count, settings.decode_s)
+        self.pool = ThreadPoolExecutor(count, thread_name_prefix="prepare")
         self.changes = ThreadPoolExecutor(1, thread_name_prefix="change")  # of the tasks, one at a time
 
     def close(self) -> None:
-        """Finish all accepted requests."""
+        """Finish all requests that wait for an answer; the decoding of images for which nobody waits ends at once."""
         self.changes.shutdown()
         self.batcher.close()
-        self.pool.shutdown()
+        self.decoders.kill()
+        self.pool.shutdown(cancel_futures=True)
 
     def tasks(self, names: Iterable[str]) -> dict[str, TaskMetadata]:
         """Metadata of these tasks."""
         return {name: self._metadata(name) for name in names}
+
+    def describe_all(self) -> list[TaskDescription]:
+        """The public descriptions of all tasks."""
+        found = []
+        for name in self.bank.names:
+            with contextlib.suppress(HTTPException):  # just removed
+                found.append(self.describe(name))
+        return found
 
     def describe(self, name: str) -> TaskDescription:
         """The public description of a task."""
@@ -81,16 +97,24 @@ class Service:
         except ValueError:  # unknown, or just removed
             raise self._unknown(name) from None
 
-    async def predict(
-        self, uploads: Sequence[Upload], tasks: Mapping[str, TaskMetadata], limits: AnswerLimits
-    ) -> Answer:
-        """Prepare images, run them with each task, and return the predictions."""
+    async def predict(self, uploads: Sequence[Upload], tasks: Mapping[str, TaskMetadata], limits: AnswerLimits) -> str:
+        """Prepare images, run them with each task, and return the predictions: an `Answer` as JSON."""
         with self.batcher.places(len(uploads) * len(tasks)):
             loop = asyncio.get_running_loop()
-            prepared = await _all(loop.run_in_executor(self.pool, prepare, upload, tasks) for upload in uploads)
+            prepared = await _all(loop.run_in_executor(self.pool, self._prepare, upload, tasks) for upload in uploads)
             jobs = [job for of_image in prepared for job in of_image]
-            found = iter(await _all(asyncio.wrap_future(future) for future in self.batcher.submit(jobs)))
-        images = []
+            found = await _all(asyncio.wrap_future(future) for future in self.batcher.submit(jobs))
+            return await asyncio.to_thread(self._to_json, uploads, prepared, iter(found), limits)
+
+    def _prepare(self, upload: Upload, tasks: Mapping[str, TaskMetadata]) -> list[Job]:
+        return prepare(partial(self.decoders.decode, upload), tasks)
+
+    def _to_json(
+        self, uploads: Sequence[Upload], prepared: Sequence[list[Job]], found: Iterator[Found], limits: AnswerLimits
+    ) -> str:
+        """The answer to a request; HTTPException if it is too large."""
+        images: list[str] = []
+        size = 0
         for upload, of_image in zip(uploads, prepared, strict=True):
             predictions = {}
             for job in of_image:
@@ -101,11 +125,16 @@ class Service:
                 except ArithmeticError as error:
                     raise ModelError(f"task {job.task}: {error}; train it again") from error
             height, width = of_image[0].size
-            images.append(ImageAnswer(name=upload.name, width=width, height=height, tasks=predictions))
-        return Answer(images=images)
+            answer = ImageAnswer(name=upload.name, width=width, height=height, tasks=predictions)
+            images.append(answer.model_dump_json(by_alias=True))
+            size += len(images[-1].encode())
+            if size > MAX_ANSWER:
+                what = "send fewer images, or a smaller top_k or max_detections"
+                raise HTTPException(413, f"the answer is larger than {MAX_ANSWER:,} bytes; {what}")
+        return f'{{"images":[{",".join(images)}]}}'
 
-    def put(self, name: str, data: bytes) -> bool:
-        """Serve and store a task file; returns whether it is new. HTTPException, and no change, if it is refused."""
+    def put(self, name: str, data: bytes) -> tuple[bool, TaskDescription]:
+        """Serve and store a task file: whether it is new, and what it is. HTTPException, and no change, if refused."""
         assert self.settings.folder is not None
         target = self.settings.folder / f"{name}.safetensors"
         is_new = name not in self.bank.names
@@ -125,7 +154,7 @@ class Service:
             self._change(self._put_into_bank, name, None if is_new else target)
             what = f"{target.name} cannot be written ({error.strerror})"
             raise HTTPException(507, f"{what}; nothing has changed") from error
-        return is_new
+        return is_new, self.describe(name)  # before the next change, which may delete it
 
     def delete(self, name: str) -> None:
         """Remove a task from the server, and delete its file."""

@@ -17,13 +17,12 @@ from torch.utils.data import Dataset
 
 from vpt.build import Data, build_loaders, build_model, build_preprocessing
 from vpt.config.errors import ConfigError, did_you_mean
-from vpt.config.schema import Config, DatasetConfig
+from vpt.config.schema import Config, DatasetConfig, Sampling
 from vpt.data.readers.box_checks import DataReport
 from vpt.data.readers.folder import fruit_root
 from vpt.data.samples import Size
 from vpt.data.transforms.preprocessing import DECODING, Preprocessing
 from vpt.engine.monitor import Monitor
-from vpt.engine.state import FitResult
 from vpt.engine.steps import Evaluator, Losses
 from vpt.models.task_model import TaskModel
 from vpt.models.task_schema import TaskMetadata
@@ -110,7 +109,8 @@ class TaskType(ABC):
             split: type(self).dataset(members, training if split == "train" else evaluation, seed=self.config.seed)
             for split, members in samples.items()
         }
-        loaders = build_loaders(self.config, datasets, type(self).collate_fn)
+        balanced = samples["train"].strata if self.config.train.sampling is Sampling.balanced else None
+        loaders = build_loaders(self.config, datasets, type(self).collate_fn, balanced)
         return Data(dict(samples), datasets, loaders, preprocessing, training.is_random)
 
     def describe(self, samples: Mapping[str, Any]) -> list[str]:
@@ -169,6 +169,10 @@ class TaskType(ABC):
         """A table with a row for each class, of an evaluated split; empty where there are no classes."""
         return ""
 
+    def confusion_counts(self, evaluator: Any, data: Data) -> list[tuple[str, str, int]]:
+        """True class, predicted class and their number in an evaluated split, without pairs that do not occur."""
+        raise ConfigError(f"confusion: classes of {self.name} are not counted in pairs; leave it out")
+
     # Figures in TensorBoard; a type may have none.
 
     def log_start(self, monitor: Monitor, data: Data) -> None:  # noqa: B027
@@ -177,13 +181,12 @@ class TaskType(ABC):
     def log_epoch(self, monitor: Monitor, data: Data, evaluator: Any, epoch: int, step: int) -> None:  # noqa: B027
         """Log figures after an evaluation on val."""
 
-    def log_class_metrics(  # noqa: B027
-        self, monitor: Monitor, data: Data, evaluator: Any, result: FitResult
-    ) -> None:
-        """Log the metrics of each class, of the best model on val."""
+    def class_scalars(self, evaluator: Any, data: Data) -> dict[str, float]:
+        """A metric of each class for the best model on val, by tag; empty without classes."""
+        return {}
 
-    def log_end(self, monitor: Monitor, data: Data, evaluator: Any, result: FitResult) -> None:  # noqa: B027
-        """Log figures of the best model on val; the result of the run is written before."""
+    def log_end(self, monitor: Monitor, data: Data, evaluator: Any, split: str, step: int) -> None:  # noqa: B027
+        """Log figures of the best model on val, and on test; the result of the run is written before."""
 
     # Trained tasks.
 
@@ -221,6 +224,13 @@ class PredictionEvaluator(Evaluator, Protocol):
 
     def result(self) -> dict[str, Any]:
         """Results under "predictions" and "probabilities", or "precision"."""
+
+
+def name_pairs(confusion: Tensor, classes: Sequence[str]) -> list[tuple[str, str, int]]:
+    """The counts of a confusion matrix (K, K) that are not 0, with the names of their rows and columns."""
+    counts = confusion.to_sparse()
+    pairs = zip(*counts.indices().tolist(), counts.values().tolist(), strict=True)
+    return [(classes[row], classes[column], count) for row, column, count in pairs]
 
 
 _registered: dict[str, type[TaskType]] = {}

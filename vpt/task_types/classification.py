@@ -25,7 +25,6 @@ from vpt.engine.console import format_table, percent
 from vpt.engine.losses import CrossEntropy
 from vpt.engine.metrics.classification import NUM_TOP, ClassificationMetrics
 from vpt.engine.monitor import Monitor
-from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
 from vpt.models.task_schema import TaskMetadata
 from vpt.storage.archives import unpacked
@@ -218,11 +217,20 @@ class Classification(TaskType):
         return ClassPredictions()
 
     def class_table(self, evaluator: ClassEvaluator, data: Data, split: str) -> str:
-        """Recall and number of images of each class."""
-        counts = map(str, evaluator.metrics.confusion.sum(dim=1).tolist())
-        recalls = map(percent, evaluator.metrics.per_class())
-        rows = [list(row) for row in zip(data.classes, recalls, counts, strict=True)]
-        return format_table(rows, ["class", "recall", "images"])
+        """Recall, precision, F1 and number of images of each class."""
+        metrics = evaluator.metrics
+        counts, found, hits = metrics.class_counts, metrics.prediction_counts, metrics.hits.double()
+        columns = hits / counts, hits / found, 2 * hits / (counts + found)
+        cells = [map(percent, column.tolist()) for column in columns]
+        rows = [list(row) for row in zip(data.classes, *cells, map(str, counts.tolist()), strict=True)]
+        return format_table(rows, ["class", "recall", "precision", "F1", "images"])
+
+    def confusion_counts(self, evaluator: ClassEvaluator, data: Data) -> list[tuple[str, str, int]]:
+        """Of images."""
+        return [
+            (data.classes[target], data.classes[prediction], count)
+            for target, prediction, count in evaluator.metrics.pair_counts()
+        ]
 
     def log_start(self, monitor: Monitor, data: Data) -> None:
         """A grid of augmented train images."""
@@ -233,27 +241,28 @@ class Classification(TaskType):
         pixels = denormalise(torch.stack(images), data.preprocessing)
         monitor.images("train/augmented", image_grid(pixels, [data.classes[target] for target in targets]), 0)
 
-    def log_end(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, result: FitResult) -> None:
+    def class_scalars(self, evaluator: ClassEvaluator, data: Data) -> dict[str, float]:
+        """The recall of each class."""
+        pairs = zip(data.classes, evaluator.metrics.per_class(), strict=True)
+        return {f"val_recall/{name}": recall for name, recall in pairs}
+
+    def log_end(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, split: str, step: int) -> None:
         """The confusion matrix and the worst images."""
         from vpt.plots.grid import RIGHT, WRONG, image_grid
-        from vpt.plots.metrics import confusion_matrix
+        from vpt.plots.metrics import MAX_CELLS, confusion_matrix
 
         metrics, worst = evaluator.metrics, evaluator.metrics.worst()
-        monitor.images("val/confusion", confusion_matrix(metrics.confusion.numpy(), data.classes), result.best_step)
-        images = torch.stack([data.datasets["val"][sample.position][0] for sample in worst])
+        groups, counts = metrics.confusion_of_groups(MAX_CELLS)
+        names = data.classes if groups == 1 else [""] * len(counts)
+        monitor.images(f"{split}/confusion", confusion_matrix(counts.numpy(), names, groups), step)
+        images = torch.stack([data.datasets[split][sample.position][0] for sample in worst])
         captions = [
             f"{data.classes[sample.target]}\npredicted {data.classes[sample.prediction]}\nloss {sample.loss:.1f}"
             for sample in worst
         ]
         colours = [RIGHT if sample.target == sample.prediction else WRONG for sample in worst]
         grid = image_grid(denormalise(images, data.preprocessing), captions, columns=4, colours=colours)
-        monitor.images("val/worst", grid, result.best_step)
-
-    def log_class_metrics(self, monitor: Monitor, data: Data, evaluator: ClassEvaluator, result: FitResult) -> None:
-        """The recall of each class."""
-        per_class = evaluator.metrics.per_class()
-        recall = {f"val_recall/{name}": value for name, value in zip(data.classes, per_class, strict=True)}
-        monitor.scalars(recall, result.best_step)
+        monitor.images(f"{split}/worst", grid, step)
 
     @classmethod
     def to_answer(cls, metadata: TaskMetadata, output: Tensor, size: Size, limits: AnswerLimits) -> dict[str, Any]:

@@ -23,14 +23,13 @@ from vpt.data.transforms.preprocessing import Preprocessing, denormalise, letter
 from vpt.engine.console import format_table, percent
 from vpt.engine.metrics.detection import AREAS, NUMBERS, DetectionMetrics
 from vpt.engine.monitor import Monitor
-from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
 from vpt.models.detector import HEADS
 from vpt.models.heads.pyramid import default_strides
 from vpt.models.task_schema import TaskMetadata
 from vpt.predictions.boxes import to_original
 from vpt.storage.archives import unpacked
-from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, register_task_type
+from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, name_pairs, register_task_type
 from vpt.task_types.box_findings import FullReport, find_box_problems, find_small_boxes
 from vpt.task_types.box_writer import MIN_SCORE, BoxWriter
 from vpt.task_types.findings import Finding, Level
@@ -233,6 +232,10 @@ class Detection(TaskType):
         ]
         return format_table(rows, ["class", "map", "map50", "best score", "boxes"])
 
+    def confusion_counts(self, evaluator: BoxEvaluator, data: Data) -> list[tuple[str, str, int]]:
+        """Of boxes; missed and false ones are paired with "background"."""
+        return name_pairs(evaluator.metrics.confusion(), [*data.classes, "background"])
+
     def log_start(self, monitor: Monitor, data: Data) -> None:
         """A grid of augmented train images with their boxes."""
         from vpt.plots.boxes import draw_boxes  # matplotlib is not needed by commands that only predict
@@ -252,29 +255,31 @@ class Detection(TaskType):
         if epoch == 1 or epoch % max(1, self.config.train.epochs // NUM_PAGES) == 0:
             found = list(evaluator.found)
             indices = [found[position] for position in spread(len(found), NUM_PAGE_IMAGES)]
-            monitor.images("val/found", self._page(data, evaluator, indices), step)
+            monitor.images("val/found", self._page(data, evaluator, "val", indices), step)
 
-    def log_end(self, monitor: Monitor, data: Data, evaluator: BoxEvaluator, result: FitResult) -> None:
-        """Precision-recall curves, the confusion matrix, and images with most errors."""
+    def class_scalars(self, evaluator: BoxEvaluator, data: Data) -> dict[str, float]:
+        """The average precision of each class."""
+        return {
+            f"val_map/{name}": value for name, value in zip(data.classes, evaluator.metrics.per_class(), strict=True)
+        }
+
+    def log_end(self, monitor: Monitor, data: Data, evaluator: BoxEvaluator, split: str, step: int) -> None:
+        """Precision-recall curves, the confusion matrix and images with most errors."""
         from vpt.plots.metrics import confusion_matrix, precision_recall_curves
 
-        metrics, step = evaluator.metrics, result.best_step
-        monitor.images("val/precision_recall", precision_recall_curves(metrics.precision_curves(), data.classes), step)
+        metrics = evaluator.metrics
+        curves = precision_recall_curves(metrics.precision_curves(), data.classes)
+        monitor.images(f"{split}/precision_recall", curves, step)
         confusion = confusion_matrix(metrics.confusion().numpy(), [*data.classes, "background"])
-        monitor.images("val/confusion", confusion, step)
+        monitor.images(f"{split}/confusion", confusion, step)
         found = list(evaluator.found)
         worst = [found[position] for position in metrics.images_by_error(NUM_PAGE_IMAGES)]
-        monitor.images("val/worst", self._page(data, evaluator, worst), step)
+        monitor.images(f"{split}/worst", self._page(data, evaluator, split, worst), step)
 
-    def log_class_metrics(self, monitor: Monitor, data: Data, evaluator: BoxEvaluator, result: FitResult) -> None:
-        """The average precision of each class."""
-        precision = zip(data.classes, evaluator.metrics.per_class(), strict=True)
-        monitor.scalars({f"val_map/{name}": value for name, value in precision}, result.best_step)
-
-    def _page(self, data: Data, evaluator: BoxEvaluator, indices: Sequence[int]) -> Any:
+    def _page(self, data: Data, evaluator: BoxEvaluator, split: str, indices: Sequence[int]) -> Any:
         from vpt.plots.boxes import boxes_page
 
-        samples: DetectionSamples = data.samples["val"]
+        samples: DetectionSamples = data.samples[split]
         return boxes_page(
             [np.asarray(samples.read(index)) for index in indices],
             [true_boxes(samples, index) for index in indices],

@@ -23,7 +23,6 @@ from vpt.data.transforms.preprocessing import Preprocessing, denormalise
 from vpt.engine.console import format_table, percent
 from vpt.engine.metrics.segmentation import SegmentationMetrics
 from vpt.engine.monitor import Monitor
-from vpt.engine.state import FitResult
 from vpt.engine.steps import Losses
 from vpt.models.heads.masks import mask_losses
 from vpt.models.heads.pyramid import default_strides
@@ -31,7 +30,7 @@ from vpt.models.segmenter import HEADS
 from vpt.models.task_schema import TaskMetadata
 from vpt.predictions.masks import to_label_map
 from vpt.storage.archives import unpacked
-from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, register_task_type
+from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, name_pairs, register_task_type
 from vpt.task_types.box_findings import FullReport, find_box_problems
 from vpt.task_types.findings import Finding
 from vpt.task_types.mask_findings import class_weights, find_mask_problems, pixel_shares
@@ -261,6 +260,10 @@ class Segmentation(TaskType):
         table = [[name, *map(percent, values)] for name, *values in zip(data.classes, *columns, strict=True)]
         return format_table(table, ["class", "iou", "recall", "share of pixels"])
 
+    def confusion_counts(self, evaluator: MaskEvaluator, data: Data) -> list[tuple[str, str, int]]:
+        """Of pixels."""
+        return name_pairs(torch.tensor(evaluator.metrics.confusion), data.classes)
+
     def log_start(self, monitor: Monitor, data: Data) -> None:
         """A grid of augmented train images with their masks."""
         from vpt.plots.grid import image_grid  # matplotlib is not needed by commands that only predict
@@ -278,23 +281,25 @@ class Segmentation(TaskType):
     def log_epoch(self, monitor: Monitor, data: Data, evaluator: MaskEvaluator, epoch: int, step: int) -> None:
         """Val images with true and found masks, in the first epoch and some later ones."""
         if epoch == 1 or epoch % max(1, self.config.train.epochs // NUM_PAGES) == 0:
-            monitor.images("val/found", self._page(data, evaluator, sorted(evaluator.shown)), step)
+            monitor.images("val/found", self._page(data, evaluator, "val", sorted(evaluator.shown)), step)
 
-    def log_end(self, monitor: Monitor, data: Data, evaluator: MaskEvaluator, result: FitResult) -> None:
-        """The confusion matrix, the images of the lowest IoU, and the IoU of each class."""
+    def class_scalars(self, evaluator: MaskEvaluator, data: Data) -> dict[str, float]:
+        """The IoU of each class."""
+        iou = evaluator.metrics.per_class().tolist()
+        return {f"val_iou/{name}": value for name, value in zip(data.classes, iou, strict=True)}
+
+    def log_end(self, monitor: Monitor, data: Data, evaluator: MaskEvaluator, split: str, step: int) -> None:
+        """The confusion matrix, and the images of the lowest IoU."""
         from vpt.plots.metrics import confusion_matrix
 
-        step = result.best_step
-        monitor.images("val/confusion", confusion_matrix(evaluator.metrics.confusion, data.classes), step)
+        monitor.images(f"{split}/confusion", confusion_matrix(evaluator.metrics.confusion, data.classes), step)
         if worst := [index for _, index in evaluator.worst]:
-            monitor.images("val/worst", self._page(data, evaluator, worst), step)
-        iou = zip(data.classes, evaluator.metrics.per_class().tolist(), strict=True)
-        monitor.scalars({f"val_iou/{name}": value for name, value in iou}, step)
+            monitor.images(f"{split}/worst", self._page(data, evaluator, split, worst), step)
 
-    def _page(self, data: Data, evaluator: MaskEvaluator, indices: Sequence[int]) -> Any:
+    def _page(self, data: Data, evaluator: MaskEvaluator, split: str, indices: Sequence[int]) -> Any:
         from vpt.plots.masks import masks_page
 
-        samples: SegmentationSamples = data.samples["val"]
+        samples: SegmentationSamples = data.samples[split]
         return masks_page(
             [np.asarray(samples.read(index)) for index in indices],
             [samples.masks(index) for index in indices],

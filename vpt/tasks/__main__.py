@@ -3,23 +3,15 @@
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpt.config.command_line import (
-    HELP,
-    INTERRUPTED,
-    check_file,
-    check_folder,
-    describe_options,
-    escape_output,
-    fail,
-    parse_options,
-    print_help,
-)
+from vpt.config.command_line import INTERRUPTED, check_file, check_folder, escape_output, fail, parse_options
 from vpt.config.errors import ConfigError, config_keys, did_you_mean
+from vpt.config.help import HELP, answer_help, describe_options, print_help
 from vpt.config.schema import option
+from vpt.storage.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +70,8 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> bool:
     """Run a subcommand; False if a file was refused."""
     name, *words = arguments or [""]
+    options = {entry.name: entry for _, schema, _ in COMMANDS.values() for entry in fields(schema)}
+    answer_help([word for word in arguments if word not in COMMANDS], options)
     if not name or HELP & set(arguments):
         print_help(_overview(), USAGE)
     if name not in COMMANDS:
@@ -92,13 +86,19 @@ def run(arguments: Sequence[str]) -> bool:
 
 
 def list_tasks(folder: Path, _: NoOptions) -> bool:
-    """Print a table of the task files of a folder, then those that are refused; False if any is."""
+    """Print a table of the task files of a folder, then those that are refused; False if any is.
+
+    Those of runs with `mode=dry` are only counted: two steps are no result.
+    """
     from vpt.engine.console import format_table
 
-    rows, refused = [], []
+    rows, refused, num_dry = [], [], 0
     for file in _find(folder):
         try:
             metadata, tensors = _open(file)
+            if (metadata.config or {}).get("mode") == "dry":
+                num_dry += 1
+                continue
             cells = [metadata.task_type, metadata.backbone, _prompt(metadata), str(metadata.num_classes)]
             cells += [f"{file.stat().st_size / 1000:,.0f}", _dtypes(tensors), _metric(metadata)]
             rows.append([_name(file, folder), *cells])
@@ -107,6 +107,8 @@ def list_tasks(folder: Path, _: NoOptions) -> bool:
     if rows:
         header = ["file", "task type", "backbone", "prompt", "classes", "kB", "dtype", "best known metric"]
         _print(format_table([[_line(cell) for cell in row] for row in rows], header))
+    if num_dry:
+        _print(f"left out: {num_dry:,} of dry runs (mode=dry)")
     for line in refused:
         _print(_line(line))
     return not refused
@@ -337,8 +339,8 @@ def _line(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """A text without control characters, which could control the terminal."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
+    """A text of lines without control characters, which could control the terminal."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _print(text: str) -> None:

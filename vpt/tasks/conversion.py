@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vpt.models.task_file import open_task, write_task
 from vpt.models.task_schema import TaskMetadata
-from vpt.models.vit import ViT, fingerprint, name_of, preprocessing_of
+from vpt.models.vit import ViT, fingerprint, name_of, preprocessing_of, traits_of
 from vpt.storage.files import MAX_BYTES, MAX_HEADER, write_json
 from vpt.task_types.base import task_type_named
 from vpt.version import __version__
@@ -151,6 +151,7 @@ def task_of(original: OriginalPrompt, vit: ViT, *, num_classes: int | None = Non
             | {"interpolation": "bilinear", "crop_pct": CROPS[crop_mode], "crop_mode": crop_mode},
             versions={"vpt": __version__, **{name: version(name) for name in ("torch", "timm")}},
             note=note,
+            traits=traits_of(vit, preprocessing_of(vit)["size"]),
         )
     except ValueError as error:
         raise ValueError(f"{original.path}: {error}") from error

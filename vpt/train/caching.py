@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vpt.build import Data, choose_precision
 from vpt.config.errors import ConfigError
-from vpt.config.schema import CacheName, Config, Mode
+from vpt.config.schema import CacheName, Config, Mode, Sampling
 from vpt.data.cache import cache_images, decoded_sizes, num_bytes
 from vpt.data.loaders import build_loader
 from vpt.data.tokens import TokenDataset, TokenFolder, content_sha256
@@ -104,11 +104,13 @@ def build_fit_inputs(config: Config, model: TaskModel, plan: CachePlan) -> FitIn
     tokens, note = ({}, None) if spec is None else _cache_tokens(config, model, data, spec)
     if spec is None or not tokens or not model.pools_features:
         return FitInputs(model, data.loaders["train"], data.loaders["val"], note)
+    is_balanced = config.train.sampling is Sampling.balanced
     loaders = {
         split: build_loader(
             TokenDataset(tokens[split], data.samples[split].targets),
             config.train.batch_size,
             shuffle=split == "train",
+            balanced=data.samples[split].targets if split == "train" and is_balanced else None,
             seed=config.seed,
         )
         for split in SPLITS

@@ -11,7 +11,7 @@ from vpt import build
 from vpt.build import Data
 from vpt.config.errors import ConfigError
 from vpt.config.saved import recipe, to_plain
-from vpt.config.schema import Config, Mode
+from vpt.config.schema import Config, Mode, OnError
 from vpt.data.samples import data_digest
 from vpt.engine.checkpoint import Checkpoints, Saved, check_run_dir
 from vpt.engine.console import warn
@@ -19,7 +19,7 @@ from vpt.engine.measure import describe_machine
 from vpt.engine.monitor import Monitor, overview
 from vpt.engine.signals import StopSignal
 from vpt.engine.state import FitResult, RunState
-from vpt.engine.steps import Callbacks, Evaluator, FitData, OutOfMemoryError
+from vpt.engine.steps import Callbacks, FitData, OutOfMemoryError
 from vpt.engine.trainer import evaluate, fit, overfit
 from vpt.models.task_file import save_task
 from vpt.models.task_model import TaskModel
@@ -65,8 +65,11 @@ def _report_finished(config: Config, folder: RunFolder) -> None:
     result, before = folder.result(), read_record(folder.path)
     note, remarks = "it has no record of its data, so whether they changed since cannot be known", []
     if before is not None:
+        # Images are opened only where those that a run uses depend on it, or are chosen after that.
+        is_chosen = config.data.on_error is OnError.skip or config.dataset.num_per_class is not None
+        task_type = task_type_of(config)
         try:
-            samples = task_type_of(config).read()
+            samples = task_type.read() if is_chosen else task_type.read_all()
             now = record_of(config, samples, before)
         except (ValueError, OSError) as error:
             note = f"whether its data changed since is not known: {error}"
@@ -135,20 +138,25 @@ class _Training:
         if saved is None or before is None:
             write_record(self.folder.path, record)
         print(f"{'run':<10} {self.folder.path} (tensorboard --logdir {config.run.root})", flush=True)
-        with Monitor(self.folder.path, layout=overview(task_type.charts), resume_at=resume_at) as monitor:
+        prompt = self.model.backbone.prompt
+        layout = overview(task_type.charts, None if prompt is None else prompt.blocks[-1])
+        with Monitor(self.folder.path, layout=layout, resume_at=resume_at) as monitor:
             if resume_at is None:
-                report.log_start(monitor, self.folder.config_text, summary)
+                monitor.text("config", f"```yaml\n{self.folder.config_text}\n```")
+                monitor.text("summary", f"```\n{summary}\n```")
                 task_type.log_start(monitor, self.data)
             with _with_config_keys(config):
                 self.extended_after = state.result.extended_after
                 result = self._fit(state, checkpoints, monitor)
-                evaluator = task_type.evaluator(self.data, "val")
-                metrics = self._evaluate(evaluator)
-            task_type.log_class_metrics(monitor, self.data, evaluator, result)
-            report.log_hparams(monitor, to_plain(self.shown), result, metrics.get("test", {}))
+                evaluators, metrics = self._evaluate()
+            monitor.scalars(task_type.class_scalars(evaluators["val"], self.data), result.best_step)
+            best = {"val": result.best, **{split: values for split, values in metrics.items() if split == "test"}}
+            results = {f"best/{split}_{name}": value for split in best for name, value in best[split].items()}
+            monitor.hparams(to_plain(self.shown), results, usual=to_plain(Config()))
             monitor.sync()
             self._finish(result, metrics)
-            task_type.log_end(monitor, self.data, evaluator, result)  # may fail, for instance for want of memory
+            for split, evaluator in evaluators.items():  # last: figures may take long, or fail for want of memory
+                task_type.log_end(monitor, self.data, evaluator, split, result.best_step)
         if checkpoints.error is not None:
             raise OSError(
                 f"the last checkpoint could not be written ({checkpoints.error}); all other files of the run are saved"
@@ -195,16 +203,17 @@ class _Training:
             config["extended_after"] = self.extended_after
         save_task(self.model, self.folder.task, metrics=metrics, preprocessing=preprocessing, config=config)
 
-    def _evaluate(self, evaluator: Evaluator) -> Metrics:
-        """Metrics of the best epoch on val, which the evaluator holds afterwards, and on test if there is one."""
+    def _evaluate(self) -> tuple[dict[str, Any], Metrics]:
+        """Evaluators and metrics of the best epoch on val, and on test if there is one."""
         settings = build.build_settings(self.config, next(self.model.parameters()).device, self.task_type.select)
         limits = {"precision": settings.precision, "max_batches": settings.max_batches}
         reading: dict[str, Any] = {**limits, "stop": self.stop}
-        metrics = {"val": evaluate(self.model, self.data.loaders["val"], evaluator, **reading)}
-        if "test" in self.data.loaders:
-            of_test = self.task_type.evaluator(self.data, "test")
-            metrics["test"] = evaluate(self.model, self.data.loaders["test"], of_test, description="test", **reading)
-        return metrics
+        splits = [split for split in ("val", "test") if split in self.data.loaders]
+        evaluators: dict[str, Any] = {split: self.task_type.evaluator(self.data, split) for split in splits}
+        return evaluators, {
+            split: evaluate(self.model, self.data.loaders[split], evaluator, description=split, **reading)
+            for split, evaluator in evaluators.items()
+        }
 
     def _finish(self, result: FitResult, metrics: Metrics) -> None:
         """Write the task file and, last, the file that marks the run as finished."""

@@ -67,6 +67,14 @@ def numbered_lines(path: Path) -> list[tuple[str, str]]:
     return [(line.strip(), f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
+def to_numbers(values: Iterable[object]) -> list[float]:
+    """Numbers, also where they are written as text; none at all if one of the values is no number."""
+    try:
+        return [value if type(value) is float else float(str(value)) for value in values]
+    except ValueError:
+        return []
+
+
 def inside(root: Path, path: Path) -> Path | None:
     """The path without its dots; None if it leaves the root."""
     absolute = Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would also follow links)
@@ -81,6 +89,11 @@ def require_inside(root: Path, path: Path, where: str) -> Path:
     return found
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file of this name; not if no file can have it, such as a name that is too long."""
+    return os.path.isfile(path)  # noqa: PTH113  (Path.is_file() raises OSError)
+
+
 def find_by_end(folders: Sequence[Path], name: str) -> Path | None:
     """The file or folder in one of these whose path is the longest end of a name that begins on another machine.
 
@@ -88,7 +101,7 @@ def find_by_end(folders: Sequence[Path], name: str) -> Path | None:
     """
     parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
     places = (folder.joinpath(*parts[start:]) for start in range(len(parts)) for folder in folders)
-    return next((place for place in places if place.exists()), None)
+    return next((place for place in places if os.path.exists(place)), None)  # noqa: PTH110  (as above)
 
 
 def by_split(entries: Iterable[tuple[str, Value]], where: str) -> dict[str, Value]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpt.data.images import DEFAULT_DECODING, EXTENSIONS, Decoding, ImageError, find_images, read_header
-from vpt.data.readers.annotation_files import Note
+from vpt.data.readers.annotation_files import Note, is_file
 from vpt.data.samples import DetectionSamples, FileReader, Size, format_size, refuse_unreadable
 from vpt.data.splits import split_off
 
@@ -303,7 +303,7 @@ def check_image_boxes(
     try:
         upright, stored, orientation = read_header(image.path, decoding)
     except ImageError as error:
-        finding = Finding.UNREADABLE if image.path.is_file() else Finding.MISSING
+        finding = Finding.UNREADABLE if is_file(image.path) else Finding.MISSING
         report.add(finding, f"{image.where}: {error}")
         report.left_out.append((image.name, f"{image.where}: {error}"))
         return None

@@ -4,17 +4,18 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from math import inf
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Unpack
 
 from vpt.data.readers.annotation_files import (
     by_split,
     find_by_end,
     inside,
+    is_file,
     read_text,
     refuse_equal_names,
-    require_inside,
     require_train,
+    to_numbers,
 )
 from vpt.data.readers.box_checks import (
     Corners,
@@ -205,21 +206,25 @@ def _read_images(
             problems.append((Finding.STRAY, f"{path}, annotations[{i}]: image_id {owner}"))
     numbered = all(isinstance(image_id, int) for image_id in names)
     places = _image_folders(root, path, split)
-    folder = next((place for place in places if any((place / name).is_file() for name in names.values())), None)
+    folder = next((place for place in places if any(_has_image(root, place / name) for name in names.values())), None)
     images = []
     for number, (where, image_id, name, size) in enumerate(entries, start=1):
         image_path = inside(root, (folder or root) / name)
         if image_path is None or folder is None:
-            found = find_by_end(places, name)
-            image_path = found or require_inside(root, (folder or root) / name, where)
-            if found:
+            if found := find_by_end(places, name):
                 problems.append((Finding.MOVED, f"{where}: {name}, found as {found}"))
+            inner = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
+            image_path = found or root.joinpath(*inner)  # never outside of the root; reported as missing
         boxes = (
             _read_box(content["annotations"][i], f"{path}, annotations[{i}]") for i in annotations.pop(image_id, ())
         )
         shown = image_path.relative_to(root).as_posix()
         images.append(SourceImage(image_path, shown, int(image_id) if numbered else number, where, boxes, size=size))
     return images
+
+
+def _has_image(root: Path, path: Path) -> bool:
+    return inside(root, path) is not None and is_file(path)
 
 
 def _image_folders(root: Path, path: Path, split: str) -> list[Path]:
@@ -232,7 +237,7 @@ def _image_folders(root: Path, path: Path, split: str) -> list[Path]:
 def _read_box(entry: Any, where: str) -> SourceBox:
     """A box; without corners if it has neither four numbers nor a polygon."""
     category_id, numbers = _id(entry, "category_id"), entry.get("bbox") if isinstance(entry, dict) else None
-    box, repair = _numbers(numbers), None
+    box, repair = to_numbers(numbers) if isinstance(numbers, list) else [], None
     if len(box) == 4:
         corners: Corners | None = (box[0], box[1], box[0] + box[2], box[1] + box[3])
         if type(entry.get("category_id")) is not int or any(isinstance(number, str) for number in numbers or ()):
@@ -243,25 +248,15 @@ def _read_box(entry: Any, where: str) -> SourceBox:
         where = f"{where}: bbox {str(numbers)[:80]}"
     if category_id is None:
         where = f"{where}: no category_id"
-    return SourceBox(corners, category_id, where, crowd=_id(entry, "iscrowd") == 1, repair=repair)
-
-
-def _numbers(values: Any) -> list[float]:
-    """A list of numbers, also where they are written as text; empty if it is none."""
-    found = []
-    for value in values if isinstance(values, list) else ():
-        try:
-            found.append(inf if isinstance(value, bool) else float(value))
-        except OverflowError:
-            found.append(inf)
-        except (TypeError, ValueError):
-            return []
-    return found
+    return SourceBox(
+        corners, category_id, where, crowd=isinstance(entry, dict) and entry.get("iscrowd") in (1, "1"), repair=repair
+    )
 
 
 def _polygon_corners(entry: Any) -> Corners | None:
     """The corners of the polygons of an annotation, if it has any."""
     polygons = entry.get("segmentation") if isinstance(entry, dict) else None
-    points = [_numbers(polygon) for polygon in polygons] if isinstance(polygons, list) else []
+    polygons = polygons if isinstance(polygons, list) else []
+    points = [to_numbers(polygon) for polygon in polygons if isinstance(polygon, list)]
     xs, ys = ([number for polygon in points for number in polygon[start::2]] for start in (0, 1))
     return (min(xs), min(ys), max(xs), max(ys)) if len(xs) == len(ys) >= 2 else None

@@ -24,6 +24,7 @@ from vpt.data.readers.annotation_files import (
 )
 from vpt.data.samples import ClassificationSamples
 from vpt.data.splits import SPLITS, Division, split_named
+from vpt.storage.text import plain_cell
 
 MAX_DIGITS = 9  # of a label in a list file; Python refuses to read numbers of thousands of digits
 MAX_PATH = 4096  # characters of a path
@@ -129,12 +130,19 @@ def _listed_file(root: Path, name: str, target: int, where: str, group: str | No
     """An image that a list names; it must exist inside the root."""
     if len(name) > MAX_PATH:
         raise ValueError(f"{where}: {quote(name)} has {len(name):,} characters and is no path")
-    forms = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")), name.replace("\\", "/")]
-    for form in dict.fromkeys(forms):  # an archive of macOS has decomposed names, a table of Windows backslashes
-        path = require_inside(root, root / form, where)
+    for spelling in _spellings(name):
+        path = require_inside(root, root / spelling, where)
         if path.is_file():
-            return ImageFile(path, form, target, where, group)
+            return ImageFile(path, spelling, target, where, group)
     raise ValueError(f"{where}: no such file {root / name}; check root={root}")
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """The name, and what the file may be called: names are decomposed on macOS, and Windows writes backslashes."""
+    yield name
+    for form in ("NFC", "NFD"):
+        yield unicodedata.normalize(form, name)
+    yield name.replace("\\", "/")
 
 
 def _count_labels(files: Sequence[ImageFile]) -> list[str]:
@@ -177,7 +185,7 @@ def _read_rows(
         notes.append(Note("delimiter", f"columns of {path} separated by {delimiter!r}"))
     backslashes = 0
     for where, row in _numbered_rows(path, csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)):
-        name, label, split = ((row.get(column) or "").strip() for column in ("path", "label", "split"))
+        name, label, split = (plain_cell((row.get(column) or "").strip()) for column in ("path", "label", "split"))
         if not name or not label:
             raise ValueError(f"{where}: path {quote(name)} and label {quote(label)}; both must be filled")
         if len(label) > MAX_TEXT:

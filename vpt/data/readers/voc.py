@@ -1,13 +1,20 @@
 """Reader of boxes in Pascal VOC XML: a file for each image, and lists of the images of each split."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Unpack
 from xml.etree import ElementTree
 
 from vpt.data.images import EXTENSIONS, find_images
-from vpt.data.readers.annotation_files import by_split, numbered_lines, read_text, require_train
+from vpt.data.readers.annotation_files import (
+    by_split,
+    numbered_lines,
+    read_text,
+    require_inside,
+    require_train,
+    to_numbers,
+)
 from vpt.data.readers.box_checks import Finding, Problems, Reading, SourceBox, SourceImage, Unit, make_samples
 from vpt.data.samples import DetectionSamples
 from vpt.data.splits import SPLITS
@@ -109,7 +116,8 @@ class _Place:
                 split: [(_without_extension(k), where) for k, where in numbered_lines(lists[split])] for split in lists
             }
         rows = self.all()
-        of_split = by_split([(name, name) for name in {name.partition("/")[0] for name, _ in rows if "/" in name}], "")
+        folders = sorted({name.partition("/")[0] for name, _ in rows if "/" in name})
+        of_split = by_split(zip(folders, folders, strict=True), str(self.annotations))
         if "train" not in of_split:
             return {"train": rows}
         return {split: [row for row in rows if row[0].startswith(f"{name}/")] for split, name in of_split.items()}
@@ -126,7 +134,8 @@ class _Place:
     def read(self, name: str, where: str, image_id: int, problems: Problems) -> Iterator[SourceImage]:
         """The images of a name, with their boxes."""
         files = self.xml_by_name.get(name) or self.xml_by_name.get(PurePosixPath(name).name, [])
-        for path in [] if files else self.images_by_name.get(name, [self.images / f"{name}.jpg"]):
+        missing = require_inside(self.root, self.images / f"{name}.jpg", where)
+        for path in [] if files else self.images_by_name.get(name, [missing]):
             yield self._source(path, image_id, where, ElementTree.Element("annotation"), "")
         for xml in files:
             content = _load_xml(xml)
@@ -192,19 +201,11 @@ def _read_box(entry: ElementTree.Element, where: str) -> SourceBox:
     """A box; without corners if it has neither four numbers nor a polygon."""
     name = (entry.findtext("name") or "").strip()
     is_crowd = entry.findtext("difficult", "").strip() == "1"
-    corners, repair = _numbers(entry.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")), None
+    corners, repair = to_numbers(entry.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")), None
     if not corners and (polygon := entry.find("polygon")) is not None:
-        xs, ys = (_numbers(point.text for point in polygon.iter() if point.tag[:1] == axis) for axis in "xy")
+        xs, ys = (to_numbers(point.text for point in polygon.iter() if point.tag[:1] == axis) for axis in "xy")
         corners, repair = [min(xs), min(ys), max(xs), max(ys)] if xs and ys else [], Finding.POLYGON
     if not (name and corners):
         where = f"{where}: {'no number in each of xmin, ymin, xmax, ymax' if name else 'no name'}"
     x1, y1, x2, y2 = corners or (0.0,) * 4
     return SourceBox((x1, y1, x2, y2) if corners else None, name or None, where, is_crowd, repair)
-
-
-def _numbers(texts: Iterable[str | None]) -> list[float]:
-    """The numbers of texts; none if one of them is no number."""
-    try:
-        return [float(text or "") for text in texts]
-    except ValueError:
-        return []

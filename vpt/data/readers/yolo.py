@@ -14,11 +14,13 @@ from vpt.data.readers.annotation_files import (
     by_split,
     find_by_end,
     inside,
+    is_file,
     numbered_lines,
     read_text,
     refuse_equal_names,
     require_inside,
     require_train,
+    to_numbers,
 )
 from vpt.data.readers.box_checks import Finding, Problems, Reading, SourceBox, SourceImage, Unit, make_samples
 from vpt.data.samples import DetectionSamples
@@ -30,7 +32,7 @@ YOLO_LAYOUT = (
 )
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml")
 MAX_YAML = 1_000_000  # bytes that are searched for keys
-CLASS_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "images/classes.txt")
+CLASS_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "images/classes.txt", "train/_darknet.labels")
 
 
 def read_yolo(root: str | Path, **reading: Unpack[Reading]) -> dict[str, DetectionSamples]:
@@ -153,7 +155,7 @@ def _listed_paths(root: Path, path: Path, problems: Problems) -> Iterator[Path]:
     for line, where in numbered_lines(path):
         name = line.replace("\\", "/")
         places = (inside(root, place / name) for place in (path.parent, root))
-        found = next((place for place in places if place and place.is_file()), None)
+        found = next((place for place in places if place and is_file(place)), None)
         if found is None and (found := find_by_end([path.parent, root], name)):
             problems.append((Finding.MOVED, f"{where}: {line}, found as {found}"))
         yield found or require_inside(root, path.parent / name, where)
@@ -188,10 +190,7 @@ class _Lines:
     def read(self, line: str, where: str) -> SourceBox:
         """A box; without corners if the line is none."""
         word, *words = line.split()
-        try:
-            numbers = list(map(float, words))
-        except ValueError:
-            numbers = []
+        numbers = to_numbers(words)
         try:
             label = int(float(word)) if float(word).is_integer() else None
         except ValueError:
@@ -211,7 +210,7 @@ class _Lines:
 
 
 def _find_strays(root: Path, paths: Collection[Path]) -> Iterator[tuple[Finding, str]]:
-    """Images that share a file of labels; and files of labels without an image, in folders that hold nothing else."""
+    """Images that share a file of labels, and files of labels without an image."""
     images: dict[Path, list[Path]] = defaultdict(list)
     for path in sorted(paths):
         images[_label_path(root, path)].append(path)
@@ -219,7 +218,12 @@ def _find_strays(root: Path, paths: Collection[Path]) -> Iterator[tuple[Finding,
         if len(members) > 1 and labels.is_file():
             yield from ((Finding.SHARED, f"{labels}: {path.relative_to(root).as_posix()}") for path in members)
     for labels, folder in sorted({labels.parent: members[0].parent for labels, members in images.items()}.items()):
-        stems = {path.stem for path in folder.glob("*")}
-        for path in sorted(labels.glob("*.txt")) if labels != folder else []:
-            if path.stem not in stems and path.name != "classes.txt":
+        stems = {path.stem for path in folder.glob("*") if path.suffix != ".txt"}
+        for path in sorted(labels.glob("*.txt")):
+            if path.stem not in stems and path.name != "classes.txt" and (labels != folder or _begins_with_box(path)):
                 yield Finding.STRAY, str(path)
+
+
+def _begins_with_box(path: Path) -> bool:
+    with path.open("rb") as file:
+        return re.match(rb"\s*\d+(\s+[\d.eE+-]+){4}", file.read(1000)) is not None

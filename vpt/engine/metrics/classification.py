@@ -34,11 +34,6 @@ def target_ranks(logits: Tensor, targets: Tensor) -> Tensor:
     return ((logits > of_target) | ((logits == of_target) & is_lower_class)).sum(dim=1)
 
 
-def per_class_recall(confusion: Tensor) -> Tensor:
-    """Recall of each class: (K, K) counts -> (K,) float64, nan for a class without targets."""
-    return confusion.diagonal().double() / confusion.sum(dim=1).double()
-
-
 class ClassificationMetrics:
     """Metrics of a split, accumulated over batches of any size.
 
@@ -62,7 +57,8 @@ class ClassificationMetrics:
 
     def reset(self) -> None:
         """Clear everything, to start another evaluation."""
-        self._confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
+        self._pairs: list[Tensor] = []  # targets and predictions (2, B); a matrix would grow with the square of K
+        self.hits, self.class_counts = torch.zeros(2, self.num_classes, dtype=torch.int64)
         self._sums = torch.zeros(2, dtype=torch.float64)  # of the losses, of the targets among the five best
         self._num_seen = 0
         self._worst: list[Sample] = []
@@ -80,7 +76,9 @@ class ClassificationMetrics:
         targets = targets.long()
         losses = F.cross_entropy(logits, targets, reduction="none")
         predictions = logits.argmax(dim=1)
-        self._confusion.index_put_((targets, predictions), torch.ones_like(targets), accumulate=True)
+        self._pairs.append(torch.stack([targets, predictions]))
+        self.class_counts += targets.bincount(minlength=self.num_classes)
+        self.hits += targets[targets == predictions].bincount(minlength=self.num_classes)
         self._sums[0] += losses.sum() if loss is None else float(loss) * len(targets)
         self._sums[1] += (target_ranks(logits, targets) < NUM_TOP).sum()
         self._update_worst(losses, targets, predictions)
@@ -88,25 +86,58 @@ class ClassificationMetrics:
 
     def compute(self) -> dict[str, float]:
         """Return loss, top1, mean_per_class, and top5 where K > 5; ValueError if nothing was added."""
-        num = int(self._confusion.sum())
+        num = self._num_seen
         if num == 0:
             raise ValueError("no sample was evaluated: the split is empty, or update() was never called")
         loss, hits_top5 = (self._sums / num).tolist()
-        values = {"loss": loss, "top1": int(self._confusion.diagonal().sum()) / num}
+        values = {"loss": loss, "top1": int(self.hits.sum()) / num}
         if self.num_classes > NUM_TOP:
             values["top5"] = hits_top5
-        values["mean_per_class"] = float(per_class_recall(self._confusion).nanmean())
+        values["mean_per_class"] = float(self._recall().nanmean())
         return values
 
     def per_class(self) -> list[float]:
         """Recall of each class, K values, nan where a class has no targets."""
-        recall: list[float] = per_class_recall(self._confusion).tolist()
+        recall: list[float] = self._recall().tolist()
         return recall
 
     @property
     def confusion(self) -> Tensor:
         """Counts, (K, K) int64: rows are targets, columns are predictions."""
-        return self._confusion.clone()
+        return self._count_pairs(1)
+
+    @property
+    def prediction_counts(self) -> Tensor:
+        """The number of predictions of each class, (K,) int64."""
+        return self._all_pairs()[1].bincount(minlength=self.num_classes)
+
+    def pair_counts(self) -> list[tuple[int, int, int]]:
+        """Target, prediction and their number, of the pairs that occur, ascending."""
+        targets, predictions = self._all_pairs()
+        pairs, counts = (targets * self.num_classes + predictions).unique(return_counts=True)
+        columns = pairs // self.num_classes, pairs % self.num_classes, counts
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def confusion_of_groups(self, most: int) -> tuple[int, Tensor]:
+        """Counts of at most `most` groups of classes, and the number of consecutive classes in each group.
+
+        The counts are (G, G) int64, with G = K and groups of one class if K is at most `most`.
+        """
+        size = -(-self.num_classes // most)
+        return size, self._count_pairs(size)
+
+    def _count_pairs(self, size: int) -> Tensor:
+        num = -(-self.num_classes // size)
+        targets, predictions = self._all_pairs() // size
+        counts: Tensor = (targets * num + predictions).bincount(minlength=num * num)
+        return counts.view(num, num)
+
+    def _all_pairs(self) -> Tensor:
+        return torch.cat([torch.empty(2, 0, dtype=torch.int64), *self._pairs], dim=1)
+
+    def _recall(self) -> Tensor:
+        recall: Tensor = self.hits.double() / self.class_counts.double()
+        return recall
 
     def worst(self, num: int | None = None) -> list[Sample]:
         """The samples of the highest cross-entropy, highest first; of equal ones the earlier comes first.
