@@ -49,7 +49,7 @@ def test_every_command_escapes_what_the_console_cannot_show(monkeypatch, name):
     ("module", "words"),
     [
         ("train", ["backbone: ", "num_tokens: 20", "cache_gb: 4.0"]),
-        ("evaluate", ["split=test"]),
+        ("evaluate", ["split=", "confusion="]),
         ("predict", ["top_k=5"]),
         ("compare", ["seeds=3", "prompt_bilinear"]),
         ("doctor", ["json=FILE.json", "dataset.root"]),
@@ -73,7 +73,7 @@ def test_help_lists_keys_and_loads_nothing_heavy(module, words):
 
 
 def test_one_job_is_shown_by_hydra_and_a_full_traceback_by_request(tmp_path, monkeypatch):
-    done = call("--cfg", "job", "prompt=deep", "dataset.root=${oc.env:HOME}", cwd=tmp_path)
+    done = call("--cfg", "job", "prompt=deep", "dataset=folder", "dataset.root=${oc.env:HOME}", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "variant: deep" in done.stdout
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")

@@ -53,7 +53,7 @@ def test_a_detector_gets_its_options_and_keeps_its_own_defaults():
         ({"task": "detection", "head_init": "zero"}, "head_init=.*task=detection, which takes classes"),
         ({"channels": 64}, "channels=.*task=classification, which takes classes"),
         ({"taps": "last"}, "taps=.*task=classification, which takes classes"),
-        ({"task": "segmentation"}, "'segmentation': must be one of "),
+        ({"task": "depth"}, "'depth': must be one of "),
         ({"classes": ["cat", "dog", "eel"]}, "3 class names for num_classes=2"),
         ({"classes": ["cat", "cat"]}, "classes: 'cat' is there more than once"),
         ({"classes": "ab"}, "classes='ab': must be a list of texts"),

@@ -686,7 +686,7 @@ def nasty(fill):
     names = [fill(name) for name in NASTY]
     preprocessing = describe().preprocessing | {"interpolation": "lanczos", "crop_mode": "squash"}
     return describe(
-        classes=names,
+        classes=list(dict.fromkeys(names)),
         note="\n".join(fill(" ".join(name.split())) for name in NASTY),
         licence=fill("<b>|`"),
         versions={fill(f"{name}{i}"): fill(name) for i, name in enumerate(NASTY)},

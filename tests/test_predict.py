@@ -47,9 +47,9 @@ def decoded(monkeypatch):
     """The names of the images that are decoded."""
     names = []
 
-    def spy(path):
+    def spy(path, *how):
         names.append(path.name)
-        return read_image(path)
+        return read_image(path, *how)
 
     monkeypatch.setattr(vpt.predict.inputs, "read_image", spy)
     return names

@@ -1,6 +1,7 @@
 """Images with more than 8 bits: the range that is found over train, and that training and inference use."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from vpt.data.ranges import find_range, format_range, parse_range, scan_headers
 from vpt.data.transforms.preprocessing import Preprocessing
 from vpt.predict.open_tasks import open_run
 from vpt.runs.data import read_run
-from vpt.serve.schemas import Upload, prepare
+from vpt.serve.decoding import Upload, read_upload
+from vpt.serve.schemas import prepare
 from vpt.task_types.base import task_type_of
 
 SPREAD = np.linspace(0, 1, 4096).reshape(64, 64)
@@ -131,7 +133,7 @@ def test_training_evaluation_prediction_and_serving_read_with_the_range_in_the_t
     assert np.array_equal(np.asarray(data.samples["test"].read(first)), expected)
     image, _ = data.datasets["test"][first]
     prepared = open_run(folder, checkpoint=None, device="cpu").prepare(lambda decoding: read_image(path, decoding))
-    (job,) = prepare(Upload("a", path.read_bytes()), {"a": metadata})
+    (job,) = prepare(partial(read_upload, Upload("a", path.read_bytes())), {"a": metadata})
     for found in (*prepared.inputs.values(), job.image):
         assert np.array_equal(found, image)
 

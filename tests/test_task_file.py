@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save
 import vpt
 from tests.helpers import TINY_VITS, build_model, make_detector, make_tiny_vit
 from vpt.models.detector import Detector
+from vpt.models.task_file import open_task, write_task
 from vpt.models.tuning import unwrapped
 from vpt.models.vit import fingerprint, load_vit
 from vpt.storage.files import UNSEALED, read_tensors, sha256_of, write_bytes, write_tensors
@@ -231,12 +233,19 @@ def test_tensors_that_the_backbone_has_not_are_refused_and_it_stays_as_it_was(tm
 
 @pytest.mark.parametrize(
     ("classes", "words"),
-    [(["cat", "dog"], "2 class names for a head of 3 classes"), (["cat", "dog", "cat"], "'cat' more than once")],
+    [(["cat", "dog"], "2 class names for a head of 3 classes"), (["cat", "dog", "cat"], "'cat'")],
 )
 def test_class_names_are_checked_before_anything_is_written(tmp_path, classes, words):
     with pytest.raises(ValueError, match=words):
         vpt.save_task(make_model(), tmp_path / "pets.safetensors", classes=classes)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_version_0_1_may_have_equal_class_names(tmp_path):
+    path = vpt.save_task(make_model(), tmp_path / "pets.safetensors", classes=["cat", "dog", "eel"])
+    metadata, tensors = open_task(path)
+    write_task(path, replace(metadata, classes=["cat", "dog", "cat"]), tensors)
+    assert vpt.load_task(path, backbone=make_tiny_vit()).classes == ("cat", "dog", "cat")
 
 
 @pytest.mark.parametrize("prompt", [None, "deep"])

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from huggingface_hub import get_session
 from safetensors.torch import save_file
 
 import vpt
@@ -88,7 +89,7 @@ def test_unavailable_weights_are_reported_with_the_file_to_download(monkeypatch)
     def offline(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
+    monkeypatch.setattr(get_session(), "head", offline)
     for name, message in (
         ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", "of timm/vit_tiny_patch16_224.* checkpoint=FILE"),
         ("vit_tiny_patch16_384.nothing", "tags of vit_tiny_patch16_384 are augreg_in21k_ft_in1k"),

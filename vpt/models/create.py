@@ -11,7 +11,7 @@ from vpt.models.classifier import Classifier
 from vpt.models.detector import Detector
 from vpt.models.prompts import DEFAULT_PROMPT, PromptName, VisualPrompt
 from vpt.models.segmenter import Segmenter
-from vpt.models.task_model import TaskModel, model_named
+from vpt.models.task_model import TaskModel, model_named, refuse_equal_names
 from vpt.models.tuning import Tuning, tune
 from vpt.models.vit import ViT, check_input_size, load_vit
 
@@ -103,3 +103,4 @@ def _check_names(classes: object) -> None:
         return
     if not isinstance(classes, Sequence) or isinstance(classes, str) or not all(isinstance(n, str) for n in classes):
         raise TypeError(f"classes={reprlib.repr(classes)}: must be a list of texts")
+    refuse_equal_names(classes)

@@ -22,7 +22,7 @@ from torch import Tensor
 from vpt.models.adapters import Adapters, add_adapters
 from vpt.models.backbone import PromptedViT
 from vpt.models.prompts import VisualPrompt
-from vpt.models.task_model import TaskModel, device_of, model_named
+from vpt.models.task_model import TaskModel, device_of, model_named, refuse_equal_names
 from vpt.models.task_schema import MAX_TEXT, TaskMetadata
 from vpt.models.tuning import Origin, origin_now, origin_of, pretrained_fingerprint, set_origin, unwrapped
 from vpt.models.vit import ViT, differing_trait, load_vit, name_of, preprocessing_of, traits_of
@@ -66,6 +66,7 @@ def save_task(
     if not isinstance(model, TaskModel):
         raise TypeError(f"model: expected a TaskModel, such as create_model returns, got {given}")
     vit, prompt = model.backbone.vit, model.backbone.prompt
+    refuse_equal_names(classes)
     classes = model.classes if classes is None else classes
     if classes is not None and len(classes) != model.num_classes:
         raise ValueError(f"{len(classes)} class names for a head of {model.num_classes} classes")

@@ -8,7 +8,9 @@ A new type of task is a subclass, registered with `register_model`.
 Legend: B images, H, W pixels, D embed_dim, K classes.
 """
 
+import reprlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -50,8 +52,6 @@ class TaskModel(nn.Module, ABC):
         super().__init__()
         if classes is not None and len(classes) != num_classes:
             raise ValueError(f"{len(classes)} class names for num_classes={num_classes}")
-        if classes is not None and (twins := len(classes) - len(set(classes))):
-            raise ValueError(f"classes: {twins} of {len(classes)} names are repeated; each class needs its own")
         self.backbone = backbone
         self.classes = None if classes is None else tuple(classes)
 
@@ -178,6 +178,13 @@ def model_named(task_type: str) -> type[TaskModel]:
     if task_type not in models:
         raise ValueError(f"task={task_type!r}: must be one of {', '.join(models)}")
     return models[task_type]
+
+
+def refuse_equal_names(classes: Sequence[str] | None) -> None:
+    """Raise a ValueError if two classes have one name; files of version 0.1 may have such names, and are read."""
+    if classes is not None and len(set(classes)) < len(classes):
+        twin = next(name for name, num in Counter(classes).items() if num > 1)
+        raise ValueError(f"classes: {reprlib.repr(twin)} is there more than once; each class needs its own name")
 
 
 def device_of(model: nn.Module) -> torch.device:

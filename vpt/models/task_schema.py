@@ -7,7 +7,6 @@ format for other programs. The file keeps the field names of format version 1, s
 import math
 import re
 import reprlib
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
@@ -92,9 +91,6 @@ class TaskMetadata:
         for name, listed in {"classes": self.classes, "category_ids": self.category_ids}.items():
             if listed is not None and len(listed) != self.num_classes:
                 raise ValueError(f"{name} has {len(listed)} entries, but num_classes is {self.num_classes}")
-            if listed is not None and len(set(listed)) < len(listed):
-                twin = next(value for value, num in Counter(listed).items() if num > 1)
-                raise ValueError(f"{name} has {reprlib.repr(twin)} more than once; each class needs its own")
 
     @property
     def class_names(self) -> list[str]:

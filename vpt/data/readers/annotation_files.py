@@ -16,6 +16,7 @@ from vpt.data.samples import ClassificationSamples, FileReader, SamplesT
 from vpt.data.splits import SPLITS, Division, divide, split_named
 
 NUM_SHOWN = 5  # names of a note
+MAX_DEPTH = 20  # folders of a path, so that a name of thousands of parts is not looked for thousands of times
 MAX_COMPARED = 1000  # class names that are compared with a wrong one
 
 Value = TypeVar("Value")
@@ -97,9 +98,9 @@ def is_file(path: Path) -> bool:
 def find_by_end(folders: Sequence[Path], name: str) -> Path | None:
     """The file or folder in one of these whose path is the longest end of a name that begins on another machine.
 
-    For `C:/data/train/a.jpg` that is `train/a.jpg` in one of the folders, or else `a.jpg`.
+    For `C:/data/train/a.jpg` that is `train/a.jpg` in one of the folders, or else `a.jpg`; at most `MAX_DEPTH` parts.
     """
-    parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
+    parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")][-MAX_DEPTH:]
     places = (folder.joinpath(*parts[start:]) for start in range(len(parts)) for folder in folders)
     return next((place for place in places if os.path.exists(place)), None)  # noqa: PTH110  (as above)
 
