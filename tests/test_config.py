@@ -107,8 +107,8 @@ def test_the_library_and_the_schema_have_the_same_defaults():
         (["-m", "tuning=prompt,linear", "lr=1"], r"optim\.head_lr=\.\.\. and optim\.prompt_lr="),
         (["dataset=coco", "dataset.root=a", "dataset.annotations={train:1e3}"], r"annotations\.train=1000\.0.*quotes"),
         (["head=dense"], "head=dense is for detection, and dataset=fruit is for classification"),
-        (["dataset=trees", "head=linear"], "head=linear is for classification, and dataset=trees is for detection"),
-        (["head.channels=64"], r"head\.channels=64 is for detection, and dataset=fruit"),
+        (["dataset=trees", "head=pyramid"], "head=pyramid is for segmentation, and dataset=trees is for detection"),
+        (["head.channels=64"], r"head\.channels=64 is for detection and segmentation, and dataset=fruit"),
         (["dataset=trees", "train.class_weights=balanced"], r"train\.class_weights=balanced is for classification"),
     ],
 )

@@ -23,7 +23,8 @@ BOX_HEADS = ("dense", "retinanet", "fasterrcnn")
 
 @pytest.mark.parametrize(("group", "choice"), FILES)
 def test_every_file_of_a_group_composes(group, choice):
-    needed = NEEDED if group == "dataset" else ["dataset=trees"] if choice in BOX_HEADS else []
+    of_head = {"pyramid": ["dataset=pebbles"], **dict.fromkeys(BOX_HEADS, ["dataset=trees"])}
+    needed = NEEDED if group == "dataset" else of_head.get(choice, [])
     config = to_config(compose_config([f"{group}={choice}", *needed]))
     text = (config_folder() / group / f"{choice}.yaml").read_text()
     assert text.startswith("# ")
