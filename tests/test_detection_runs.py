@@ -274,13 +274,13 @@ def test_the_summary_describes_what_trains_and_the_checks_of_the_boxes(tmp_path,
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["dataset=boxes", "dataset.root=a", "head=linear"], "head=linear is for classification, and dataset=boxes"),
+        (["dataset=boxes", "dataset.root=a", "head=pyramid"], "head=pyramid is for segmentation, and dataset=boxes"),
         (["head=dense"], "head=dense is for detection, and dataset=fruit is for classification"),
         (["dataset=boxes"], r"dataset\.root is needed"),
         (["dataset=trees", "train.label_smoothing=0.1"], r"train\.label_smoothing=0\.1 is for classification"),
         (["dataset=trees", "dataset.num_per_class=3"], r"dataset\.num_per_class=3 is for classification"),
         (["dataset=trees", "augment=vtab"], r"augment\.crop_mode=squash is for classification"),
-        (["head.channels=64"], r"head\.channels=64 is for detection, and dataset=fruit is for class"),
+        (["head.channels=64"], r"head\.channels=64 is for detection and segmentation, and dataset=fruit"),
         (["dataset.strict=true"], r"dataset\.strict=True is for detection"),
     ],
 )

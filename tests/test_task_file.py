@@ -124,7 +124,7 @@ HEAD = {"head": "dense", "taps": [0, 1, 2], "channels": 16, "strides": [8, 16, 3
 
 
 REFUSED = {  # a field, and values that it cannot have
-    "kind": ["segmentation", ["detection"]],
+    "kind": ["depth", ["detection"]],
     "backbone": [3, "hf-hub:stranger/model"],
     "fingerprint": ["x"],
     "num_classes": [0, 10**12, True, 3.0],
