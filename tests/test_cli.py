@@ -72,6 +72,7 @@ def test_help_lists_keys_and_loads_nothing_heavy(module, words):
     assert all(word in done.stdout for word in words)
 
 
+@pytest.mark.slow
 def test_one_job_is_shown_by_hydra_and_a_full_traceback_by_request(tmp_path, monkeypatch):
     done = call("--cfg", "job", "prompt=deep", "dataset=folder", "dataset.root=${oc.env:HOME}", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

@@ -192,6 +192,7 @@ def test_a_signal_exits_with_75_and_the_same_command_resumes(tmp_path, monkeypat
     assert [name.rpartition("_")[0] for name in trained] == ["linear_seed0", "few_seed0"]
 
 
+@pytest.mark.slow
 def test_a_rate_that_diverges_is_reported_and_another_is_chosen(tmp_path, monkeypatch, capsys, photos):
     words = words_of(photos, tmp_path / "c", "methods=few", "rates=[1,1e38]", "seeds=1")
     assert compare(monkeypatch, *words) == 0
@@ -286,7 +287,7 @@ def test_a_folder_with_other_files_is_refused(monkeypatch, capsys, tmp_path, pho
 @pytest.mark.slow
 def test_without_a_test_split_val_is_reported_with_a_warning(monkeypatch, capsys, tmp_path, photos):
     words = words_of(photos / "train", tmp_path / "c", "methods=linear", "seeds=1", "rates=1")
-    assert compare(monkeypatch, *words) == 0
+    assert compare(monkeypatch, *words, "dataset.test_fraction=0") == 0
     assert "no test split" in capsys.readouterr().out
     assert {row["split"] for row in read(tmp_path / "c" / "table.csv")} == {"val"}
 

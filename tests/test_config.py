@@ -156,10 +156,10 @@ def test_experiments_in_a_folder_of_the_user_are_checked_as_well(tmp_path, optio
 
 
 def test_a_type_of_task_and_a_head_of_the_user_need_no_change_of_the_schema(tmp_path):
-    write_text(tmp_path / "dataset" / "mine.yaml", "reader: masks\ntask: segmentation\ntitle: m")
-    write_text(tmp_path / "head" / "mine.yaml", "name: up\ntask: segmentation")
+    write_text(tmp_path / "dataset" / "mine.yaml", "reader: depths\ntask: depth\ntitle: m")
+    write_text(tmp_path / "head" / "mine.yaml", "name: up\ntask: depth")
     config = to_config(compose_config(["dataset=mine", "head=mine", "head.channels=64"], tmp_path))
-    assert (config.task, config.head.name, config.head.channels) == ("segmentation", "up", 64)
+    assert (config.task, config.head.name, config.head.channels) == ("depth", "up", 64)
 
 
 @dataclass

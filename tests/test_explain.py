@@ -193,6 +193,7 @@ def test_a_detector_is_explained_on_the_part_of_the_input_that_shows_the_image(e
         assert place["column"] * 8 < min(64, math.ceil(64 * 90 / height))
 
 
+@pytest.mark.slow
 def test_a_run_is_explained_as_its_task_file(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ["prompt.num_tokens=2", "train.epochs=1", "train.batch_size=8", "num_workers=0", "run.name=colours"]

@@ -134,6 +134,7 @@ def test_a_torch_export_file_runs_at_every_batch_size(tmp_path, images, prompt):
     assert json.loads(extra["vpt.json"])["classes"] == ["é", "b", "c", "d"]
 
 
+@pytest.mark.slow
 def test_an_onnx_file_is_small_and_has_metadata_but_no_paths(tmp_path, images):
     model = make_task(make_tiny_vit(depth=1), "deep")
     metadata = vpt.read_task(vpt.save_task(model, tmp_path / "pets.safetensors", licence="CC0-1.0"))

@@ -55,6 +55,7 @@ def choices(photos, boxes):
     }
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_several_times_ends_with_the_same_bytes(tmp_path, choices):
     options = ["num_workers=0", "train.ema=0.5", "train.patience=2", *choices["classification"]]
     points = [point for point in POINTS if "boxes" not in point]

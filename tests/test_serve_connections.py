@@ -67,6 +67,7 @@ def test_a_header_that_does_not_end_ends_its_connection(monkeypatch, connect, da
         assert client.get("/").text == "hello"
 
 
+@pytest.mark.slow
 def test_unfinished_headers_leave_room_for_others(monkeypatch, connect):
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 5)
     with listening(application) as (client, server):

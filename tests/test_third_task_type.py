@@ -228,6 +228,7 @@ def words_of(folder):
     return [*words, "train.epochs=1", "train.batch_size=8", "num_workers=0"]
 
 
+@pytest.mark.slow
 def test_the_command_lines_accept_it_from_a_config_folder_of_the_user(folder, monkeypatch, capsys, trained):
     monkeypatch.chdir(folder)
     words = words_of(folder)

@@ -167,6 +167,7 @@ def test_wrong_paths_of_predict_are_refused_by_name(finished, photos, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_with_and_without_workers(tmp_path, photos):
     one = train(tmp_path / "a", photos)
     two = train(tmp_path / "b", photos, "num_workers=2")
