@@ -127,6 +127,7 @@ def test_costs_are_those_of_the_models(made):
     assert [rows[name]["shares_batches"] for name in METHODS] == ["True", "False", "True"]
 
 
+@pytest.mark.slow
 def test_the_same_command_repeats_nothing(monkeypatch, capsys, photos, made, trained):
     before = [(made / name).read_bytes() for name in ("table.csv", "runs.csv")]
     for module, name in ((run_predictions, "_predict"), (runs, "measure_cost")):

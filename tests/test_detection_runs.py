@@ -206,13 +206,13 @@ def test_options_of_boxes_are_refused_for_classes(tmp_path, photos):
     "overrides",
     [
         ["tuning=linear"],
-        ["prompt=shallow", "augment=aerial"],
+        pytest.param(["prompt=shallow", "augment=aerial"], marks=pytest.mark.slow),
         pytest.param(["prompt=none", "head.out_indices=last", "augment=standard"], marks=pytest.mark.slow),
         ["prompt.blocks=last:2", "prompt.dropout=0.1", "augment=boxes", "head.strides=[4,8,16,32]"],
         pytest.param(["tuning=bias", "train.ema=0.9", "train.accumulation=2"], marks=pytest.mark.slow),
         ["tuning=partial", "optim=vpt_paper", "train.precision=bf16"],
         pytest.param(["tuning=full", "head.out_indices=[1,4]", "backbone.img_size=96"], marks=pytest.mark.slow),
-        ["head=retinanet", "head.channels=32", "num_workers=1"],
+        pytest.param(["head=retinanet", "head.channels=32", "num_workers=1"], marks=pytest.mark.slow),
         pytest.param(["head=fasterrcnn", "head.channels=32", "cache=off"], marks=pytest.mark.slow),
         pytest.param(["backbone.dtype=bf16", "grad_checkpointing=true"], marks=pytest.mark.slow),
     ],
@@ -248,6 +248,7 @@ def copy(tmp_path, boxes):
     return shutil.copytree(boxes, tmp_path / "boxes")
 
 
+@pytest.mark.slow
 def test_the_summary_describes_what_trains_and_the_checks_of_the_boxes(tmp_path, copy, capsys):
     def change(content):
         content["annotations"][0]["bbox"] = [5, 5, 0.2, 30]

@@ -183,6 +183,7 @@ def test_a_prompt_of_keys_and_values_has_shares_but_no_tokens_to_compare(explain
     assert all(0 < found["cls"] < 1 for found in numbers_of("out")["attention_to_prompt"])
 
 
+@pytest.mark.slow
 def test_a_detector_is_explained_on_the_part_of_the_input_that_shows_the_image(explain):
     assert explain("boxes") == 0
     numbers = numbers_of("out")

@@ -358,6 +358,7 @@ def test_a_backbone_held_in_bfloat16_trains_and_serves(tmp_path, photos, capsys)
     assert found["top1"] == result_of(finished)["metrics"]["test"]["top1"] > 0.6
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_does_not_change_the_results(tmp_path, photos, monkeypatch):
     checkpoint = Mock(wraps=block_loop.checkpoint)
     monkeypatch.setattr(block_loop, "checkpoint", checkpoint)
