@@ -84,12 +84,9 @@ class Detector(TaskModel):
         strides: Sequence[int] | None = None,
         num_convs: int | None = None,
     ) -> None:
-        super().__init__(backbone, num_classes, classes=classes)
+        super().__init__(backbone, num_classes, classes=classes, category_ids=category_ids)
         if head not in HEADS:
             raise ValueError(f"head={head!r}: must be one of {', '.join(HEADS)}")
-        if category_ids is not None and len(category_ids) != num_classes:
-            raise ValueError(f"{len(category_ids)} category ids for num_classes={num_classes}")
-        self.category_ids = None if category_ids is None else tuple(category_ids)
         self.out_indices = resolve_out_indices(out_indices, backbone.depth)
         strides = default_strides(backbone.stride) if strides is None else strides
         self.pyramid = FeaturePyramid(backbone.embed_dim, len(self.out_indices), backbone.stride, channels, strides)
@@ -203,20 +200,6 @@ class Detector(TaskModel):
     def check_layout(cls, layout: object) -> None:
         """Refuse a layout with a missing, unknown or wrong field."""
         check_fields("head", layout, HEAD_RULES)
-
-    @classmethod
-    def from_layout(
-        cls,
-        backbone: PromptedViT,
-        num_classes: int,
-        *,
-        classes: Sequence[str] | None,
-        category_ids: Sequence[int] | None,
-        layout: Mapping[str, Any] | None,
-    ) -> "Detector":
-        """A detector whose modules are those of a layout."""
-        options = {"out_indices" if name == "taps" else name: value for name, value in (layout or {}).items()}
-        return cls(backbone, num_classes, classes=classes, category_ids=category_ids, **options)
 
     def _detect(self, levels: list[Tensor], sizes: Sizes) -> Detections:
         found: Detections = self.head.detect(levels, sizes, self.selection)

@@ -6,7 +6,7 @@ The backbone stays frozen, so the head reads the patch tokens of several of its 
 Legend: B images, K classes, D embed_dim, H, W pixels, S stride in pixels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -65,14 +65,11 @@ class Segmenter(TaskModel):
         channels: int = 64,
         strides: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(backbone, num_classes, classes=classes)
+        super().__init__(backbone, num_classes, classes=classes, category_ids=category_ids)
         if num_classes < 2:
             raise ValueError(f"num_classes={num_classes}: segmentation takes two or more; name the rest as a class")
         if head not in HEADS:
             raise ValueError(f"head={head!r}: must be one of {', '.join(HEADS)}")
-        if category_ids is not None and len(category_ids) != num_classes:
-            raise ValueError(f"{len(category_ids)} category ids for num_classes={num_classes}")
-        self.category_ids = None if category_ids is None else tuple(category_ids)
         self.out_indices = resolve_out_indices(out_indices, backbone.depth)
         self.head_name = head
         width, num_maps = backbone.embed_dim, len(self.out_indices)
@@ -124,17 +121,3 @@ class Segmenter(TaskModel):
         check_fields("head", layout, {name: HEAD_RULES[name] for name in names or HEADS["pyramid"]})
         if names is None:
             raise ValueError(f"head.head is {layout['head']!r}; allowed: {', '.join(HEADS)}")  # type: ignore[index]
-
-    @classmethod
-    def from_layout(
-        cls,
-        backbone: PromptedViT,
-        num_classes: int,
-        *,
-        classes: Sequence[str] | None,
-        category_ids: Sequence[int] | None,
-        layout: Mapping[str, Any] | None,
-    ) -> "Segmenter":
-        """A segmenter whose modules are those of a layout."""
-        options = {"out_indices" if name == "taps" else name: value for name, value in (layout or {}).items()}
-        return cls(backbone, num_classes, classes=classes, category_ids=category_ids, **options)

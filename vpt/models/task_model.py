@@ -46,14 +46,24 @@ class TaskModel(nn.Module, ABC):
     head: nn.Module
     neck: nn.Module | None = None
     out_indices: tuple[int, ...] = ()
-    category_ids: tuple[int, ...] | None = None
+    category_ids: tuple[int, ...] | None
 
-    def __init__(self, backbone: PromptedViT, num_classes: int, *, classes: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        backbone: PromptedViT,
+        num_classes: int,
+        *,
+        classes: Sequence[str] | None = None,
+        category_ids: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         if classes is not None and len(classes) != num_classes:
             raise ValueError(f"{len(classes)} class names for num_classes={num_classes}")
+        if category_ids is not None and len(category_ids) != num_classes:
+            raise ValueError(f"{len(category_ids)} category ids for num_classes={num_classes}")
         self.backbone = backbone
         self.classes = None if classes is None else tuple(classes)
+        self.category_ids = None if category_ids is None else tuple(category_ids)
 
     @property
     @abstractmethod
@@ -114,8 +124,11 @@ class TaskModel(nn.Module, ABC):
         category_ids: Sequence[int] | None,
         layout: Mapping[str, Any] | None,
     ) -> "TaskModel":
-        """A new model whose modules are those of a layout that was checked."""
-        return cls(backbone, num_classes, classes=classes)
+        """A new model whose modules are those of a layout that was checked; its fields are arguments of the class."""
+        options = {"out_indices" if name == "taps" else name: value for name, value in (layout or {}).items()}
+        if layout is not None:
+            options["category_ids"] = category_ids
+        return cls(backbone, num_classes, classes=classes, **options)
 
     @classmethod
     def expected_shapes(
