@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from pycocotools.mask import decode
 
-from tests.helpers import exit_code_of
+from tests.helpers import exit_code_of, write_text
 from vpt.config.composition import compose_config
 from vpt.config.errors import ConfigError
 from vpt.config.validation import to_config
@@ -92,6 +92,25 @@ def test_tables_and_coco_results_tell_the_same_areas(trained, tmp_path):
         rle = {**found["segmentation"], "counts": found["segmentation"]["counts"].encode()}
         name = ("ground", "stone")[found["category_id"]]
         assert decode(rle).sum() == areas[found["file_name"], name]
+
+
+def test_coco_results_take_the_ids_of_an_annotation_file_and_warn_without_one(trained, tmp_path, capsys):
+    names = sorted(path.name for path in IMAGES.iterdir())
+    images = [{"id": 100 + number, "file_name": name, "width": 128, "height": 128} for number, name in enumerate(names)]
+    categories = [{"id": 7, "name": "stone"}, {"id": 8, "name": "ground"}]
+    truth = write_text(
+        tmp_path / "truth.json", json.dumps({"images": images[1:], "annotations": [], "categories": categories})
+    )
+    output = tmp_path / "found.json"
+    predict_run(PredictOptions(str(IMAGES), str(output), run=str(trained)))
+    assert "image_id" in capsys.readouterr().err
+    predict_run(PredictOptions(str(IMAGES), str(output), run=str(trained), annotations=str(truth)))
+    assert f"{names[0]}; their masks are left out" in capsys.readouterr().err
+    found = json.loads(output.read_text())
+    assert {(row["image_id"], row["file_name"]) for row in found} == {
+        (image["id"], image["file_name"]) for image in images[1:]
+    }
+    assert {row["category_id"] for row in found} <= {7, 8}
 
 
 def test_a_server_answers_with_the_share_of_each_class(trained):

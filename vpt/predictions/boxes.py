@@ -121,8 +121,7 @@ def to_coco(found: Sequence[FoundBoxes], category_ids: Sequence[int], classes: S
 def coco_image_ids(found: Sequence[FoundBoxes]) -> list[int]:
     """A distinct number for each image: its image_id if all have one, else the number in its name, else 1, 2, ...
 
-    Names are used if all are distinct numbers, such as COCO's 000000000139.jpg. Numbers that are counted belong to no
-    annotation file, which is reported on the standard error.
+    Names are used if all are distinct numbers, such as COCO's 000000000139.jpg, see `numbers_of_images`.
 
     Raises:
         ValueError: Two images have the same image_id.
@@ -133,15 +132,23 @@ def coco_image_ids(found: Sequence[FoundBoxes]) -> list[int]:
             twin = next(number for number, count in Counter(given).items() if count > 1)
             raise ValueError(f"two images have image_id={twin}; make them distinct, or None for all images")
         return given
-    stems = [PurePath(image.path).stem for image in found]
+    return numbers_of_images([image.path for image in found])
+
+
+def numbers_of_images(paths: Sequence[str]) -> list[int]:
+    """A distinct number for each image, as COCO results require: that in its name if all have one, else 1, 2, ...
+
+    Numbers that are counted belong to no annotation file, which is reported on the standard error.
+    """
+    stems = [PurePath(path).stem for path in paths]
     if all(stem.isascii() and stem.isdigit() for stem in stems) and len({int(stem) for stem in stems}) == len(stems):
         return [int(stem) for stem in stems]
-    if found:
+    if paths:
         warn(
             "image_id counts the images 1, 2, ..., and is not that of an annotation file; to measure the results, take "
             "its ids (annotations=FILE of vpt.predict, or FoundBoxes.image_id)"
         )
-    return list(range(1, len(found) + 1))
+    return list(range(1, len(paths) + 1))
 
 
 def match_image_ids(paths: Sequence[str], ids: Mapping[str, int]) -> dict[str, int]:

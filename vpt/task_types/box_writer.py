@@ -10,15 +10,12 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from vpt.config.command_line import check_folder
 from vpt.config.errors import ConfigError, did_you_mean
-from vpt.data.readers.coco import read_ids
 from vpt.data.transforms.preprocessing import Preprocessing
-from vpt.engine.console import warn
 from vpt.models.heads.dense import Selection
-from vpt.predictions.boxes import FoundBoxes, file_names, match_image_ids, to_box_table, to_coco, to_original, to_yolo
+from vpt.predictions.boxes import FoundBoxes, to_box_table, to_coco, to_original, to_yolo
 from vpt.storage.files import write_bytes
-from vpt.task_types.writer import PredictedImage, Predictions, PredictionWriter, spare_images
+from vpt.task_types.writer import PredictedImage, Predictions, PredictionWriter
 
 MIN_SCORE = 0.25  # for people; metrics are computed from 0.05 up
 
@@ -26,6 +23,7 @@ MIN_SCORE = 0.25  # for people; metrics are computed from 0.05 up
 class BoxWriter(PredictionWriter):
     """The boxes in each image; drawings are written batch by batch, everything else at the end."""
 
+    found = "boxes"
     options: ClassVar[Sequence[str]] = (
         "annotations",
         "drawings",
@@ -44,13 +42,11 @@ class BoxWriter(PredictionWriter):
         if len(tasks) > 1 and (self.folder or self.output.suffix.lower() not in (".csv", ".parquet")):
             option = f"output={self.output}" if self.folder is None else f"drawings={self.folder}"
             raise ConfigError(f"{option}: is for one task; boxes of several tasks can be written to .csv or .parquet")
-        self.drawings = {} if self.folder is None else self._files("drawings", self.folder, ".jpg", paths)
+        self.drawings = {} if self.folder is None else self.files_in("drawings", self.folder, ".jpg", paths)
         self.texts = self._texts(paths)
         self.needs_images = self.folder is not None
-        self.image_ids: dict[str, int] = {}
-        self.category_ids: Sequence[int] = ()
         if options["annotations"] is not None:
-            self._use_ids(Path(options["annotations"]).expanduser(), paths)
+            self.use_ids(Path(options["annotations"]).expanduser(), paths)
 
     def predict(self, images: Sequence[PredictedImage], outputs: Mapping[str, Any]) -> list[Predictions]:
         """Boxes in pixels of each image; they are drawn, too."""
@@ -98,30 +94,6 @@ class BoxWriter(PredictionWriter):
         name = path.relative_to(self.root).as_posix()
         return {task: FoundBoxes.from_record(name, boxes) for task, boxes in record.items()}
 
-    def _use_ids(self, file: Path, paths: Sequence[Path]) -> None:
-        """Take ids of images and categories from a COCO file; a ConfigError if they do not fit."""
-        if self.output.suffix.lower() != ".json":
-            raise ConfigError(f"annotations={file}: is for COCO results, output=FILE.json; leave it out")
-        try:
-            images, categories = read_ids(file)
-        except ValueError as error:
-            raise ConfigError(f"annotations={file}: {error}") from error
-        ((task, classes),) = self.classes.items()
-        if unknown := [name for name in classes if name not in categories]:
-            what = f"no category {unknown[0]!r}, a class of {task}{did_you_mean(unknown[0], list(categories))}"
-            raise ConfigError(f"annotations={file}: {what}")
-        self.category_ids = [categories[name] for name in classes]
-        names = [path.relative_to(self.root).as_posix() for path in paths]
-        try:
-            self.image_ids = match_image_ids(names, images)
-        except ValueError as error:
-            raise ConfigError(f"annotations={file}: {error}") from error
-        if unknown := [name for name in names if name not in self.image_ids]:
-            what = f"has {len(unknown):,} of the {len(names):,} images not, first {unknown[0]}"
-            if len(unknown) == len(names):
-                raise ConfigError(f"annotations={file}: {what}; name the file of these images")
-            warn(f"annotations={file}: {what}; their boxes are left out of the results")
-
     def _select(self, options: Mapping[str, Any]) -> dict[str, Selection]:
         if options["classes"] is not None and len(self.tasks) > 1:
             raise ConfigError(f"classes={options['classes']}: is for one task; {self.origin} names several")
@@ -149,20 +121,7 @@ class BoxWriter(PredictionWriter):
                 f"output={self.output}: must end in {' or '.join(self.endings)}, or be a folder for YOLO text files, "
                 "with no dot in its name"
             )
-        return self._files("output", self.output, ".txt", paths)
-
-    def _files(self, option: str, folder: Path, ending: str, paths: Sequence[Path]) -> dict[Path, Path]:
-        """A file for each image, in the folder of an option."""
-        check_folder(option, folder)
-        if folder.is_dir() and folder.samefile(self.root):
-            example = {"drawings": "drawn", "output": "found"}[option]
-            raise ConfigError(
-                f"{option}={folder}: is the folder of the input; name another one, such as {option}={example}"
-            )
-        names = file_names([path.relative_to(self.root).as_posix() for path in paths], ending)
-        files = {path: folder / name for path, name in zip(paths, names, strict=True)}
-        spare_images(option, folder, files.values(), paths)
-        return files
+        return self.files_in("output", self.output, ".txt", paths)
 
     def _text(self, predictions: Predictions) -> bytes:
         (boxes,) = predictions.values()

@@ -9,15 +9,14 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from vpt.config.command_line import check_folder
 from vpt.config.errors import ConfigError
 from vpt.data.masks import LabelMap
 from vpt.data.transforms.preprocessing import Preprocessing
-from vpt.predictions.boxes import file_names
+from vpt.predictions.boxes import numbers_of_images
 from vpt.predictions.masks import to_label_map
 from vpt.predictions.tables import to_table
 from vpt.storage.files import write_bytes
-from vpt.task_types.writer import PredictedImage, Predictions, PredictionWriter, spare_images
+from vpt.task_types.writer import PredictedImage, Predictions, PredictionWriter
 
 COLUMNS = {"image": str, "task": str, "class": str, "pixels": float, "share": float, "probability": float}
 
@@ -25,12 +24,15 @@ COLUMNS = {"image": str, "task": str, "class": str, "pixels": float, "share": fl
 class MaskWriter(PredictionWriter):
     """The mask of each image. PNGs and drawings are written batch by batch, everything else at the end."""
 
-    options: ClassVar[Sequence[str]] = ("drawings",)
+    found = "masks"
+    options: ClassVar[Sequence[str]] = ("annotations", "drawings")
 
     def __init__(self, tasks: Any, origin: str, options: Mapping[str, Any], root: Path, paths: Sequence[Path]) -> None:
         super().__init__(tasks, origin, options, root, paths)
         self.preprocessing = {name: Preprocessing.from_dict(of.preprocessing) for name, of in tasks.items()}
-        self.drawings = self._files("drawings", options["drawings"], ".jpg", paths)
+        self.drawings: dict[Path, Path] = {}
+        if options["drawings"] is not None:
+            self.drawings = self.files_in("drawings", Path(options["drawings"]).expanduser(), ".jpg", paths)
         self.pngs: dict[Path, Path] = {}
         if self.output.suffix.lower() in self.endings:
             self.check_output(paths)
@@ -40,7 +42,7 @@ class MaskWriter(PredictionWriter):
                 "dot in its name"
             )
         else:
-            self.pngs = self._files("output", self.output, ".png", paths)
+            self.pngs = self.files_in("output", self.output, ".png", paths)
         if len(tasks) > 1 and (self.drawings or self.output.suffix.lower() not in (".csv", ".parquet")):
             raise ConfigError(
                 f"output={self.output}: is for one task; of several tasks only .csv or .parquet is written"
@@ -48,6 +50,8 @@ class MaskWriter(PredictionWriter):
         if self.pngs and max(of.num_classes for of in tasks.values()) > 256:
             raise ConfigError(f"output={self.output}: a PNG with colours has 256 classes at most; write .csv or .json")
         self.needs_images = bool(self.drawings)
+        if options["annotations"] is not None:
+            self.use_ids(Path(options["annotations"]).expanduser(), paths)
 
     def predict(self, images: Sequence[PredictedImage], outputs: Mapping[str, Any]) -> list[Predictions]:
         """The pixels of each class, and in COCO results its RLE; PNGs and drawings are written, too."""
@@ -96,33 +100,23 @@ class MaskWriter(PredictionWriter):
         return sorted(rows, key=lambda row: -row["pixels"])
 
     def _coco(self, predictions: Mapping[Path, Predictions]) -> list[dict[str, Any]]:
-        """COCO results: a mask of each class in each image; ids of images count from 1."""
+        """COCO results: a mask of each class in each image; ids are those of `use_ids`, or of `numbers_of_images`."""
         ((task, metadata),) = self.tasks.items()
-        ids = metadata.category_ids or range(metadata.num_classes)
+        ids = self.category_ids or metadata.category_ids or range(metadata.num_classes)
+        names = [path.relative_to(self.root).as_posix() for path in predictions]
+        numbers = [self.image_ids.get(name) for name in names] if self.image_ids else numbers_of_images(names)
         return [
             {
                 "image_id": number,
-                "file_name": path.relative_to(self.root).as_posix(),
+                "file_name": name,
                 "category_id": ids[row["label"]],
                 "segmentation": row["rle"],
                 "score": row["probability"],
             }
-            for number, (path, of_image) in enumerate(predictions.items(), start=1)
+            for name, number, of_image in zip(names, numbers, predictions.values(), strict=True)
             for row in of_image[task]
+            if number is not None
         ]
-
-    def _files(self, option: str, folder: str | Path | None, ending: str, paths: Sequence[Path]) -> dict[Path, Path]:
-        """A file for each image, in the folder of an option."""
-        if folder is None:
-            return {}
-        folder = Path(folder).expanduser()
-        check_folder(option, folder)
-        if folder.is_dir() and folder.samefile(self.root):
-            raise ConfigError(f"{option}={folder}: is the folder of the input; name another one")
-        names = file_names([path.relative_to(self.root).as_posix() for path in paths], ending)
-        files = {path: folder / name for path, name in zip(paths, names, strict=True)}
-        spare_images(option, folder, files.values(), paths)
-        return files
 
 
 def to_rle(mask: Any) -> dict[str, Any]:
