@@ -1,4 +1,4 @@
-"""python -m vpt.predict task=FILE input=PATH output=FILE: classes of images, or boxes in them."""
+"""python -m vpt.predict task=FILE input=PATH output=FILE: classes of images, boxes in them, or masks."""
 
 import itertools
 import sys
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 
 UNREADABLE = 1
 
-USAGE = """python -m vpt.predict: classes of images, or boxes in them, by task files or the task of a run.
+USAGE = """python -m vpt.predict: classes of images, boxes in them, or masks, by task files or the task of a run.
 
-With several tasks, tables have a column task, and JSON the key task; COCO results, YOLO text files and drawings are for
-one task.
+With several tasks, tables have a column task, and JSON the key task; COCO results, YOLO text files, PNG masks and
+drawings are for one task.
 The image_id and category_id of COCO results are those of annotations=FILE. Without it, the image_id is the number in
 the file name, as in 000139.jpg, if all names are numbers; else images are counted 1, 2, ..., with a warning. Each
 result also has the file_name, relative to the folder of the input.
 No image of the input and no existing YOLO text file is overwritten; other files are.
 Images that cannot be read are listed and skipped; the exit code is then 1.
-Without output, the predictions for a single image are printed: class and probability, or class, score and box.
+Without output, the predictions for a single image are printed: class and probability; class,
+score and box; or class, share of the image and mean probability.
 
 Results are stored in OUTPUT.partial until all are done. If the command was stopped, type it again: it resumes after
 them, and predicts again only what has changed meanwhile; batch_size, device and checkpoint may be others. Another
@@ -50,7 +51,7 @@ class PredictOptions:
     )
     output: str | None = option(
         None,
-        ".csv, .parquet or .json; for boxes .json is COCO results, and a folder is YOLO text files; "
+        ".csv, .parquet or .json; for boxes and masks .json is COCO results, a folder is YOLO text files or PNG masks; "
         "without it the predictions for one image are printed",
         shown="FILE",
     )
@@ -63,9 +64,9 @@ class PredictOptions:
     every: int | None = option(None, "of a video every n-th frame, as the image VIDEO/000012.jpg", low=1, shown="1")
     top_k: int | None = option(None, "classification: classes per image, most probable first", low=1, shown="5")
     annotations: str | None = option(
-        None, "detection, with output=FILE.json: a COCO file whose ids of images and categories are used", shown="FILE"
+        None, "boxes, masks, output=FILE.json: a COCO file whose ids of images and categories are used", shown="FILE"
     )
-    drawings: str | None = option(None, "detection: a folder for the images with their boxes, as .jpg", shown="FOLDER")
+    drawings: str | None = option(None, "a folder for the images with their boxes or masks, as .jpg", shown="FOLDER")
     # no score is above 1
     min_score: float | None = option(None, "detection: least score of a box", low=0, high=0.999, shown="0.25")
     max_overlap: float | None = option(
@@ -143,7 +144,7 @@ def _print_one(inputs: "Inputs", tasks: "OpenTasks", options: PredictOptions) ->
 
     given: dict[str, Any] = {name: getattr(options, name) for name in ("top_k", "min_score", "max_detections")}
     limits = AnswerLimits(**{name: value for name, value in given.items() if value is not None})
-    for name in ("drawings", "max_overlap", "classes"):
+    for name in ("annotations", "drawings", "max_overlap", "classes"):
         if getattr(options, name) is not None:
             raise ConfigError(f"{name}={getattr(options, name)}: needs output=FILE")
     ((prepared,),) = inputs.read([inputs.paths], tasks.prepare)
