@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpt.data.images import ImageError
+from vpt.data.images import ImageError, read_image
 from vpt.data.masks import IGNORE, UNKNOWN, MaskValues, fit_to_image, read_values
 
 INDICES = np.arange(12, dtype=np.uint8).reshape(3, 4) % 3
@@ -80,6 +80,18 @@ def test_a_mask_is_turned_as_its_stored_image_and_resized_by_one_factor():
     assert fit_to_image(values, 1, (4, 6), (4, 6), 1).tolist() == values.repeat(2, axis=0).repeat(2, axis=1).tolist()
     with pytest.raises(ValueError, match="3 x 2"):
         fit_to_image(values, 1, image=(8, 4), stored=(8, 4), turn=1)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_with_an_orientation_of_its_own_is_turned_once(tmp_path, ending, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3)).save(tmp_path / f"a.{ending}", exif=exif)
+    expected = np.asarray(read_image(tmp_path / f"a.{ending}"))[..., 0]
+    values, turn = read_values(tmp_path / f"a.{ending}")
+    upright = fit_to_image(values, turn, image=expected.shape, stored=expected.shape, turn=1)
+    assert np.array_equal(upright, expected)
 
 
 def test_values_become_labels_and_unknown_ones_stay_known_as_such():

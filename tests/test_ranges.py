@@ -138,6 +138,18 @@ def test_training_evaluation_prediction_and_serving_read_with_the_range_in_the_t
         assert np.array_equal(found, image)
 
 
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_deep_images_are_turned_once(tmp_path, ending, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.arange(6, dtype=np.uint16).reshape(2, 3) * 51
+    Image.fromarray(stored).save(tmp_path / f"a.{ending}", exif=exif)
+    Image.fromarray(stored.astype(np.uint8)).save(tmp_path / f"b.{ending}", exif=exif)
+    expected = np.asarray(read_image(tmp_path / f"b.{ending}"))
+    assert np.array_equal(np.asarray(read_image(tmp_path / f"a.{ending}", Decoding(range=(0, 255)))), expected)
+
+
 def test_preprocessing_of_files_without_a_decoding_is_that_of_version_0_1():
     plain = {"size": [8, 8], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.9}
     plain["crop_mode"] = "center"

@@ -377,9 +377,9 @@ def _deep_values(path: str | Path, image: Image.Image, decoding: Decoding) -> ND
 
     Of 16-bit colours Pillow decodes the upper byte only. With the order of bytes exchanged it decodes the lower one.
     """
-    raw_modes, orientation = _raw_modes(image), _orientation(image)
+    raw_modes = _raw_modes(image)
     image.load()
-    values = np.asarray(image)
+    values, orientation = np.asarray(image), _orientation(image)  # Pillow turns a TIFF when it loads it
     if values.ndim == 3:
         if image.mode not in ("RGB", "RGBA"):
             raise ImageError(f"16-bit {image.mode} has no range; save it with 8 bits per channel")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vpt.data.images import DEFAULT_DECODING, TURNS, Decoding, ImageError, opened
+from vpt.data.images import DEFAULT_DECODING, TURNS, Decoding, ImageError, exif_orientation, opened
 from vpt.data.samples import SampleDataset, Samples, Size, Target, format_size
 
 IGNORE = -1
@@ -54,7 +54,7 @@ class MaskValues:
 def read_values(
     path: Path, has_colours: bool = False, decoding: Decoding = DEFAULT_DECODING
 ) -> tuple[NDArray[np.int32], int]:
-    """The values (H, W) that a mask file stores, not turned, and its EXIF orientation.
+    """The values (H, W) that a mask file stores, and the EXIF orientation by which they are still to be turned.
 
     Palette images give their indices, grey images of any depth their values. Colour images of greys only give these;
     other colours, and with `has_colours` all of them, are 65536 * red + 256 * green + blue. JPEG changes values: it is
@@ -64,8 +64,8 @@ def read_values(
         ImageError: The file cannot be read, has values that are no integers in [0, 16777215], or is JPEG with others.
     """
     with opened(path, decoding) as image:
-        orientation = Image.Image.getexif(image).get(274, 1)
         image.load()
+        orientation = exif_orientation(image) or 1  # Pillow turns a TIFF when it loads it
         if image.mode in ("F", "CMYK", "LAB", "HSV", "YCbCr"):
             raise ImageError(f"a mask of mode {image.mode} has no indices; save it as PNG")
         if has_colours or image.mode.startswith("RGB"):
