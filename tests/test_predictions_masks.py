@@ -43,6 +43,11 @@ def test_each_pixel_is_interpolated_at_its_own_centre(size):
     assert wrong == 0
 
 
+def test_logits_of_several_images_are_refused():
+    with pytest.raises(ValueError, match="logits"):
+        to_label_map(torch.zeros(2, 3, 4, 8), (5, 5), INPUT)
+
+
 def test_strips_change_nothing(monkeypatch):
     logits = torch.randn(5, 4, 8)
     whole = to_label_map(logits, (50, 70), INPUT)

@@ -127,6 +127,23 @@ def test_masks_boxes_and_classes_share_a_batch(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("targets", "error", "word"),
+    [
+        (torch.zeros(2, 64, 64), TypeError, "integers"),
+        (torch.zeros(2, 1, 64, 64, dtype=torch.int64), ValueError, "H, W"),
+        (torch.zeros(2, 32, 32, dtype=torch.int64), ValueError, "H, W"),
+        (torch.zeros(1, 64, 64, dtype=torch.int64), ValueError, "H, W"),
+        (torch.full((2, 64, 64), 255), ValueError, "ignored"),
+        (torch.full((2, 64, 64), -2), ValueError, "ignored"),
+    ],
+)
+def test_targets_that_are_no_masks_of_the_images_are_refused_by_name(targets, error, word):
+    model = segmenter(make_tiny_vit(img_size=64)).train()
+    with pytest.raises(error, match=f"targets.*{word}"):
+        model(torch.rand(2, 3, 64, 64), targets)
+
+
+@pytest.mark.parametrize(
     ("options", "word"),
     [
         ({"num_classes": 1}, "num_classes"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vpt.models.backbone import PromptedViT
 from vpt.models.detector import HEAD_RULES, resolve_out_indices
-from vpt.models.heads.masks import LinearMaskHead, PyramidMaskHead, mask_losses
+from vpt.models.heads.masks import IGNORED, LinearMaskHead, PyramidMaskHead, mask_losses
 from vpt.models.heads.pyramid import FeaturePyramid, default_strides
 from vpt.models.prompts import Blocks
 from vpt.models.task_model import Features, Sizes, TaskModel, register_model
@@ -92,9 +92,17 @@ class Segmenter(TaskModel):
         return int(self.head.conv.out_channels)  # type: ignore[union-attr,arg-type]
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
-        """Logits (B, K, H/S, W/S) of normalised images (B, 3, H, W); with targets (B, H, W) the losses by name."""
+        """Logits (B, K, H/S, W/S) of normalised images (B, 3, H, W); with targets (B, H, W) the losses by name.
+
+        Raises:
+            TypeError: The targets are no integers.
+            ValueError: Their shape is not that of the images, or a value is no class and not -1.
+        """
         logits = self.predict(images)
-        return logits if targets is None else mask_losses(logits, targets)
+        if targets is None:
+            return logits
+        self._check_targets(targets, (len(images), *images.shape[-2:]))
+        return mask_losses(logits, targets)
 
     def forward_head(self, features: Features, sizes: Sizes | None = None) -> Tensor:
         """Logits (B, K, H/S, W/S) of maps (B, D, rows, columns), one for each of `out_indices`."""
@@ -105,6 +113,15 @@ class Segmenter(TaskModel):
     def forward_tensors(self, features: Features, size: tuple[int, int]) -> dict[str, Tensor]:
         """The logits (B, K, H/S, W/S)."""
         return {"logits": self.forward_head(features)}
+
+    def _check_targets(self, targets: Tensor, shape: tuple[int, ...]) -> None:
+        if targets.is_floating_point() or targets.is_complex():
+            raise TypeError(f"targets: must be numbers of classes, integers, got {targets.dtype}")
+        if targets.shape != shape:
+            raise ValueError(f"targets: must be {shape}, the images' (B, H, W), got {tuple(targets.shape)}")
+        if targets.numel() and not IGNORED <= int(targets.min()) <= int(targets.max()) < self.num_classes:
+            found = f"got {int(targets.min())} to {int(targets.max())}"
+            raise ValueError(f"targets: must be classes in [0, {self.num_classes}), or -1 where ignored, {found}")
 
     @property
     def layout(self) -> dict[str, Any]:

@@ -17,8 +17,10 @@ def to_label_map(logits: Tensor, size: Size, preprocessing: Preprocessing) -> tu
     """Class and probability of each pixel, (H, W) int16 and float32, of logits (K, h, w) of a letterboxed image.
 
     Logits are interpolated between the centres of cells at the centre of each pixel, in one step, and in strips of rows
-    so that a large image takes little memory.
+    so that a large image takes little memory. Other shapes raise a ValueError.
     """
+    if logits.ndim != 3:
+        raise ValueError(f"logits: must be those of one image, (K, h, w), got {tuple(logits.shape)}")
     num_classes, (height, width) = len(logits), size
     inner = letterboxed_size(size, preprocessing)
     # grid_sample counts from -1 to 1 over the whole input, of which the image takes the upper left part.
