@@ -157,6 +157,11 @@ def test_a_broken_mask_is_left_out_of_train_and_refused_in_val(tmp_path):
         ([0, 1, 1, 0], {"classes": {"a": 0, "b": 255}}, "255"),
         ([0, 1, 1, 0], {"classes": {"a": 0, "b": "#00FF00"}}, "mixes"),
         ([0, 1, 1, 0], {"classes": {"a": 0, "b": -1}}, "-1"),
+        ([0, 1, 1, 0], {"classes": {"a": 0, "b": []}}, "'b'"),
+        ([0, 1, 1, 0], {"classes": {"a": 0, "b": "red"}}, "red"),
+        *(([0, 1, 1, 0], {"classes": value}, "list") for value in (5, "ab", [], {})),
+        ([0, 1, 1, 0], {"classes": ["a", "b", "c"], "instances": True}, "two names"),
+        ([0, 1, 1, 0], {"reduce_zero_label": True, "instances": True}, "exclude"),
     ],
 )
 def test_classes_that_cannot_be_are_refused_with_a_reason(tmp_path, pixels, reading, word):

@@ -34,13 +34,25 @@ class Meaning:
         classes: Names of the values 0, 1, 2, ...; or for each name a value, a list of values, or a colour, "#RRGGBB".
         ignore: The value of pixels that belong to no class; not for colours.
         reduce_zero_label: Whether 0 is ignored and 1 is the first class, as in ADE20K.
-        instances: Whether values number objects, so that all above 0 are one class.
+        instances: Whether values number objects, so that all above 0 are one class; then `classes` has two names.
+
+    Raises:
+        ValueError: `classes` has another form, or two arguments exclude each other.
     """
 
     classes: Sequence[str] | Mapping[str, Any] | None = None
     ignore: int | None = 255
     reduce_zero_label: bool = False
     instances: bool = False
+
+    def __post_init__(self) -> None:
+        names = self.classes
+        if names is not None and (isinstance(names, str) or not isinstance(names, Sequence | Mapping) or not names):
+            raise ValueError(f"dataset.classes={names!r}: must be a list of names, or an object of names and values")
+        if self.instances and names is not None and (isinstance(names, Mapping) or len(names) != 2):
+            raise ValueError(f"dataset.classes={names!r}: with dataset.instances=true two names, as [background,cell]")
+        if self.instances and self.reduce_zero_label:
+            raise ValueError("dataset.reduce_zero_label=true and dataset.instances=true exclude each other")
 
     def named(self, root: Path, first_mask: Path) -> "MaskClasses | None":
         """The classes that the user, a file in the root or the layout of a mask names; None if nothing does."""
@@ -134,6 +146,8 @@ def classes_of_config(classes: Sequence[str] | Mapping[str, Any]) -> MaskClasses
         str(name): value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
         for name, value in classes.items()
     }
+    if empty := [name for name, of_class in values.items() if not of_class]:
+        raise ValueError(f"dataset.classes: {empty[0]!r} has no value; write a number, a list or a colour")
     colours = {isinstance(one, str) for of_class in values.values() for one in of_class}
     if len(colours) != 1:
         raise ValueError(f"dataset.classes={dict(classes)}: mixes colours and values; use one of them")
