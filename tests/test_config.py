@@ -56,7 +56,7 @@ def test_the_library_and_the_schema_have_the_same_defaults():
         (Decoding, "data", "max_pixels background"),
         (DetectionTrainTransform, "augment", "min_visibility"),
         (divide, "dataset", "val_fraction test_fraction group folds fold"),
-        (make_samples, "dataset", "val_fraction strict exif_boxes"),
+        (make_samples, "dataset", "strict exif_boxes"),
     ]:
         parameters, defaults = inspect.signature(call).parameters, getattr(Config(), section)
         for name in names.split():

@@ -1,14 +1,18 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.helpers import CLASSES, TRUTH, write_coco, write_roboflow, write_text, write_voc, write_yolo
+from vpt.config.composition import compose_config
+from vpt.config.validation import to_config
 from vpt.data.readers.box_checks import DataReport, Finding
 from vpt.data.readers.boxes import find_formats, read_detection
 from vpt.data.readers.coco import read_coco
 from vpt.data.readers.voc import read_voc
 from vpt.data.readers.yolo import read_yolo
+from vpt.task_types.base import task_type_of
 
 WRITERS = {"coco": write_coco, "roboflow": write_roboflow, "yolo": write_yolo, "voc": write_voc}
 FORMATS = ["coco", "yolo", "voc"]
@@ -130,6 +134,18 @@ def test_one_image_less_moves_at_most_one_other(tmp_path):
     del pictures["00.png"]
     after = set(read_yolo(write_yolo(tmp_path / "less", {"train": pictures}))["val"].names)
     assert len(before - after) <= 1
+
+
+def test_boxes_without_any_split_are_divided_in_three_by_the_command_and_the_summary_says_so(tmp_path):
+    flat, named = write_voc(tmp_path / "flat", many(20)), write_coco(tmp_path / "named", many(20))
+    shutil.rmtree(flat / "ImageSets")
+    task_types = [
+        task_type_of(to_config(compose_config(["dataset=boxes", f"dataset.root={r}"]))) for r in (flat, named)
+    ]
+    splits = task_types[0].read_all()
+    assert {split: len(samples) for split, samples in splits.items()} == {"train": 12, "val": 4, "test": 4}
+    assert any("split off train" in line for line in task_types[0].describe(splits))
+    assert list(task_types[1].read_all()) == ["train", "val"]
 
 
 def test_given_splits_stay_and_none_is_made_without_a_fraction(tmp_path):

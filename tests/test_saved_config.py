@@ -56,7 +56,7 @@ def test_a_run_of_version_0_1_is_read_and_resumed(tmp_path, monkeypatch):
     folder.path.mkdir(parents=True)
     (folder.path / "config.yaml").write_text(FIRST_CONFIG)
     saved = load_config(folder.path / "config.yaml")
-    assert saved == replace(config, dataset=replace(config.dataset, required=[]))
+    assert saved == replace(config, dataset=replace(config.dataset, required=[], test_fraction=0.0))
     with folder:
         assert not folder.is_finished
     config.prompt.variant, config.run.name = "kv", folder.path.name

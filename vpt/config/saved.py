@@ -149,7 +149,11 @@ def load_config(path: Path) -> Config:
 def _of_this_version(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with the keys of this version; a null `dataset.test_fraction` of version 0.1 meant no test."""
     new, given = rename_keys(values), values.get("dataset")
-    if isinstance(given, dict) and given.get("kind") in ("folder", "csv") and given.get("test_fraction") is None:
+    if (
+        isinstance(given, dict)
+        and given.get("kind") in ("folder", "csv", "boxes")
+        and given.get("test_fraction") is None
+    ):
         new["dataset"]["test_fraction"] = 0.0
     return new
 

@@ -34,7 +34,6 @@ def option(
 
 
 FEATURE_MAPS = ("detection", "segmentation")  # types of task
-DIVIDED = ("classification", "segmentation")
 
 
 class PromptName(StrEnum):
@@ -293,11 +292,9 @@ class DatasetConfig:
     layout: FolderLayout = option(
         FolderLayout.auto, "what the folders in root are, where they may be both", task="classification"
     )
-    group: str | None = option(
-        None, "images of a group stay in one split: regular expression, or column of a CSV", task=DIVIDED
-    )
-    folds: int | None = option(None, "parts of train, of which one is held out", low=2, task=DIVIDED)
-    fold: int = option(0, "the part that is held out, from 0", low=0, task=DIVIDED, needs="dataset.folds!=null")
+    group: str | None = option(None, "images of a group stay in one split: regular expression, or column of a CSV")
+    folds: int | None = option(None, "parts of train, of which one is held out", low=2)
+    fold: int = option(0, "the part that is held out, from 0", low=0, needs="dataset.folds!=null")
     split_seed: int = option(0, "seed of splits and of num_per_class", low=0)
 
 
@@ -350,7 +347,9 @@ class TrainConfig:
     accumulation: int = option(1, "batches per optimiser step", low=1)
     clip_norm: float | None = option(1.0, "largest norm of the gradient; null: no clipping", above=0)
     label_smoothing: float = option(0.0, "label smoothing", low=0, high=0.99, task="classification")
-    class_weights: ClassWeights = option(ClassWeights.none, "or balanced: rare ones weigh more", task=DIVIDED)
+    class_weights: ClassWeights = option(
+        ClassWeights.none, "or balanced: rare ones weigh more", task=("classification", "segmentation")
+    )
     dice: float = option(0.0, "weight of the soft Dice loss beside cross-entropy", low=0, task="segmentation")
     sampling: Sampling = option(Sampling.uniform, "balanced: each class as often as any other", task="classification")
     select: str | None = option(None, "val metric that chooses the best epoch, such as loss; null: top1, map or miou")

@@ -21,6 +21,7 @@ from vpt.config.schema import Config, DatasetConfig, Sampling
 from vpt.data.readers.box_checks import DataReport
 from vpt.data.readers.folder import fruit_root
 from vpt.data.samples import Size
+from vpt.data.splits import Division
 from vpt.data.transforms.preprocessing import DECODING, Preprocessing
 from vpt.engine.monitor import Monitor
 from vpt.engine.steps import Evaluator, Losses
@@ -90,6 +91,19 @@ class TaskType(ABC):
         """Samples whose files are read with the range of values that `data.range=auto` finds over train."""
         self.decoding, self.image_notes = find_decoding(self.config, samples, self.decoding)
         return {split: members.decoded(self.decoding) for split, members in samples.items()}
+
+    @property
+    def division(self) -> Division:
+        """How readers split val and test off train."""
+        config = self.config.dataset
+        return {
+            "val_fraction": config.val_fraction,
+            "test_fraction": config.test_fraction,
+            "seed": config.split_seed,
+            "group": config.group,
+            "folds": config.folds,
+            "fold": config.fold,
+        }
 
     @abstractmethod
     def transforms(self, preprocessing: Preprocessing) -> tuple[Any, Any]:

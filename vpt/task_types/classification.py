@@ -141,9 +141,7 @@ class Classification(TaskType):
         if config.reader in ("folder", "list"):
             required(config, "root")
         root = unpacked(Path(config.root or ".").expanduser(), self.config.cache_dir)
-        keys = ("val_fraction", "test_fraction", "group", "folds", "fold")
-        reading: dict[str, Any] = {key: getattr(config, key) for key in keys}
-        reading |= {"seed": config.split_seed, "decoding": self.decoding, "notes": self.report.notes}
+        reading: dict[str, Any] = {**self.division, "decoding": self.decoding, "notes": self.report.notes}
         match config.reader:
             case "folder":
                 return read_folder(root, layout=config.layout.value, **reading)

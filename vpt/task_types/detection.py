@@ -161,8 +161,7 @@ class Detection(TaskType):
     def read_all(self) -> dict[str, DetectionSamples]:
         """Samples by split, from boxes and the headers of images."""
         config = self.config.dataset
-        reading: dict[str, Any] = {"val_fraction": config.val_fraction, "test_fraction": config.test_fraction or 0.0}
-        reading |= {"seed": config.split_seed, "strict": config.strict, "exif_boxes": config.exif_boxes.value}
+        reading: dict[str, Any] = {**self.division, "strict": config.strict, "exif_boxes": config.exif_boxes.value}
         reading |= {"report": self.report, "decoding": self.decoding}
         if config.reader == "trees":
             return read_coco(trees_root(), **reading)
@@ -184,7 +183,8 @@ class Detection(TaskType):
         """The data, and the problems found in their boxes."""
         counts = ", ".join(f"{split} {len(of)} ({sum(map(len, of.boxes)):,})" for split, of in samples.items())
         first = f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; images (boxes): {counts}"
-        return [first, *describe_left_out(self.left_out), *self.report.findings()]
+        left_out = describe_left_out(self.left_out)
+        return [first, *self.image_notes, *left_out, *map(str, self.report.notes), *self.report.findings()]
 
     def strides(self, patch_size: int) -> tuple[int, ...]:
         """Strides of the feature pyramid."""

@@ -160,9 +160,8 @@ class Segmentation(TaskType):
     def read_all(self) -> dict[str, SegmentationSamples]:
         """Samples by split, from all masks and the headers of images."""
         config = self.config.dataset
-        names = ("val_fraction", "test_fraction", "group", "folds", "fold", "strict")
-        reading: dict[str, Any] = {name: getattr(config, name) for name in names}
-        reading |= {"seed": config.split_seed, "report": self.report, "decoding": self.decoding}
+        reading: dict[str, Any] = {**self.division, "strict": config.strict}
+        reading |= {"report": self.report, "decoding": self.decoding}
         if config.reader == "pebbles":
             return read_masks(pebbles_root(), **reading)
         root = unpacked(Path(required(config, "root")).expanduser(), self.config.cache_dir)

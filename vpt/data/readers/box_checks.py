@@ -13,15 +13,15 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import isfinite
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vpt.data.images import DEFAULT_DECODING, EXTENSIONS, Decoding, ImageError, find_images, read_header
-from vpt.data.readers.annotation_files import Note, is_file
+from vpt.data.readers.annotation_files import Note, divide_aloud, is_file
 from vpt.data.samples import DetectionSamples, FileReader, Size, format_size, refuse_unreadable
-from vpt.data.splits import split_off
+from vpt.data.splits import Division
 
 MIN_SIDE = 1.0  # pixels
 ROUNDING = 0.5  # pixels; a box that leaves its image by no more is clipped without being counted
@@ -156,12 +156,9 @@ class DataReport:
             raise ValueError(f"{first} is the first of: {counted}; correct the files, or use strict=False")
 
 
-class Reading(TypedDict, total=False):
+class Reading(Division, total=False):
     """Keyword arguments of every reader of boxes, see `make_samples`."""
 
-    val_fraction: float
-    test_fraction: float
-    seed: int
     strict: bool
     exif_boxes: str
     report: DataReport | None
@@ -172,21 +169,22 @@ def make_samples(
     categories: Mapping[int, str],
     images: Mapping[str, Iterable[SourceImage]],
     problems: Sequence[tuple[Finding, str]] = (),
-    val_fraction: float = 0.2,
-    test_fraction: float = 0.0,
-    seed: int = 0,
+    *,
+    names_splits: bool = True,
     strict: bool = False,
     exif_boxes: str = "auto",
     report: DataReport | None = None,
     decoding: Decoding = DEFAULT_DECODING,
+    **division: Unpack[Division],
 ) -> dict[str, DetectionSamples]:
     """Check the images of all splits, and split test and val off train where they are missing.
 
     `categories` has the name of each class by its id, in the order of the labels; `images` those of each split; and
-    `problems` what the reader found, and where. Fractions are parts of train that become val and test where there is
-    none, chosen by `seed`. `strict` refuses data in which anything is wrong; otherwise it is repaired or dropped, and
-    counted in `report`. `exif_boxes` states how boxes were drawn on images that EXIF turns or mirrors, where the
-    declared size does not show it: on the "upright" or on the "stored" image; "auto" means upright, and reports it.
+    `problems` what the reader found, and where. `division` says how val and test are split off train where there is
+    none, by default no test, and `names_splits` whether the data name any split. `strict` refuses data in which
+    anything is wrong; otherwise it is repaired or dropped, and counted in `report`. `exif_boxes` states how boxes were
+    drawn on images that EXIF turns or mirrors, where the declared size does not show it: on the "upright" or on the
+    "stored" image; "auto" means upright, and reports it.
 
     Raises:
         ImageError: An image of a given val or test cannot be read; those of train are left out.
@@ -201,7 +199,8 @@ def make_samples(
     splits = _check_splits(categories, images, report, decoding, exif_boxes)
     if strict:
         report.refuse_errors()
-    splits = split_off(splits, val_fraction, test_fraction, seed)
+    division.setdefault("test_fraction", 0.0)
+    splits = divide_aloud(splits, report.notes, names_splits=names_splits, **division)
     for split, samples in splits.items():
         num_boxes = sum(map(len, samples.boxes))
         report.splits[split] = f"{len(samples):,} images, {num_boxes:,} boxes, {len(categories)} classes"

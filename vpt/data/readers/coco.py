@@ -65,7 +65,9 @@ def read_coco(
         _refuse_other_names(content, files[split], categories)
     problems: Problems = []
     images = {split: _read_images(content, files[split], root, split, problems) for split, content in contents.items()}
-    return make_samples(categories, images, problems, **reading)
+    is_named = _split_word(files["train"], files["train"].parent.name.lower() in SPLIT_OF) is not None
+    names_splits = annotations is not None or len(files) > 1 or is_named
+    return make_samples(categories, images, problems, names_splits=names_splits, **reading)
 
 
 def read_ids(path: str | Path) -> tuple[dict[str, int], dict[str, int]]:

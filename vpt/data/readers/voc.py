@@ -51,10 +51,13 @@ def read_voc(root: str | Path, **reading: Unpack[Reading]) -> dict[str, Detectio
             for name, rows in lists.items()
         }
         problems += place.strays(lists)
-    images = {split: images[split] for split in SPLITS if split in images}
+    names_splits = "" not in images
+    images = {split or "train": images[split] for split in ("", *SPLITS) if split in images}
     require_train(root, images, VOC_LAYOUT)
     names = (box.category for image in images["train"] for box in image.boxes if box.category is not None)
-    return make_samples(dict(enumerate(sorted(set(map(str, names))), start=1)), images, problems, **reading)
+    return make_samples(
+        dict(enumerate(sorted(set(map(str, names))), start=1)), images, problems, names_splits=names_splits, **reading
+    )
 
 
 def find_xml(root: Path) -> list[Path]:
@@ -105,7 +108,7 @@ class _Place:
         self.xml_by_name = _by_name(self.annotations, self.xml)
 
     def lists(self) -> dict[str, list[tuple[str, str]]]:
-        """For each split the names of its images, and where each is named."""
+        """For each split the names of its images, and where each is named; all under "" where nothing names a split."""
         folder = self.folder / "ImageSets" / "Main"
         files = {path.stem: path for path in sorted(folder.glob("*.txt"))}
         lists = by_split(files.items(), str(folder))
@@ -119,7 +122,7 @@ class _Place:
         folders = sorted({name.partition("/")[0] for name, _ in rows if "/" in name})
         of_split = by_split(zip(folders, folders, strict=True), str(self.annotations))
         if "train" not in of_split:
-            return {"train": rows}
+            return {"": rows}
         return {split: [row for row in rows if row[0].startswith(f"{name}/")] for split, name in of_split.items()}
 
     def all(self) -> list[tuple[str, str]]:

@@ -56,7 +56,8 @@ def read_yolo(root: str | Path, **reading: Unpack[Reading]) -> dict[str, Detecti
     is_yaml = path.suffix.lower() in (".yaml", ".yml")
     content = _load_yaml(path) if is_yaml else {"names": [line for line, _ in numbered_lines(path)], **_entries(root)}
     classes = _read_classes(content, path)
-    entries = by_split([(key, value) for key, value in content.items() if value], str(path))
+    named = by_split([(key, value) for key, value in content.items() if value], str(path))
+    entries = named or ({} if is_yaml else {"train": "images" if (root / "images").is_dir() else "."})
     require_train(root, entries, YOLO_LAYOUT)
     lines = _Lines({name: label for label, name in enumerate(classes)}, "kpt_shape" in content)
     problems: Problems = []
@@ -66,7 +67,7 @@ def read_yolo(root: str | Path, **reading: Unpack[Reading]) -> dict[str, Detecti
         paths = _find_listed(root, content.get("path"), entry, where, problems)
         images[split] = [_read_image(root, path, i, lines, where) for i, path in enumerate(paths, start=1)]
     problems += _find_strays(root, {image.path for members in images.values() for image in members})
-    return make_samples(dict(enumerate(classes)), images, problems, **reading)
+    return make_samples(dict(enumerate(classes)), images, problems, names_splits=bool(named), **reading)
 
 
 def find_yolo(root: Path) -> Path | None:
@@ -95,11 +96,11 @@ def _has_labels(path: Path) -> bool:
 
 
 def _entries(root: Path) -> dict[str, str]:
-    """The lists or folders of the splits of a folder without a YAML file."""
+    """The lists or folders of the splits of a folder without a YAML file; empty if there are none."""
     lists = {path.stem: path.name for path in sorted(root.glob("*.txt")) if path.stem.lower() in SPLIT_OF}
     folders = [path for parent in (root / "images", root) for path in sorted(parent.glob("*/"))]
     named = {path.name: path.relative_to(root).as_posix() for path in folders if path.name.lower() in SPLIT_OF}
-    return lists or named or {"train": "images" if (root / "images").is_dir() else "."}
+    return lists or named
 
 
 def _load_yaml(path: Path) -> Mapping[str, Any]:
