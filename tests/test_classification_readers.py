@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.helpers import make_folder, names_by_split, touch
-from vpt.data.images import ImageError, is_ignored
+from vpt.data.image_files import is_ignored
+from vpt.data.images import ImageError
 from vpt.data.readers import folder
 from vpt.data.readers.folder import fruit_root, read_folder
 from vpt.data.samples import check_readable

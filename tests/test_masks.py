@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from vpt.data.images import ImageError, read_image
-from vpt.data.masks import IGNORE, UNKNOWN, MaskValues, fit_to_image, read_values
+from vpt.data.masks import IGNORE, UNKNOWN, MaskValues, fit_to_image, read_mask
 
 INDICES = np.arange(12, dtype=np.uint8).reshape(3, 4) % 3
 
@@ -34,20 +34,20 @@ def test_indices_are_read_unchanged_from_every_mode(tmp_path, image, ending):
     if image.mode == "I" and ending == ".png":
         pytest.skip("Pillow writes no PNG of 32 bits")
     image.save(tmp_path / f"mask{ending}")
-    values, orientation = read_values(tmp_path / f"mask{ending}")
+    values, orientation = read_mask(tmp_path / f"mask{ending}")
     assert (values.tolist(), orientation) == (INDICES.tolist(), 1)
 
 
 def test_values_above_255_are_not_clipped(tmp_path):
     Image.fromarray(np.array([[0, 300, 65535]], np.uint16)).save(tmp_path / "mask.png")
-    assert read_values(tmp_path / "mask.png")[0].tolist() == [[0, 300, 65535]]
+    assert read_mask(tmp_path / "mask.png")[0].tolist() == [[0, 300, 65535]]
 
 
 def test_colours_are_one_number_each_also_from_a_palette(tmp_path):
     Image.new("RGB", (2, 1), (1, 2, 3)).save(tmp_path / "rgb.png")
-    assert read_values(tmp_path / "rgb.png")[0].tolist() == [[0x010203] * 2]
+    assert read_mask(tmp_path / "rgb.png")[0].tolist() == [[0x010203] * 2]
     palette_image(INDICES).save(tmp_path / "palette.png")
-    assert read_values(tmp_path / "palette.png", has_colours=True)[0][0].tolist() == [
+    assert read_mask(tmp_path / "palette.png", has_colours=True)[0][0].tolist() == [
         0xC80A0A,
         0x0AC80A,
         0x0A0AC8,
@@ -58,10 +58,10 @@ def test_colours_are_one_number_each_also_from_a_palette(tmp_path):
 def test_jpeg_is_read_for_two_values_only(tmp_path):
     two = np.kron(np.array([[0, 255], [255, 0]], np.uint8), np.ones((8, 8), np.uint8))
     Image.fromarray(two).save(tmp_path / "two.jpg", quality=90)
-    assert (read_values(tmp_path / "two.jpg")[0] == two).all()
+    assert (read_mask(tmp_path / "two.jpg")[0] == two).all()
     Image.fromarray(two // 2).save(tmp_path / "grey.jpg")
     with pytest.raises(ImageError, match="JPEG"):
-        read_values(tmp_path / "grey.jpg")
+        read_mask(tmp_path / "grey.jpg")
 
 
 def test_floating_point_and_broken_masks_are_refused_by_name(tmp_path):
@@ -69,7 +69,7 @@ def test_floating_point_and_broken_masks_are_refused_by_name(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     for name in ("mask.tif", "broken.png"):
         with pytest.raises(ImageError, match=name):
-            read_values(tmp_path / name)
+            read_mask(tmp_path / name)
 
 
 def test_a_mask_is_turned_as_its_stored_image_and_resized_by_one_factor():
@@ -89,7 +89,7 @@ def test_a_mask_with_an_orientation_of_its_own_is_turned_once(tmp_path, ending, 
     exif[0x0112] = orientation
     Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3)).save(tmp_path / f"a.{ending}", exif=exif)
     expected = np.asarray(read_image(tmp_path / f"a.{ending}"))[..., 0]
-    values, turn = read_values(tmp_path / f"a.{ending}")
+    values, turn = read_mask(tmp_path / f"a.{ending}")
     upright = fit_to_image(values, turn, image=expected.shape, stored=expected.shape, turn=1)
     assert np.array_equal(upright, expected)
 

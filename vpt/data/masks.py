@@ -51,7 +51,7 @@ class MaskValues:
         return np.where(keys[found] == values, numbers[found], np.int16(UNKNOWN))
 
 
-def read_values(
+def read_mask(
     path: Path, has_colours: bool = False, decoding: Decoding = DEFAULT_DECODING
 ) -> tuple[NDArray[np.int32], int]:
     """The values (H, W) that a mask file stores, and the EXIF orientation by which they are still to be turned.
@@ -126,7 +126,7 @@ class MaskReader:
     def read(self, index: int) -> LabelMap:
         """The same, with `UNKNOWN` for unknown values."""
         path = self.paths[index]
-        values, orientation = read_values(path, self.values.has_colours, self.decoding)
+        values, orientation = read_mask(path, self.values.has_colours, self.decoding)
         try:
             fitted = fit_to_image(values, orientation, self.sizes[index], self.stored[index], self.turns[index])
         except ValueError as error:

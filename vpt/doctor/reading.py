@@ -7,7 +7,7 @@ from typing import Any
 
 from vpt.config.errors import ConfigError
 from vpt.config.schema import Config
-from vpt.data.images import find_images
+from vpt.data.image_files import find_images
 from vpt.data.readers.box_checks import DataReport
 from vpt.data.samples import ClassificationSamples, FileReader
 from vpt.data.splits import SPLITS, split_named

@@ -92,7 +92,8 @@ def explain(options: ExplainOptions) -> list[str]:
 def _find(options: ExplainOptions) -> tuple[list[Path], int]:
     """Images of the input, evenly spread, and the number of all."""
     from vpt.build import spread
-    from vpt.data.images import EXTENSIONS, describe_unread, find_images
+    from vpt.data.image_files import describe_unread, find_images
+    from vpt.data.images import EXTENSIONS
     from vpt.predict.inputs import is_video
 
     path = Path(options.input).expanduser()

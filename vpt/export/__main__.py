@@ -133,7 +133,8 @@ def _check_tasks(options: ExportOptions, paths: Sequence[Path], tasks: Sequence[
 
 def _read_images(options: ExportOptions, task: "TaskMetadata") -> list["Image"]:
     """As many images as the largest batch needs; where there are fewer, some are repeated."""
-    from vpt.data.images import find_images, read_image
+    from vpt.data.image_files import find_images
+    from vpt.data.images import read_image
     from vpt.data.transforms.preprocessing import Preprocessing
     from vpt.task_types.base import task_type_named
 

@@ -212,7 +212,8 @@ def _predict(
 
 def _find(options: PredictOptions) -> "Inputs":
     """The images of the input, or the frames of a video."""
-    from vpt.data.images import EXTENSIONS, describe_unread
+    from vpt.data.image_files import describe_unread
+    from vpt.data.images import EXTENSIONS
     from vpt.predict.inputs import Frames, ImageFiles, is_video
 
     path = Path(options.input).expanduser()

@@ -10,7 +10,8 @@ from typing import Protocol, TypeVar
 
 from PIL import Image
 
-from vpt.data.images import Decoding, ImageError, find_images, read_image, split_pattern, to_rgb
+from vpt.data.image_files import find_images, split_pattern
+from vpt.data.images import Decoding, ImageError, read_image, to_rgb
 from vpt.predict.progress_file import Stamp, stamp_of
 from vpt.predict.video import EXTENSIONS, Video
 

@@ -18,7 +18,8 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from vpt.data.images import DEFAULT_DECODING, EXTENSIONS, Decoding, ImageError, find_images, read_header
+from vpt.data.image_files import find_images
+from vpt.data.images import DEFAULT_DECODING, EXTENSIONS, Decoding, ImageError, read_header
 from vpt.data.readers.annotation_files import Note, divide_aloud, is_file
 from vpt.data.samples import DetectionSamples, FileReader, Size, format_size, refuse_unreadable
 from vpt.data.splits import Division

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, Unpack
 
-from vpt.data.images import DEFAULT_DECODING, EXTENSIONS, Decoding, describe_unread, find_images, is_ignored
+from vpt.data.image_files import describe_unread, find_images, is_ignored
+from vpt.data.images import DEFAULT_DECODING, EXTENSIONS, Decoding
 from vpt.data.readers.annotation_files import (
     ImageFile,
     Note,

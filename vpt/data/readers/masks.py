@@ -14,8 +14,9 @@ from typing import Unpack
 
 import numpy as np
 
-from vpt.data.images import DEFAULT_DECODING, Decoding, ImageError, find_images, read_header
-from vpt.data.masks import UNKNOWN, MaskReader, SegmentationSamples, fit_to_image, read_values
+from vpt.data.image_files import find_images
+from vpt.data.images import DEFAULT_DECODING, Decoding, ImageError, read_header
+from vpt.data.masks import UNKNOWN, MaskReader, SegmentationSamples, fit_to_image, read_mask
 from vpt.data.readers.annotation_files import by_split, divide_aloud, numbered_lines, require_train
 from vpt.data.readers.box_checks import DataReport
 from vpt.data.readers.mask_classes import MaskClasses, Meaning
@@ -201,7 +202,7 @@ def _scan(
     for pair in pairs:
         try:
             size, stored, turn = read_header(pair.image, decoding)
-            values, orientation = read_values(pair.mask, has_colours, decoding)
+            values, orientation = read_mask(pair.mask, has_colours, decoding)
         except ImageError as error:
             report.add(MaskFinding.UNREADABLE, str(error))
             report.left_out.append((pair.name, str(error)))

@@ -6,7 +6,8 @@ from pathlib import Path, PurePosixPath
 from typing import Unpack
 from xml.etree import ElementTree
 
-from vpt.data.images import EXTENSIONS, find_images
+from vpt.data.image_files import find_images
+from vpt.data.images import EXTENSIONS
 from vpt.data.readers.annotation_files import (
     by_split,
     numbered_lines,

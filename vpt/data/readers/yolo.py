@@ -9,7 +9,8 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from vpt.data.images import EXTENSIONS, find_images
+from vpt.data.image_files import find_images
+from vpt.data.images import EXTENSIONS
 from vpt.data.readers.annotation_files import (
     by_split,
     find_by_end,
