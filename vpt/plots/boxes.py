@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vpt.engine.metrics.detection import MIN_SCORE
 from vpt.plots.figure import Pixels, fit, legible_name, pixel_axes, render, show, text_width
-from vpt.plots.grid import image_grid
+from vpt.plots.grid import tile_grid
 
 MAX_IMAGES = 8
 
@@ -131,8 +131,4 @@ def boxes_page(
         boxes, labels, scores = (found[key][good] for key in ("boxes", "labels", "scores"))
         tiles += [true, draw_boxes(tile, boxes * scale, labels, classes, scores)]
         headings += [f"{name}: true" if name else "true", "detected"]
-    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
-    page = np.full((len(tiles), height, width, 3), 255, np.uint8)
-    for place, tile in zip(page, tiles, strict=True):
-        place[-tile.shape[0] :, : tile.shape[1]] = tile
-    return image_grid(page, headings, columns=2)
+    return tile_grid(tiles, headings, columns=2)

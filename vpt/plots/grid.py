@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from vpt.plots.figure import INK, Pixels, fit, pixel_axes, render, show
 
 RIGHT = "#188038"  # the caption of a right prediction
@@ -48,3 +50,12 @@ def image_grid(
             at, colour = top + height + 3 + row * _LINE, colours[i] if colours else INK
             axes.text(left, at, fit(line, width, 12), color=colour, fontsize=12, va="top")
     return render(axes.figure)
+
+
+def tile_grid(tiles: Sequence[Pixels], captions: Sequence[str], columns: int) -> Pixels:
+    """An `image_grid` of images (H, W, 3) of any sizes, on white, each at the lower left of its place."""
+    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
+    page = np.full((len(tiles), height, width, 3), 255, np.uint8)
+    for place, tile in zip(page, tiles, strict=True):
+        place[-tile.shape[0] :, : tile.shape[1]] = tile
+    return image_grid(page, captions, columns=columns)

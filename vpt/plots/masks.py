@@ -12,7 +12,7 @@ from PIL import Image
 
 from vpt.plots.boxes import class_colour
 from vpt.plots.figure import Pixels
-from vpt.plots.grid import image_grid
+from vpt.plots.grid import tile_grid
 
 OPACITY = 0.55
 MAX_IMAGES = 8
@@ -58,8 +58,4 @@ def masks_page(
         size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
         tiles += [np.asarray(Image.fromarray(tile).resize(size)) for tile in row]
         headings += [name, "true", "found", "wrong"]
-    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
-    page = np.full((len(tiles), height, width, 3), 255, np.uint8)
-    for place, tile in zip(page, tiles, strict=True):
-        place[-tile.shape[0] :, : tile.shape[1]] = tile
-    return image_grid(page, headings, columns=4)
+    return tile_grid(tiles, headings, columns=4)

@@ -25,7 +25,7 @@ from vpt.data.splits import Division
 from vpt.data.transforms.preprocessing import DECODING, Preprocessing
 from vpt.engine.monitor import Monitor
 from vpt.engine.steps import Evaluator, Losses
-from vpt.models.task_model import TaskModel
+from vpt.models.task_model import TaskModel, model_named
 from vpt.models.task_schema import TaskMetadata
 from vpt.task_types.decoding import build_decoding, find_decoding
 from vpt.task_types.findings import Finding
@@ -110,9 +110,10 @@ class TaskType(ABC):
         """The transform of train images, with its attribute `is_random`, and that of all others."""
 
     def preprocessing(self, backbone_preprocessing: Mapping[str, Any]) -> Preprocessing:
-        """Preprocessing of the images; `augment.crop_mode` and `crop_pct` override the backbone's."""
-        augment = self.config.augment
-        return build_preprocessing(backbone_preprocessing, crop_mode=augment.crop_mode, crop_pct=augment.crop_pct)
+        """Preprocessing of the images: as the model requires, else as `augment` states, else as the backbone's."""
+        augment, needed = self.config.augment, model_named(self.name).preprocessing
+        crop = {"crop_mode": augment.crop_mode, "crop_pct": augment.crop_pct} | dict(needed)
+        return build_preprocessing(backbone_preprocessing, **crop)
 
     def build_data(self, samples: Mapping[str, Any], backbone_preprocessing: Mapping[str, Any]) -> Data:
         """Data sets and loaders of all splits, for a backbone with this preprocessing."""
@@ -127,12 +128,15 @@ class TaskType(ABC):
         loaders = build_loaders(self.config, datasets, type(self).collate_fn, balanced)
         return Data(dict(samples), datasets, loaders, preprocessing, training.is_random)
 
-    def describe(self, samples: Mapping[str, Any]) -> list[str]:
-        """Lines for the summary: the data, and the problems found in them."""
+    def headline(self, samples: Mapping[str, Any]) -> str:
+        """The line of the summary on the data themselves."""
         counts = ", ".join(f"{split} {len(members)}" for split, members in samples.items())
-        first = f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; images: {counts}"
-        notes = [*self.image_notes, *describe_left_out(self.left_out), *map(str, self.report.notes)]
-        return [first, *notes]
+        return f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; images: {counts}"
+
+    def describe(self, samples: Mapping[str, Any]) -> list[str]:
+        """Lines for the summary: the data, and what was found, left out or guessed in them."""
+        notes = *map(str, self.report.notes), *self.report.findings()
+        return [self.headline(samples), *self.image_notes, *describe_left_out(self.left_out), *notes]
 
     # Checks of python -m vpt.doctor.
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from vpt.build import Data, build_preprocessing, spread
+from vpt.build import Data, spread
 from vpt.config.errors import config_keys
 from vpt.config.schema import Config
 from vpt.config.validation import required
@@ -33,7 +33,6 @@ from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, name_pairs
 from vpt.task_types.box_findings import FullReport, find_box_problems, find_small_boxes
 from vpt.task_types.box_writer import MIN_SCORE, BoxWriter
 from vpt.task_types.findings import Finding, Level
-from vpt.task_types.unreadable import describe_left_out
 
 NUM_GRID_IMAGES = 16
 NUM_PAGE_IMAGES = 8
@@ -170,21 +169,15 @@ class Detection(TaskType):
             return read_coco(root, config.annotations, **reading)
         return read_detection(root, config.format.value, **reading)
 
-    def preprocessing(self, backbone_preprocessing: Mapping[str, Any]) -> Preprocessing:
-        """Letterboxed, so that no box is cut off."""
-        return build_preprocessing(backbone_preprocessing, crop_mode="letterbox", crop_pct=1.0)
-
     def transforms(self, preprocessing: Preprocessing) -> tuple[DetectionTrainTransform, DetectionEvalTransform]:
         """Augmentation of train as the config states."""
         options = self.config.augment.transforms, self.config.augment.min_visibility
         return DetectionTrainTransform(preprocessing, *options), DetectionEvalTransform(preprocessing)
 
-    def describe(self, samples: Mapping[str, DetectionSamples]) -> list[str]:
-        """The data, and the problems found in their boxes."""
+    def headline(self, samples: Mapping[str, DetectionSamples]) -> str:
+        """The line of the summary on the data, with the number of boxes."""
         counts = ", ".join(f"{split} {len(of)} ({sum(map(len, of.boxes)):,})" for split, of in samples.items())
-        first = f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; images (boxes): {counts}"
-        left_out = describe_left_out(self.left_out)
-        return [first, *self.image_notes, *left_out, *map(str, self.report.notes), *self.report.findings()]
+        return f"{self.config.dataset.title}: {len(samples['train'].classes)} classes; images (boxes): {counts}"
 
     def strides(self, patch_size: int) -> tuple[int, ...]:
         """Strides of the feature pyramid."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from vpt.build import Data, build_preprocessing, spread
+from vpt.build import Data, spread
 from vpt.config.errors import config_keys
 from vpt.config.schema import ClassWeights, Config
 from vpt.config.validation import required
@@ -32,10 +32,9 @@ from vpt.predictions.masks import to_label_map
 from vpt.storage.archives import unpacked
 from vpt.task_types.base import DATASET_KEYS, AnswerLimits, TaskType, name_pairs, register_task_type
 from vpt.task_types.box_findings import FullReport, find_box_problems
-from vpt.task_types.findings import Finding
+from vpt.task_types.findings import Finding, some
 from vpt.task_types.mask_findings import class_weights, find_mask_problems, pixel_shares
 from vpt.task_types.mask_writer import MaskWriter
-from vpt.task_types.unreadable import describe_left_out
 
 NUM_GRID_IMAGES = 16
 NUM_PAGE_IMAGES = 8
@@ -168,24 +167,16 @@ class Segmentation(TaskType):
         meaning = Meaning(config.classes, config.ignore, config.reduce_zero_label, config.instances)
         return read_masks(root, meaning, **reading)
 
-    def preprocessing(self, backbone_preprocessing: Mapping[str, Any]) -> Preprocessing:
-        """Letterboxed, so that every pixel gets a class."""
-        return build_preprocessing(backbone_preprocessing, crop_mode="letterbox", crop_pct=1.0)
-
     def transforms(self, preprocessing: Preprocessing) -> tuple[SegmentationTrainTransform, SegmentationEvalTransform]:
         """Augmentation of train as the config states."""
         training = SegmentationTrainTransform(preprocessing, self.config.augment.transforms)
         return training, SegmentationEvalTransform(preprocessing)
 
-    def describe(self, samples: Mapping[str, SegmentationSamples]) -> list[str]:
-        """The data, the share of each class, and the problems found in masks."""
-        counts = ", ".join(f"{split} {len(of)}" for split, of in samples.items())
+    def headline(self, samples: Mapping[str, SegmentationSamples]) -> str:
+        """The line of the summary on the data, with the share of each class."""
         train = samples["train"]
         shares = [f"{name} {part:.1%}" for name, part in zip(train.classes, pixel_shares(train), strict=True)]
-        shown = ", ".join(shares[:8]) + (f" and {len(shares) - 8} more" if len(shares) > 8 else "")
-        first = f"{self.config.dataset.title}: {len(train.classes)} classes; images: {counts}; train pixels: {shown}"
-        left_out = describe_left_out(self.left_out)
-        return [first, *self.image_notes, *left_out, *map(str, self.report.notes), *self.report.findings()]
+        return f"{super().headline(samples)}; train pixels: {some(shares, most=8)}"
 
     def strides(self, patch_size: int) -> tuple[int, ...]:
         """The stride of the patches for a linear head, and those of the pyramid."""
